@@ -1,0 +1,236 @@
+// How each job of jobs.h is done: the shared row bodies on SIMD packs. Included once for each instruction set.
+#pragma once
+#include "standard_library.h"
+
+#include "../divergence.h"
+#include "../score_step.h"
+#include "../threat_model.h"
+#include "jobs.h"
+#include "pack.h"
+
+namespace scorematch {
+
+template <typename P>
+SCOREMATCH_INLINE PackedRow<P> row_of(const scalar_of<P>* data, int64_t count, scalar_of<P> rest = 0) {
+  return {data, count, rest};
+}
+
+template <typename P, typename T>
+SCOREMATCH_INLINE void work(const LinfStep<T>& job, int64_t begin, int64_t end) {
+  int64_t i = begin;
+  for (; i + P::size <= end; i += P::size)
+    linf_step(P::load(job.x + i), P::load(job.grad + i), P::load(job.x0 + i), job.step_size, job.eps, job.box).store(job.out + i);
+  for (; i < end; ++i) job.out[i] = linf_step(job.x[i], job.grad[i], job.x0[i], job.step_size, job.eps, job.box);
+}
+
+template <typename P, typename T>
+SCOREMATCH_INLINE void work(const L2Step<T>& job, int64_t begin, int64_t end) {
+  const int64_t count = job.features;
+  for (int64_t n = begin; n < end; ++n)
+    l2_step_row<P>(PackLanes<P>{}, row_of<P>(job.x + n * count, count), row_of<P>(job.grad + n * count, count),
+                   row_of<P>(job.x0 + n * count, count), PackedOutput<P>{job.out + n * count, count}, count, job.step_size,
+                   job.eps, job.box);
+}
+
+template <typename P, typename T>
+SCOREMATCH_INLINE void work(const LinfRandomStart<T>& job, int64_t begin, int64_t end) {
+  int64_t i = begin;
+  for (; i + P::size <= end; i += P::size)
+    linf_random_start(P::load(job.x + i), P::load(job.noise + i), job.eps, job.box).store(job.out + i);
+  for (; i < end; ++i) job.out[i] = linf_random_start(job.x[i], job.noise[i], job.eps, job.box);
+}
+
+template <typename P, typename T>
+SCOREMATCH_INLINE void work(const L2RandomStart<T>& job, int64_t begin, int64_t end) {
+  const int64_t count = job.features;
+  for (int64_t n = begin; n < end; ++n)
+    l2_random_start_row<P>(PackLanes<P>{}, row_of<P>(job.x + n * count, count), row_of<P>(job.noise + n * count, count),
+                           PackedOutput<P>{job.out + n * count, count}, count,
+                           job.radius == nullptr ? job.eps : job.eps * job.radius[n], job.box);
+}
+
+// Up to this many classes the elements of a pack are rows, and a tile of rows is transposed on the way in and out;
+// beyond, the elements are classes of one row.
+constexpr int64_t kMostClassesAcrossRows = 32;
+
+template <typename P>
+struct Tile {
+  using T = scalar_of<P>;
+  T values[kMostClassesAcrossRows * P::size] __attribute__((aligned(64)));
+
+  SCOREMATCH_INLINE void load(const T* p, int64_t rows, int64_t classes) {
+    for (int64_t i = 0; i < P::size; ++i) {
+      const T* row = p + (i < rows ? i : rows - 1) * classes;  // beyond the last row, repeat it
+      for (int64_t j = 0; j < classes; ++j) values[j * P::size + i] = row[j];
+    }
+  }
+  SCOREMATCH_INLINE void store(T* p, int64_t rows, int64_t classes) const {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < classes; ++j) p[i * classes + j] = values[j * P::size + i];
+  }
+};
+
+template <typename P>
+struct TileRow {
+  scalar_of<P>* values;
+  SCOREMATCH_INLINE P operator()(int64_t j) const { return P::load(values + j * P::size); }
+  SCOREMATCH_INLINE P get(int64_t j) const { return P::load(values + j * P::size); }
+  SCOREMATCH_INLINE void put(int64_t j, P value) const { value.store(values + j * P::size); }
+};
+
+template <typename P>
+struct ClassAcrossRows {
+  SCOREMATCH_INLINE P operator()(int64_t j) const { return P(static_cast<scalar_of<P>>(j)); }
+};
+template <typename P>
+struct ClassesOfRow {
+  SCOREMATCH_INLINE P operator()(int64_t j) const { return P::counting_from(static_cast<scalar_of<P>>(j)); }
+};
+
+template <TargetForm form, typename P, typename Row, typename Number>
+SCOREMATCH_INLINE auto target_of(Row row, P label, Number number, int64_t classes) {
+  if constexpr (form == TargetForm::classes)
+    return ClassTarget<P, Number>{label, number, scalar_of<P>(classes)};
+  else if constexpr (form == TargetForm::probabilities)
+    return ProbabilityTarget<P, Row>{row};
+  else
+    return LogitTarget<P, Row>{row};
+}
+
+template <typename P, typename T, TargetForm form>
+SCOREMATCH_INLINE void divergence_of_tile(const Divergence<T, form>& job, int64_t first, int64_t rows) {
+  const int64_t classes = job.classes, at = first * classes;
+  Tile<P> logits, target, logit_gradient, target_gradient;
+  logits.load(job.logits + at, rows, classes);
+  if constexpr (form != TargetForm::classes) target.load(job.target + at, rows, classes);
+  P label(T(0));
+  if constexpr (form == TargetForm::classes)
+    for (int64_t i = 0; i < P::size; ++i) label.v[i] = static_cast<T>(job.labels[first + (i < rows ? i : rows - 1)]);
+  const SerialLanes lanes{};
+  const ClassAcrossRows<P> number{};
+  const auto result = divergence_row<P>(
+      lanes, job.kind, TileRow<P>{logits.values},
+      target_of<form>(TileRow<P>{target.values}, label, number, classes), number, classes, job.clip,
+      job.mass_tolerance, job.logit_gradient != nullptr, TileRow<P>{logit_gradient.values}, job.target_gradient != nullptr,
+      TileRow<P>{target_gradient.values});
+  result.loss.store_first(job.loss + first, rows);
+  for (int64_t i = 0; i < rows; ++i)
+    if (!result.valid[i]) *job.refused = first + i;
+  if (job.logit_gradient != nullptr) logit_gradient.store(job.logit_gradient + at, rows, classes);
+  if (job.target_gradient != nullptr) target_gradient.store(job.target_gradient + at, rows, classes);
+}
+
+template <typename P, typename T, TargetForm form>
+SCOREMATCH_INLINE void divergence_of_row(const Divergence<T, form>& job, int64_t n) {
+  const int64_t classes = job.classes, at = n * classes;
+  const PackLanes<P> lanes{};
+  const ClassesOfRow<P> number{};
+  const P label(form == TargetForm::classes ? static_cast<T>(job.labels[n]) : T(0));
+  const auto target = row_of<P>(form == TargetForm::classes ? nullptr : job.target + at, classes,
+                                form == TargetForm::logits ? T(-INFINITY) : T(0));
+  const auto gradient = [=](T* data) { return PackedOutput<P>{data == nullptr ? nullptr : data + at, classes}; };
+  const auto result =
+      divergence_row<P>(lanes, job.kind, row_of<P>(job.logits + at, classes, T(-INFINITY)),
+                        target_of<form>(target, label, number, classes), number, classes, job.clip, job.mass_tolerance,
+                        job.logit_gradient != nullptr, gradient(job.logit_gradient), job.target_gradient != nullptr,
+                        gradient(job.target_gradient));
+  job.loss[n] = result.loss.v[0];
+  if (!result.valid[0]) *job.refused = n;
+}
+
+template <typename P, typename T, TargetForm form>
+SCOREMATCH_INLINE void work(const Divergence<T, form>& job, int64_t begin, int64_t end) {
+  if (job.classes <= kMostClassesAcrossRows)
+    for (int64_t n = begin; n < end; n += P::size) divergence_of_tile<P>(job, n, end - n < P::size ? end - n : P::size);
+  else
+    for (int64_t n = begin; n < end; ++n) divergence_of_row<P>(job, n);
+}
+
+template <typename P, int packs, typename T>
+SCOREMATCH_INLINE void sum_scores(const ScoreStep<T>& job, int64_t n, int64_t f) {
+  const T* weights = job.weights + n * job.classes;
+  const T* scores = job.scores + n * job.classes * job.features + f;
+  const int64_t at = n * job.features + f, features = job.features;
+  P totals[packs];
+  SCOREMATCH_UNROLL
+  for (int k = 0; k < packs; ++k) totals[k] = P::load(job.grad + at + k * P::size);
+  add_weighted_scores(totals, [=](int64_t y) { return P(weights[y]); },
+                      [=](int64_t y, int k) { return P::load(scores + y * features + k * P::size); }, job.classes);
+  SCOREMATCH_UNROLL
+  for (int k = 0; k < packs; ++k) totals[k].store(job.out + at + k * P::size);
+}
+
+template <typename P, typename T>
+SCOREMATCH_INLINE void work(const ScoreStep<T>& job, int64_t begin, int64_t end) {
+  constexpr int packs = 8;
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t n = i / job.blocks, first = (i % job.blocks) * kScoreBlock;
+    const int64_t last = first + kScoreBlock < job.features ? first + kScoreBlock : job.features;
+    int64_t f = first;
+    for (; f + packs * P::size <= last; f += packs * P::size) sum_scores<P, packs>(job, n, f);
+    for (; f + P::size <= last; f += P::size) sum_scores<P, 1>(job, n, f);
+    for (; f < last; ++f) {
+      T total[] = {job.grad[n * job.features + f]};
+      add_weighted_scores(total, [&](int64_t y) { return job.weights[n * job.classes + y]; },
+                          [&](int64_t y, int) { return job.scores[(n * job.classes + y) * job.features + f]; }, job.classes);
+      job.out[n * job.features + f] = total[0];
+    }
+  }
+}
+
+template <typename P, typename T>
+SCOREMATCH_INLINE void work(const Trapezoid<T>& job, int64_t begin, int64_t end) {
+  const int64_t count = job.features;
+  for (int64_t row = begin; row < end; ++row)
+    job.integrals[row] = trapezoid<P>(PackLanes<P>{}, row_of<P>(job.move + row / job.classes * count, count),
+                                      row_of<P>(job.scores0 + row * count, count), row_of<P>(job.scores1 + row * count, count),
+                                      count)
+                             .v[0];
+}
+
+template <typename P, typename T>
+SCOREMATCH_INLINE void work(const Normalize<T>& job, int64_t begin, int64_t end) {
+  for (int64_t n = begin; n < end; ++n) {
+    const auto start = row_of<P>(job.log_p + n * job.classes, job.classes, T(-INFINITY));
+    const PackedOutput<P> row{job.integrals + n * job.classes, job.classes};
+    const auto moved = [&](int64_t j) { return start(j) + row.get(j); };
+    const auto log_softmax = log_softmax_of<P>(PackLanes<P>{}, moved, job.classes);
+    for (int64_t j = 0; j < job.classes; j += P::size) row.put(j, log_softmax(moved(j)));
+  }
+}
+
+template <typename Job>
+struct ScalarOfJob;
+template <template <typename> typename Job, typename T>
+struct ScalarOfJob<Job<T>> {
+  using type = T;
+};
+template <typename T, TargetForm form>
+struct ScalarOfJob<Divergence<T, form>> {
+  using type = T;
+};
+
+template <int bytes, typename Job>
+void run(const Job& job, int64_t begin, int64_t end) {
+  work<Pack<typename ScalarOfJob<Job>::type, bytes>>(job, begin, end);
+}
+
+#define SCOREMATCH_INSTANTIATE_JOB(bytes, ...) template void run<bytes, __VA_ARGS__>(const __VA_ARGS__&, int64_t, int64_t);
+#define SCOREMATCH_INSTANTIATE_DTYPE(bytes, T)                                         \
+  SCOREMATCH_INSTANTIATE_JOB(bytes, LinfStep<T>)                                       \
+  SCOREMATCH_INSTANTIATE_JOB(bytes, L2Step<T>)                                         \
+  SCOREMATCH_INSTANTIATE_JOB(bytes, LinfRandomStart<T>)                                \
+  SCOREMATCH_INSTANTIATE_JOB(bytes, L2RandomStart<T>)                                  \
+  SCOREMATCH_INSTANTIATE_JOB(bytes, Divergence<T, TargetForm::classes>)                \
+  SCOREMATCH_INSTANTIATE_JOB(bytes, Divergence<T, TargetForm::probabilities>)          \
+  SCOREMATCH_INSTANTIATE_JOB(bytes, Divergence<T, TargetForm::logits>)                 \
+  SCOREMATCH_INSTANTIATE_JOB(bytes, ScoreStep<T>)                                      \
+  SCOREMATCH_INSTANTIATE_JOB(bytes, Trapezoid<T>)                                      \
+  SCOREMATCH_INSTANTIATE_JOB(bytes, Normalize<T>)
+#define SCOREMATCH_INSTANTIATE(bytes)         \
+  namespace scorematch {                      \
+  SCOREMATCH_INSTANTIATE_DTYPE(bytes, float)  \
+  SCOREMATCH_INSTANTIATE_DTYPE(bytes, double) \
+  }
+
+}  // namespace scorematch

@@ -1,0 +1,24 @@
+#include "instruction_set.h"
+
+#ifdef SCOREMATCH_X86
+
+// The standard library is included before the instruction set is chosen, and every function of ours after it is forced
+// inline or named after its register width: no inline function that other files share is compiled for instructions that
+// the processor may lack.
+#include "standard_library.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma")
+#endif
+
+#include "job_bodies.h"
+
+SCOREMATCH_INSTANTIATE(32)
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+#endif  // SCOREMATCH_X86

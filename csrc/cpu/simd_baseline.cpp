@@ -1,0 +1,3 @@
+#include "job_bodies.h"
+
+SCOREMATCH_INSTANTIATE(16)

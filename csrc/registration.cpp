@@ -1,0 +1,18 @@
+// Every op's schema. Kernels register themselves in cpu/ and cuda/; fake kernels and autograd are in scorematch/ops/.
+#include "stable_abi.h"
+
+STABLE_TORCH_LIBRARY(scorematch, m) {
+  // norm: 0 linf, 1 l2 (threat_model.h). All tensors [N, ...] of one shape; radius [N].
+  m.def("pgd_step(Tensor x, Tensor grad, Tensor x0, int norm, float step_size, float eps, float lower, float upper) -> Tensor");
+  m.def("random_start(Tensor x, Tensor noise, Tensor? radius, int norm, float eps, float lower, float upper) -> Tensor");
+
+  // kind: divergence.h. loss [N]; the gradients [N, L] of each row's loss, or [0] where not wanted.
+  m.def("divergence(Tensor logits, Tensor target, int kind, float clip, bool want_logit_gradient, bool want_target_gradient)"
+        " -> (Tensor loss, Tensor logit_gradient, Tensor target_gradient)");
+  m.def("logit_divergence(Tensor logits, Tensor target_logits, int kind, float clip, bool want_logit_gradient, bool want_target_gradient)"
+        " -> (Tensor loss, Tensor logit_gradient, Tensor target_gradient)");
+
+  // weights, log_p [N, L]; scores [N, L, ...]; grad, move [N, ...].
+  m.def("score_step(Tensor weights, Tensor scores, Tensor grad) -> Tensor");
+  m.def("score_line_integral(Tensor log_p, Tensor scores0, Tensor scores1, Tensor move) -> Tensor");
+}

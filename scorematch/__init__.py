@@ -1,0 +1,28 @@
+"""Self-consistent robust training: kernels, data posteriors, attacks and objectives (SCORE, Pang et al., ICML 2022)."""
+
+from . import _extension as _extension
+from . import attacks, divergences, matching, networks, objectives, posteriors, sampling
+from .attacks import PGD
+from .ops import divergence, logit_divergence, pgd_step, random_start, score_line_integral, score_step
+from .threat_model import ThreatModel
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PGD",
+    "ThreatModel",
+    "__version__",
+    "attacks",
+    "divergence",
+    "divergences",
+    "logit_divergence",
+    "matching",
+    "networks",
+    "objectives",
+    "pgd_step",
+    "posteriors",
+    "random_start",
+    "sampling",
+    "score_line_integral",
+    "score_step",
+]

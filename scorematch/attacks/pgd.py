@@ -1,0 +1,206 @@
+"""Projected gradient ascent (Madry et al., ICLR 2018)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..divergences import KINDS
+from ..model_state import borrowed
+from ..ops.divergence import divergence
+from ..threat_model import ThreatModel
+
+LOSSES = ("ce", "margin", *KINDS)
+
+
+def ascend(
+    x: Tensor,
+    gradient: Callable[[Tensor], Tensor],
+    threat_model: ThreatModel,
+    *,
+    steps: int,
+    start: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Follow a gradient inside B(x) and return the last iterate.
+
+    Args:
+        x: [N, …] clean inputs.
+        gradient: maps x' [N, …] to the direction of ascent there, same shape.
+        threat_model: B(x) and the step size.
+        steps: number of steps, at least 0.
+        start: [N, …] first iterate; None draws it uniformly from B(x).
+        generator: randomness of the start.
+
+    Returns:
+        [N, …], inside B(x), without a graph.
+    """
+    with torch.no_grad():
+        x_adv = threat_model.random_start(x, generator) if start is None else start
+        for _ in range(steps):
+            x_adv = threat_model.step(x_adv, gradient(x_adv), x)
+    return x_adv
+
+
+def input_gradient(loss: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The gradient with respect to its input of a function from x [N, …] to one value a sample [N]."""
+
+    def gradient(x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(loss(x).sum(), x)[0]
+
+    return gradient
+
+
+def margin_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """max_{j ≠ y} z_j − z_y for each sample: positive where the sample is misclassified (Carlini & Wagner, 2017).
+
+    Args:
+        logits: [N, L].
+        labels: int64 [N].
+    """
+    true = logits.gather(1, labels[:, None])
+    others = logits.scatter(1, labels[:, None], -torch.inf)
+    return others.amax(1) - true.squeeze(1)
+
+
+class PGD:
+    """PGD with restarts that keeps, for each sample, the worst point it has seen.
+
+    A misclassified point always wins; among correctly classified ones, that of higher loss, compared only within one
+    loss. A sample is left alone as soon as it is misclassified. Every iterate is judged, not only the last.
+    The model is used in eval mode and left as found: no gradient in its parameters, no mode changed.
+
+    Args:
+        threat_model: B(x) and the step size.
+        steps: steps of one restart, at least 1.
+        restarts: random starts for each loss, at least 1.
+        losses: what is ascended, each with all restarts: ``"ce"`` (cross-entropy), ``"margin"`` (difference of
+            logits), or the name of a divergence from the one-hot label.
+        random_start: start at a uniform point of B(x) (else at x).
+
+    Raises:
+        ValueError: an argument is outside its range.
+    """
+
+    def __init__(
+        self,
+        threat_model: ThreatModel,
+        *,
+        steps: int = 40,
+        restarts: int = 1,
+        losses: Sequence[str] = ("ce",),
+        random_start: bool = True,
+    ) -> None:
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        if restarts < 1:
+            raise ValueError(f"restarts must be at least 1, got {restarts}")
+        if isinstance(losses, str):
+            losses = (losses,)
+        for loss in losses:
+            if loss not in LOSSES:
+                raise ValueError(f"losses must be among {', '.join(LOSSES)}, got {loss!r}")
+        if not losses:
+            raise ValueError(f"losses is empty; choose among {', '.join(LOSSES)}")
+        self.threat_model = threat_model
+        self.steps = steps
+        self.restarts = restarts
+        self.losses = tuple(losses)
+        self.random_start = random_start
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Adversarial points for a batch.
+
+        Args:
+            model: maps [N, …] to logits [N, L].
+            x: [N, …] clean inputs inside the box.
+            y: int64 [N] labels.
+            generator: randomness of the starts; the same numbers are drawn whatever the model does.
+
+        Returns:
+            [N, …] inside B(x).
+
+        Raises:
+            ValueError: x is outside the box, or shapes do not fit.
+        """
+        check_batch(x, y, self.threat_model)
+        x = x.detach()
+        with borrowed(model, "eval"):
+            worst = x.clone()
+            with torch.no_grad():
+                fooled = misclassified(model(x), y) if len(x) else torch.zeros(0, dtype=torch.bool, device=x.device)
+            for loss in self.losses:
+                best = x.new_full((len(x),), -torch.inf)
+                for _ in range(self.restarts):
+                    start = self.threat_model.random_start(x, generator) if self.random_start else x
+                    alive = (~fooled).nonzero().squeeze(1)
+                    if len(alive):
+                        self._restart(model, x, y, start, alive, loss, worst, best, fooled)
+        return worst
+
+    def _restart(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        start: Tensor,
+        alive: Tensor,
+        loss: str,
+        worst: Tensor,
+        best: Tensor,
+        fooled: Tensor,
+    ) -> None:
+        """One restart on the samples ``alive``; updates worst, best and fooled in place."""
+        x_adv = start[alive]
+        for step in range(self.steps + 1):
+            last = step == self.steps
+            with torch.set_grad_enabled(not last):
+                x_adv = x_adv.detach().requires_grad_(not last)
+                logits = model(x_adv)
+                value = attack_loss(logits, y[alive], loss)
+            with torch.no_grad():
+                wrong = misclassified(logits, y[alive])
+                improved = wrong | (value > best[alive])
+                worst[alive[improved]] = x_adv.detach()[improved]
+                best[alive] = torch.maximum(best[alive], value.detach())
+                fooled[alive[wrong]] = True
+            if last or bool(wrong.all()):
+                return
+            (gradient,) = torch.autograd.grad(value.sum(), x_adv)
+            keep = ~wrong
+            alive = alive[keep]
+            x_adv = self.threat_model.step(x_adv.detach()[keep], gradient[keep], x[alive])
+
+
+def attack_loss(logits: Tensor, labels: Tensor, loss: str) -> Tensor:
+    """One of :data:`LOSSES` for each sample, [N]."""
+    if loss == "margin":
+        return margin_loss(logits, labels)
+    return divergence(logits, labels, kind="kl" if loss == "ce" else loss)
+
+
+def misclassified(logits: Tensor, labels: Tensor) -> Tensor:
+    """Whether the true class is not the strict maximum, [N]; a NaN anywhere counts as misclassified."""
+    return ~(margin_loss(logits, labels) < 0)
+
+
+def check_batch(x: Tensor, y: Tensor, threat_model: ThreatModel) -> None:
+    """Refuse a batch that an attack cannot mean; reads x once (synchronises a GPU), so not for training steps.
+
+    Raises:
+        ValueError: shapes do not fit, or x leaves the box of the threat model or is not finite.
+    """
+    if x.dim() < 2 or y.dim() < 1 or len(x) != len(y):
+        raise ValueError(f"x must be [N, …] and y [N], got x {list(x.shape)} and y {list(y.shape)}")
+    if len(x) == 0:
+        return
+    low, high = (float(v) for v in torch.aminmax(x.detach()))
+    if not (low >= threat_model.lower and high <= threat_model.upper):
+        raise ValueError(
+            f"x must lie in the box [{threat_model.lower}, {threat_model.upper}] of the threat model, "
+            f"got values in [{low:g}, {high:g}]"
+        )

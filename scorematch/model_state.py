@@ -1,0 +1,50 @@
+"""Borrow a model for an attack and give it back as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+ATTACK_MODES = ("eval", "train", "frozen")
+
+
+@contextmanager
+def borrowed(model: nn.Module, mode: str = "eval") -> Iterator[None]:
+    """Put a model into the mode of an attack, without parameter gradients; restore everything on leaving.
+
+    Args:
+        model: any module.
+        mode: what batch normalisation (and dropout) does meanwhile:
+            ``"eval"``: running statistics are used (TRADES, and evaluation);
+            ``"train"``: batch statistics are used and the running ones updated (PGD-AT as published);
+            ``"frozen"``: batch statistics are used, the running ones stay untouched (the generated-data pipeline).
+
+    Raises:
+        ValueError: ``mode`` is none of these.
+    """
+    if mode not in ATTACK_MODES:
+        raise ValueError(f"attack_mode must be one of {', '.join(ATTACK_MODES)}, got {mode!r}")
+    training = [(module, module.training) for module in model.modules()]
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    tracking: list[_BatchNorm] = []
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        model.train(mode != "eval")
+        if mode == "frozen":
+            # Without tracking, batch norm in training mode neither reads nor writes its running statistics.
+            for module in model.modules():
+                if isinstance(module, _BatchNorm) and module.track_running_stats:
+                    tracking.append(module)
+                    module.track_running_stats = False
+        yield
+    finally:
+        for module in tracking:
+            module.track_running_stats = True
+        for module, was_training in training:
+            module.training = was_training
+        for parameter in trainable:
+            parameter.requires_grad_(True)

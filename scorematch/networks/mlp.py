@@ -1,0 +1,45 @@
+"""A residual multilayer perceptron for vectors and very small images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from .denoiser import NoiseEmbedding, feature_count
+
+
+class MLPBackbone(nn.Module):
+    """Residual MLP, conditional on the noise level: (x [N, *shape], noise [N]) → [N, outputs].
+
+    Used as the backbone of a :class:`scorematch.networks.Denoiser` (outputs = (L + 1) × features) and as a
+    noise-conditional classifier (outputs = L).
+
+    Args:
+        shape: shape of one sample.
+        outputs: number of outputs.
+        width: hidden features.
+        depth: residual blocks.
+        dropout: probability of dropping a hidden feature while training, in [0, 1).
+    """
+
+    def __init__(
+        self, shape: Sequence[int], outputs: int, *, width: int = 256, depth: int = 3, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.inlet = nn.Linear(feature_count(shape), width)
+        self.noise = NoiseEmbedding(width)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Dropout(dropout), nn.Linear(width, width)
+            )
+            for _ in range(depth)
+        )
+        self.outlet = nn.Sequential(nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, outputs))
+
+    def forward(self, x: Tensor, noise: Tensor) -> Tensor:
+        h = self.inlet(x.flatten(1)) + self.noise(noise)
+        for block in self.blocks:
+            h = h + block(h)
+        output: Tensor = self.outlet(h)
+        return output

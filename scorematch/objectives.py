@@ -1,0 +1,308 @@
+"""Training objectives: one loss a sample, with the point at which it was taken.
+
+==============  =========================================================================  ==================
+objective       per-sample loss                                                            source
+==============  =========================================================================  ==================
+standard        D(y ‖ q(x))                                                                Eq. (1)
+pgd_at          max_{x'} D(y ‖ q(x'))                                                      Eq. (3), Eq. (5)
+trades          D(y ‖ q(x)) + β max_{x'} D(q(x) ‖ q(x'))                                   Eq. (21)
+score_direct    max_{x'} D(p(·|x') ‖ q(x'))                                                Eq. (4), Eq. (6)
+==============  =========================================================================  ==================
+
+q = softmax of the model, y the label (or a distribution over labels), p a data posterior.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .attacks.pgd import ascend, input_gradient
+from .divergences import check_kind, clip_bound
+from .model_state import borrowed
+from .ops.divergence import divergence as divergence_of
+from .ops.logit_divergence import logit_divergence
+from .posteriors import Posterior, Trace
+from .threat_model import ThreatModel
+
+CLIP_FORMS = ("total", "robust", "threshold")
+STARTS = ("uniform", "gaussian")
+GAUSSIAN_START = 1e-3  # standard deviation, in input units, of the start of TRADES as published
+
+
+class Outcome(NamedTuple):
+    """What an objective returns.
+
+    Attributes:
+        loss: [N], differentiable in the parameters of the model; the caller reduces it.
+        x_adv: [N, …] the points at which the robust term was taken (x itself for ``standard``), without a graph.
+        metrics: named scalars (0-dim tensors, without a graph), for logging.
+    """
+
+    loss: Tensor
+    x_adv: Tensor
+    metrics: dict[str, Tensor]
+
+
+class _Clip(NamedTuple):
+    """relu(total − of_total), and relu(robust term − of_robust)."""
+
+    of_total: float
+    of_robust: float
+
+
+def _clipping(clip: float, form: str, kind: str, num_classes: int) -> _Clip:
+    """The two bounds of a clipping form (section 5.2; see :func:`scorematch.divergences.clip_bound`)."""
+    if form not in CLIP_FORMS:
+        raise ValueError(f"clip_form must be one of {', '.join(CLIP_FORMS)}, got {form!r}")
+    if form == "threshold":
+        if not clip >= 0.0:
+            raise ValueError(f"clip must not be negative, got {clip}")
+        return _Clip(0.0, clip)
+    bound = clip_bound(kind, clip, num_classes)
+    return _Clip(bound, 0.0) if form == "total" else _Clip(0.0, bound)
+
+
+def standard(model: nn.Module, x: Tensor, y: Tensor, *, divergence: str = "kl") -> Outcome:
+    """Standard training, Eq. (1): D(y ‖ q(x)).
+
+    Args:
+        model: maps [N, …] to logits [N, L].
+        x: [N, …] inputs.
+        y: int64 [N] labels, or probabilities [N, L].
+        divergence: name of D, see :data:`scorematch.divergences.KINDS`.
+    """
+    check_kind(divergence)
+    return Outcome(divergence_of(model(x), y, kind=divergence), x, {})
+
+
+def pgd_at(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    threat_model: ThreatModel,
+    steps: int = 10,
+    divergence: str = "kl",
+    clip: float = 0.0,
+    clip_form: str = "total",
+    attack_mode: str = "train",
+    start: str = "uniform",
+    generator: torch.Generator | None = None,
+) -> Outcome:
+    """PGD adversarial training, Eq. (3) for KL and Eq. (5) for any other D.
+
+    Args:
+        model: maps [N, …] to logits [N, L].
+        x: [N, …] inputs inside the box of the threat model.
+        y: int64 [N] labels, or probabilities [N, L].
+        threat_model: B(x) and the step size of the attack.
+        steps: steps of the attack.
+        divergence: name of D, in the attack and in the loss.
+        clip: threshold c; 0 clips nothing.
+        clip_form: ``"total"`` or ``"robust"`` (the same here): relu(D − bound), the bound that of
+            :func:`scorematch.divergences.clip_bound`; ``"threshold"``: relu(D − c).
+        attack_mode: batch norm during the attack, see :func:`scorematch.model_state.borrowed`.
+        start: ``"uniform"`` in B(x), or ``"gaussian"``, x + 0.001 ω projected to B(x).
+        generator: randomness of the start, on the device of x.
+
+    Raises:
+        ValueError: an argument is outside its range.
+    """
+    check_kind(divergence)
+    with borrowed(model, attack_mode):
+        gradient = input_gradient(lambda x_adv: divergence_of(model(x_adv), y, kind=divergence))
+        x_adv = ascend(
+            x, gradient, threat_model, steps=steps, start=_start(x, threat_model, start, generator), generator=generator
+        )
+    logits = model(x_adv)
+    bounds = _clipping(clip, clip_form, divergence, logits.shape[1])
+    return Outcome(divergence_of(logits, y, kind=divergence, clip=bounds.of_total + bounds.of_robust), x_adv, {})
+
+
+def trades(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    threat_model: ThreatModel,
+    beta: float = 6.0,
+    steps: int = 10,
+    divergence: str = "kl",
+    clip: float = 0.0,
+    clip_form: str = "total",
+    attack_mode: str = "eval",
+    start: str = "gaussian",
+    generator: torch.Generator | None = None,
+) -> Outcome:
+    """TRADES, Eq. (21): D(y ‖ q(x)) + β max_{x'} D(q(x) ‖ q(x')), with the gradient through both arguments of D.
+
+    Args:
+        beta: weight of the robust term, ≥ 0.
+        clip_form: ``"total"`` clips the sum of both terms, relu(total − bound); ``"robust"`` the robust term,
+            relu(D − bound); ``"threshold"`` the robust term, relu(D − c).
+
+    The other arguments are those of :func:`pgd_at`.
+
+    Raises:
+        ValueError: an argument is outside its range.
+    """
+    check_kind(divergence)
+    if not beta >= 0.0:
+        raise ValueError(f"beta must not be negative, got {beta}")
+    with borrowed(model, attack_mode):
+        with torch.no_grad():
+            clean = model(x)
+        gradient = input_gradient(lambda x_adv: logit_divergence(model(x_adv), clean, kind=divergence))
+        x_adv = ascend(
+            x, gradient, threat_model, steps=steps, start=_start(x, threat_model, start, generator), generator=generator
+        )
+    logits = model(x)
+    bounds = _clipping(clip, clip_form, divergence, logits.shape[1])
+    natural = divergence_of(logits, y, kind=divergence)
+    robust = logit_divergence(model(x_adv), logits, kind=divergence, clip=bounds.of_robust)
+    loss = natural + beta * robust
+    if bounds.of_total:
+        loss = torch.relu(loss - bounds.of_total)
+    return Outcome(loss, x_adv, {"natural": natural.detach().mean(), "robust": robust.detach().mean()})
+
+
+def score_direct(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    threat_model: ThreatModel,
+    posterior: Posterior,
+    steps: int = 10,
+    divergence: str = "kl",
+    clip: float = 0.0,
+    clip_form: str = "total",
+    attack_mode: str = "train",
+    start: str = "uniform",
+    generator: torch.Generator | None = None,
+) -> Outcome:
+    """Direct minimisation of SCORE, Eq. (4) for KL and Eq. (6) for any other D: max_{x'} D(p(·|x') ‖ q(x')).
+
+    The direction of ascent is Eq. (33): the model gradient, by automatic differentiation, plus the data gradient
+    Σ_y w_y s_y, with the weights w = ∂D/∂ log p projected to the simplex and the class scores s_y of the posterior.
+    The outer gradient holds p(·|x') constant.
+
+    Args:
+        posterior: estimate of p_d(y|x'), fixed.
+        y: int64 [N] labels, or probabilities [N, L]; read only by posteriors that are anchored at labels.
+
+    The other arguments are those of :func:`pgd_at`.
+
+    Returns:
+        An outcome with the metrics ``data_gradient_ratio``, Σ‖data gradient‖ / Σ‖model gradient‖ over the samples
+        and the steps of the attack (0 to ∞), and ``sign_change_share``, the share in [0, 1] of features for which
+        adding the data gradient changes the sign of the step.
+
+    Raises:
+        ValueError: an argument is outside its range.
+    """
+    check_kind(divergence)
+    trace = posterior.trace(x, y)
+    ascent = _DirectAscent(model, trace, divergence, literal=posterior.centering == "network")
+    with borrowed(model, attack_mode):
+        x_adv = ascend(
+            x,
+            ascent.gradient,
+            threat_model,
+            steps=steps,
+            start=_start(x, threat_model, start, generator),
+            generator=generator,
+        )
+        trace.move(x_adv)
+    logits = model(x_adv)
+    bounds = _clipping(clip, clip_form, divergence, logits.shape[1])
+    clip_at = bounds.of_total + bounds.of_robust
+    return Outcome(logit_divergence(logits, trace.log_p, kind=divergence, clip=clip_at), x_adv, ascent.metrics())
+
+
+class _DirectAscent:
+    """The direction of Eq. (33) along one attack, and how much of it comes from the data."""
+
+    def __init__(self, model: nn.Module, trace: Trace, kind: str, *, literal: bool) -> None:
+        self.model = model
+        self.trace = trace
+        self.kind = kind
+        self.literal = literal
+        self.data_norm: Tensor | float = 0.0
+        self.model_norm: Tensor | float = 0.0
+        self.sign_changes: Tensor | float = 0.0
+        self.features = 0
+
+    def gradient(self, x: Tensor) -> Tensor:
+        self.trace.move(x)
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            logits = self.model(x)
+        weights, grad_logits = direct_weights(logits.detach(), self.trace.log_p, self.kind, literal=self.literal)
+        (model_gradient,) = torch.autograd.grad(logits, x, grad_logits)
+        total = self.trace.pull_back(weights, model_gradient)
+        self._measure(model_gradient, total)
+        return total
+
+    def _measure(self, model_gradient: Tensor, total: Tensor) -> None:
+        self.data_norm = self.data_norm + (total - model_gradient).flatten(1).norm(dim=1).sum()
+        self.model_norm = self.model_norm + model_gradient.flatten(1).norm(dim=1).sum()
+        self.sign_changes = self.sign_changes + (total.sign() != model_gradient.sign()).sum()
+        self.features += total.numel()
+
+    def metrics(self) -> dict[str, Tensor]:
+        if not self.features:
+            return {}
+        return {
+            "data_gradient_ratio": torch.as_tensor(self.data_norm / self.model_norm),
+            "sign_change_share": torch.as_tensor(self.sign_changes / self.features),
+        }
+
+
+def direct_weights(logits: Tensor, log_p: Tensor, kind: str, *, literal: bool = False) -> tuple[Tensor, Tensor]:
+    """Derivatives of D(p ‖ softmax(logits)) that the two gradients of Eq. (33) need.
+
+    Args:
+        logits: [N, L] of the model.
+        log_p: [N, L] log posterior, normalised.
+        kind: name of D.
+        literal: give c = ∂D/∂ log p as Eq. (33) writes it (for KL: p (log p − log q), without the constant that
+            cancels), instead of its projection w = c − p Σ c. Needed when the scores are centred by an estimated
+            unconditional score, which does not cancel exactly.
+
+    Returns:
+        weights of the class scores [N, L] and ∂D/∂ logits [N, L].
+    """
+    with torch.enable_grad():
+        z = logits.detach().requires_grad_()
+        if not literal:
+            t = log_p.detach().requires_grad_()
+            grad_z, weights = torch.autograd.grad(logit_divergence(z, t, kind=kind).sum(), [z, t])
+            return weights, grad_z
+        p = log_p.detach().exp().requires_grad_()
+        grad_z, grad_p = torch.autograd.grad(divergence_of(z, p, kind=kind).sum(), [z, p])
+    if kind == "kl":
+        grad_p = grad_p - 1.0
+    return p.detach() * grad_p, grad_z
+
+
+def _start(x: Tensor, threat_model: ThreatModel, start: str, generator: torch.Generator | None) -> Tensor:
+    if start not in STARTS:
+        raise ValueError(f"start must be one of {', '.join(STARTS)}, got {start!r}")
+    with torch.no_grad():
+        if start == "uniform":
+            return threat_model.random_start(x, generator)
+        noise = torch.empty_like(x).normal_(generator=generator)
+        return threat_model.project(x + GAUSSIAN_START * noise, x)
+
+
+OBJECTIVES: dict[str, Callable[..., Outcome]] = {
+    "standard": standard,
+    "pgd_at": pgd_at,
+    "trades": trades,
+    "score_direct": score_direct,
+}

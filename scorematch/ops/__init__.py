@@ -1,0 +1,23 @@
+"""The compiled operators: one file an operator, with its wrapper, fake kernel, autograd and equation.
+
+Schemas are in `csrc/registration.cpp`, kernels in `csrc/cpu` and `csrc/cuda`, and the same functions in plain PyTorch in
+`scorematch.reference`.
+"""
+
+from .divergence import DIVERGENCES, divergence
+from .logit_divergence import logit_divergence
+from .pgd_step import pgd_step, project
+from .random_start import random_start
+from .score_line_integral import score_line_integral
+from .score_step import score_step
+
+__all__ = [
+    "DIVERGENCES",
+    "divergence",
+    "logit_divergence",
+    "pgd_step",
+    "project",
+    "random_start",
+    "score_line_integral",
+    "score_step",
+]

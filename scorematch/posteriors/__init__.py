@@ -1,0 +1,17 @@
+"""What p_d(y|x') is: estimates of the data posterior and of its gradient."""
+
+from .base import ClassScorePosterior, Posterior, Trace
+from .classifier import NoiseConditionalClassifier
+from .kernel_density import KernelDensity
+from .mixture import GaussianMixture
+from .score_network import ScoreNetwork
+
+__all__ = [
+    "ClassScorePosterior",
+    "GaussianMixture",
+    "KernelDensity",
+    "NoiseConditionalClassifier",
+    "Posterior",
+    "ScoreNetwork",
+    "Trace",
+]

@@ -1,0 +1,66 @@
+"""A classifier of noisy inputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .base import PointwisePosterior, Trace
+
+
+class NoiseConditionalClassifier(PointwisePosterior):
+    """log p_σ(y|x) read off a network that was trained with cross-entropy on x + σω.
+
+    The optimum of that training is p_σ(y|x) exactly, and its gradient, the score of the class posterior, comes from
+    automatic differentiation. Train the network with :func:`scorematch.matching.fit_classifier`, optionally with
+    denoising likelihood score matching (Chao et al., ICLR 2022).
+
+    Args:
+        network: maps (x [N, …], sigma [N]) to logits [N, L].
+        num_classes: L.
+        sigma: the noise level p_σ at which it is read, in input units; > 0.
+        temperature: divides the logits; 1 leaves the estimate as trained.
+
+    Raises:
+        ValueError: an argument is outside its range.
+    """
+
+    def __init__(self, network: nn.Module, *, num_classes: int, sigma: float, temperature: float = 1.0) -> None:
+        super().__init__()
+        if not sigma > 0.0:
+            raise ValueError(f"sigma must be positive, got {sigma}")
+        if not temperature > 0.0:
+            raise ValueError(f"temperature must be positive, got {temperature}")
+        self.network = network.eval().requires_grad_(False)
+        self.num_classes = num_classes
+        self.sigma = sigma
+        self.temperature = temperature
+
+    def train(self, mode: bool = True) -> NoiseConditionalClassifier:
+        """A posterior is fixed: its network stays in eval mode."""
+        del mode
+        return super().train(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.network(x, torch.full((len(x),), self.sigma, dtype=x.dtype, device=x.device))
+        return torch.log_softmax(logits / self.temperature, 1)
+
+    def _trace_at(self, x: Tensor) -> Trace:
+        return _ClassifierTrace(self, x)
+
+
+class _ClassifierTrace(Trace):
+    def __init__(self, posterior: NoiseConditionalClassifier, x: Tensor) -> None:
+        self.posterior = posterior
+        self.move(x)
+
+    def move(self, x: Tensor) -> None:
+        with torch.enable_grad():
+            self.x = x.detach().requires_grad_()
+            self._log_p = self.posterior(self.x)
+        self.log_p = self._log_p.detach()
+
+    def pull_back(self, weights: Tensor, grad: Tensor) -> Tensor:
+        # log_softmax centres the weights by itself: Σ_y p_y ∇ log p_y = 0.
+        (data_gradient,) = torch.autograd.grad(self._log_p, self.x, weights, retain_graph=True)
+        return grad + data_gradient

@@ -1,0 +1,116 @@
+"""The posterior of a score network: its class scores integrated along the path of the attack."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..networks.denoiser import Denoiser
+from ..ops.score_line_integral import score_line_integral
+from ..ops.score_step import score_step
+from .base import PointwisePosterior, Posterior, Trace, centred
+
+CENTERINGS = ("posterior", "network")
+
+
+class ScoreNetwork(Posterior):
+    """log p_σ(y|x') = log softmax_y [log p(y|x) + ∫ s_y · dx], from class scores s_y of a denoiser.
+
+    A score network has no values, only gradients; the line integral from the clean point x to x' supplies them, and
+    normalisation removes the unconditional score. The integral is a trapezoid rule along the iterates of the attack,
+    the random start included.
+
+    Args:
+        denoiser: class-conditional denoiser, trained by denoising score matching
+            (:func:`scorematch.matching.fit_denoiser`); fixed from now on.
+        sigma: the noise level at which the scores are read, a standard deviation in input units; > 0.
+        anchor: log p(y|x) at the clean point: None takes the given labels, smoothed by ``smoothing``; a pointwise
+            posterior (of the same σ, for consistency) is asked instead of the labels.
+        smoothing: probability in (0, 1) that a label anchor spreads over the other classes: a one-hot anchor has
+            log p = −∞ elsewhere and no path could leave it.
+        centering: how the unconditional score is removed from the gradient. ``"posterior"``: ∇ log p(y|x) =
+            s_y − Σ_k p_k s_k, by the estimator's own posterior. ``"network"``: s_y − s_∅ with the denoiser's
+            unconditional head, the paper's literal Eq. (34), kept for comparison.
+        nodes: segments of the trapezoid rule in each move, at least 1.
+
+    Raises:
+        ValueError: an argument is outside its range.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        *,
+        sigma: float,
+        anchor: PointwisePosterior | None = None,
+        smoothing: float = 0.1,
+        centering: str = "posterior",
+        nodes: int = 1,
+    ) -> None:
+        super().__init__()
+        if not sigma > 0.0:
+            raise ValueError(f"sigma must be positive, got {sigma}")
+        if not 0.0 < smoothing < 1.0:
+            raise ValueError(f"smoothing must lie in (0, 1), got {smoothing}")
+        if centering not in CENTERINGS:
+            raise ValueError(f"centering must be one of {', '.join(CENTERINGS)}, got {centering!r}")
+        if nodes < 1:
+            raise ValueError(f"nodes must be at least 1, got {nodes}")
+        if anchor is not None and anchor.num_classes != denoiser.num_classes:
+            raise ValueError(f"anchor has {anchor.num_classes} classes, the denoiser {denoiser.num_classes}")
+        self.denoiser = denoiser.eval().requires_grad_(False)
+        self.anchor = anchor
+        self.num_classes = denoiser.num_classes
+        self.sigma = sigma
+        self.smoothing = smoothing
+        self.centering = centering
+        self.nodes = nodes
+
+    def train(self, mode: bool = True) -> ScoreNetwork:
+        """A posterior is fixed: its networks stay in eval mode."""
+        del mode
+        return super().train(False)
+
+    def trace(self, x: Tensor, y: Tensor) -> Trace:
+        return _PathTrace(self, x.detach(), self._anchor(x.detach(), y))
+
+    def scores(self, x: Tensor) -> Tensor:
+        """Class scores at x [N, …]: [N, L, …]; with ``centering="network"`` [N, L + 1, …], the unconditional last."""
+        with torch.no_grad():
+            if self.centering == "network":
+                return self.denoiser.all_scores(x, self.sigma)
+            return self.denoiser.class_scores(x, self.sigma)
+
+    def _anchor(self, x: Tensor, y: Tensor) -> Tensor:
+        with torch.no_grad():
+            if self.anchor is not None:
+                return self.anchor.log_prob(x)
+            if y.dim() == 1:
+                y = torch.nn.functional.one_hot(y, self.num_classes)
+            y = y.to(x.dtype)
+            others = (1.0 - y) / (self.num_classes - 1)
+            return ((1.0 - self.smoothing) * y + self.smoothing * others).log()
+
+
+class _PathTrace(Trace):
+    def __init__(self, posterior: ScoreNetwork, x: Tensor, log_p: Tensor) -> None:
+        self.posterior = posterior
+        self.x = x
+        self.log_p = log_p
+        self.scores = posterior.scores(x)  # [N, L, …], or [N, L + 1, …]
+
+    def move(self, x: Tensor) -> None:
+        with torch.no_grad():
+            start, move = self.x, (x.detach() - self.x) / self.posterior.nodes
+            for node in range(1, self.posterior.nodes + 1):
+                last = node == self.posterior.nodes
+                self.x = x.detach() if last else start + node * move
+                before, self.scores = self.scores, self.posterior.scores(self.x)
+                classes = self.posterior.num_classes
+                self.log_p = score_line_integral(self.log_p, before[:, :classes], self.scores[:, :classes], move)
+
+    def pull_back(self, weights: Tensor, grad: Tensor) -> Tensor:
+        if self.posterior.centering == "posterior":
+            return score_step(centred(weights, self.log_p), self.scores, grad)
+        unconditional = -weights.sum(1, keepdim=True)
+        return score_step(torch.cat([weights, unconditional], 1), self.scores, grad)

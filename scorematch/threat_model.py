@@ -1,0 +1,88 @@
+"""The set B(x) of allowed perturbations, and the moves inside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .ops.pgd_step import pgd_step, project
+from .ops.random_start import random_start
+
+NORMS = ("linf", "l2")
+
+
+@dataclass(frozen=True)
+class ThreatModel:
+    """B(x) = {x' : ‖x' − x‖ ≤ eps, lower ≤ x' ≤ upper}, section 2.2.
+
+    Args:
+        norm: ``"linf"`` or ``"l2"`` (over all features of a sample).
+        eps: radius, in the units of the input (pixels in [0, 1] for images); > 0.
+        step_size: length of one step of an attack, same units; None takes eps / 4.
+        lower: smallest allowed feature value; may be −inf.
+        upper: largest allowed feature value; may be inf.
+
+    Raises:
+        ValueError: an argument is outside its range; the message names it.
+    """
+
+    norm: str
+    eps: float
+    step_size: float | None = None
+    lower: float = 0.0
+    upper: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.norm not in NORMS:
+            raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {self.norm!r}")
+        if not (self.eps > 0.0 and math.isfinite(self.eps)):
+            raise ValueError(f"eps must be positive and finite, got {self.eps}")
+        if self.step_size is not None and not (self.step_size > 0.0 and math.isfinite(self.step_size)):
+            raise ValueError(f"step_size must be positive and finite, or None for eps / 4, got {self.step_size}")
+        if not self.lower < self.upper:
+            raise ValueError(f"the box is empty: lower = {self.lower} is not below upper = {self.upper}")
+
+    @property
+    def step_length(self) -> float:
+        """The step size in force."""
+        return self.eps / 4 if self.step_size is None else self.step_size
+
+    def replace(self, **changes: float | str | None) -> ThreatModel:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+    def random_start(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """A point drawn uniformly from the ball around each sample, clipped to the box.
+
+        Args:
+            x: [N, …] clean inputs.
+            generator: source of randomness on the device of x.
+        """
+        if self.norm == "linf":
+            noise = torch.empty_like(x).uniform_(-1.0, 1.0, generator=generator)
+            return random_start(x, noise, norm="linf", eps=self.eps, lower=self.lower, upper=self.upper)
+        noise = torch.empty_like(x).normal_(generator=generator)
+        features = max(1, x[0].numel()) if x.shape[0] else 1
+        radius = torch.rand(x.shape[0], generator=generator, dtype=x.dtype, device=x.device) ** (1.0 / features)
+        return random_start(x, noise, norm="l2", eps=self.eps, lower=self.lower, upper=self.upper, radius=radius)
+
+    def step(self, x: Tensor, grad: Tensor, x0: Tensor) -> Tensor:
+        """One step of projected gradient ascent from x [N, …] along grad, inside B(x0)."""
+        return pgd_step(
+            x,
+            grad,
+            x0,
+            norm=self.norm,
+            step_size=self.step_length,
+            eps=self.eps,
+            lower=self.lower,
+            upper=self.upper,
+        )
+
+    def project(self, x: Tensor, x0: Tensor) -> Tensor:
+        """x [N, …] projected to the ball of x0, then clipped to the box."""
+        return project(x, x0, norm=self.norm, eps=self.eps, lower=self.lower, upper=self.upper)

@@ -1,0 +1,86 @@
+"""Builds the kernels; the metadata is in pyproject.toml.
+
+    python setup.py build_ext            compiles scorematch._C and, with CUDA, scorematch._C_cuda, in place
+    pip install -e . --no-build-isolation
+    pip wheel . --no-build-isolation
+
+    SCOREMATCH_CUDA=auto|0|1   compile csrc/cuda; auto (default): if torch was built with CUDA and nvcc is found
+    TORCH_CUDA_ARCH_LIST       GPU architectures; default 8.0;9.0+PTX where no GPU is visible
+    MAX_JOBS                   compilers at a time; default: the number of cores
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from glob import glob
+from pathlib import Path
+
+# nvcc on PATH may be a wrapper script, from whose place torch would guess a CUDA_HOME without headers.
+if "CUDA_HOME" not in os.environ and Path("/usr/local/cuda/include/cuda_runtime.h").exists():
+    os.environ["CUDA_HOME"] = "/usr/local/cuda"
+os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
+
+import torch  # noqa: E402
+from setuptools import Extension, setup  # noqa: E402
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension  # noqa: E402
+
+HEADERS = sorted(glob("csrc/**/*.h", recursive=True))
+CXX_FLAGS = [
+    "-O3",
+    "-g0",
+    "-std=c++20",
+    "-fno-math-errno",  # lets sqrt be one instruction
+    "-fno-trapping-math",  # lets both sides of a select be computed
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wno-psabi",  # SIMD packs are passed between inlined functions only
+]
+NVCC_FLAGS = ["-O3", "-std=c++20", "-lineinfo", "-Werror", "all-warnings", "-DUSE_CUDA"]
+
+
+def with_cuda() -> bool:
+    wish = os.environ.get("SCOREMATCH_CUDA", "auto")
+    if wish not in {"auto", "0", "1"}:
+        sys.exit(f"SCOREMATCH_CUDA must be auto, 0 or 1, got {wish!r}")
+    nvcc = CUDA_HOME is not None and Path(CUDA_HOME, "bin", "nvcc").exists()
+    possible = torch.version.cuda is not None and nvcc
+    if wish == "1" and not possible:
+        sys.exit(
+            f"SCOREMATCH_CUDA=1 needs a torch built with CUDA (torch {torch.__version__}: CUDA {torch.version.cuda}) "
+            f"and nvcc (CUDA_HOME: {CUDA_HOME})"
+        )
+    return possible and wish != "0"
+
+
+def extensions() -> Iterator[Extension]:
+    yield CppExtension(
+        "scorematch._C",
+        sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")),
+        depends=HEADERS,
+        extra_compile_args={"cxx": CXX_FLAGS},
+        extra_link_args=["-s"],
+    )
+    if with_cuda():
+        if not torch.cuda.is_available():
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+        yield CUDAExtension(
+            "scorematch._C_cuda",
+            sorted(glob("csrc/cuda/*.cu")),
+            depends=HEADERS,
+            extra_compile_args={"nvcc": NVCC_FLAGS},
+            extra_link_args=["-s"],
+            py_limited_api=True,
+        )
+
+
+class BuildInPlace(BuildExtension):
+    """A plain `build_ext` also leaves the libraries beside the package, where `python -m training.run` finds them."""
+
+    def finalize_options(self) -> None:
+        # Wheels and editable installs reach this through other commands and choose for themselves.
+        if "build_ext" in sys.argv:
+            self.inplace = True
+        super().finalize_options()
+
+
+setup(ext_modules=list(extensions()), cmdclass={"build_ext": BuildInPlace})

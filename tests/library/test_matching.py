@@ -1,0 +1,223 @@
+"""Score matching: each loss is least at the true score, and training finds it."""
+
+import math
+
+import pytest
+import torch
+from models_for_tests import mixture
+from torch import nn
+
+from scorematch import matching
+from scorematch.matching import Fit, fit_classifier, fit_denoiser
+from scorematch.networks import Denoiser, MLPBackbone
+
+
+def gaussian(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Samples of N(0, C) in R³ and C, whose score is −C⁻¹ x."""
+    generator = torch.Generator().manual_seed(seed)
+    factor = torch.tensor([[1.0, 0.0, 0.0], [0.5, 1.2, 0.0], [-0.3, 0.4, 0.8]], dtype=torch.float64)
+    return torch.randn(count, 3, dtype=torch.float64, generator=generator) @ factor.T, factor @ factor.T
+
+
+@pytest.mark.parametrize("method", ["sliced", "finite_difference"])
+def test_minimum_is_the_score_of_the_data(method: str) -> None:
+    """A linear score s = −A x is least at A = C⁻¹ (of the sample): the gradient vanishes there, and only there."""
+    x, _ = gaussian(4000)
+    precision = torch.linalg.inv(x.T @ x / len(x))
+    # All Rademacher directions, so that E[v vᵀ] = I exactly.
+    directions = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=torch.float64)] * 3)
+
+    def loss(a: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros((), dtype=torch.float64)
+        for v in directions:
+            projection = v.expand(len(x), 3)
+            if method == "sliced":
+                total = total + matching.sliced(lambda z: -z @ a, x, projection).mean()
+            else:
+                total = total + matching.finite_difference(lambda z: -z @ a, x, projection, step=1e-3).mean()
+        return total / len(directions)
+
+    a = precision.clone().requires_grad_()
+    (at_minimum,) = torch.autograd.grad(loss(a), a)
+    a = (1.1 * precision).requires_grad_()
+    (elsewhere,) = torch.autograd.grad(loss(a), a)
+    assert elsewhere.abs().max() > 0.05
+    assert at_minimum.abs().max() < 1e-4 * elsewhere.abs().max()
+    # The value is ½ E‖s‖² + E tr ∇s = −½ tr C⁻¹ there.
+    assert float(loss(precision).detach()) == pytest.approx(-0.5 * float(precision.trace()), rel=1e-5)
+
+
+def test_finite_difference_approaches_sliced() -> None:
+    x, _ = gaussian(64)
+    projection = torch.randn(64, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def score(z: torch.Tensor) -> torch.Tensor:
+        return -(z**3) - z.sin()
+
+    exact = matching.sliced(score, x, projection)
+    errors = [
+        float((matching.finite_difference(score, x, projection, step=h) - exact).detach().abs().max())
+        for h in (0.1, 0.05)
+    ]
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.1)
+
+
+class LinearDenoiser(Denoiser):
+    """D = (1 − σ² a) x for every class: its score is −a x."""
+
+    def __init__(self, a: float) -> None:
+        super().__init__(nn.Identity(), num_classes=2, sigma_data=1.0)
+        self.a = nn.Parameter(torch.tensor(a, dtype=torch.float64))
+
+    def denoise_all(self, x: torch.Tensor, sigma: torch.Tensor | float) -> torch.Tensor:
+        s = torch.as_tensor(sigma, dtype=x.dtype).reshape(-1, *[1] * (x.dim() - 1))
+        return ((1 - s.square() * self.a) * x)[:, None].expand(-1, 3, *x.shape[1:])
+
+
+def test_denoising_finds_the_score_of_the_smoothed_data() -> None:
+    """x ~ N(0, 1): the score of p_σ is −x / (1 + σ²)."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200_000, 1, dtype=torch.float64, generator=generator)
+    noise = torch.randn(200_000, 1, dtype=torch.float64, generator=generator)
+    x, noise = torch.cat([x, x]), torch.cat([noise, -noise])
+    y = torch.zeros(len(x), dtype=torch.int64)
+    sigma = torch.full((len(x),), 0.7, dtype=torch.float64)
+    gradients = {}
+    for factor in (1.0, 1.1):
+        denoiser = LinearDenoiser(factor / 1.49)
+        (gradients[factor],) = torch.autograd.grad(matching.denoising(denoiser, x, y, sigma, noise).mean(), denoiser.a)
+    assert gradients[1.1].abs() > 0.05
+    assert gradients[1.0].abs() < 0.1 * gradients[1.1].abs()
+
+
+def test_denoising_trains_the_labelled_and_the_unconditional_head() -> None:
+    torch.manual_seed(0)
+    denoiser = Denoiser(MLPBackbone((2,), 8, width=8, depth=1), num_classes=3, sigma_data=1.0)
+    x, noise = torch.randn(2, 4, 2)
+    y = torch.tensor([0, 0, 2, 2])
+    matching.denoising(denoiser, x, y, torch.full((4,), 0.5), noise).mean().backward()
+    used = denoiser.backbone.outlet[-1].bias.grad.reshape(4, 2).abs().sum(1) > 0
+    assert used.tolist() == [True, False, True, True]
+
+
+def test_denoising_likelihood_is_least_at_the_true_posterior() -> None:
+    """A classifier with the logits of the truth, scaled by a: the expected loss is least at a = 1."""
+    oracle = mixture(2, 1, 2)
+    sigma = 0.5
+    smoothed = oracle.smoothed(sigma)
+
+    class Scaled(nn.Module):
+        def __init__(self, a: float) -> None:
+            super().__init__()
+            self.a = nn.Parameter(torch.tensor(a, dtype=torch.float64))
+
+        def forward(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            del sigma
+            return self.a * smoothed.log_joint(x)
+
+    generator = torch.Generator().manual_seed(0)
+    x, y = oracle.sample(100_000, generator)
+    noise = torch.randn(x.shape, dtype=torch.float64, generator=generator)
+    x, y, noise = torch.cat([x, x]), torch.cat([y, y]), torch.cat([noise, -noise])
+    noisy = x + sigma * noise
+    log_p, scores = smoothed.log_prob_and_scores(noisy)
+    unconditional = (log_p.exp()[..., None] * scores).sum(1)
+    gradients = {}
+    for a in (1.0, 1.2):
+        model = Scaled(a)
+        loss, logits = matching.denoising_likelihood(
+            model, unconditional, noisy, y, torch.full((len(x),), sigma, dtype=torch.float64), noise
+        )
+        assert logits.shape == (len(x), 2)
+        (gradients[a],) = torch.autograd.grad(loss.mean(), model.a)
+    assert gradients[1.2] > 0
+    assert gradients[1.0].abs() < 0.1 * gradients[1.2]
+
+
+def small_denoiser() -> Denoiser:
+    torch.manual_seed(0)
+    return Denoiser(MLPBackbone((1,), 3, width=32, depth=1), num_classes=2, sigma_data=1.8)
+
+
+def toy(count: int = 4000) -> tuple[torch.Tensor, torch.Tensor]:
+    x, y = mixture(2, 1, 1).sample(count, torch.Generator().manual_seed(0))
+    return x.float(), y
+
+
+def test_fit_denoiser_learns_the_class_scores() -> None:
+    oracle, (x, y) = mixture(2, 1, 1), toy(20_000)
+    denoiser = small_denoiser()
+    seen: list[int] = []
+    fit_denoiser(
+        denoiser,
+        x,
+        y,
+        Fit(steps=800, batch_size=256, lr=1e-2, sigma_min=0.2, sigma_max=1.0),
+        generator=torch.Generator().manual_seed(0),
+        progress=lambda step, loss: seen.append(step),
+    )
+    assert seen == list(range(1, 801))
+    assert not denoiser.training
+    points = x[:2000]
+    _, truth = oracle.smoothed(0.5).log_prob_and_scores(points.double())
+    error = (denoiser.class_scores(points, 0.5).double() - truth).square().mean() / truth.square().mean()
+    assert error < 0.05
+
+
+def test_fit_classifier_learns_the_smoothed_posterior() -> None:
+    oracle, (x, y) = mixture(2, 1, 1), toy(20_000)
+
+    class Classifier(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = MLPBackbone((1,), 2, width=32, depth=1)
+
+        def forward(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            return self.backbone(x, sigma.log() / 4)
+
+    torch.manual_seed(0)
+    network = Classifier()
+    fit = Fit(steps=400, batch_size=256, lr=1e-2, sigma_min=0.2, sigma_max=1.0)
+    fit_classifier(network, x, y, fit, generator=torch.Generator().manual_seed(0))
+    truth = oracle.smoothed(0.5).log_prob(x[:2000].double())
+    found = network(x[:2000], torch.full((2000,), 0.5)).double().log_softmax(1)
+    assert (truth.exp() * (truth - found)).sum(1).mean() < 0.01
+
+
+def test_training_repeats_exactly() -> None:
+    x, y = toy(200)
+    fit = Fit(steps=20, batch_size=16)
+    first, second = (
+        fit_denoiser(small_denoiser(), x, y, fit, generator=torch.Generator().manual_seed(3)) for _ in range(2)
+    )
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_likelihood_weight_needs_a_denoiser() -> None:
+    x, y = toy(10)
+    with pytest.raises(ValueError, match="likelihood_weight > 0 needs a denoiser"):
+        fit_classifier(nn.Identity(), x, y, Fit(likelihood_weight=1.0), generator=torch.Generator())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"lr": 0.0}, "lr must be positive, got 0.0"),
+        ({"sigma_min": 0.0}, "0 < sigma_min ≤ sigma_max is needed"),
+        ({"sigma_min": 2.0, "sigma_max": 1.0}, "0 < sigma_min ≤ sigma_max is needed"),
+        ({"averaging": 1.0}, r"averaging must lie in \[0, 1\)"),
+        ({"weight_decay": -1.0}, "weight_decay must not be negative"),
+        ({"likelihood_weight": math.nan}, "likelihood_weight must not be negative"),
+    ],
+)
+def test_bad_settings(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Fit(**settings)
+
+
+def test_finite_difference_needs_a_step() -> None:
+    with pytest.raises(ValueError, match="step must be positive, got 0.0"):
+        matching.finite_difference(lambda z: z, torch.zeros(1, 2), torch.ones(1, 2), step=0.0)

@@ -1,0 +1,117 @@
+"""Denoisers of every backbone, and sampling with the exact denoiser of a known distribution."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from scorematch.networks import ConvBackbone, Denoiser, MLPBackbone, UNetBackbone
+from scorematch.sampling import annealed_langevin, heun, noise_levels
+
+
+def denoisers() -> dict[str, tuple[Denoiser, tuple[int, ...]]]:
+    torch.manual_seed(0)
+    return {
+        "mlp": (Denoiser(MLPBackbone((2, 3), 4 * 6), num_classes=3, sigma_data=0.5, center=0.3), (2, 3)),
+        "conv": (
+            Denoiser(ConvBackbone(2, 4 * 2, width=8, depth=2), num_classes=3, sigma_data=0.5, center=0.3),
+            (2, 8, 8),
+        ),
+        "unet": (
+            Denoiser(UNetBackbone(2, 4 * 2, width=8, multipliers=(1, 2)), num_classes=3, sigma_data=0.5, center=0.3),
+            (2, 8, 8),
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv", "unet"])
+def test_heads_scores_and_labels_agree(name: str) -> None:
+    denoiser, shape = denoisers()[name]
+    denoiser.eval()
+    x, sigma = torch.randn(5, *shape), torch.tensor([0.1, 0.2, 0.5, 1.0, 2.0])
+    heads = denoiser.denoise_all(x, sigma)
+    assert heads.shape == (5, 4, *shape)
+    labels = torch.tensor([0, 1, 2, 0, 1])
+    torch.testing.assert_close(denoiser(x, sigma, labels), heads[torch.arange(5), labels])
+    torch.testing.assert_close(denoiser(x, sigma), heads[:, -1])
+    # Tweedie's formula: the score is (D − x) / σ².
+    expected = (heads - x[:, None]) / sigma.square().reshape(-1, 1, *[1] * len(shape))
+    torch.testing.assert_close(denoiser.all_scores(x, sigma), expected, rtol=1e-3, atol=1e-3)
+    scores = denoiser.class_scores(x, sigma)
+    torch.testing.assert_close(scores, expected[:, :3], rtol=1e-3, atol=1e-3)
+    assert scores.is_contiguous()
+    torch.testing.assert_close(denoiser.score(x, sigma, labels), denoiser.all_scores(x, sigma)[torch.arange(5), labels])
+    torch.testing.assert_close(denoiser.score(x, 0.5), denoiser.all_scores(x, torch.full((5,), 0.5))[:, -1])
+
+
+def test_preconditioning_keeps_the_limits() -> None:
+    """As σ → 0 the denoiser returns its input; as σ → ∞ it forgets it (up to the backbone's output)."""
+    denoiser, shape = denoisers()["mlp"]
+    x = torch.randn(4, *shape)
+    torch.testing.assert_close(denoiser(x, 1e-4), x, rtol=0, atol=1e-3)
+    denoiser.backbone = nn.Module()
+    denoiser.backbone.forward = lambda x, noise: torch.zeros(len(x), 24)  # type: ignore[method-assign]
+    torch.testing.assert_close(denoiser(x, 1e4), torch.full_like(x, 0.3), rtol=0, atol=1e-3)
+
+
+class ExactDenoiser(Denoiser):
+    """Class y is N(m_y, s²): D = (s² x + σ² m_y) / (s² + σ²). The unconditional head is not used."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Identity(), num_classes=2, sigma_data=2.0)
+        self.means, self.deviation = torch.tensor([-2.0, 3.0]), 0.5
+
+    def denoise_all(self, x: torch.Tensor, sigma: torch.Tensor | float) -> torch.Tensor:
+        variance = torch.as_tensor(sigma).square().reshape(-1, 1, 1)
+        means = torch.cat([self.means, torch.zeros(1)])[:, None]
+        return (self.deviation**2 * x[:, None] + variance * means) / (self.deviation**2 + variance)
+
+    def _scores(self, x: torch.Tensor, sigma: torch.Tensor | float, heads: int) -> torch.Tensor:
+        variance = torch.as_tensor(sigma).square().reshape(-1, 1, 1)
+        return ((self.denoise_all(x, sigma) - x[:, None]) / variance)[:, :heads]
+
+
+@pytest.mark.parametrize("method", ["langevin", "heun"])
+def test_samples_have_the_right_mean_and_spread(method: str) -> None:
+    labels = torch.arange(4000) % 2
+    generator = torch.Generator().manual_seed(0)
+    if method == "langevin":
+        # α = step_ratio σ² is a fixed share of the variance only while σ is above the spread of the data.
+        x = annealed_langevin(
+            ExactDenoiser(),
+            (4000, 1),
+            sigmas=noise_levels(10.0, 0.1, 20),
+            class_labels=labels,
+            steps_per_level=40,
+            generator=generator,
+        )
+    else:
+        x = heun(
+            ExactDenoiser(), (4000, 1), sigmas=noise_levels(80.0, 0.01, 80), class_labels=labels, generator=generator
+        )
+    for label, mean in enumerate((-2.0, 3.0)):
+        chosen = x[labels == label]
+        assert float(chosen.mean()) == pytest.approx(mean, abs=0.05)
+        assert float(chosen.std()) == pytest.approx(0.5, rel=0.1)
+
+
+def test_noise_levels_fall_geometrically() -> None:
+    levels = noise_levels(10.0, 0.1, 5)
+    assert levels[0] == pytest.approx(10.0)
+    assert levels[-1] == pytest.approx(0.1)
+    assert all(a / b == pytest.approx(math.sqrt(10)) for a, b in zip(levels, levels[1:], strict=False))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: noise_levels(0.1, 1.0, 5), "0 < sigma_min ≤ sigma_max is needed"),
+        (lambda: noise_levels(1.0, 0.1, 0), "count must be at least 1, got 0"),
+        (lambda: Denoiser(nn.Identity(), num_classes=1, sigma_data=1.0), "num_classes must be at least 2, got 1"),
+        (lambda: Denoiser(nn.Identity(), num_classes=2, sigma_data=0.0), "sigma_data must be positive, got 0.0"),
+    ],
+)
+def test_bad_input(build, message: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match=message):
+        build()

@@ -1,0 +1,358 @@
+"""The objectives: Eq. (33) against automatic differentiation, clipping, batch-norm modes, and what they call."""
+
+import math
+
+import pytest
+import torch
+from models_for_tests import log_posterior, mixture, small_cnn, smooth_mlp
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from scorematch import ThreatModel, objectives
+from scorematch.divergences import KINDS, clip_bound
+from scorematch.objectives import _DirectAscent, direct_weights
+from scorematch.ops.score_step import score_step
+from scorematch.posteriors import ClassScorePosterior, GaussianMixture, KernelDensity
+from scorematch.posteriors.base import PointwisePosterior
+
+UNBOUNDED = {"lower": -math.inf, "upper": math.inf}
+
+
+def plain_divergence(p: torch.Tensor, q: torch.Tensor, kind: str) -> torch.Tensor:
+    """D(P ‖ Q) of rows, written for automatic differentiation through both."""
+    m = 0.5 * (p + q)
+    js = 0.5 * (p * (p / m).log() + q * (q / m).log()).sum(1)
+    return {
+        "kl": (p * (p / q).log()).sum(1),
+        "se": (p - q).square().sum(1),
+        "l2": (p - q).norm(dim=1),
+        "l1": (p - q).abs().sum(1),
+        "linf": (p - q).abs().amax(1),
+        "js": js,
+        "js_distance": js.sqrt(),
+        "l1_squared": (p - q).abs().sum(1).square(),
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_of_direct_score_equals_automatic_differentiation(kind: str) -> None:
+    """Eq. (33): through the closed-form mixture, to 1e-6 in float64."""
+    oracle, model = mixture(4, 2, 6), smooth_mlp(6, 4)
+    x = torch.randn(32, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    value = plain_divergence(log_posterior(oracle, x).exp(), model(x).softmax(1), kind)
+    (expected,) = torch.autograd.grad(value.sum(), x)
+    ascent = _DirectAscent(model, oracle.trace(x, torch.zeros(32)), kind, literal=False)
+    torch.testing.assert_close(ascent.gradient(x), expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("kind", ["kl", "se"])
+def test_direct_attack_follows_automatic_differentiation(norm: str, kind: str) -> None:
+    """The whole attack, and the gradient of the loss in the parameters, against a plain loop."""
+    oracle, model = mixture(4, 2, 6), smooth_mlp(6, 4)
+    x = torch.randn(16, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    threat_model = ThreatModel(norm, 0.5, 0.1, **UNBOUNDED)
+    outcome = objectives.score_direct(
+        model,
+        x,
+        torch.zeros(16, dtype=torch.int64),
+        threat_model=threat_model,
+        posterior=oracle,
+        steps=7,
+        divergence=kind,
+        generator=torch.Generator().manual_seed(1),
+    )
+    x_adv = threat_model.random_start(x, torch.Generator().manual_seed(1))
+    for _ in range(7):
+        x_adv.requires_grad_()
+        value = plain_divergence(log_posterior(oracle, x_adv).exp(), model(x_adv).softmax(1), kind)
+        (gradient,) = torch.autograd.grad(value.sum(), x_adv)
+        x_adv = x_adv.detach()
+        if norm == "linf":
+            x_adv = (x_adv + 0.1 * gradient.sign()).clamp(x - 0.5, x + 0.5)
+        else:
+            x_adv = x_adv + 0.1 * gradient / gradient.norm(dim=1, keepdim=True)
+            x_adv = x + (x_adv - x) * (0.5 / (x_adv - x).norm(dim=1, keepdim=True)).clamp(max=1.0)
+    torch.testing.assert_close(outcome.x_adv, x_adv, rtol=1e-6, atol=1e-6)
+    expected = plain_divergence(log_posterior(oracle, x_adv).exp().detach(), model(x_adv).softmax(1), kind)
+    torch.testing.assert_close(outcome.loss, expected, rtol=1e-6, atol=1e-8)
+    parameters = list(model.parameters())
+    found = torch.autograd.grad(outcome.loss.mean(), parameters)
+    for a, b in zip(found, torch.autograd.grad(expected.mean(), parameters), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+class WithField(ClassScorePosterior):
+    """Another posterior with a class-independent field added to its scores."""
+
+    def __init__(self, inner: GaussianMixture, scale: float) -> None:
+        super().__init__()
+        self.inner, self.scale, self.num_classes = inner, scale, inner.num_classes
+
+    def log_prob_and_scores(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        log_p, scores = self.inner.log_prob_and_scores(x)
+        return log_p, scores + self.scale * (3 * x).sin()[:, None]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scale", [-7.0, 0.5, 100.0])
+def test_class_independent_field_changes_nothing(kind: str, scale: float) -> None:
+    oracle, model = mixture(4, 2, 6), smooth_mlp(6, 4)
+    x = torch.randn(32, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y = torch.zeros(32)
+    plain = _DirectAscent(model, oracle.trace(x, y), kind, literal=False).gradient(x)
+    shifted = _DirectAscent(model, WithField(oracle, scale).trace(x, y), kind, literal=False).gradient(x)
+    torch.testing.assert_close(shifted, plain, rtol=0, atol=1e-10)
+    log_p = WithField(oracle, scale)(x.requires_grad_())
+    (gradient,) = torch.autograd.grad(log_p[:, 0].sum(), x)
+    (expected,) = torch.autograd.grad(oracle(x)[:, 0].sum(), x)
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-10)
+
+
+def test_literal_weights_are_those_of_eq_33() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, other = torch.randn(2, 8, 5, dtype=torch.float64, generator=generator)
+    log_p, log_q = other.log_softmax(1), logits.log_softmax(1)
+    literal, grad_logits = direct_weights(logits, log_p, "kl", literal=True)
+    torch.testing.assert_close(literal, log_p.exp() * (log_p - log_q))
+    torch.testing.assert_close(grad_logits, log_q.exp() - log_p.exp())
+    projected, _ = direct_weights(logits, log_p, "kl")
+    torch.testing.assert_close(projected, literal - log_p.exp() * literal.sum(1, keepdim=True))
+
+
+def test_minimum_of_direct_score_is_the_posterior_itself() -> None:
+    """Self-consistency: with q = p the loss and its gradient are zero wherever the attack goes."""
+    oracle = mixture(4, 2, 6)
+    x = torch.randn(16, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y = oracle(x).argmax(1)
+    threat_model = ThreatModel("l2", 0.5, **UNBOUNDED)
+    direct = objectives.score_direct(oracle, x, y, threat_model=threat_model, posterior=oracle)
+    surrogate = objectives.pgd_at(oracle, x, oracle(x).exp(), threat_model=threat_model)
+    assert direct.loss.abs().max() < 1e-12
+    assert surrogate.loss.mean() > 0.01  # R_Madry of the truth is not zero
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["pgd_at", "trades", "score_direct"])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_attack_raises_the_loss(kind: str, name: str, norm: str) -> None:
+    model = small_cnn().eval()
+    x, y = torch.rand(32, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(32) % 10
+    extra = {"posterior": KernelDensity(x, y, num_classes=10, sigma=2.0)} if name == "score_direct" else {}
+    threat_model = ThreatModel(norm, 0.1 if norm == "linf" else 0.6)
+    losses = [
+        objectives.OBJECTIVES[name](
+            model,
+            x,
+            y,
+            threat_model=threat_model,
+            divergence=kind,
+            steps=steps,
+            generator=torch.Generator().manual_seed(0),
+            **extra,
+        ).loss.mean()
+        for steps in (1, 10)
+    ]
+    assert losses[1] > losses[0]
+
+
+def test_standard_is_cross_entropy() -> None:
+    model, x, y = small_cnn(), torch.rand(8, 1, 8, 8), torch.arange(8)
+    torch.testing.assert_close(objectives.standard(model, x, y).loss, cross_entropy(model(x), y, reduction="none"))
+
+
+def test_trades_is_its_two_terms() -> None:
+    model, x, y = small_cnn(), torch.rand(8, 1, 8, 8), torch.arange(8)
+    outcome = objectives.trades(model, x, y, threat_model=ThreatModel("linf", 0.1), beta=3.0, divergence="se")
+    clean, adversarial = model(x).softmax(1), model(outcome.x_adv).softmax(1)
+    one_hot = torch.nn.functional.one_hot(y, 10)
+    expected = (clean - one_hot).square().sum(1) + 3.0 * (adversarial - clean).square().sum(1)
+    torch.testing.assert_close(outcome.loss, expected)
+    parameters = list(model.parameters())
+    for a, b in zip(
+        torch.autograd.grad(outcome.loss.sum(), parameters),
+        torch.autograd.grad(expected.sum(), parameters),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["total", "robust", "threshold"])
+@pytest.mark.parametrize("kind", ["se", "kl"])
+def test_clipping_forms(form: str, kind: str) -> None:
+    model, x, y = small_cnn(), torch.rand(64, 1, 8, 8), torch.arange(64) % 10
+    common = {"threat_model": ThreatModel("linf", 0.1), "divergence": kind, "attack_mode": "eval"}
+    bound = 0.4 if form == "threshold" else clip_bound(kind, 0.4, 10)
+
+    def run(name: str, **settings: object) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return objectives.OBJECTIVES[name](model, x, y, generator=generator, **common, **settings).loss
+
+    clipped = run("pgd_at", clip=0.4, clip_form=form)
+    torch.testing.assert_close(clipped, (run("pgd_at") - bound).relu())
+
+    beta = 2.0
+    natural = objectives.standard(model, x, y, divergence=kind).loss
+    total = run("trades", beta=beta)
+    robust = (total - natural) / beta
+    expected = (total - bound).relu() if form == "total" else natural + beta * (robust - bound).relu()
+    torch.testing.assert_close(run("trades", beta=beta, clip=0.4, clip_form=form), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["pgd_at", "trades", "score_direct"])
+@pytest.mark.parametrize("mode", ["eval", "train", "frozen"])
+def test_batch_norm_mode_during_the_attack(name: str, mode: str) -> None:
+    model = small_cnn(batch_norm=True).train()
+    x, y = torch.rand(16, 1, 8, 8), torch.arange(16) % 10
+    extra = {}
+    if name == "score_direct":
+        extra["posterior"] = KernelDensity(x, y, num_classes=10, sigma=1.0)
+    steps = 3
+    objectives.OBJECTIVES[name](
+        model, x, y, threat_model=ThreatModel("linf", 0.1), steps=steps, attack_mode=mode, **extra
+    ).loss.mean().backward()
+    outer = 2 if name == "trades" else 1
+    in_attack = {"train": steps + (name == "trades"), "eval": 0, "frozen": 0}[mode]
+    assert int(model[1].num_batches_tracked) == outer + in_attack
+    assert model.training
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["pgd_at", "trades", "score_direct"])
+def test_attack_leaves_no_gradient_of_its_own(name: str) -> None:
+    """The gradient in the parameters after backward is that of the loss alone."""
+    model = small_cnn()
+    x, y = torch.rand(16, 1, 8, 8), torch.arange(16) % 10
+    extra = {"posterior": KernelDensity(x, y, num_classes=10, sigma=1.0)} if name == "score_direct" else {}
+    outcome = objectives.OBJECTIVES[name](model, x, y, threat_model=ThreatModel("linf", 0.1), **extra)
+    assert all(p.grad is None for p in model.parameters())
+    assert not outcome.x_adv.requires_grad
+    assert outcome.loss.shape == (16,)
+    assert not any(metric.requires_grad or metric.dim() for metric in outcome.metrics.values())
+
+
+class Flat(PointwisePosterior):
+    """A posterior that does not depend on x: its data gradient is zero."""
+
+    def __init__(self, log_p: torch.Tensor) -> None:
+        super().__init__()
+        self.log_p, self.num_classes = log_p, log_p.shape[1]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.log_p.expand(len(x), -1) + 0.0 * x.flatten(1).sum(1, keepdim=True)
+
+    _trace_at = KernelDensity._trace_at
+
+    def log_prob_and_scores(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self(x).detach(), torch.zeros(len(x), self.num_classes, *x.shape[1:])
+
+
+def test_metrics_measure_the_data_gradient() -> None:
+    model, x, y = small_cnn(), torch.rand(16, 1, 8, 8), torch.arange(16) % 10
+    common = {"threat_model": ThreatModel("linf", 0.1), "generator": torch.Generator().manual_seed(0)}
+    flat = objectives.score_direct(model, x, y, posterior=Flat(torch.full((1, 10), 0.1).log()), **common)
+    assert flat.metrics["data_gradient_ratio"] == 0.0
+    assert flat.metrics["sign_change_share"] == 0.0
+    steep = objectives.score_direct(model, x, y, posterior=KernelDensity(x, y, num_classes=10, sigma=1.0), **common)
+    assert steep.metrics["data_gradient_ratio"] > 1.0
+    assert 0.1 < steep.metrics["sign_change_share"] < 0.9
+
+
+def test_nan_logits_give_a_nan_loss() -> None:
+    class Broken(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.flatten(1)[:, :10] * torch.nan
+
+    x, y = torch.rand(4, 1, 8, 8), torch.arange(4)
+    threat_model = ThreatModel("linf", 0.1)
+    posterior = KernelDensity(torch.rand(10, 1, 8, 8), torch.arange(10), num_classes=10, sigma=1.0)
+    for name, extra in (("standard", {}), ("pgd_at", {"clip": 0.4}), ("trades", {}), ("score_direct", {})):
+        settings = {} if name == "standard" else {"threat_model": threat_model, **extra}
+        if name == "score_direct":
+            settings["posterior"] = posterior
+        assert objectives.OBJECTIVES[name](Broken(), x, y, **settings).loss.isnan().all()
+
+
+STEP = {
+    "aten::sign",
+    "aten::clamp",
+    "aten::clip",
+    "aten::clamp_min",
+    "aten::clamp_max",
+    "aten::minimum",
+    "aten::maximum",
+}
+DIVERGENCE = {"aten::softmax", "aten::_softmax", "aten::log_softmax", "aten::_log_softmax", "aten::cross_entropy_loss"}
+
+
+@pytest.mark.parametrize("name", ["standard", "pgd_at", "trades", "score_direct"])
+def test_a_training_step_runs_on_our_kernels(name: str) -> None:
+    """One step calls the compiled operators, and no eager step or divergence."""
+    x, y = torch.rand(16, 1, 8, 8), torch.arange(16) % 10
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(144, 10))  # ReLU is a clamp
+    settings: dict = {} if name == "standard" else {"threat_model": ThreatModel("linf", 0.1), "steps": 3}
+    if name == "score_direct":
+        settings["posterior"] = mixture_of_images()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torch.profiler.profile() as profile:
+        objectives.OBJECTIVES[name](model, x, y, **settings).loss.mean().backward()
+        optimizer.step()
+    called = {event.key for event in profile.key_averages()}
+    counts = {event.key: event.count for event in profile.key_averages()}
+    expected = {
+        "standard": {"scorematch::divergence": 1},
+        "pgd_at": {"scorematch::divergence": 4, "scorematch::pgd_step": 3},
+        "trades": {"scorematch::divergence": 1, "scorematch::logit_divergence": 4, "scorematch::pgd_step": 4},
+        "score_direct": {"scorematch::logit_divergence": 4, "scorematch::pgd_step": 3, "scorematch::score_step": 3},
+    }[name]
+    for operator, count in expected.items():
+        found = sum(n for key, n in counts.items() if key.startswith(operator) and "backward" not in key)
+        assert found == count, f"{operator}: {found} calls, expected {count}; {sorted(called)}"
+    assert not called & DIVERGENCE
+    # The share of changed signs is a metric: two signs a step, and nothing that clips.
+    assert not called & (STEP - ({"aten::sign"} if name == "score_direct" else set()))
+
+
+def mixture_of_images() -> ClassScorePosterior:
+    class Linear(ClassScorePosterior):
+        """Values and scores without any softmax of its own, so that the profile shows the objective alone."""
+
+        num_classes = 10
+
+        def log_prob_and_scores(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            log_p = torch.full((len(x), 10), -math.log(10.0))
+            return log_p, torch.ones(len(x), 10, *x.shape[1:])
+
+    return Linear()
+
+
+def test_score_step_is_what_the_posterior_pulls_back_with() -> None:
+    oracle, x = mixture(4, 2, 6), torch.randn(8, 6, dtype=torch.float64)
+    log_p, scores = oracle.log_prob_and_scores(x)
+    weights, grad = torch.randn(8, 4, dtype=torch.float64), torch.randn(8, 6, dtype=torch.float64)
+    centred = weights - log_p.exp() * weights.sum(1, keepdim=True)
+    expected = score_step(centred, scores, grad)
+    torch.testing.assert_close(oracle.trace(x, torch.zeros(8)).pull_back(weights, grad), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("standard", {"divergence": "hellinger"}, "divergence must be one of kl"),
+        ("pgd_at", {"divergence": "hellinger"}, "divergence must be one of kl"),
+        ("pgd_at", {"clip": 1.5}, r"clip must lie in \[0, 1\), got 1.5"),
+        ("pgd_at", {"clip_form": "both"}, "clip_form must be one of total, robust, threshold, got 'both'"),
+        ("pgd_at", {"clip_form": "threshold", "clip": -1.0}, "clip must not be negative"),
+        ("pgd_at", {"attack_mode": "test"}, "attack_mode must be one of eval, train, frozen, got 'test'"),
+        ("pgd_at", {"start": "corner"}, "start must be one of uniform, gaussian, got 'corner'"),
+        ("trades", {"beta": -1.0}, "beta must not be negative, got -1.0"),
+        ("trades", {"beta": math.nan}, "beta must not be negative, got nan"),
+    ],
+)
+def test_bad_input(name: str, settings: dict, message: str) -> None:
+    model, x, y = small_cnn(), torch.rand(4, 1, 8, 8), torch.arange(4)
+    if name != "standard":
+        settings = {"threat_model": ThreatModel("linf", 0.1), **settings}
+    with pytest.raises(ValueError, match=message):
+        objectives.OBJECTIVES[name](model, x, y, **settings)
+    assert all(p.requires_grad for p in model.parameters())

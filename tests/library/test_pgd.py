@@ -1,0 +1,151 @@
+"""PGD finds what it should, stays where it may, and leaves the model as it was."""
+
+import pytest
+import torch
+from models_for_tests import small_cnn
+from torch import nn
+
+from scorematch import PGD, ThreatModel
+from scorematch.attacks.pgd import LOSSES, margin_loss, misclassified
+from scorematch.model_state import borrowed
+
+
+class Linear(nn.Module):
+    """Two classes with margin w·x + b: PGD must reach the closed-form worst case."""
+
+    def __init__(self, weight: torch.Tensor, bias: float) -> None:
+        super().__init__()
+        self.weight, self.bias = weight, bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        margin = x.flatten(1) @ self.weight + self.bias
+        return torch.stack([margin, -margin], 1)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("loss", ["ce", "margin", "se", "js"])
+def test_linear_model_is_attacked_exactly(norm: str, loss: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(12, generator=generator)
+    x = 0.3 + 0.4 * torch.rand(200, 3, 2, 2, generator=generator)
+    model = Linear(weight, -float((x.flatten(1) @ weight).mean()) + 0.6)
+    y = torch.zeros(200, dtype=torch.int64)
+    dual = weight.abs().sum() if norm == "linf" else weight.norm()
+    margin = x.flatten(1) @ weight + model.bias
+    threat_model = ThreatModel(norm, 0.1 if norm == "linf" else 0.25)  # small enough for the box not to matter
+    robust = margin - threat_model.eps * dual > 1e-4
+    attackable = margin - threat_model.eps * dual < -1e-4
+    x_adv = PGD(threat_model, steps=40, losses=(loss,))(model, x, y, generator)
+    wrong = misclassified(model(x_adv), y)
+    assert 20 < int(robust.sum()) < 180
+    assert not wrong[robust].any()
+    assert wrong[attackable].all()
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_model_is_left_as_found(batch_norm: bool, training: bool) -> None:
+    model = small_cnn(batch_norm=batch_norm).train(training)
+    model[0].bias.requires_grad_(False)
+    model[-1].eval()
+    modes = [module.training for module in model.modules()]
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    PGD(ThreatModel("linf", 0.1), steps=3)(model, torch.rand(8, 1, 8, 8), torch.arange(8))
+    assert all(p.grad is None for p in model.parameters())
+    assert [p.requires_grad for p in model.parameters()][:3] == [True, False, True]
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_model_is_restored_after_an_error() -> None:
+    model = small_cnn().train()
+    with pytest.raises(RuntimeError, match="channels"):
+        PGD(ThreatModel("linf", 0.1), steps=3)(model, torch.rand(8, 3, 8, 8), torch.arange(8))
+    assert model.training
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("mode", ["eval", "train", "frozen"])
+def test_batch_norm_mode_of_the_attack(mode: str) -> None:
+    model = small_cnn(batch_norm=True).train()
+    x = torch.rand(16, 1, 8, 8)
+    norm = model[1]
+    before = norm.running_mean.clone()
+    with borrowed(model, mode), torch.no_grad():
+        batch_output = norm(model[0](x))
+    uses_batch_statistics = batch_output.mean((0, 2, 3)).abs().max() < 1e-5
+    assert uses_batch_statistics == (mode != "eval")
+    assert torch.equal(norm.running_mean, before) == (mode != "train")
+    assert int(norm.num_batches_tracked) == (mode == "train")
+    assert norm.training
+    assert norm.track_running_stats
+
+
+def test_restarts_and_losses_only_add() -> None:
+    model = small_cnn()
+    x = torch.rand(256, 1, 8, 8)
+    y = model(x).argmax(1)
+    threat_model = ThreatModel("linf", 0.06)
+
+    def accuracy(**settings: object) -> float:
+        x_adv = PGD(threat_model, steps=3, **settings)(model, x, y, torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+        return float((~misclassified(model(x_adv), y)).float().mean())
+
+    once, twice = accuracy(), accuracy(restarts=4)
+    both = accuracy(restarts=4, losses=("ce", "margin"))
+    assert 0.0 < once < 1.0
+    assert both <= twice <= once
+
+
+def test_result_does_not_depend_on_the_company_of_a_sample() -> None:
+    model = small_cnn()
+    x = torch.rand(32, 1, 8, 8)
+    y = model(x).argmax(1)
+    threat_model = ThreatModel("linf", 0.05)
+    attack = PGD(threat_model, steps=5, random_start=False, losses=("ce", "margin"))
+    together = attack(model, x, y)
+    alone = torch.cat([attack(model, x[i : i + 1], y[i : i + 1]) for i in range(len(x))])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-6)
+
+
+def test_nan_logits_count_as_misclassified() -> None:
+    logits = torch.tensor([[2.0, 1.0], [torch.nan, 1.0], [2.0, torch.nan], [1.0, 1.0]])
+    assert misclassified(logits, torch.zeros(4, dtype=torch.int64)).tolist() == [False, True, True, True]
+
+
+def test_margin_loss() -> None:
+    logits = torch.tensor([[3.0, 1.0, 2.0], [0.0, 5.0, 1.0]])
+    assert margin_loss(logits, torch.tensor([0, 0])).tolist() == [-1.0, 5.0]
+
+
+def test_empty_batch() -> None:
+    x = torch.empty(0, 1, 8, 8)
+    assert PGD(ThreatModel("l2", 0.1))(small_cnn(), x, torch.empty(0, dtype=torch.int64)).shape == x.shape
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"restarts": 0}, "restarts must be at least 1, got 0"),
+        ({"losses": ("dlr",)}, f"losses must be among {', '.join(LOSSES)}, got 'dlr'"),
+        ({"losses": ()}, "losses is empty"),
+    ],
+)
+def test_bad_settings(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PGD(ThreatModel("linf", 0.1), **settings)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "message"),
+    [
+        (torch.full((2, 1, 8, 8), 1.5), torch.zeros(2, dtype=torch.int64), r"x must lie in the box \[0.0, 1.0\]"),
+        (torch.full((2, 1, 8, 8), torch.nan), torch.zeros(2, dtype=torch.int64), "x must lie in the box"),
+        (torch.rand(2, 1, 8, 8), torch.zeros(3, dtype=torch.int64), r"x must be \[N, …\] and y \[N\]"),
+        (torch.rand(2, 1, 8, 8), torch.full((2,), 10), "10"),
+    ],
+)
+def test_bad_batches(x: torch.Tensor, y: torch.Tensor, message: str) -> None:
+    with pytest.raises((ValueError, IndexError, RuntimeError), match=message):
+        PGD(ThreatModel("linf", 0.1))(small_cnn(), x, y)

@@ -1,0 +1,251 @@
+"""Posteriors against closed forms and automatic differentiation, in float64."""
+
+import math
+
+import pytest
+import torch
+from models_for_tests import log_posterior, mixture
+
+from scorematch import ThreatModel
+from scorematch.audit import robust_accuracy
+from scorematch.networks import Denoiser, MLPBackbone
+from scorematch.posteriors import (
+    ClassScorePosterior,
+    GaussianMixture,
+    KernelDensity,
+    NoiseConditionalClassifier,
+    Posterior,
+    ScoreNetwork,
+)
+
+F64 = {"rtol": 1e-10, "atol": 1e-10}
+
+
+def inputs(count: int = 6, features: int = 5, seed: int = 1) -> torch.Tensor:
+    return torch.randn(count, features, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def class_score_gradients(posterior: ClassScorePosterior, x: torch.Tensor) -> torch.Tensor:
+    """∇ log p(y|x) for every class, [N, L, …], from the class scores."""
+    log_p, scores = posterior.log_prob_and_scores(x)
+    shape = (*log_p.shape, *[1] * (x.dim() - 1))
+    return scores - (log_p.exp().reshape(shape) * scores).sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("features", [1, 2, 5])
+@pytest.mark.parametrize("components", [1, 3])
+def test_mixture_equals_torch_distributions(features: int, components: int) -> None:
+    p, x = mixture(3, components, features), inputs(features=features).requires_grad_()
+    expected = log_posterior(p, x)
+    torch.testing.assert_close(p(x), expected, **F64)
+    gradients = torch.stack(
+        [torch.autograd.grad(expected[:, y].sum(), x, retain_graph=True)[0] for y in range(3)], dim=1
+    )
+    torch.testing.assert_close(class_score_gradients(p, x), gradients, **F64)
+
+
+def test_mixture_gradient_passes_gradcheck() -> None:
+    p = mixture()
+    assert torch.autograd.gradcheck(p, (inputs().requires_grad_(),))
+
+
+@pytest.mark.parametrize("form", ["isotropic", "diagonal", "full"])
+def test_forms_of_covariance_agree(form: str) -> None:
+    means = inputs(6).reshape(3, 2, 5)
+    variance = 0.5 + torch.rand(3, 2, dtype=torch.float64)
+    covariances = {
+        "isotropic": variance,
+        "diagonal": variance[..., None].expand(3, 2, 5),
+        "full": variance[..., None, None] * torch.eye(5, dtype=torch.float64),
+    }[form]
+    p, x = GaussianMixture(means, covariances), inputs(4)
+    squared = (x[:, None, None] - means).square().sum(-1)
+    expected = (-0.5 * squared / variance - 2.5 * (2 * math.pi * variance).log()).logsumexp(-1).log_softmax(-1)
+    torch.testing.assert_close(p(x), expected, **F64)
+
+
+def test_mixture_samples_follow_it() -> None:
+    p = mixture(2, 2, 1)
+    x, y = p.sample(100_000, torch.Generator().manual_seed(0))
+    prior = p.log_weights.exp().sum(1)
+    torch.testing.assert_close(torch.bincount(y).double() / len(y), prior, rtol=0.02, atol=0)
+    # E over x of p(y|x) is the prior, and among points with p(1|x) near t a share t is of class 1.
+    posterior = p(x).exp()[:, 1]
+    for low in (0.2, 0.5, 0.8):
+        chosen = (posterior > low) & (posterior < low + 0.1)
+        assert float(y[chosen].double().mean()) == pytest.approx(float(posterior[chosen].mean()), abs=0.03)
+
+
+def test_smoothed_mixture_adds_the_variance_of_the_noise() -> None:
+    p = mixture()
+    expected = p.covariances + 0.09 * torch.eye(5, dtype=torch.float64)
+    torch.testing.assert_close(p.smoothed(0.3).covariances, expected)
+    torch.testing.assert_close(p.smoothed(0.3).log_weights, p.log_weights)
+
+
+def test_kernel_density_is_the_mixture_of_its_kernels() -> None:
+    points, labels = inputs(12, seed=2), torch.arange(12) % 3
+    density = KernelDensity(points, labels, num_classes=3, sigma=0.7)
+    means = torch.stack([points[labels == y] for y in range(3)])
+    equivalent = GaussianMixture(means, torch.full((3, 4), 0.49, dtype=torch.float64))
+    x = inputs()
+    torch.testing.assert_close(density(x), equivalent(x), **F64)
+    torch.testing.assert_close(class_score_gradients(density, x), class_score_gradients(equivalent, x), **F64)
+
+
+def test_kernel_density_of_unbalanced_classes_and_images() -> None:
+    points, labels = inputs(9, 16, seed=2).reshape(9, 1, 4, 4), torch.tensor([2, 0, 0, 0, 0, 1, 2, 0, 0])
+    density = KernelDensity(points, labels, num_classes=3, sigma=1.5)
+    x = inputs(4, 16).reshape(4, 1, 4, 4)
+    squared = (x[:, None] - points).square().flatten(2).sum(2) / (2 * 1.5**2)
+    expected = torch.stack([(-squared[:, labels == y]).logsumexp(1) for y in range(3)], 1).log_softmax(1)
+    torch.testing.assert_close(density(x), expected, **F64)
+    assert torch.autograd.gradcheck(density, (x.requires_grad_(),))
+
+
+class OracleDenoiser(Denoiser):
+    """The exact denoiser of a mixture at any σ: x + σ² ∇ log p_σ (Tweedie's formula)."""
+
+    def __init__(self, oracle: GaussianMixture) -> None:
+        super().__init__(torch.nn.Identity(), num_classes=oracle.num_classes, sigma_data=1.0)
+        self.oracle = oracle
+
+    def _scores(self, x: torch.Tensor, sigma: torch.Tensor | float, heads: int) -> torch.Tensor:
+        log_p, scores = self.oracle.smoothed(float(sigma)).log_prob_and_scores(x)
+        unconditional = (log_p.exp()[..., None] * scores).sum(1, keepdim=True)
+        return torch.cat([scores, unconditional], 1)[:, :heads]
+
+
+def path(x: torch.Tensor, steps: int, seed: int = 5) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    points = [x]
+    for _ in range(steps):
+        points.append(points[-1] + 0.4 * torch.randn(x.shape, dtype=x.dtype, generator=generator))
+    return points
+
+
+@pytest.mark.parametrize("centering", ["posterior", "network"])
+def test_path_integral_of_exact_scores_reaches_the_posterior(centering: str) -> None:
+    oracle, x = mixture(), inputs()
+    smoothed = oracle.smoothed(0.3)
+    posterior = ScoreNetwork(OracleDenoiser(oracle), sigma=0.3, anchor=smoothed, centering=centering, nodes=64)
+    trace = posterior.trace(x, torch.zeros(len(x), dtype=torch.int64))
+    for point in path(x, 3)[1:]:
+        trace.move(point)
+    torch.testing.assert_close(trace.log_p, smoothed(point), rtol=1e-3, atol=1e-3)
+    weights = torch.randn(trace.log_p.shape, dtype=torch.float64)
+    point.requires_grad_()
+    (expected,) = torch.autograd.grad((smoothed(point) * weights).sum(), point)
+    torch.testing.assert_close(trace.pull_back(weights, torch.zeros_like(x)), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_refining_the_path_integral_is_second_order() -> None:
+    oracle, x = mixture(), inputs()
+    smoothed, target = oracle.smoothed(0.3), path(x, 1)[1]
+    errors = []
+    for nodes in (4, 8, 16):
+        posterior = ScoreNetwork(OracleDenoiser(oracle), sigma=0.3, anchor=smoothed, nodes=nodes)
+        trace = posterior.trace(x, torch.zeros(len(x), dtype=torch.int64))
+        trace.move(target)
+        errors.append(float((trace.log_p - smoothed(target)).abs().max()))
+    assert errors[0] > 1e-6
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.3)
+    assert errors[1] / errors[2] == pytest.approx(4, rel=0.15)
+
+
+def test_label_anchor() -> None:
+    denoiser = OracleDenoiser(mixture())
+    posterior = ScoreNetwork(denoiser, sigma=0.3, smoothing=0.2)
+    x = inputs(3)
+    hard = posterior.trace(x, torch.tensor([0, 1, 2])).log_p.exp()
+    torch.testing.assert_close(hard, 0.1 + 0.7 * torch.eye(3, dtype=torch.float64))
+    soft = torch.tensor([[0.5, 0.5, 0.0]], dtype=torch.float64).expand(3, 3)
+    expected = 0.8 * soft + 0.2 * (1 - soft) / 2
+    torch.testing.assert_close(posterior.trace(x, soft).log_p.exp(), expected)
+
+
+class ToyClassifier(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(5, 3).double()
+
+    def forward(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        return self.linear(x).tanh() / sigma[:, None]
+
+
+def test_classifier_pull_back_equals_automatic_differentiation() -> None:
+    posterior = NoiseConditionalClassifier(ToyClassifier(), num_classes=3, sigma=0.5)
+    x = inputs().requires_grad_()
+    trace = posterior.trace(inputs(seed=9), torch.zeros(6, dtype=torch.int64))
+    trace.move(x)
+    weights, grad = torch.randn(6, 3, dtype=torch.float64), inputs(seed=4)
+    (expected,) = torch.autograd.grad((posterior(x) * weights).sum(), x)
+    torch.testing.assert_close(trace.pull_back(weights, grad), grad + expected, **F64)
+    torch.testing.assert_close(trace.log_p.exp().sum(1), torch.ones(6, dtype=torch.float64))
+
+
+def all_posteriors() -> list[Posterior]:
+    points, labels = inputs(12, seed=2), torch.arange(12) % 3
+    torch.manual_seed(0)
+    denoiser = Denoiser(MLPBackbone((5,), 20, width=8, depth=1), num_classes=3, sigma_data=1.0).double()
+    return [
+        mixture(),
+        KernelDensity(points, labels, num_classes=3, sigma=0.7),
+        NoiseConditionalClassifier(ToyClassifier(), num_classes=3, sigma=0.5),
+        ScoreNetwork(denoiser, sigma=0.5),
+    ]
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_posteriors_are_fixed_and_can_be_saved(index: int) -> None:
+    posterior, other = all_posteriors()[index], all_posteriors()[index]
+    assert not any(p.requires_grad for p in posterior.parameters())
+    posterior.train()
+    assert not any(module.training for module in list(posterior.modules())[1:])
+    for tensor in other.state_dict().values():
+        tensor.zero_()
+    other.load_state_dict(posterior.state_dict())
+    x, y = inputs(), torch.arange(6) % 3
+    for moved in (x, x + 0.1):
+        a, b = posterior.trace(x, y), other.trace(x, y)
+        a.move(moved)
+        b.move(moved)
+        assert torch.equal(a.log_p, b.log_p)
+        assert not a.log_p.requires_grad
+
+
+def test_audit_finds_the_robust_accuracy_of_a_linear_posterior() -> None:
+    means = torch.tensor([[[-1.0, 0.0]], [[1.0, 0.0]]], dtype=torch.float64)
+    oracle = GaussianMixture(means, torch.full((2, 1), 0.5, dtype=torch.float64))
+    x, y = oracle.sample(2000, torch.Generator().manual_seed(0))
+    threat_model = ThreatModel("linf", 0.3, lower=-math.inf, upper=math.inf)
+    clean, robust = robust_accuracy(oracle, x, y, threat_model, steps=20)
+    margin = torch.where(y == 1, x[:, 0], -x[:, 0])
+    assert clean == pytest.approx(float((margin > 0).double().mean()))
+    assert robust == pytest.approx(float((margin > 0.3).double().mean()))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: GaussianMixture(torch.zeros(2, 3), torch.ones(2, 3)), r"means must be \[L, K, D\], got \[2, 3\]"),
+        (lambda: GaussianMixture(torch.zeros(2, 1, 3), torch.ones(3)), "covariances must be"),
+        (lambda: GaussianMixture(torch.zeros(2, 1, 3), -torch.ones(2, 1)), "positive definite"),
+        (lambda: GaussianMixture(torch.zeros(2, 1, 3), torch.ones(2, 1), torch.ones(3)), r"weights must be \[L, K\]"),
+        (lambda: GaussianMixture(torch.zeros(2, 1, 3), torch.ones(2, 1), -torch.ones(2, 1)), "non-negative"),
+        (lambda: mixture()(torch.zeros(2, 4, dtype=torch.float64)), "x has 4 features a sample, the mixture 5"),
+        (lambda: KernelDensity(torch.zeros(2, 3), torch.tensor([0, 1]), num_classes=2, sigma=0.0), "sigma must be pos"),
+        (lambda: KernelDensity(torch.zeros(2, 3), torch.tensor([0]), num_classes=2, sigma=1.0), "x has 2 samples but"),
+        (lambda: KernelDensity(torch.zeros(2, 3), torch.tensor([0, 0]), num_classes=2, sigma=1.0), "class 1 has no"),
+        (lambda: KernelDensity(torch.zeros(2, 3), torch.tensor([0, 2]), num_classes=2, sigma=1.0), "labels must lie"),
+        (lambda: NoiseConditionalClassifier(ToyClassifier(), num_classes=3, sigma=-1.0), "sigma must be positive"),
+        (lambda: ScoreNetwork(OracleDenoiser(mixture()), sigma=0.0), "sigma must be positive, got 0.0"),
+        (lambda: ScoreNetwork(OracleDenoiser(mixture()), sigma=1.0, smoothing=0.0), "smoothing must lie in"),
+        (lambda: ScoreNetwork(OracleDenoiser(mixture()), sigma=1.0, centering="mean"), "centering must be one of"),
+        (lambda: ScoreNetwork(OracleDenoiser(mixture()), sigma=1.0, nodes=0), "nodes must be at least 1, got 0"),
+        (lambda: ScoreNetwork(OracleDenoiser(mixture()), sigma=1.0, anchor=mixture(4)), "anchor has 4 classes"),
+    ],
+)
+def test_bad_input(build, message: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match=message):
+        build()

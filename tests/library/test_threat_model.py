@@ -1,0 +1,89 @@
+"""The ball and the box."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scorematch import ThreatModel
+
+
+def inside(threat_model: ThreatModel, x: torch.Tensor, x0: torch.Tensor) -> bool:
+    difference = (x - x0).flatten(1)
+    distance = difference.abs().amax(1) if threat_model.norm == "linf" else difference.norm(dim=1)
+    in_box = bool((x >= threat_model.lower).all() and (x <= threat_model.upper).all())
+    return in_box and bool((distance <= threat_model.eps * (1 + 1e-5) + 1e-6).all())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    norm=st.sampled_from(["linf", "l2"]),
+    eps=st.floats(1e-3, 10.0),
+    step=st.floats(1e-3, 10.0),
+    seed=st.integers(0, 10_000),
+)
+def test_every_move_stays_in_the_ball_and_the_box(norm: str, eps: float, step: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    threat_model = ThreatModel(norm, eps, step)
+    x0 = torch.rand(4, 2, 3, 3, generator=generator)
+    x = threat_model.random_start(x0, generator)
+    assert inside(threat_model, x, x0)
+    for _ in range(3):
+        x = threat_model.step(x, torch.randn(x.shape, generator=generator), x0)
+        assert inside(threat_model, x, x0)
+    far = x0 + 20 * torch.randn(x0.shape, generator=generator)
+    assert inside(threat_model, threat_model.project(far, x0), x0)
+
+
+def test_random_starts_are_uniform_in_the_ball() -> None:
+    x = torch.zeros(20_000, 3)
+    generator = torch.Generator().manual_seed(0)
+    linf = ThreatModel("linf", 2.0, lower=-math.inf, upper=math.inf).random_start(x, generator)
+    assert linf.mean().abs() < 0.02
+    assert float(linf.var()) == pytest.approx(4 / 3, rel=0.02)
+    l2 = ThreatModel("l2", 2.0, lower=-math.inf, upper=math.inf).random_start(x, generator)
+    # Uniform in the ball: (‖δ‖/eps)^D is uniform in [0, 1].
+    quantile = (l2.norm(dim=1) / 2.0) ** 3
+    assert float(quantile.mean()) == pytest.approx(0.5, abs=0.01)
+    assert float(quantile.var()) == pytest.approx(1 / 12, rel=0.03)
+
+
+def test_random_start_repeats_with_its_generator() -> None:
+    x = torch.rand(5, 1, 4, 4)
+    for norm in ("linf", "l2"):
+        threat_model = ThreatModel(norm, 0.3)
+        first = threat_model.random_start(x, torch.Generator().manual_seed(3))
+        assert torch.equal(first, threat_model.random_start(x, torch.Generator().manual_seed(3)))
+
+
+def test_empty_batch() -> None:
+    for norm in ("linf", "l2"):
+        threat_model = ThreatModel(norm, 0.3)
+        x = torch.empty(0, 3, 8, 8)
+        assert threat_model.step(threat_model.random_start(x), x, x).shape == x.shape
+
+
+def test_step_length_defaults_to_a_quarter_of_eps() -> None:
+    assert ThreatModel("linf", 0.4).step_length == pytest.approx(0.1)
+    assert ThreatModel("linf", 0.4).replace(eps=0.8).step_length == pytest.approx(0.2)
+    assert ThreatModel("linf", 0.4, 0.05).replace(eps=0.8).step_length == 0.05
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"norm": "l1", "eps": 0.1}, "norm must be one of linf, l2, got 'l1'"),
+        ({"norm": "linf", "eps": 0.0}, "eps must be positive and finite, got 0.0"),
+        ({"norm": "linf", "eps": -1.0}, "eps must be positive"),
+        ({"norm": "linf", "eps": math.nan}, "eps must be positive"),
+        ({"norm": "linf", "eps": math.inf}, "eps must be positive"),
+        ({"norm": "linf", "eps": 0.1, "step_size": 0.0}, "step_size must be positive"),
+        ({"norm": "linf", "eps": 0.1, "lower": 1.0, "upper": 1.0}, "the box is empty"),
+        ({"norm": "linf", "eps": 0.1, "lower": math.nan}, "the box is empty"),
+    ],
+)
+def test_bad_input(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ThreatModel(**arguments)
