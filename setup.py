@@ -1,12 +1,12 @@
 """Builds the kernels; the metadata is in pyproject.toml.
 
-    python setup.py build_ext            compiles scorematch._C and, with CUDA, scorematch._C_cuda, in place
-    pip install -e . --no-build-isolation
-    pip wheel . --no-build-isolation
+python setup.py build_ext            compiles scorematch._C and, with CUDA, scorematch._C_cuda, in place
+pip install -e . --no-build-isolation
+pip wheel . --no-build-isolation
 
-    SCOREMATCH_CUDA=auto|0|1   compile csrc/cuda; auto (default): if torch was built with CUDA and nvcc is found
-    TORCH_CUDA_ARCH_LIST       GPU architectures; default 8.0;9.0+PTX where no GPU is visible
-    MAX_JOBS                   compilers at a time; default: the number of cores
+SCOREMATCH_CUDA=auto|0|1   compile csrc/cuda; auto (default): if torch was built with CUDA and nvcc is found
+TORCH_CUDA_ARCH_LIST       GPU architectures; default 8.0;9.0+PTX where no GPU is visible
+MAX_JOBS                   compilers at a time; default: the number of cores
 """
 
 import os
@@ -20,9 +20,9 @@ if "CUDA_HOME" not in os.environ and Path("/usr/local/cuda/include/cuda_runtime.
     os.environ["CUDA_HOME"] = "/usr/local/cuda"
 os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
 
-import torch  # noqa: E402
-from setuptools import Extension, setup  # noqa: E402
-from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension  # noqa: E402
+import torch
+from setuptools import Extension, setup
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
 HEADERS = sorted(glob("csrc/**/*.h", recursive=True))
 CXX_FLAGS = [

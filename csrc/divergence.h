@@ -9,11 +9,14 @@
 
 namespace scorematch {
 
-// log softmax(z)_j = (z_j - largest) - log_sum
+// log softmax(z)_j = (z_j - largest) - log_sum. A probability is the same number whether its exponential was kept or is
+// computed again, so that distributions that coincide do so to the last bit.
 template <typename A>
 struct LogSoftmax {
   A largest, log_sum, inverse_sum;
   SCOREMATCH_INLINE A operator()(A z) const { return (z - largest) - log_sum; }
+  SCOREMATCH_INLINE A from_exponential(A e) const { return e * inverse_sum; }
+  SCOREMATCH_INLINE A probability(A z) const { return from_exponential(exponential(z - largest)); }
 };
 
 // A row that exponentials are not kept in.
@@ -22,7 +25,7 @@ struct NoRow {
   SCOREMATCH_INLINE void put(int64_t, A) const {}
 };
 
-// `kept` receives exp(z_j - largest) of each element where `keep` is set: softmax(z)_j = kept_j inverse_sum.
+// `kept` receives exp(z_j - largest) of each element where `keep` is set.
 template <typename A, typename Lanes, typename Row, typename Kept = NoRow>
 SCOREMATCH_INLINE LogSoftmax<A> log_softmax_of(Lanes lanes, Row z, int64_t classes, bool keep = false, Kept kept = {}) {
   A largest(-INFINITY);
@@ -79,8 +82,8 @@ struct LogitTarget {
     log_softmax = log_softmax_of<A>(lanes, z, classes, keep, kept);
   }
   SCOREMATCH_INLINE mask_of<A> known() const { return A(0) == A(0); }
-  SCOREMATCH_INLINE A from_exponential(A e) const { return e * log_softmax.inverse_sum; }
-  SCOREMATCH_INLINE A probability(int64_t j) const { return exponential(log_softmax(z(j))); }
+  SCOREMATCH_INLINE A from_exponential(A e) const { return log_softmax.from_exponential(e); }
+  SCOREMATCH_INLINE A probability(int64_t j) const { return log_softmax.probability(z(j)); }
   SCOREMATCH_INLINE A log_probability(int64_t j) const { return log_softmax(z(j)); }
 };
 
@@ -159,6 +162,15 @@ SCOREMATCH_INLINE Outer<A> outer_function(Kind kind, A sum) {
   return {sum, A(1)};
 }
 
+// relu(D - clip), with NaN kept. Without clipping relu changes nothing, and must not stop the gradient of a KL divergence
+// that rounding left below 0; with clipping the subgradient at and below the threshold is 0.
+template <typename A, typename T = scalar_of<A>>
+SCOREMATCH_INLINE Outer<A> clipped(Outer<A> d, T clip) {
+  const A loss = select(d.value <= A(clip), A(0), d.value - A(clip));
+  const auto stopped = d.value <= A(clip > T(0) ? clip : T(-INFINITY));
+  return {loss, select(d.value == d.value, select(stopped, A(0), d.slope), d.value)};
+}
+
 template <bool through_softmax, typename A, typename Target>
 SCOREMATCH_INLINE Terms<A> terms_of(Kind kind, const Target& target, int64_t j, A p, A log_q, A q) {
   switch (kind) {
@@ -204,7 +216,7 @@ SCOREMATCH_INLINE DivergenceOfRow<A> divergence_row(Lanes lanes, Kind kind, Logi
   A farthest(-1), farthest_class(0), farthest_by_log_q(0), farthest_by_target(0);  // of this lane, for linf
   for (int64_t j = lanes.lane(); j < classes; j += lanes.width()) {
     const A log_q = log_softmax(z(j));
-    const A q = keep_q ? logit_gradient.get(j) * log_softmax.inverse_sum : exponential(log_q);
+    const A q = keep_q ? log_softmax.from_exponential(logit_gradient.get(j)) : log_softmax.probability(z(j));
     const A p = keep_p ? target.from_exponential(target_gradient.get(j)) : target.probability(j);
     const Terms<A> terms = terms_of<through_softmax>(kind, target, j, p, log_q, q);
     sum += terms.value;
@@ -238,6 +250,7 @@ SCOREMATCH_INLINE DivergenceOfRow<A> divergence_row(Lanes lanes, Kind kind, Logi
   }
   sum_by_log_q = lanes.sum(sum_by_log_q);
   sum_by_log_p = lanes.sum(sum_by_log_p);
+  if (kind == Kind::kl && !Target::checked) sum_by_log_q = A(-1);  // -Σ p without its rounding: the gradient is q - p
 
   mask_of<A> valid = target.known();
   if constexpr (Target::checked) {
@@ -246,18 +259,12 @@ SCOREMATCH_INLINE DivergenceOfRow<A> divergence_row(Lanes lanes, Kind kind, Logi
     // A NaN passes: it makes a NaN loss, and is no wrong argument but a diverged model.
     valid = !((lowest < A(0)) | (magnitude(mass - A(1)) > A(tolerance)));
   }
-  const Outer<A> divergence = outer_function(kind, select(valid, sum, A(NAN)));
-
-  // relu, with NaN kept. Without clipping relu changes nothing, and must not stop the gradient of a KL divergence that
-  // rounding left below 0; with clipping the subgradient at and below the threshold is 0.
-  const A loss = select(divergence.value <= A(clip), A(0), divergence.value - A(clip));
-  const auto stopped = divergence.value <= A(clip > T(0) ? clip : T(-INFINITY));
-  const A slope = select(divergence.value == divergence.value, select(stopped, A(0), divergence.slope), divergence.value);
+  const Outer<A> divergence = clipped(outer_function(kind, select(valid, sum, A(NAN))), clip);
 
   if (want_logit_gradient || want_target_gradient)
     for (int64_t j = lanes.lane(); j < classes; j += lanes.width()) {
       const A log_q = log_softmax(z(j));
-      const A q = keep_q && !keep_terms ? logit_gradient.get(j) * log_softmax.inverse_sum : exponential(log_q);
+      const A q = keep_q && !keep_terms ? log_softmax.from_exponential(logit_gradient.get(j)) : log_softmax.probability(z(j));
       const A p = keep_p && !keep_terms ? target.from_exponential(target_gradient.get(j)) : target.probability(j);
       Terms<A> terms;
       if (keep_terms)
@@ -270,10 +277,28 @@ SCOREMATCH_INLINE DivergenceOfRow<A> divergence_row(Lanes lanes, Kind kind, Logi
         terms.by_log_q = select(chosen, terms.by_log_q, A(0));
         terms.by_target = select(chosen, terms.by_target, A(0));
       }
-      if (want_logit_gradient) logit_gradient.put(j, slope * (terms.by_log_q - q * sum_by_log_q));
-      if (want_target_gradient) target_gradient.put(j, slope * (through_softmax ? terms.by_target - p * sum_by_log_p : terms.by_target));
+      if (want_logit_gradient) logit_gradient.put(j, divergence.slope * (terms.by_log_q - q * sum_by_log_q));
+      if (want_target_gradient) target_gradient.put(j, divergence.slope * (through_softmax ? terms.by_target - p * sum_by_log_p : terms.by_target));
     }
-  return {loss, valid};
+  return {divergence.value, valid};
+}
+
+// divergence_row for kl and a class index, which is the cross-entropy log Σ exp(z) - z_label, in half the passes.
+// `label_logit` is z_label, or anything if the label is no class.
+template <typename A, typename Lanes, typename Logits, typename ClassNumber, typename Gradient, typename T = scalar_of<A>>
+SCOREMATCH_INLINE DivergenceOfRow<A> cross_entropy_row(Lanes lanes, Logits z, ClassTarget<A, ClassNumber> target, A label_logit,
+                                                       int64_t classes, T clip, bool want_gradient, Gradient gradient) {
+  const bool keep = Lanes::keeps_exponentials && want_gradient;
+  const LogSoftmax<A> log_softmax = log_softmax_of<A>(lanes, z, classes, keep, gradient);
+  const mask_of<A> valid = target.known();
+  const A loss = log_softmax.log_sum - (label_logit - log_softmax.largest);
+  const Outer<A> divergence = clipped(Outer<A>{select(valid, loss, A(NAN)), A(1)}, clip);
+  if (want_gradient)
+    for (int64_t j = lanes.lane(); j < classes; j += lanes.width()) {
+      const A q = keep ? log_softmax.from_exponential(gradient.get(j)) : log_softmax.probability(z(j));
+      gradient.put(j, divergence.slope * (q - target.probability(j)));
+    }
+  return {divergence.value, valid};
 }
 
 }  // namespace scorematch

@@ -8,7 +8,7 @@ _PACKAGE = Path(__file__).parent
 _BUILD = "python setup.py build_ext --inplace"
 
 try:
-    from . import _C
+    from . import _C  # type: ignore[attr-defined]
 except ImportError as error:
     _found = sorted(path.name for path in _PACKAGE.glob("_C.*"))
     _why = f"{', '.join(_found)} cannot be loaded: {error}" if _found else f"no compiled _C lies in {_PACKAGE}"
@@ -21,16 +21,17 @@ except ImportError as error:
 def _load_cuda_kernels() -> bool:
     if torch.version.cuda is None:
         return False
-    libraries = sorted(_PACKAGE.glob("_C_cuda*.so"))
-    for library in libraries:
-        try:
-            torch.ops.load_library(library)
-        except OSError as error:
-            raise ImportError(
-                f"{library.name} cannot be loaded with torch {torch.__version__} (CUDA {torch.version.cuda}): {error}. "
-                f"Run `SCOREMATCH_CUDA=1 {_BUILD}` in the source folder, or delete the file to use the CPU only."
-            ) from error
-    return bool(libraries)
+    library = next(iter(sorted(_PACKAGE.glob("_C_cuda*.so"))), None)
+    if library is None:
+        return False
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        raise ImportError(
+            f"{library.name} cannot be loaded with torch {torch.__version__} (CUDA {torch.version.cuda}): {error}. "
+            f"Run `SCOREMATCH_CUDA=1 {_BUILD}` in the source folder, or delete the file to use the CPU only."
+        ) from error
+    return True
 
 
 has_cuda_kernels: bool = _load_cuda_kernels()

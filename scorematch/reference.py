@@ -1,5 +1,7 @@
 """The compiled operators in plain PyTorch: their specification. Only tests and benchmarks import this."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -120,5 +122,5 @@ def score_line_integral(
     scores1: Tensor,  # [N, L, ...]
     move: Tensor,  # [N, ...]
 ) -> Tensor:  # [N, L]
-    integrand = move.unsqueeze(1) * (scores0 + scores1) / 2
-    return (log_p + integrand.flatten(2).sum(2)).log_softmax(1)
+    integrand = move.unsqueeze(1) * (scores0 + scores1) / 2  # [N, L, ...]
+    return (log_p + integrand.reshape(*log_p.shape, math.prod(move.shape[1:])).sum(2)).log_softmax(1)

@@ -97,22 +97,37 @@ SCOREMATCH_INLINE auto target_of(Row row, P label, Number number, int64_t classe
     return LogitTarget<P, Row>{row};
 }
 
+template <TargetForm form, typename P, typename T, typename Lanes, typename Row, typename Target, typename Number, typename Gradient>
+SCOREMATCH_INLINE DivergenceOfRow<P> divergence_of(const Divergence<T, form>& job, Lanes lanes, Row logits, Target target,
+                                                   P label_logit, Number number, Gradient logit_gradient,
+                                                   Gradient target_gradient) {
+  const bool want_logit_gradient = job.logit_gradient != nullptr;
+  if constexpr (form == TargetForm::classes)
+    if (job.kind == Kind::kl)
+      return cross_entropy_row<P>(lanes, logits, target, label_logit, job.classes, job.clip, want_logit_gradient, logit_gradient);
+  return divergence_row<P>(lanes, job.kind, logits, target, number, job.classes, job.clip, job.mass_tolerance,
+                           want_logit_gradient, logit_gradient, job.target_gradient != nullptr, target_gradient);
+}
+
 template <typename P, typename T, TargetForm form>
 SCOREMATCH_INLINE void divergence_of_tile(const Divergence<T, form>& job, int64_t first, int64_t rows) {
   const int64_t classes = job.classes, at = first * classes;
   Tile<P> logits, target, logit_gradient, target_gradient;
   logits.load(job.logits + at, rows, classes);
   if constexpr (form != TargetForm::classes) target.load(job.target + at, rows, classes);
-  P label(T(0));
-  if constexpr (form == TargetForm::classes)
-    for (int64_t i = 0; i < P::size; ++i) label.v[i] = static_cast<T>(job.labels[first + (i < rows ? i : rows - 1)]);
   const SerialLanes lanes{};
   const ClassAcrossRows<P> number{};
-  const auto result = divergence_row<P>(
-      lanes, job.kind, TileRow<P>{logits.values},
-      target_of<form>(TileRow<P>{target.values}, label, number, classes), number, classes, job.clip,
-      job.mass_tolerance, job.logit_gradient != nullptr, TileRow<P>{logit_gradient.values}, job.target_gradient != nullptr,
-      TileRow<P>{target_gradient.values});
+  P label(T(0)), label_logit(T(0));
+  if constexpr (form == TargetForm::classes)
+    for (int64_t i = 0; i < P::size; ++i) {
+      const int64_t y = job.labels[first + (i < rows ? i : rows - 1)];
+      label.v[i] = static_cast<T>(y);
+      if (0 <= y && y < classes) label_logit.v[i] = logits.values[y * P::size + i];
+    }
+  const auto distribution = target_of<form>(TileRow<P>{target.values}, label, number, classes);
+  const TileRow<P> z{logits.values}, by_z{logit_gradient.values}, by_p{target_gradient.values};
+  const auto result =
+      divergence_of<form, P>(job, lanes, z, distribution, label_logit, number, by_z, by_p);
   result.loss.store_first(job.loss + first, rows);
   for (int64_t i = 0; i < rows; ++i)
     if (!result.valid[i]) *job.refused = first + i;
@@ -125,15 +140,18 @@ SCOREMATCH_INLINE void divergence_of_row(const Divergence<T, form>& job, int64_t
   const int64_t classes = job.classes, at = n * classes;
   const PackLanes<P> lanes{};
   const ClassesOfRow<P> number{};
-  const P label(form == TargetForm::classes ? static_cast<T>(job.labels[n]) : T(0));
+  P label(T(0)), label_logit(T(0));
+  if constexpr (form == TargetForm::classes) {
+    const int64_t y = job.labels[n];
+    label = P(static_cast<T>(y));
+    if (0 <= y && y < classes) label_logit = P(job.logits[at + y]);
+  }
   const auto target = row_of<P>(form == TargetForm::classes ? nullptr : job.target + at, classes,
                                 form == TargetForm::logits ? T(-INFINITY) : T(0));
   const auto gradient = [=](T* data) { return PackedOutput<P>{data == nullptr ? nullptr : data + at, classes}; };
-  const auto result =
-      divergence_row<P>(lanes, job.kind, row_of<P>(job.logits + at, classes, T(-INFINITY)),
-                        target_of<form>(target, label, number, classes), number, classes, job.clip, job.mass_tolerance,
-                        job.logit_gradient != nullptr, gradient(job.logit_gradient), job.target_gradient != nullptr,
-                        gradient(job.target_gradient));
+  const auto result = divergence_of<form, P>(
+      job, lanes, row_of<P>(job.logits + at, classes, T(-INFINITY)), target_of<form>(target, label, number, classes), label_logit,
+      number, gradient(job.logit_gradient), gradient(job.target_gradient));
   job.loss[n] = result.loss.v[0];
   if (!result.valid[0]) *job.refused = n;
 }

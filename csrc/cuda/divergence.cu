@@ -28,7 +28,15 @@ __global__ void divergence_kernel(const S* logits, const S* target, const int64_
     };
     DivergenceOfRow<A> result;
     if constexpr (form == TargetForm::classes) {
-      result = body(ClassTarget<A, ClassNumber<A>>{static_cast<A>(labels[n]), number, A(classes)});
+      const int64_t label = labels[n];
+      const ClassTarget<A, ClassNumber<A>> row_target{static_cast<A>(label), number, A(classes)};
+      if (kind == Kind::kl) {
+        const A label_logit = row_target.known() ? static_cast<A>(logits[at + label]) : A(0);
+        result = cross_entropy_row<A>(lanes, Row{logits + at}, row_target, label_logit, classes, clip, logit_gradient != nullptr,
+                                      DeviceRow<A, A>{logit_gradient + at});
+      } else {
+        result = body(row_target);
+      }
     } else if constexpr (form == TargetForm::probabilities) {
       result = body(ProbabilityTarget<A, Row>{{target + at}});
     } else {

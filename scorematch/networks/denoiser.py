@@ -71,7 +71,7 @@ class Denoiser(nn.Module):
         return scores[torch.arange(len(x), device=x.device), class_labels]
 
     def _scores(self, x: Tensor, sigma: Tensor | float, heads: int) -> Tensor:
-        # (D − x) / σ² with the preconditioning multiplied out: −(x − c) / (σ² + σ_data²) + F σ_data / (σ √(σ² + σ_data²))
+        # (D − x) / σ² with the preconditioning multiplied out, t² = σ² + σ_data²: −(x − c) / t² + F σ_data / (σ t)
         centred, sigma_, total, output = self._heads(x, sigma)
         base = -centred / total.square()
         return torch.addcmul(base[:, None], (self.sigma_data / (sigma_ * total))[:, None], output[:, :heads])

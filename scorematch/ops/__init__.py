@@ -1,7 +1,7 @@
 """The compiled operators: one file an operator, with its wrapper, fake kernel, autograd and equation.
 
-Schemas are in `csrc/registration.cpp`, kernels in `csrc/cpu` and `csrc/cuda`, and the same functions in plain PyTorch in
-`scorematch.reference`.
+Schemas are in `csrc/registration.cpp`, kernels in `csrc/cpu` and `csrc/cuda`, and the same functions in plain PyTorch
+in `scorematch.reference`.
 """
 
 from .divergence import DIVERGENCES, divergence

@@ -35,7 +35,7 @@ def logit_divergence(logits: Tensor, target_logits: Tensor, *, kind: str = "se",
         RuntimeError: on a second differentiation.
 
     References:
-        Pang et al., Robustness and Accuracy Could Be Reconcilable by (Proper) Definition, ICML 2022, Table 1 and Eq. 33.
+        Pang et al., Robustness and Accuracy Could Be Reconcilable by (Proper) Definition, ICML 2022, Table 1, Eq. 33.
         Zhang et al., Theoretically Principled Trade-off between Robustness and Accuracy, ICML 2019.
     """
     check_tensor("logits", logits)

@@ -70,7 +70,5 @@ def random_start(
 
 
 @torch.library.register_fake("scorematch::random_start")
-def _(
-    x: Tensor, noise: Tensor, radius: Tensor | None, norm: int, eps: float, lower: float, upper: float
-) -> Tensor:
+def _(x: Tensor, noise: Tensor, radius: Tensor | None, norm: int, eps: float, lower: float, upper: float) -> Tensor:
     return torch.empty_like(in_dense_format(x))

@@ -20,8 +20,8 @@ def score_line_integral(log_p: Tensor, scores0: Tensor, scores1: Tensor, move: T
     Args:
         log_p: `[N, L]` at the start, in the scores' dtype (float32 is also allowed with half precision). Need not be
             normalised; a class of probability 0 (-inf) keeps it.
-        scores0: ∇ log p_d(x|y) at the start, `[N, L, ...]`; float32 or float64, on CUDA also float16 or bfloat16 (summed
-            in float32).
+        scores0: ∇ log p_d(x|y) at the start, `[N, L, ...]`; float32 or float64, on CUDA also float16 or bfloat16
+            (summed in float32).
         scores1: the same at the end of the move, like `scores0`.
         move: `[N, ...]`, in the scores' dtype.
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from models_for_tests import mixture
+from library_models import mixture
 from torch import nn
 
 from scorematch import matching
@@ -219,5 +219,5 @@ def test_bad_settings(settings: dict, message: str) -> None:
 
 
 def test_finite_difference_needs_a_step() -> None:
-    with pytest.raises(ValueError, match="step must be positive, got 0.0"):
+    with pytest.raises(ValueError, match=r"step must be positive, got 0\.0"):
         matching.finite_difference(lambda z: z, torch.zeros(1, 2), torch.ones(1, 2), step=0.0)

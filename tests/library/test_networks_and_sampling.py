@@ -1,6 +1,7 @@
 """Denoisers of every backbone, and sampling with the exact denoiser of a known distribution."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -100,7 +101,7 @@ def test_noise_levels_fall_geometrically() -> None:
     levels = noise_levels(10.0, 0.1, 5)
     assert levels[0] == pytest.approx(10.0)
     assert levels[-1] == pytest.approx(0.1)
-    assert all(a / b == pytest.approx(math.sqrt(10)) for a, b in zip(levels, levels[1:], strict=False))
+    assert all(a / b == pytest.approx(math.sqrt(10)) for a, b in pairwise(levels))
 
 
 @pytest.mark.parametrize(

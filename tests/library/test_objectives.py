@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from models_for_tests import log_posterior, mixture, small_cnn, smooth_mlp
+from library_models import log_posterior, mixture, small_cnn, smooth_mlp
 from torch import nn
 from torch.nn.functional import cross_entropy
 

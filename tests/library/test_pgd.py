@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models_for_tests import small_cnn
+from library_models import small_cnn
 from torch import nn
 
 from scorematch import PGD, ThreatModel

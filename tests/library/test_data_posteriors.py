@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from models_for_tests import log_posterior, mixture
+from library_models import log_posterior, mixture
 
 from scorematch import ThreatModel
 from scorematch.audit import robust_accuracy

@@ -1,0 +1,358 @@
+"""Times every kernel beside eager PyTorch and torch.compile, in one run, and writes benchmarks/results/<device>.json.
+
+    python -m benchmarks.kernels [--device cpu] [--threads 2] [--rounds 60] [--only NAME ...] [--no-compile]
+
+The variants of a case take turns in every round, in random order, so that whatever else the machine does meets all of
+them; a ratio is the median of the rounds' ratios. Divergences are timed forward and backward, as attacks use them. A
+"fixed" row is the same call on almost no data: what a call costs whatever its size.
+"""
+
+import argparse
+import itertools
+import json
+import platform
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import scorematch
+from scorematch import _extension
+
+Run = Callable[[], object]
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass
+class Case:
+    """One kernel at one size: ours, the same in eager PyTorch, and bounds to compare with."""
+
+    name: str
+    ours: Run
+    eager: Run
+    compiled: Callable[[], Run] | None = None  # compiles when called
+    others: dict[str, Run] = field(default_factory=dict)
+
+
+def eager_divergence(log_p: Tensor, log_q: Tensor, kind: str) -> Tensor:
+    """As one would write it; log_p may hold -inf only where the kind does not take logarithms of p."""
+    p, q = log_p.exp(), log_q.exp()
+    if kind == "kl":
+        return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(1)
+    if kind == "se":
+        return (p - q).square().sum(1)
+    if kind == "l2":
+        return (p - q).norm(dim=1)
+    if kind == "l1":
+        return (p - q).abs().sum(1)
+    if kind == "l1_squared":
+        return (p - q).abs().sum(1).square()
+    if kind == "linf":
+        return (p - q).abs().amax(1)
+    log_m = ((p + q) / 2).log()
+    js = (p * (log_p - log_m) + q * (log_q - log_m)).sum(1) / 2
+    return js if kind == "js" else js.sqrt()
+
+
+def eager_pgd_step_linf(x: Tensor, grad: Tensor, x0: Tensor, step: float, eps: float) -> Tensor:
+    moved = x + step * grad.sign()
+    return torch.minimum(torch.maximum(moved, x0 - eps), x0 + eps).clamp(0, 1)
+
+
+def eager_pgd_step_l2(x: Tensor, grad: Tensor, x0: Tensor, step: float, eps: float) -> Tensor:
+    norm = grad.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
+    offset = x + step * grad / norm - x0
+    distance = offset.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
+    return (x0 + offset * (eps / distance).clamp(max=1)).clamp(0, 1)
+
+
+def eager_random_start_l2(x: Tensor, noise: Tensor, radius: Tensor, eps: float) -> Tensor:
+    norm = noise.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
+    return (x + eps * radius.view(-1, 1, 1, 1) * noise / norm).clamp(0, 1)
+
+
+def eager_score_step(weights: Tensor, scores: Tensor, grad: Tensor) -> Tensor:
+    return grad + torch.einsum("nl,nld->nd", weights, scores)
+
+
+def eager_score_line_integral(log_p: Tensor, scores0: Tensor, scores1: Tensor, move: Tensor) -> Tensor:
+    return (log_p + torch.einsum("nld,nd->nl", scores0 + scores1, move) / 2).log_softmax(1)
+
+
+def forward_backward(loss: Callable[..., Tensor], *arguments: Tensor) -> Run:
+    wanted = [t for t in arguments if t.requires_grad]
+    upstream = torch.ones(len(arguments[0]), device=arguments[0].device)
+
+    def run() -> object:
+        return torch.autograd.grad(loss(*arguments), wanted, upstream)
+
+    return run
+
+
+def threat_model_cases(device: str) -> list[Case]:
+    shape = (128, 3, 32, 32)
+    x0 = torch.rand(shape, device=device)
+    x, grad = (x0 + 0.02 * torch.randn_like(x0)).clamp(0, 1), torch.randn(shape, device=device)
+    noise, radius = torch.randn(shape, device=device), torch.rand(128, device=device)
+    few = x[:1, :, :4, :4].contiguous()
+    step, eps = 2 / 255, 8 / 255
+
+    def case(name: str, ours: Callable[..., Tensor], eager: Callable[..., Tensor], *arguments: Tensor) -> Case:
+        return Case(
+            name,
+            lambda: ours(*arguments),
+            lambda: eager(*arguments),
+            lambda: partial(torch.compile(eager), *arguments),
+        )
+
+    def linf(x: Tensor, grad: Tensor, x0: Tensor) -> Tensor:
+        return scorematch.pgd_step(x, grad, x0, norm="linf", step_size=step, eps=eps)
+
+    def l2(x: Tensor, grad: Tensor, x0: Tensor) -> Tensor:
+        return scorematch.pgd_step(x, grad, x0, norm="l2", step_size=0.1, eps=0.5)
+
+    def eager_linf(x: Tensor, grad: Tensor, x0: Tensor) -> Tensor:
+        return eager_pgd_step_linf(x, grad, x0, step, eps)
+
+    def eager_l2(x: Tensor, grad: Tensor, x0: Tensor) -> Tensor:
+        return eager_pgd_step_l2(x, grad, x0, 0.1, 0.5)
+
+    channels_last = [t.to(memory_format=torch.channels_last) for t in (x, grad, x0)]
+    return [
+        case("pgd_step linf [128,3,32,32]", linf, eager_linf, x, grad, x0),
+        case("pgd_step linf [128,3,32,32] channels_last", linf, eager_linf, *channels_last),
+        case("pgd_step linf fixed [1,3,4,4]", linf, eager_linf, few, few, few),
+        case("pgd_step l2 [128,3,32,32]", l2, eager_l2, x, grad, x0),
+        case(
+            "random_start linf [128,3,32,32]",
+            lambda x, noise: scorematch.random_start(x, noise, norm="linf", eps=eps),
+            lambda x, noise: (x + eps * noise.clamp(-1, 1)).clamp(0, 1),
+            x,
+            noise,
+        ),
+        case(
+            "random_start l2 [128,3,32,32]",
+            lambda x, noise, radius: scorematch.random_start(x, noise, norm="l2", eps=0.5, radius=radius),
+            lambda x, noise, radius: eager_random_start_l2(x, noise, radius, 0.5),
+            x,
+            noise,
+            radius,
+        ),
+    ]
+
+
+def divergence_cases(device: str) -> list[Case]:
+    cases = []
+    for rows, classes in ((512, 10), (512, 1000)):
+        size = f"[{rows},{classes}]"
+        logits = torch.randn(rows, classes, device=device, requires_grad=True)
+        other_logits = torch.randn(rows, classes, device=device, requires_grad=True)
+        labels = torch.randint(classes, (rows,), device=device)
+
+        def compiled(loss: Callable[..., Tensor], *arguments: Tensor) -> Callable[[], Run]:
+            return lambda: forward_backward(torch.compile(loss, dynamic=False), *arguments)
+
+        def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+            return F.cross_entropy(logits, labels, reduction="none")
+
+        cases.append(
+            Case(
+                f"divergence kl, labels {size}",
+                forward_backward(lambda z, y: scorematch.divergence(z, y, kind="kl"), logits, labels),
+                forward_backward(cross_entropy, logits, labels),
+                compiled(cross_entropy, logits, labels),
+            )
+        )
+
+        def se_of_labels(logits: Tensor, labels: Tensor) -> Tensor:
+            return (logits.softmax(1) - F.one_hot(labels, logits.shape[1])).square().sum(1)
+
+        cases.append(
+            Case(
+                f"divergence se, labels {size}",
+                forward_backward(lambda z, y: scorematch.divergence(z, y, kind="se"), logits, labels),
+                forward_backward(se_of_labels, logits, labels),
+                compiled(se_of_labels, logits, labels),
+            )
+        )
+        for kind in scorematch.ops.DIVERGENCES:
+
+            def ours(z: Tensor, t: Tensor, kind: str = kind) -> Tensor:
+                return scorematch.logit_divergence(z, t, kind=kind)
+
+            def eager(z: Tensor, t: Tensor, kind: str = kind) -> Tensor:
+                return eager_divergence(t.log_softmax(1), z.log_softmax(1), kind)
+
+            cases.append(
+                Case(
+                    f"logit_divergence {kind} {size}",
+                    forward_backward(ours, logits, other_logits),
+                    forward_backward(eager, logits, other_logits),
+                    compiled(eager, logits, other_logits),
+                )
+            )
+    z = torch.randn(2, 10, device=device, requires_grad=True)
+    t = torch.randn(2, 10, device=device, requires_grad=True)
+    cases.append(
+        Case(
+            "logit_divergence kl fixed [2,10]",
+            forward_backward(lambda z, t: scorematch.logit_divergence(z, t, kind="kl"), z, t),
+            forward_backward(lambda z, t: eager_divergence(t.log_softmax(1), z.log_softmax(1), "kl"), z, t),
+        )
+    )
+    return cases
+
+
+def score_cases(device: str) -> list[Case]:
+    samples, classes, features = 128, 10, 3072
+    scores0, scores1 = torch.randn(2, samples, classes, features, device=device).unbind()
+    scores0, scores1 = scores0.clone(), scores1.clone()
+    weights, log_p = torch.randn(2, samples, classes, device=device).unbind()
+    grad, move = torch.randn(2, samples, features, device=device).unbind()
+
+    def case(name: str, ours: Callable[..., Tensor], eager: Callable[..., Tensor], *arguments: Tensor) -> Case:
+        return Case(
+            name,
+            lambda: ours(*arguments),
+            lambda: eager(*arguments),
+            lambda: partial(torch.compile(eager), *arguments),
+        )
+
+    step = case("score_step [128,10,3072]", scorematch.score_step, eager_score_step, weights, scores0, grad)
+    as_matrix, as_row = weights.unsqueeze(1), grad.unsqueeze(1)
+    step.others = {
+        "baddbmm": lambda: torch.baddbmm(as_row, as_matrix, scores0),
+        "read": scores0.sum,
+    }
+    # In a network's wake the scores lie in the cache; six turns of them do not, on most processors.
+    turns = itertools.cycle([torch.randn_like(scores0) for _ in range(6)])
+    from_memory = Case(
+        "score_step [128,10,3072] from memory",
+        lambda: scorematch.score_step(weights, next(turns), grad),
+        lambda: eager_score_step(weights, next(turns), grad),
+        others={"baddbmm": lambda: torch.baddbmm(as_row, as_matrix, next(turns)), "read": lambda: next(turns).sum()},
+    )
+    integral = case(
+        "score_line_integral [128,10,3072]",
+        scorematch.score_line_integral,
+        eager_score_line_integral,
+        log_p,
+        scores0,
+        scores1,
+        move,
+    )
+    integral.others = {"read": lambda: (scores0.sum(), scores1.sum())}
+    few = [t[:1, ..., :8].contiguous() for t in (scores0, grad)]
+    fixed = case("score_step fixed [1,10,8]", scorematch.score_step, eager_score_step, weights[:1], *few)
+    return [step, from_memory, integral, fixed]
+
+
+def seconds(run: Run, calls: int, device: str) -> float:
+    """Seconds a call."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / calls
+
+
+def measure(case: Case, rounds: int, with_compile: bool, device: str) -> dict[str, object]:
+    variants: dict[str, Run] = {"ours": case.ours, "eager": case.eager, **case.others}
+    if with_compile and case.compiled is not None:
+        torch._dynamo.reset()
+        variants["compiled"] = case.compiled()
+    for run in variants.values():
+        for _ in range(3):
+            run()
+    calls = max(1, min(50, int(2e-3 / seconds(case.ours, 3, device))))
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    order = list(variants)
+    for _ in range(rounds):
+        random.shuffle(order)
+        for name in order:
+            times[name].append(seconds(variants[name], calls, device))
+    result: dict[str, object] = {"name": case.name, "calls_a_round": calls}
+    for name, values in times.items():
+        low, middle, high = (
+            statistics.quantiles(values, n=10)[0],
+            statistics.median(values),
+            statistics.quantiles(values, n=10)[-1],
+        )
+        result[name] = {"median_us": middle * 1e6, "p10_us": low * 1e6, "p90_us": high * 1e6}
+        if name != "ours":
+            result[f"{name}/ours"] = statistics.median(b / a for a, b in zip(times["ours"], values, strict=True))
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of torch")
+    parser.add_argument("--rounds", type=int, default=60, help="turns of each variant")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="cases whose name contains one of these")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="leave torch.compile out (its compilations take most of the time)"
+    )
+    parser.add_argument("--out", type=Path, default=None, help="default: benchmarks/results/<device>.json")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    random.seed(0)
+
+    cases = threat_model_cases(options.device) + divergence_cases(options.device) + score_cases(options.device)
+    if options.only:
+        cases = [case for case in cases if any(part in case.name for part in options.only)]
+    columns = ["ours", "eager", "compiled", "baddbmm", "read"]
+    print(
+        f"{'median µs a call':45}"
+        + "".join(f"{name:>10}" for name in columns)
+        + f"{'eager/ours':>12}{'compiled/ours':>15}"
+    )
+    results = []
+    for case in cases:
+        result = measure(case, options.rounds, not options.no_compile, options.device)
+        results.append(result)
+        cells = [f"{result[name]['median_us']:10.1f}" if name in result else " " * 10 for name in columns]  # type: ignore[index]
+        ratios = [result.get("eager/ours"), result.get("compiled/ours")]
+        print(
+            f"{case.name:45}"
+            + "".join(cells)
+            + "".join(f"{r:{w}.2f}" if r else "" for r, w in zip(ratios, (12, 15), strict=True)),
+            flush=True,
+        )
+
+    if options.device == "cuda":
+        device_name = torch.cuda.get_device_name()
+    else:
+        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        device_name = models[0].split(":")[1].strip() if models else platform.processor()
+    record = {
+        "command": "python -m benchmarks.kernels " + " ".join(sys.argv[1:]),
+        "device": device_name,
+        "threads": options.threads,
+        "rounds": options.rounds,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "scorematch": scorematch.__version__,
+        "build": _extension.build_info(),
+        "results": results,
+    }
+    out = options.out or RESULTS / f"{options.device}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    print(f"written to {out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Devices and dtypes that the operator tests run on; tolerances stand beside the dtype."""
+
+import pytest
+import torch
+
+from scorematch import _extension
+
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() and _extension.has_cuda_kernels else [])
+
+# dtype: (rtol, atol) against the float64 reference
+TOLERANCES = {
+    torch.float64: (1e-10, 1e-12),
+    torch.float32: (2e-4, 2e-6),
+    torch.float16: (2e-2, 4e-3),
+    torch.bfloat16: (1e-1, 3e-2),
+}
+DEVICE_DTYPES = [
+    (device, dtype) for device in DEVICES for dtype in TOLERANCES if device == "cuda" or dtype.itemsize >= 4
+]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=DEVICE_DTYPES, ids=lambda p: f"{p[0]}-{str(p[1]).removeprefix('torch.')}")
+def device_dtype(request: pytest.FixtureRequest) -> tuple[str, torch.dtype]:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype | None = None) -> None:
+    """Against a reference computed in float64, with the tolerance of `dtype` (default: that of `actual`)."""
+    rtol, atol = TOLERANCES[dtype or actual.dtype]
+    torch.testing.assert_close(actual.double().cpu(), expected.double().cpu(), rtol=rtol, atol=atol, equal_nan=True)

@@ -1,0 +1,137 @@
+"""What the build must hold: every SIMD variant, the emulated warp, CUDA code without spills, clear load errors."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import scorematch
+from scorematch import _C, _extension
+
+ROOT = Path(__file__).resolve().parents[2]
+OPERATORS = ["divergence", "logit_divergence", "pgd_step", "random_start", "score_line_integral", "score_step"]
+
+
+def run(command: list[str], **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, **options)
+
+
+def test_emulated_warp_agrees_with_serial_lanes(tmp_path):
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    binary = tmp_path / "lanes"
+    flags = ["-std=c++20", "-O1", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-pthread"]
+    built = run([compiler, *flags, str(ROOT / "tests/ops/lanes.cpp"), "-o", str(binary)])
+    assert built.returncode == 0, built.stderr
+    result = run([str(binary)])
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("instruction_set", ["baseline", "avx2"])
+def test_every_instruction_set_that_the_processor_would_choose(instruction_set):
+    """The other tests run the widest; this runs some of them on what older processors choose."""
+    if _C.instruction_set == "baseline" or instruction_set == _C.instruction_set:
+        pytest.skip(f"the other tests run {_C.instruction_set}")
+    selected = "float32 and reference and not 1000 and not 17 and not 31 and not inf"
+    tests = [str(ROOT / f"tests/ops/test_{name}.py") for name in ("divergence", "threat_model", "score_step")]
+    result = run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests, "-k", selected],
+        env={**os.environ, "SCOREMATCH_SIMD": instruction_set, "CUDA_VISIBLE_DEVICES": ""},
+        cwd=ROOT,
+    )
+    assert result.returncode == 0, result.stdout[-3000:]
+
+
+@pytest.fixture(scope="module")
+def nvcc() -> str:
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    for home in ("/usr/local/cuda", CUDA_HOME):
+        if home and Path(home, "bin/nvcc").exists() and Path(home, "include/cuda_runtime.h").exists():
+            return str(Path(home, "bin/nvcc"))
+    pytest.skip("no CUDA toolkit")
+
+
+@pytest.mark.parametrize("source", sorted(path.name for path in (ROOT / "csrc/cuda").glob("*.cu")))
+def test_cuda_compiles_without_spills(source, nvcc, tmp_path):
+    from torch.utils.cpp_extension import include_paths
+
+    architectures = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in (80, 90)]
+    includes = [f"-I{path}" for path in include_paths()]
+    flags = ["-std=c++20", "-O3", "-Werror", "all-warnings", "-DUSE_CUDA", "--expt-relaxed-constexpr", "-Xptxas", "-v"]
+    command = [nvcc, "-c", *flags, *architectures, "--threads", "2", *includes, str(ROOT / "csrc/cuda" / source)]
+    result = run([*command, "-o", str(tmp_path / "kernel.o")])
+    assert result.returncode == 0, result.stdout + result.stderr
+    report = result.stdout + result.stderr
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", report)]
+    assert len(spills) >= 4, report
+    assert not any(spills), report
+    assert {"sm_80", "sm_90"} <= set(re.findall(r"for '(sm_\d+)'", report))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_kernels_are_registered(operator):
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    assert has_kernel(f"scorematch::{operator}", "CPU")
+    assert has_kernel(f"scorematch::{operator}", "CUDA") == _extension.has_cuda_kernels
+    assert _extension.has_cuda_kernels == any(Path(scorematch.__file__).parent.glob("_C_cuda*.so"))
+
+
+def test_build_facts():
+    info = _extension.build_info()
+    assert set(info) == {"torch", "compiler", "cuda", "instruction_set"}
+    assert info["instruction_set"] in {"baseline", "avx2", "avx512"}
+
+
+def package_copy(tmp_path: Path) -> Path:
+    """The package's loader alone, without compiled libraries."""
+    package = tmp_path / "scorematch"
+    package.mkdir()
+    shutil.copy(ROOT / "scorematch/_extension.py", package)
+    (package / "__init__.py").write_text("from . import _extension\n")
+    return package
+
+
+@pytest.mark.parametrize(
+    ("library", "message"),
+    [
+        (None, r"no compiled _C lies in .*Run `python setup.py build_ext --inplace`"),
+        ("_C.abi3.so", r"_C.abi3.so cannot be loaded: .*Run `python setup.py build_ext --inplace`"),
+    ],
+)
+def test_missing_or_broken_library_says_what_to_run(library, message, tmp_path):
+    package = package_copy(tmp_path)
+    if library is not None:
+        (package / library).write_text("not a library")
+    # An editable install has a finder of its own, which would supply the real library to the copy.
+    code = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)]; import scorematch"
+    result = run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""})
+    assert result.returncode == 1
+    assert re.search(r"ImportError: scorematch's kernels are not built.*" + message, result.stderr), result.stderr
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="the library is only loaded by a torch with CUDA")
+def test_broken_cuda_library_says_what_to_run(tmp_path):
+    package = package_copy(tmp_path)
+    for library in Path(scorematch.__file__).parent.glob("_C.*"):
+        shutil.copy(library, package)
+    (package / "_C_cuda.abi3.so").write_text("not a library")
+    result = run([sys.executable, "-c", "import scorematch"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""})
+    assert result.returncode == 1
+    assert re.search(r"_C_cuda.abi3.so cannot be loaded.*Run `SCOREMATCH_CUDA=1", result.stderr), result.stderr
+
+
+def test_a_device_without_kernels_is_refused_clearly(monkeypatch):
+    x = torch.rand(2, 3, device="meta")
+    with pytest.raises(RuntimeError, match="x is on meta, but scorematch has kernels for cpu and cuda"):
+        scorematch.pgd_step(x, x, x, norm="l2", step_size=0.1, eps=0.1)
+    monkeypatch.setattr(_extension, "has_cuda_kernels", False)
+    message = _extension.missing_kernel_message(torch.device("cuda"))
+    assert message is not None
+    assert "built without its CUDA kernels: run `SCOREMATCH_CUDA=1 python setup.py build_ext --inplace`" in message

@@ -1,0 +1,83 @@
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from training import checkpoint
+from training.errors import InputError
+
+
+def save(path: Path, network: nn.Module) -> None:
+    checkpoint.save(path, epoch=3, settings={"model": "linear"}, network=network, training={"best": {"epoch": 2}})
+
+
+def test_what_was_saved_comes_back(tmp_path: Path) -> None:
+    network = nn.Linear(2, 2)
+    save(tmp_path / "a.pt", network)
+    state = checkpoint.load(tmp_path / "a.pt")
+    other = nn.Linear(2, 2)
+    checkpoint.load_weights(other, state, tmp_path / "a.pt")
+    assert torch.equal(network.weight, other.weight)
+    assert (state["epoch"], state["training"]["best"]["epoch"]) == (3, 2)
+
+
+def test_a_failure_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.pt"
+    save(path, nn.Linear(2, 2))
+    before = path.read_bytes()
+
+    def fail(descriptor: int) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save(path, nn.Linear(200, 200))
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", ["missing", "text", "cut", "foreign"])
+def test_unusable_files_give_one_clear_error(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "a.pt"
+    if kind == "text":
+        path.write_text("weights")
+    elif kind == "cut":
+        save(path, nn.Linear(100, 100))
+        path.write_bytes(path.read_bytes()[:1000])
+    elif kind == "foreign":
+        torch.save({"state_dict": nn.Linear(1, 1).state_dict()}, path)
+    with pytest.raises(InputError, match=r"a\.pt: .*checkpoint of training\.run") as caught:
+        checkpoint.load(path)
+    assert "\n" not in str(caught.value)
+
+
+class _Harmful:
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("harmed",)
+
+
+def test_code_in_a_checkpoint_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.pt").write_bytes(pickle.dumps(_Harmful()))
+    torch.save(_Harmful(), "b.pt")
+    for name in ("a.pt", "b.pt"):
+        with pytest.raises(InputError):
+            checkpoint.load(Path(name))
+    assert not Path("harmed").exists()
+
+
+def test_weights_of_another_shape(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    save(path, nn.Linear(2, 2))
+    with pytest.raises(InputError, match="do not fit"):
+        checkpoint.load_weights(nn.Linear(3, 3), checkpoint.load(path), path)
+
+
+def test_metrics_keep_complete_lines_up_to_an_epoch(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"epoch": 1}\n{"epoch": 2}\n{"epoch": 3}\n{"epo')
+    assert [entry["epoch"] for entry in checkpoint.read_metrics(path)] == [1, 2, 3]
+    checkpoint.MetricsLog(path, last_epoch=2).append({"epoch": 3})
+    assert path.read_text() == '{"epoch": 1}\n{"epoch": 2}\n{"epoch": 3}\n'

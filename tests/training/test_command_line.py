@@ -1,0 +1,69 @@
+"""Bad arguments and input: exit status 2 and one line that says what was given and what is allowed."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BAD = {
+    "run without an objective": ("run", "", "--objective"),
+    "unknown objective": ("run", "--objective madry", "'score_direct'"),
+    "unknown option": ("run", "--objective standard --epoch 3", "--epochs"),
+    "option without value": ("run", "--objective standard --epochs", "--epochs"),
+    "text for a number": ("run", "--objective standard --eps much", "--eps"),
+    "unknown data": ("run", "--objective standard --data cifar10", "'digits', 'toy'"),
+    "unknown recipe": ("run", "--objective standard --recipe none", "digits, toy"),
+    "unknown model": ("run", "--objective standard --model resnet", "digits_cnn"),
+    "model that cannot be imported": ("run", "--objective standard --model nowhere:model", "module:function"),
+    "model for other data": ("run", "--objective standard --model toy_mlp", "vectors [D]"),
+    "unknown divergence": ("run", "--objective standard --divergence chi2", "kl, se"),
+    "eps": ("run", "--objective standard --eps -1", "above 0"),
+    "limit": ("run", "--objective standard --limit 2000", "10 to 1150"),
+    "oracle on images": ("run", "--objective score_direct --posterior oracle", "toy"),
+    "posterior settings": ("run", "--objective score_direct --posterior-settings.sigma -1", "sigma"),
+    "posterior file that is not there": ("run", "--objective score_direct --posterior-from none.pt", "none.pt"),
+    "resume of nothing": ("run", "--resume none", "config.toml"),
+    "folder in a file": ("run", "--objective standard --out file/run", "cannot be made"),
+    "evaluate nothing": ("evaluate", "", "exactly one"),
+    "evaluate a missing file": ("evaluate", "--checkpoint none.pt", "no such file"),
+    "evaluate a text file": ("evaluate", "--checkpoint file", "cannot be read"),
+    "evaluate no run": ("evaluate", "--run .", "config.toml"),
+    "evaluate with unknown attack": ("evaluate", "--run . --attack fgsm", "'clean', 'pgd'"),
+    "evaluate with no steps": ("evaluate", "--run . --steps 0", "at least 1"),
+    "evaluate with unknown loss": ("evaluate", "--run . --losses hinge", "margin"),
+    "compare unknown objectives": ("compare", "--objectives madry", "pgd_at"),
+    "compare unknown divergence": ("compare", "--objectives trades:chi2", "js_distance"),
+    "compare a surrogate with a posterior": ("compare", "--objectives trades:oracle", "kl, se"),
+    "compare the same twice": ("compare", "--objectives trades trades", "once"),
+    "compare the same seed twice": ("compare", "--seeds 1 1", "different seeds"),
+    "compare with bad options of the runs": ("compare", "-- --eps 0", "above 0"),
+}
+
+
+@pytest.mark.parametrize(("program", "arguments", "told"), BAD.values(), ids=BAD.keys())
+def test_bad_input(call: Any, tmp_path: Path, program: str, arguments: str, told: str) -> None:
+    (tmp_path / "file").write_text("not a checkpoint")
+    ending = call(program, *arguments.split())
+    assert ending.status == 2, ending
+    assert ending.err.count("\n") == 1, ending.err
+    assert ending.err.startswith("error: ")
+    assert told in ending.err
+    assert {path.name for path in tmp_path.iterdir()} <= {"file"}, "refused before anything was written"
+
+
+def test_the_program_itself_ends_with_that_status(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "training.run", "--objective", "standard", "--eps", "0"]
+    root = Path(__file__).resolve().parents[2]
+    ending = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert (ending.returncode, ending.stdout) == (2, "")
+    assert ending.stderr == "error: eps: 0.0 is out of range, allowed: a finite number above 0\n"
+
+
+@pytest.mark.parametrize("program", ["run", "evaluate", "compare"])
+def test_help_explains_the_options(program: str, call: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        call(program, "--help")
+    assert end.value.code == 0
+    assert "seed" in capfd.readouterr().out

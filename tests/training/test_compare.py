@@ -1,0 +1,110 @@
+"""Comparisons over seeds, and the report."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from training import compare, evaluate, report
+from training.errors import InputError
+
+RUNS = ["--objectives", "pgd_at:se", "score_direct:kernel_density", "--seeds", "0", "1", "--out", "here"]
+
+
+def test_a_comparison_of_two_objectives(call: Any, tiny: list[str], tmp_path: Path) -> None:
+    ending = call("compare", *RUNS, "--jobs", "2", "--figures", "figures", "--", *tiny)
+    assert ending.status == 0, ending
+    comparison = json.loads((tmp_path / "here" / "compare.json").read_text())
+    assert {name: len(runs) for name, runs in comparison["runs"].items()} == {
+        "pgd_at:se": 2,
+        "score_direct:kernel_density": 2,
+    }
+    assert comparison["paired"]["against"] == "pgd_at:se"
+    first, second = (comparison["runs"][name] for name in comparison["runs"])
+    difference = comparison["paired"]["differences"]["score_direct:kernel_density"]["pgd_acc"]
+    assert difference["values"] == [b["pgd_acc"] - a["pgd_acc"] for a, b in zip(first, second, strict=True)]
+
+    page = (tmp_path / "here" / "report.html").read_text()
+    assert "PGD-AT SE" in page
+    assert "kernel density" in page
+    assert page.count("data:image/svg+xml;base64,") == 3  # accuracy, training, posteriors along an attack
+    assert not re.findall(r'(?:src|href)="(?!data:)', page), "nothing is loaded from elsewhere"
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"digits-accuracy.png", "digits-table.md"}
+
+    logs = {path: path.stat().st_mtime_ns for path in (tmp_path / "here" / "runs").glob("*.log")}
+    assert len(logs) == 4
+    again = call("compare", *RUNS, "--jobs", "2", "--", *tiny)
+    assert again.status == 0
+    assert "4 are finished" in again.out
+    assert {path: path.stat().st_mtime_ns for path in logs} == logs, "finished runs are not run again"
+
+    other = call("compare", *RUNS, "--jobs", "2", "--", *tiny, "--eps", "0.1")
+    assert other.status == 2
+    assert "eps = 0.15, expected 0.1" in other.err
+
+
+def test_a_comparison_on_the_toy(call: Any, tiny: list[str], tmp_path: Path) -> None:
+    ending = call("compare", "--data", "toy", "--objectives", "standard", "--seeds", "0", "--out", "here", "--", *tiny)
+    assert ending.status == 0, ending
+    page = (tmp_path / "here" / "report.html").read_text()
+    assert "What the models learn" in page
+    assert "R_SCORE, nat" in page
+    assert (tmp_path / "here" / "posteriors.png").exists()
+
+
+def test_a_failed_run_is_reported_with_the_end_of_its_log(call: Any, tiny: list[str]) -> None:
+    diverging = ["--lr", "1e30", "--optimizer", "sgd"]
+    ending = call("compare", "--objectives", "standard", "--seeds", "0", "--out", "here", "--", *tiny, *diverging)
+    assert ending.status == 1
+    assert "standard-seed0 failed with status 1" in ending.err
+    assert "the loss is not finite" in ending.err
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("standard", ("standard", "kl", None)),
+        ("trades:se", ("trades", "se", None)),
+        ("score_direct", ("score_direct", "kl", "score_network")),
+        ("score_direct:js:kernel_density", ("score_direct", "js", "kernel_density")),
+        ("score_direct:kernel_density:js", ("score_direct", "js", "kernel_density")),
+    ],
+)
+def test_names_of_objectives(name: str, expected: tuple) -> None:
+    assert compare.parse_entry(name)[1:] == expected
+
+
+def test_a_label_for_each_of_the_usual_objectives() -> None:
+    for names in compare.DEFAULT_OBJECTIVES.values():
+        labels = [compare.parse_entry(name).label for name in names]
+        assert len(set(labels)) == len(labels)
+
+
+def test_unknown_part_of_a_name() -> None:
+    with pytest.raises(InputError, match="allowed: kl, se"):
+        compare.parse_entry("trades:hinge")
+
+
+def test_students_interval() -> None:
+    """Mean 2, standard deviation 1, three values: 2 ± 4.303 / √3."""
+    mean, low, high, _ = compare.estimate([1.0, 2.0, 3.0])
+    assert mean == 2.0
+    assert (low, high) == pytest.approx((2 - 2.4841, 2 + 2.4841), abs=1e-3)
+    assert compare.estimate([5.0])[:3] == (5.0, None, None)
+
+
+def test_wilsons_interval() -> None:
+    """The values of Wilson's formula for 8 of 10, by hand."""
+    assert evaluate.wilson(8, 10) == pytest.approx((49.02, 94.33), abs=0.01)
+    assert evaluate.wilson(10, 10)[1] == 100.0
+
+
+def test_a_data_gradient_below_one_per_cent_is_called_distillation() -> None:
+    def told(ratio: float) -> str:
+        entry = {"label": "direct", "data_gradient_ratio": compare.estimate([ratio])._asdict()}
+        return " ".join(report.gradient_section({"aggregate": {"direct": entry}, "runs": {}}))
+
+    assert "Distillation: the data gradient changes almost nothing" in told(0.009)
+    assert "Distillation" not in told(0.011)

@@ -1,0 +1,128 @@
+"""One training loop: exact resumption, and the stop at a loss that is not finite."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from training import checkpoint, config, data, models
+from training.errors import Interrupted, StopError
+from training.loop import PURPOSES, Trainer, generator
+
+OPTIONS = (
+    "--objective trades --model digits_cnn_bn --epochs 4 --limit 60 --batch-size 25 --steps 2 --validation-steps 1 "
+    "--shift 1 --averaging 0.9 --threads 1"
+)
+
+
+def trainer(out: Path, *options: str) -> Trainer:
+    out.mkdir(exist_ok=True)
+    torch.set_num_threads(1)
+    settings = config.parse([*OPTIONS.split(), *options])
+    loaded = data.load(settings.data_settings)
+    torch.manual_seed(settings.seed)
+    return Trainer(settings, loaded, models.build(settings.model, loaded.input_shape, 10), None, out)
+
+
+def metrics(out: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def interrupted_after(trainer: Trainer, steps: int) -> None:
+    """Train, and stop by a signal in the middle of things after some steps."""
+    step = trainer._step
+    left = steps
+
+    def counted(index: torch.Tensor) -> dict[str, torch.Tensor]:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise Interrupted
+        return step(index)
+
+    trainer._step = counted  # type: ignore[method-assign]
+    with pytest.raises(Interrupted):
+        trainer.fit()
+
+
+@pytest.mark.parametrize("schedule", ["onecycle", "cosine", "multistep --milestones 2", "constant"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, optimizer: str, schedule: str) -> None:
+    options = ["--optimizer", optimizer, "--schedule", *schedule.split()]
+    whole = trainer(tmp_path / "whole", *options)
+    whole.save()
+    whole.fit()
+
+    out = tmp_path / "parts"
+    first = trainer(out, *options)
+    first.save()
+    interrupted_after(first, 4)  # in the second epoch of three steps
+    second = trainer(out, *options)
+    second.resume()
+    interrupted_after(second, 7)
+    last = trainer(out, *options)
+    last.resume()
+    assert last.epoch == 3
+    last.fit()
+
+    for network, expected in ((last.model, whole.model), (last.network, whole.network)):
+        for name, value in expected.state_dict().items():
+            assert torch.equal(value, network.state_dict()[name]), name
+    assert metrics(out) == metrics(tmp_path / "whole")
+    assert last.best == whole.best
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_epoch(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    run.save()
+    interrupted_after(run, 3)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    broken = trainer(tmp_path)
+    broken.resume()
+    with torch.no_grad():
+        next(broken.model.parameters()).fill_(torch.nan)
+    with pytest.raises(StopError, match=r"not finite in epoch 2.*checkpoint\.pt keeps the last good epoch \(1\)"):
+        broken.fit()
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert checkpoint.load(tmp_path / "checkpoint.pt")["epoch"] == 1
+    assert len(metrics(tmp_path)) == 1
+
+
+def test_the_seed_decides_the_run(tmp_path: Path) -> None:
+    runs = {}
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        run = trainer(tmp_path / name, "--seed", seed, "--epochs", "1")
+        run.fit()
+        runs[name] = torch.cat([parameter.flatten() for parameter in run.model.parameters()])
+    assert torch.equal(runs["a"], runs["b"])
+    assert not torch.equal(runs["a"], runs["c"])
+
+
+def test_purposes_draw_from_generators_of_their_own(tmp_path: Path) -> None:
+    draws = {purpose: torch.rand(4, generator=generator(0, purpose)) for purpose in PURPOSES}
+    assert len({tuple(draw.tolist()) for draw in draws.values()}) == len(PURPOSES)
+    short, long = (trainer(tmp_path / steps, "--steps", steps, "--epochs", "1") for steps in ("1", "3"))
+    for run in (short, long):
+        run.fit()
+    for purpose in ("order", "augmentation"):
+        assert torch.equal(short.generators[purpose].get_state(), long.generators[purpose].get_state()), purpose
+
+
+def test_best_is_chosen_by_robust_then_clean_accuracy_then_the_later_epoch(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    kept = []
+    for epoch, (robust, clean) in enumerate([(50, 90), (60, 80), (60, 85), (60, 85), (55, 99)], start=1):
+        run.epoch = epoch
+        run._keep_best({"val_pgd_acc": robust, "val_acc": clean})
+        kept.append(checkpoint.load(tmp_path / "best.pt")["epoch"])
+    assert kept == [1, 2, 3, 4, 4]
+
+
+def test_best_of_standard_training_is_chosen_by_clean_accuracy(tmp_path: Path) -> None:
+    run = trainer(tmp_path, "--objective", "standard")
+    for epoch, (robust, clean) in enumerate([(30, 60), (10, 99), (12, 98)], start=1):
+        run.epoch = epoch
+        run._keep_best({"val_pgd_acc": robust, "val_acc": clean})
+    assert checkpoint.load(tmp_path / "best.pt")["epoch"] == 2

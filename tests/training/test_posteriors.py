@@ -1,0 +1,166 @@
+"""Posteriors of the programs: settings, training, saved states, and the program ``training.score``."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from scorematch.posteriors import KernelDensity, NoiseConditionalClassifier, Posterior, ScoreNetwork
+from training import data, posteriors, score, toy
+from training.data import DataSettings
+from training.posteriors import PosteriorSettings
+
+QUICK = {"steps": 5, "batch_size": 8, "width": 16, "depth": 1}
+
+
+@pytest.fixture(scope="module")
+def digits() -> data.Data:
+    return data.load(DataSettings("digits", limit=100))
+
+
+def build(settings: PosteriorSettings, loaded: data.Data, **options: object) -> Posterior:
+    return posteriors.build(settings, loaded, seed=0, progress=False, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("score_network", ScoreNetwork),
+        ("kernel_density", KernelDensity),
+        ("noise_conditional_classifier", NoiseConditionalClassifier),
+    ],
+)
+@pytest.mark.parametrize("network", ["mlp", "conv"])
+def test_every_posterior_is_rebuilt_from_its_state(name: str, kind: type, network: str, digits: data.Data) -> None:
+    settings = PosteriorSettings(name, network=network, **QUICK)  # type: ignore[arg-type]
+    posterior = build(settings, digits)
+    assert isinstance(posterior, kind)
+    again = build(settings, digits)
+    x, y = digits.x_test[:8], digits.y_test[:8]
+    rebuilt = build(settings, digits, state=posterior.state_dict())
+    traces = [p.trace(x, y) for p in (posterior, again, rebuilt)]
+    for trace in traces:
+        trace.move((x + 0.1).clamp(0, 1))
+        assert torch.equal(trace.log_p, traces[0].log_p)
+
+
+@pytest.mark.parametrize("anchor", ["label", "classifier", "kernel_density"])
+def test_anchors(anchor: str, digits: data.Data) -> None:
+    posterior = build(PosteriorSettings("score_network", anchor=anchor, **QUICK), digits)  # type: ignore[arg-type]
+    x, y = digits.x_test[:8], digits.y_test[:8]
+    log_p = posterior.trace(x, y).log_p
+    if anchor == "label":
+        assert torch.equal(log_p.argmax(1), y)
+    else:
+        assert isinstance(posterior, ScoreNetwork)
+        assert posterior.anchor is not None
+        torch.testing.assert_close(log_p, posterior.anchor.log_prob(x))
+        assert posterior.anchor.sigma == posterior.sigma  # anchor and scores belong to one p_σ
+
+
+def test_unet_backbone_is_a_score_network_of_images(digits: data.Data) -> None:
+    settings = PosteriorSettings(name="score_network", network="unet", steps=1, batch_size=2, width=8)
+    posterior = build(settings, digits)
+    assert posterior.trace(digits.x_test[:2], digits.y_test[:2]).log_p.shape == (2, 10)
+
+
+def test_likelihood_matching_trains_a_score_network_beside_the_classifier(digits: data.Data) -> None:
+    plain = PosteriorSettings("noise_conditional_classifier", **QUICK)  # type: ignore[arg-type]
+    matched = PosteriorSettings("noise_conditional_classifier", likelihood_weight=1.0, **QUICK)  # type: ignore[arg-type]
+    x = digits.x_test[:8]
+    assert not torch.equal(build(plain, digits)(x), build(matched, digits)(x))  # type: ignore[operator]
+
+
+def test_max_points_bounds_the_kernel_density(digits: data.Data) -> None:
+    posterior = build(PosteriorSettings("kernel_density", max_points=60), digits)
+    assert isinstance(posterior, KernelDensity)
+    assert len(posterior.points) == 60
+
+
+def test_given_values_override_tuned_ones() -> None:
+    resolved = PosteriorSettings("kernel_density", sigma=0.123).resolved("digits")
+    assert resolved.sigma == 0.123
+    assert resolved.network == posteriors.TUNED["digits"]["any"]["network"]
+    assert PosteriorSettings("kernel_density").resolved("digits").sigma is not None
+
+
+def test_oracle_is_for_the_toy(digits: data.Data) -> None:
+    with pytest.raises(ValueError, match="'oracle' on digits, allowed"):
+        build(PosteriorSettings("oracle"), digits)
+    x = torch.tensor([[0.0], [1.0]])
+    oracle = build(PosteriorSettings("oracle"), data.load(DataSettings("toy", limit=100)))
+    torch.testing.assert_close(oracle(x).exp(), toy.posterior(x))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "gan"}, "posterior: unknown name 'gan', allowed: score_network"),
+        ({"sigma": -1.0}, "sigma: -1.0 is out of range"),
+        ({"nodes": 0}, "nodes: 0 is out of range, allowed: at least 1"),
+        ({"smoothing": 1.0}, "smoothing: 1.0 is out of range"),
+        ({"likelihood_weight": -1.0}, "likelihood_weight: -1.0 is out of range"),
+    ],
+)
+def test_bad_settings(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PosteriorSettings(**settings)
+
+
+def test_networks_for_images_refuse_vectors() -> None:
+    loaded = data.load(DataSettings("toy", limit=100))
+    with pytest.raises(ValueError, match=r"'conv' takes images \[C, H, W\]"):
+        build(PosteriorSettings("score_network", network="conv", **QUICK), loaded)  # type: ignore[arg-type]
+
+
+def test_audit_of_a_posterior(digits: data.Data) -> None:
+    from scorematch import ThreatModel
+
+    posterior = build(PosteriorSettings("kernel_density"), digits)
+    x, y = digits.x_test[:50], digits.y_test[:50]
+    numbers = posteriors.audit(posterior, x, y, ThreatModel("linf", 0.15), steps=5, seed=0)
+    assert 50.0 < numbers["posterior_clean_acc"] <= 100.0
+    assert numbers["posterior_robust_acc"] < numbers["posterior_clean_acc"]
+
+
+def test_score_program_on_digits(tmp_path, capsys) -> None:  # type: ignore[no-untyped-def]
+    out = tmp_path / "score"
+    options = ["--samples", "20", "--levels", "3", "--steps-per-level", "2", "--out", str(out)]
+    quick = [f"--posterior-settings.{k.replace('_', '-')}={v}" for k, v in QUICK.items()]
+    score.main([*options, *quick])
+    result = json.loads((out / "score.json").read_text())
+    assert 0.0 <= result["samples"]["recognised"] <= 100.0
+    assert {"posterior.pt", "samples.png", "samples.npz", "score.json"} <= {p.name for p in out.iterdir()}
+    with np.load(out / "samples.npz", allow_pickle=False) as samples:
+        assert samples["image"].shape == (20, 8, 8, 1)
+        assert samples["image"].dtype == np.uint8
+        assert samples["label"].tolist() == [*range(10)] * 2
+    assert "recognised by a held-out classifier" in capsys.readouterr().out
+    with pytest.raises(Exception, match="holds a score network already"):
+        score.main([*options, *quick])
+
+
+def test_score_program_on_the_toy(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    quick = [f"--posterior-settings.{k.replace('_', '-')}={v}" for k, v in QUICK.items()]
+    score.main(["--data", "toy", "--out", str(tmp_path / "s"), *quick])
+    result = json.loads((tmp_path / "s" / "score.json").read_text())
+    assert [row["sigma"] for row in result["oracle"]] == [0.1, 0.15, 0.2]
+
+
+def test_exact_scores_imply_the_exact_posterior() -> None:
+    """`own_posterior` and `toy_errors` on a denoiser whose scores are right: the error is that of σ alone."""
+
+    class Exact:
+        center = torch.zeros(())
+
+        def class_scores(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
+            return toy.oracle().smoothed(sigma).log_prob_and_scores(x)[1]
+
+    x = torch.linspace(-4, 4, 801)[:, None]
+    p, _ = score.own_posterior(Exact(), x, 0.2)  # type: ignore[arg-type]
+    expected = toy.oracle().smoothed(0.2).log_prob(x).exp()
+    torch.testing.assert_close(p, expected, rtol=0, atol=2e-3)
+    errors = score.toy_errors(Exact())  # type: ignore[arg-type]
+    assert [row["relative_error_uniform"] < 0.005 for row in errors] == [True, True, True]
+    assert errors[2]["relative_error_uniform"] > errors[0]["relative_error_uniform"] > 1e-7

@@ -1,0 +1,108 @@
+"""Runs killed without warning, at random moments, and resumed until they end."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from training import checkpoint, run
+from training.errors import run_program
+
+OPTIONS = (
+    "--objective pgd_at --model digits_cnn_bn --epochs 6 --limit 60 --batch-size 10 --steps 3 --validation-steps 1 "
+    "--shift 1 --averaging 0.5 --eval-steps 1 --eval-restarts 1 --curve-points 0 --threads 1"
+)
+
+
+def _program(arguments: list[str], log: Path) -> None:
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.exit(run_program(run.main, arguments))
+
+
+@pytest.fixture(scope="module")
+def processes() -> multiprocessing.context.ForkServerContext:
+    """Fresh processes that need not import torch again."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training.run"])
+    return context
+
+
+def progress(out: Path) -> int:
+    """Complete epochs of a run, or -1 before it has begun."""
+    return len(checkpoint.read_metrics(out / "metrics.jsonl")) if (out / "config.toml").exists() else -1
+
+
+def wait_until(reached: Callable[[], bool], seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not reached() and time.monotonic() < deadline:
+        time.sleep(0.005)
+
+
+def final(out: Path) -> tuple[dict, list[dict], dict]:
+    weights = torch.load(out / "checkpoint.pt", weights_only=True)["training"]["model"]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    summary = json.loads((out / "summary.json").read_text())
+    for values in (*lines, summary):
+        for key in [key for key in values if "seconds" in key]:
+            del values[key]
+    return weights, lines, summary
+
+
+def test_killed_runs_end_with_the_same_bits(
+    tmp_path: Path, processes: multiprocessing.context.ForkServerContext
+) -> None:
+    def start(arguments: list[str]) -> multiprocessing.context.ForkServerProcess:
+        process = processes.Process(target=_program, args=(arguments, tmp_path / "log.txt"))
+        process.start()
+        return process
+
+    whole, out = tmp_path / "whole", tmp_path / "parts"
+    process = start([*OPTIONS.split(), "--out", str(whole)])
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "log.txt").read_text()
+
+    moments = random.Random(0)
+    kills = 0
+    for epochs in (0, 2, 5):
+        process = start(["--resume", str(out)] if kills else [*OPTIONS.split(), "--out", str(out)])
+        wait_until(lambda epochs=epochs: progress(out) >= epochs)
+        time.sleep(moments.uniform(0.0, 0.1))
+        process.kill()
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
+    process = start(["--resume", str(out)])
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "log.txt").read_text()
+    assert kills >= 2
+
+    weights, lines, summary = final(whole)
+    weights_of_parts, lines_of_parts, summary_of_parts = final(out)
+    assert all(torch.equal(value, weights_of_parts[name]) for name, value in weights.items())
+    assert lines == lines_of_parts
+    assert summary == summary_of_parts
+
+
+def test_a_signal_saves_and_says_how_to_go_on(
+    tmp_path: Path, processes: multiprocessing.context.ForkServerContext
+) -> None:
+    log, out = tmp_path / "log.txt", tmp_path / "run"
+    process = processes.Process(target=_program, args=([*OPTIONS.split(), "--epochs", "500", "--out", str(out)], log))
+    process.start()
+    wait_until(lambda: progress(out) >= 2)
+    process.terminate()
+    process.join()
+    assert process.exitcode == 1
+    last = log.read_text().splitlines()[-1]
+    assert last.startswith("stopped: SIGTERM")
+    assert last.endswith(f"python -m training.run --resume {out}")
+    assert torch.load(out / "checkpoint.pt", weights_only=True)["epoch"] >= 1

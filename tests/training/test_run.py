@@ -1,0 +1,182 @@
+"""Small runs of each objective from end to end."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from training import checkpoint, posteriors
+from training.errors import Interrupted
+from training.loop import Trainer
+
+FILES = {"config.toml", "metrics.jsonl", "checkpoint.pt", "best.pt", "summary.json", "curve.json", "tensorboard"}
+KEYS = {
+    "objective", "divergence", "posterior", "data", "model", "norm", "eps", "seed", "epochs", "clean_acc", "pgd_acc",
+    "autoattack_acc", "train_seconds", "eval_seconds", "torch", "scorematch", "best_epoch", "selection", "split",
+    "steps", "data_gradient_ratio", "sign_change_share", "commit",
+}  # fmt: skip
+SURROGATES = {
+    "standard": ["--objective", "standard"],
+    "pgd_at se": ["--objective", "pgd_at", "--divergence", "se", "--clip", "0.1"],
+    "trades l2": ["--objective", "trades", "--norm", "l2", "--beta", "2", "--attack-mode", "eval"],
+}
+DIRECT = ["score_network", "kernel_density", "noise_conditional_classifier"]
+
+
+def finished(out: Path) -> dict[str, Any]:
+    """The summary of a run that has left everything in its folder."""
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary.keys() >= KEYS
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2]
+    assert all(math.isfinite(line["loss"]) for line in lines)
+    curve = json.loads((out / "curve.json").read_text())
+    assert [point["eps"] for point in curve] == [0.0, summary["eps"], 2 * summary["eps"]]
+    assert [point["acc"] for point in curve[:2]] == [summary["clean_acc"], summary["pgd_acc"]]
+    assert not list(out.glob(".*.part"))
+    return summary
+
+
+@pytest.mark.parametrize("options", SURROGATES.values(), ids=SURROGATES.keys())
+def test_surrogates_on_the_digits(call: Any, tiny: list[str], tmp_path: Path, options: list[str]) -> None:
+    ending = call("run", *options, *tiny, "--out", "here")
+    assert ending.status == 0, ending
+    assert "clean accuracy" in ending.out
+    summary = finished(tmp_path / "here")
+    assert {path.name for path in (tmp_path / "here").iterdir()} == FILES
+    assert summary["posterior"] is None
+    assert summary["split"] == {"seed": 0, "train": 100, "validation": 147, "test": 500}
+
+    again = call("evaluate", "--run", "here", "--attack", "clean", "--out", "evaluation.json")
+    assert again.status == 0, again
+    evaluation = json.loads((tmp_path / "evaluation.json").read_text())
+    assert evaluation["clean_acc"] == summary["clean_acc"]
+    low, high = evaluation["clean_interval"]
+    assert low < evaluation["clean_acc"] < high
+
+
+@pytest.mark.parametrize("posterior", DIRECT)
+def test_direct_on_the_digits(
+    call: Any, tiny: list[str], small_posterior: list[str], tmp_path: Path, posterior: str
+) -> None:
+    options = ["--objective", "score_direct", "--posterior", posterior, *small_posterior]
+    ending = call("run", *options, *tiny, "--out", "here")
+    assert ending.status == 0, ending
+    summary = finished(tmp_path / "here")
+    assert {path.name for path in (tmp_path / "here").iterdir()} == FILES | {"posterior.pt", "paths.json"}
+    assert summary["posterior"] == posterior
+    assert summary["data_gradient_ratio"] >= 0
+    assert 0 <= summary["sign_change_share"] <= 1
+    paths = json.loads((tmp_path / "here" / "paths.json").read_text())
+    assert len(paths["posterior"]) == len(paths["model"]) == 3  # the clean point and two steps
+    assert all(sum(row) == pytest.approx(1, abs=1e-4) for row in paths["posterior"][0])
+
+    given = ["--posterior-from", "here/posterior.pt", "--out", "there"]
+    ending = call("run", *options, *tiny, *given)
+    assert ending.status == 0, ending
+    assert finished(tmp_path / "there")["pgd_acc"] == summary["pgd_acc"]
+
+
+def test_a_resumed_direct_run_keeps_its_posterior(
+    call: Any, tiny: list[str], small_posterior: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--objective", "score_direct", *small_posterior, *tiny]
+    assert call("run", *options, "--out", "whole").status == 0
+
+    step, calls = Trainer._step, iter(range(100))
+
+    def interrupted(trainer: Trainer, index: torch.Tensor) -> dict[str, torch.Tensor]:
+        if next(calls) == 3:
+            raise Interrupted("SIGTERM")
+        return step(trainer, index)
+
+    monkeypatch.setattr(Trainer, "_step", interrupted)
+    ending = call("run", *options, "--out", "parts")
+    assert ending.status == 1
+    assert ending.err.endswith("1 of 2 epochs are saved; continue with: python -m training.run --resume parts\n")
+    monkeypatch.setattr(Trainer, "_step", step)
+    monkeypatch.setattr(posteriors, "fit_denoiser", None)  # nothing is trained again
+    assert call("run", "--resume", "parts").status == 0
+    whole, parts = (checkpoint.load(tmp_path / name / "checkpoint.pt")["network"] for name in ("whole", "parts"))
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+
+
+@pytest.mark.parametrize("options", ["pgd_at", "score_direct --posterior oracle"])
+def test_toy(call: Any, tiny: list[str], tmp_path: Path, options: str) -> None:
+    ending = call("run", "--data", "toy", "--objective", *options.split(), *tiny, "--out", "here")
+    assert ending.status == 0, ending
+    summary = finished(tmp_path / "here")
+    assert summary["r_score"] > 0
+    assert summary["r_madry"] > 0
+    curves = json.loads((tmp_path / "here" / "toy.json").read_text())
+    assert len(curves["x"]) == len(curves["p_d"]) == len(curves["p_theta"])
+
+
+def test_a_posterior_of_another_kind_is_refused(call: Any, tiny: list[str]) -> None:
+    options = ["--objective", "score_direct", *tiny]
+    assert call("run", *options, "--posterior", "kernel_density", "--out", "a").status == 0
+    ending = call("run", *options, "--posterior", "score_network", "--posterior-from", "a/posterior.pt", "--out", "b")
+    assert ending.status == 2
+    assert "holds a kernel_density, expected score_network" in ending.err
+    assert not Path("b").exists()
+
+
+def test_a_folder_with_a_run_is_not_overwritten(call: Any, tiny: list[str], tmp_path: Path) -> None:
+    options = ["--objective", "standard", *tiny]
+    assert call("run", *options, "--out", "here").status == 0
+    before = (tmp_path / "here" / "summary.json").read_bytes()
+    ending = call("run", *options, "--out", "here")
+    assert ending.status == 2
+    assert "--resume here" in ending.err
+    assert (tmp_path / "here" / "summary.json").read_bytes() == before
+    assert "finished already" in call("run", "--resume", "here").out
+    contradiction = call("run", "--resume", "here", "--eps", "0.3")
+    assert contradiction.status == 2
+    assert "eps: 0.3 contradicts" in contradiction.err
+
+
+def test_without_a_folder_each_run_gets_a_fresh_one(call: Any, tiny: list[str], tmp_path: Path) -> None:
+    for _ in range(2):
+        assert call("run", "--objective", "standard", *tiny).status == 0
+    names = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert names == ["digits-standard-kl-seed0", "digits-standard-kl-seed0-2"]
+
+
+def test_a_loss_that_is_not_finite_ends_with_status_1(call: Any, tiny: list[str]) -> None:
+    ending = call("run", "--objective", "standard", *tiny, "--lr", "1e30", "--optimizer", "sgd", "--out", "here")
+    assert ending.status == 1
+    assert "the loss is not finite" in ending.err
+    assert "Traceback" not in ending.err
+
+
+def test_dry_run_prints_the_settings_and_writes_nothing(call: Any, tmp_path: Path) -> None:
+    ending = call("run", "--objective", "trades", "--beta", "3", "--dry-run")
+    assert ending.status == 0
+    assert "beta = 3.0" in ending.out
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_of_ones_own(call: Any, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "def linear(input_shape, num_classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    ending = call("run", "--objective", "standard", "--model", "mine:linear", *tiny, "--out", "here")
+    assert ending.status == 0, ending
+
+
+def test_evaluate_prints_intervals_and_takes_another_threat_model(call: Any, tiny: list[str], tmp_path: Path) -> None:
+    assert call("run", "--objective", "standard", *tiny, "--out", "here").status == 0
+    attack = ["--steps", "2", "--restarts", "1", "--losses", "ce"]
+    ending = call("evaluate", "--checkpoint", "here/checkpoint.pt", *attack, "--norm", "l2", "--eps", "0.5")
+    assert ending.status == 0, ending
+    assert "l2, eps 0.5, step 0.125" in ending.out
+    assert "95 % interval" in ending.out
+    missing = call("evaluate", "--run", "here", *attack, "--norm", "l2")
+    assert missing.status == 2
+    assert "eps: none given" in missing.err

@@ -1,0 +1,1 @@
+"""The programs of scorematch: ``python -m training.run``, ``compare``, ``evaluate`` and ``score``."""

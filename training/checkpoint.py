@@ -1,0 +1,91 @@
+"""Files that survive an interruption at any moment: written beside their place, flushed, then renamed."""
+
+import io
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from training.errors import InputError
+
+FORMAT = "scorematch-run-1"
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Replace ``path`` by ``content``: a reader sees the old file or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.part")
+    with open(temporary, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_json(path: Path, value: object) -> None:
+    write_atomically(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def save(path: Path, *, epoch: int, settings: dict[str, Any], network: nn.Module, **rest: Any) -> None:
+    """Save a run's state. ``network`` is the one to evaluate (the averaged one where there is averaging)."""
+    buffer = io.BytesIO()
+    state = {"format": FORMAT, "epoch": epoch, "settings": settings, "network": network.state_dict(), **rest}
+    torch.save(state, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What :func:`save` wrote; nothing but tensors and plain values is ever unpickled."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file, expected a checkpoint of training.run")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the bytes of a file that is no checkpoint
+            state = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        reason = str(error).split("\n")[0][:120]
+        raise InputError(f"{path}: cannot be read ({reason}), expected a checkpoint of training.run") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise InputError(f"{path}: is no checkpoint of training.run (its format is not {FORMAT!r})")
+    return state
+
+
+def load_weights(network: nn.Module, state: dict[str, Any], path: Path) -> None:
+    """Put the saved weights into ``network``, which must have the same shapes."""
+    try:
+        network.load_state_dict(state["network"])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{path}: its weights do not fit the model {state['settings'].get('model')} ({reason})"
+        ) from None
+
+
+class MetricsLog:
+    """metrics.jsonl: one object an epoch, in order, each once."""
+
+    def __init__(self, path: Path, last_epoch: int = 0) -> None:
+        """Keep the lines up to ``last_epoch``; later ones belong to epochs that no checkpoint has."""
+        self.path = path
+        lines = [json.dumps(entry) + "\n" for entry in read_metrics(path) if entry["epoch"] <= last_epoch]
+        write_atomically(path, "".join(lines))
+
+    def append(self, entry: dict[str, Any]) -> None:
+        with open(self.path, "a") as file:
+            file.write(json.dumps(entry) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a metrics.jsonl; a last line that was cut short is left out."""
+    complete = path.read_text().rpartition("\n")[0] if path.exists() else ""
+    return [json.loads(line) for line in complete.splitlines()]

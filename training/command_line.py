@@ -1,0 +1,63 @@
+"""Dataclasses as command lines, by tyro, with every error as one line."""
+
+import contextlib
+import difflib
+import io
+import re
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import tyro
+
+from training.errors import InputError
+
+Settings = TypeVar("Settings")
+
+
+def parse(
+    settings: type[Settings],
+    arguments: Sequence[str],
+    *,
+    program: str,
+    description: str,
+    default: Settings | None = None,
+) -> Settings:
+    """The settings that ``arguments`` describe, over ``default``; ``--help`` prints the options and exits 0."""
+    messages = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(messages):
+            parsed, unknown = tyro.cli(
+                settings,
+                prog=program,
+                description=description,
+                args=list(arguments),
+                default=tyro.MISSING_NONPROP if default is None else default,
+                return_unknown_args=True,
+            )
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise InputError(_one_line(messages.getvalue())) from None
+    if unknown:
+        raise InputError(_unknown_option(unknown[0], program, settings))
+    return parsed
+
+
+def _one_line(box: str) -> str:
+    """The message inside tyro's box: its lines between the title and the first rule."""
+    body = re.split(r"│ ─+", box.split("╮", 1)[-1])[0]
+    text = re.sub(r"[╭╮╰╯│─]+", " ", body)
+    return " ".join(text.split())
+
+
+def _unknown_option(option: str, program: str, settings: Callable) -> str:
+    known = sorted(set(re.findall(r"--[a-z0-9.-]+", _help(settings))))
+    close = difflib.get_close_matches(option.split("=")[0], known, n=1)
+    return f"{option}: unknown option{f', did you mean {close[0]}' if close else ''}; {program} --help lists all"
+
+
+def _help(settings: Callable) -> str:
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        tyro.cli(settings, args=["--help"])
+    return text.getvalue()

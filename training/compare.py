@@ -1,0 +1,353 @@
+"""Direct SCORE beside its surrogates, over seeds: ``python -m training.compare``.
+
+    python -m training.compare --data digits --seeds 0 1 2 --out runs/compare-digits
+    python -m training.compare --objectives standard trades:se score_direct:oracle --data toy -- --epochs 10
+
+Each objective and seed is one ``python -m training.run`` in a process of its own, several side by side with one thread
+each. Called again with the same --out, finished runs are kept and interrupted ones go on. Options after ``--`` go to
+every run. Writes compare.json, report.html (self-contained), and for a README table.md and the main plot.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, NamedTuple, get_args
+
+from scipy.stats import t as student
+from tqdm import tqdm
+
+from scorematch.divergences import KINDS
+from training import checkpoint, command_line, config, report
+from training.config import Objective, Posterior, RunSettings
+from training.data import DataName
+from training.errors import InputError, Interrupted, StopError, run_program, unknown_name
+
+DEFAULT_OBJECTIVES = {
+    "digits": (
+        "standard",
+        "pgd_at:kl",
+        "pgd_at:se",
+        "trades:kl",
+        "trades:se",
+        "score_direct:score_network",
+        "score_direct:kernel_density",
+        "score_direct:noise_conditional_classifier",
+    ),
+    "toy": ("standard", "pgd_at:kl", "score_direct:oracle", "score_direct:score_network"),
+}
+ROOT = Path(__file__).resolve().parent.parent
+POLL_SECONDS = 0.5
+LOG_LINES = 5  # of a failed run, shown
+
+
+@dataclass(frozen=True)
+class CompareSettings:
+    """Which objectives to compare, on what, and how often."""
+
+    data: DataName = "digits"  # data set
+    objectives: tuple[str, ...] = ()  # OBJECTIVE[:DIVERGENCE][:POSTERIOR], such as trades:se; none: the usual ones
+    seeds: tuple[int, ...] = (0, 1, 2)  # one run of each objective a seed; the split is always the same
+    out: Path | None = None  # folder of the comparison; None is runs/compare-DATA
+    jobs: int = 0  # runs side by side, one CPU thread each; 0 is the number of cores
+    figures: Path | None = None  # folder that also gets the main plot and the table, for a README
+
+
+class Entry(NamedTuple):
+    """One objective of the comparison."""
+
+    name: str  # as given, such as trades:se
+    objective: str
+    divergence: str
+    posterior: str | None
+
+    @property
+    def family(self) -> str:
+        """What decides the colour of a plot."""
+        return self.posterior or self.objective
+
+    @property
+    def label(self) -> str:
+        titles = {"standard": "standard", "pgd_at": "PGD-AT", "trades": "TRADES", "score_direct": "direct"}
+        words = [titles[self.objective], {"kl": "KL", "se": "SE"}.get(self.divergence, self.divergence)]
+        if self.objective == "standard" and self.divergence == "kl":
+            words.pop()
+        if self.posterior:
+            words = [words[0], report.POSTERIOR_NAMES[self.posterior], *([] if self.divergence == "kl" else words[1:])]
+        return " ".join(words)
+
+
+class Job(NamedTuple):
+    """One run of one entry."""
+
+    entry: Entry
+    seed: int
+    out: Path
+    arguments: list[str]
+    settings: RunSettings
+
+    @property
+    def finished(self) -> bool:
+        return (self.out / "summary.json").exists()
+
+    @property
+    def epochs_done(self) -> int:
+        return len(checkpoint.read_metrics(self.out / "metrics.jsonl"))
+
+
+def parse_entry(name: str) -> Entry:
+    """``OBJECTIVE[:DIVERGENCE][:POSTERIOR]``, the parts after the first in any order."""
+    objective, *parts = name.split(":")
+    if objective not in get_args(Objective):
+        raise unknown_name("objectives", name, [f"{o}[:DIVERGENCE][:POSTERIOR]" for o in get_args(Objective)])
+    divergence, posterior = "kl", "score_network" if objective == "score_direct" else None
+    for part in parts:
+        if part in KINDS:
+            divergence = part
+        elif part in get_args(Posterior) and objective == "score_direct":
+            posterior = part
+        else:
+            allowed = [*KINDS, *(get_args(Posterior) if objective == "score_direct" else ())]
+            raise unknown_name(f"objectives: {name}", part, allowed)
+    return Entry(name, objective, divergence, posterior)
+
+
+def plan(settings: CompareSettings, options: Sequence[str], out: Path, jobs: int) -> list[Job]:
+    """All runs, seed by seed, each checked by the parser of training.run before the first one starts."""
+    entries = [parse_entry(name) for name in settings.objectives or DEFAULT_OBJECTIVES[settings.data]]
+    if len({entry.name for entry in entries}) < len(entries):
+        raise InputError(f"objectives: {' '.join(settings.objectives)} names one twice, each may stand once")
+    planned = []
+    for seed in settings.seeds:
+        for entry in entries:
+            folder = out / "runs" / f"{entry.name.replace(':', '-')}-seed{seed}"
+            arguments = ["--objective", entry.objective, "--divergence", entry.divergence, "--data", settings.data]
+            if entry.posterior:
+                arguments += ["--posterior", entry.posterior]
+            arguments += ["--seed", str(seed), "--out", str(folder)]
+            if jobs > 1:
+                arguments += ["--threads", "1"]
+            arguments += options
+            planned.append(Job(entry, seed, folder, arguments, config.parse(arguments)))
+    for job in planned:
+        _refuse_other_settings(job)
+    return planned
+
+
+def _refuse_other_settings(job: Job) -> None:
+    """An earlier run in the folder must have the same settings, but for the number of threads."""
+    path = job.out / "config.toml"
+    if not path.exists():
+        return
+    saved = config.as_table(config.from_table(config.read_toml(path), str(path)))
+    for name, value in config.as_table(job.settings).items():
+        if name != "threads" and saved.get(name) != value:
+            raise InputError(f"out: {job.out} holds a run with {name} = {saved.get(name)!r}, expected {value!r}")
+
+
+def run_all(planned: Sequence[Job], jobs: int) -> list[Job]:
+    """Run what is not finished, ``jobs`` at a time; returns the runs that failed."""
+    waiting = [job for job in planned if not job.finished]
+    running: dict[subprocess.Popen, Job] = {}
+    failed: list[Job] = []
+    total = sum(job.settings.epochs for job in planned)
+    done = sum(job.settings.epochs for job in planned if job.finished)
+    interval = 0.1 if sys.stderr.isatty() else 30.0
+    with tqdm(
+        total=total, initial=done, desc="compare", unit="epoch", smoothing=0.05, mininterval=interval
+    ) as progress:
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    job = waiting.pop(0)
+                    running[_start(job, threads=1 if jobs > 1 else None)] = job
+                time.sleep(POLL_SECONDS)
+                for process in [process for process in running if process.poll() is not None]:
+                    job = running.pop(process)
+                    if process.returncode:
+                        failed.append(job)
+                        progress.write(_failure(job, process.returncode), file=sys.stderr)
+                epochs = sum(job.settings.epochs if job.finished else job.epochs_done for job in planned)
+                progress.set_postfix_str(", ".join(j.out.name for j in running.values()), refresh=False)
+                progress.update(epochs - progress.n)
+                if sys.stderr.isatty():
+                    progress.refresh()
+        except Interrupted:
+            for process in running:
+                process.terminate()
+            for process in running:
+                process.wait()
+            raise
+    return failed
+
+
+def _start(job: Job, threads: int | None) -> subprocess.Popen:
+    job.out.mkdir(parents=True, exist_ok=True)
+    started = (job.out / "config.toml").exists()
+    arguments = ["--resume", str(job.out)] if started else job.arguments
+    # The runs find this very package from any working directory.
+    search_path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": search_path}
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    with open(_log(job), "a") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "training.run", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,  # Ctrl-C reaches this program alone, which then ends the runs in order
+        )
+
+
+def _log(job: Job) -> Path:
+    return job.out.with_suffix(".log")
+
+
+def _failure(job: Job, status: int) -> str:
+    lines = [line for line in _log(job).read_text().replace("\r", "\n").splitlines() if line.strip()]
+    return "\n".join([f"{job.out.name} failed with status {status}; the end of {_log(job)}:", *lines[-LOG_LINES:]])
+
+
+class Estimate(NamedTuple):
+    """A mean over seeds with its 95 % interval (Student's t); one seed has no interval."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    values: list[float]
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    mean = fmean(values)
+    if len(values) < 2:
+        return Estimate(mean, None, None, list(values))
+    half = float(student.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
+    return Estimate(mean, mean - half, mean + half, list(values))
+
+
+def gather(settings: CompareSettings, planned: Sequence[Job]) -> dict[str, Any]:
+    """compare.json: every finished run, the means over seeds, and differences from the best surrogate seed by seed."""
+    runs: dict[str, dict[int, dict[str, Any]]] = {}
+    for job in planned:
+        if job.finished:
+            summary = json.loads((job.out / "summary.json").read_text())
+            curve = json.loads((job.out / "curve.json").read_text())
+            runs.setdefault(job.entry.name, {})[job.seed] = {**summary, "curve": curve, "folder": str(job.out)}
+    entries = {job.entry.name: job.entry for job in planned if job.entry.name in runs}
+    aggregate = {name: _aggregate(entries[name], list(by_seed.values())) for name, by_seed in runs.items()}
+    first = planned[0].settings
+    return {
+        "data": settings.data,
+        "seeds": list(settings.seeds),
+        "settings": {job.entry.name: config.as_table(job.settings) for job in planned if job.seed == planned[0].seed},
+        "commands": {job.entry.name: shlex.join(["python", "-m", "training.run", *job.arguments]) for job in planned},
+        "norm": first.norm,
+        "eps": first.eps,
+        "runs": {name: list(by_seed.values()) for name, by_seed in runs.items()},
+        "aggregate": aggregate,
+        "paired": _paired(runs, aggregate),
+    }
+
+
+MEASURES = (
+    "clean_acc",
+    "pgd_acc",
+    "r_score",
+    "r_madry",
+    "data_gradient_ratio",
+    "sign_change_share",
+    "posterior_clean_acc",
+    "posterior_robust_acc",
+    "train_seconds",
+    "posterior_seconds",
+    "eval_seconds",
+)
+
+
+def _aggregate(entry: Entry, summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The means over seeds of one objective."""
+    measures = {
+        measure: estimate([s[measure] for s in summaries])._asdict()
+        for measure in MEASURES
+        if all(s.get(measure) is not None for s in summaries)
+    }
+    curve = [
+        {"eps": points[0]["eps"], **estimate([point["acc"] for point in points])._asdict()}
+        for points in zip(*(s["curve"] for s in summaries), strict=True)
+    ]
+    return {**entry._asdict(), "label": entry.label, "family": entry.family, **measures, "curve": curve}
+
+
+def _paired(runs: dict[str, dict[int, dict[str, Any]]], aggregate: dict[str, Any]) -> dict[str, Any]:
+    """Differences, seed by seed, from the surrogate with the highest mean robust accuracy."""
+    surrogates = [name for name, entry in aggregate.items() if entry["objective"] in ("pgd_at", "trades")]
+    if not surrogates:
+        return {}
+    best = max(surrogates, key=lambda name: aggregate[name]["pgd_acc"]["mean"])
+    differences: dict[str, Any] = {}
+    for name, by_seed in runs.items():
+        common = sorted(set(by_seed) & set(runs[best]))
+        if name != best and common:
+            differences[name] = {
+                measure: estimate([by_seed[seed][measure] - runs[best][seed][measure] for seed in common])._asdict()
+                for measure in ("clean_acc", "pgd_acc")
+            }
+    return {"against": best, "differences": differences}
+
+
+def _check(settings: CompareSettings) -> None:
+    ranges: dict[str, config.Check] = {
+        "seeds": (
+            lambda v: len(v) > 0 and len(set(v)) == len(v) and all(0 <= s < 2**32 for s in v),
+            "one or more different seeds from 0",
+        ),
+        "jobs": (lambda v: v >= 0, "0 (the number of cores) or a number of runs"),
+    }
+    config.check_ranges(settings, ranges)
+
+
+def main(arguments: list[str]) -> None:
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    settings = command_line.parse(
+        CompareSettings,
+        arguments[:end],
+        program="python -m training.compare",
+        description="Compare direct SCORE with its surrogates over seeds. Options after -- go to every run.",
+    )
+    _check(settings)
+    out = settings.out or Path("runs") / f"compare-{settings.data}"
+    jobs = settings.jobs or len(os.sched_getaffinity(0))
+    planned = plan(settings, arguments[end + 1 :], out, jobs)
+    count = len({job.entry.name for job in planned})
+    print(
+        f"{len(planned)} runs ({count} objectives, {len(settings.seeds)} seeds), {jobs} side by side, in {out}; "
+        f"{sum(job.finished for job in planned)} are finished"
+    )
+    begin = time.perf_counter()
+    try:
+        failed = run_all(planned, jobs)
+    except Interrupted as signal:
+        raise Interrupted(f"{signal}, all runs are saved; the same command continues") from None
+    comparison = gather(settings, planned)
+    comparison["command"] = shlex.join(["python", "-m", "training.compare", *arguments])
+    comparison["wall_seconds"] = time.perf_counter() - begin
+    if not comparison["runs"]:
+        raise StopError("no run finished")
+    checkpoint.write_json(out / "compare.json", comparison)
+    table = report.write(out, comparison, settings.figures)
+    print(table)
+    print(f"{out / 'report.html'} has the plots, {out / 'compare.json'} the numbers")
+    if failed:
+        raise StopError(f"{len(failed)} of {len(planned)} runs failed: {', '.join(job.out.name for job in failed)}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

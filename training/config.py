@@ -1,0 +1,360 @@
+"""The typed configuration of a run: dataclass defaults, then a recipe, then the command line.
+
+The defaults below are overlaid by the recipe of the data set (``recipes/<data>.toml``), then by ``--recipe`` where one
+is given, then by options. A key that no field has is an error.
+"""
+
+import dataclasses
+import math
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+import tyro
+
+from scorematch import ThreatModel
+from scorematch.divergences import KINDS
+from training import command_line
+from training.data import DataName, DataSettings, ToyLabels
+from training.errors import InputError, unknown_name
+from training.posteriors import PosteriorSettings
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Objective = Literal["standard", "pgd_at", "trades", "score_direct"]
+Posterior = Literal["score_network", "kernel_density", "noise_conditional_classifier", "oracle"]
+ClipForm = Literal["total", "robust", "threshold"]
+EVALUATION_LOSSES = ("ce", "margin", *KINDS)
+RECIPES = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Everything that decides a run. Lengths (eps, step_size) are in the units of the input: pixels in [0, 1]."""
+
+    objective: Objective  # what is minimised: clean loss, adversarial training, TRADES, or SCORE itself
+    divergence: str = "kl"  # D(target || model): kl, se, l2, l1, linf, js, js_distance or l1_squared
+
+    # Data and model
+    data: DataName = "digits"  # data set
+    limit: int = 0  # number of training points to keep, class-balanced on images; 0 keeps all
+    toy_labels: ToyLabels = "oracle"  # targets of the surrogates on the toy: p_d(y|x), or the sampled labels
+    shift: int = 0  # augmentation: random shift of the training images by up to this many pixels; 0 turns it off
+    model: str = "digits_cnn"  # classifier: a name of training.models, or module:function of your own
+
+    # Threat model and the attack during training
+    norm: Literal["linf", "l2"] = "linf"  # norm of the perturbation, over all features of a sample
+    eps: float = 0.15  # radius of the perturbation, in input units
+    step_size: float | None = None  # length of one step of any attack, in input units; None is eps / 4
+    steps: int = 10  # steps of the attack during training
+    start: Literal["uniform", "gaussian"] | None = None  # where that attack starts; None is the objective's own
+    attack_mode: Literal["eval", "train", "frozen"] | None = None  # batch norm in that attack; None as for start
+
+    # Objective
+    beta: float = 4.0  # TRADES: weight of the robust term
+    clip: float = 0.0  # clipping threshold c; 0 turns clipping off
+    clip_form: ClipForm = "total"  # what is clipped: relu(total - bound(c)), relu(robust term - bound(c) or - c)
+    posterior: Posterior = "score_network"  # score_direct: the estimate of p_d(y|x'); oracle exists on the toy only
+    posterior_from: Path | None = None  # posterior.pt of an earlier run, used instead of training one
+    posterior_settings: PosteriorSettings = field(default_factory=PosteriorSettings)
+
+    # Optimisation
+    epochs: int = 40  # passes over the training data
+    batch_size: int = 64  # samples a step
+    optimizer: Literal["sgd", "adam"] = "adam"  # sgd has Nesterov momentum
+    lr: float = 2e-3  # highest learning rate of the schedule
+    momentum: float = 0.9  # of sgd; ignored by adam
+    weight_decay: float = 0.0  # L2 penalty of all parameters
+    schedule: Literal["onecycle", "cosine", "multistep", "constant"] = "onecycle"  # learning rate over the steps
+    warmup: float = 0.25  # onecycle: share of the steps during which the rate rises
+    milestones: tuple[int, ...] = ()  # multistep: epochs after which the rate is multiplied by lr_decay
+    lr_decay: float = 0.1  # multistep: factor at each milestone
+    averaging: float = 0.0  # decay a step of the exponential average of the weights that is evaluated; 0 turns it off
+
+    # Validation and the final evaluation
+    selection: Literal["best", "last"] = (
+        "best"  # weights of the final numbers: last, or best validation accuracy (robust; standard: clean)
+    )
+    validate_every: int = 1  # epochs between validations (clean and PGD); the last epoch is always validated
+    validation_steps: int = 10  # PGD steps of a validation
+    eval_steps: int = 40  # PGD steps of the final evaluation, per restart
+    eval_restarts: int = 2  # random starts of the final evaluation, per loss
+    eval_losses: tuple[str, ...] = ("ce", "margin")  # what the final PGD ascends; a sample must withstand all
+    curve_points: int = 6  # perturbation sizes in (0, 2 eps] of the accuracy curve; 0 leaves it out
+
+    # The run itself
+    seed: int = 0  # decides initialisation, data order, augmentation and attacks; never the split
+    deterministic: bool = False  # refuse operations without a deterministic implementation (CPU runs are exact anyway)
+    threads: int = 0  # CPU threads; 0 is all available
+    device: str = "auto"  # torch device; auto is cuda where there is one
+    out: Path | None = None  # folder of the run; None picks a fresh one under runs/
+    resume: Path | None = None  # continue the run in this folder with its own settings
+    recipe: str | None = None  # name in training/recipes or path of a TOML file, over the recipe of the data set
+    dry_run: bool = False  # print the resolved settings and stop
+
+    @property
+    def data_settings(self) -> DataSettings:
+        return DataSettings(self.data, self.limit, self.toy_labels)
+
+    def threat_model(self, lower: float, upper: float) -> ThreatModel:
+        return ThreatModel(self.norm, self.eps, self.step_size, lower, upper)
+
+
+NOT_IN_RECIPES = ("out", "resume", "recipe", "dry_run")
+
+Check = tuple[Callable[[Any], bool], str]
+
+
+def _positive(value: float) -> bool:
+    return 0 < value < math.inf
+
+
+def _not_negative(value: float) -> bool:
+    return 0 <= value < math.inf
+
+
+RANGES: dict[str, Check] = {
+    "divergence": (lambda v: v in KINDS, ", ".join(KINDS)),
+    "limit": (lambda v: v >= 0, "0 (all) or a number of points"),
+    "shift": (lambda v: 0 <= v <= 4, "0 to 4 pixels"),
+    "eps": (_positive, "a finite number above 0"),
+    "step_size": (lambda v: v is None or _positive(v), "a finite number above 0, or None for eps / 4"),
+    "steps": (lambda v: v >= 1, "at least 1"),
+    "beta": (_not_negative, "a finite number of at least 0"),
+    "clip": (lambda v: 0 <= v < 1, "0 up to but not including 1"),
+    "epochs": (lambda v: v >= 1, "at least 1"),
+    "batch_size": (lambda v: v >= 1, "at least 1"),
+    "lr": (_positive, "a finite number above 0"),
+    "momentum": (lambda v: 0 <= v < 1, "0 up to but not including 1"),
+    "weight_decay": (_not_negative, "a finite number of at least 0"),
+    "warmup": (lambda v: 0 < v < 1, "between 0 and 1, exclusive"),
+    "milestones": (lambda v: all(m >= 1 for m in v) and list(v) == sorted(set(v)), "increasing epochs from 1"),
+    "lr_decay": (lambda v: 0 < v <= 1, "above 0, at most 1"),
+    "averaging": (lambda v: 0 <= v < 1, "0 up to but not including 1"),
+    "validate_every": (lambda v: v >= 1, "at least 1"),
+    "validation_steps": (lambda v: v >= 1, "at least 1"),
+    "eval_steps": (lambda v: v >= 1, "at least 1"),
+    "eval_restarts": (lambda v: v >= 1, "at least 1"),
+    "eval_losses": (
+        lambda v: len(v) > 0 and set(v) <= set(EVALUATION_LOSSES),
+        f"one or more of {', '.join(EVALUATION_LOSSES)}",
+    ),
+    "curve_points": (lambda v: v >= 0 and v % 2 == 0, "0 or an even number, so that eps is one of the points"),
+    "seed": (lambda v: 0 <= v < 2**32, "0 to 4294967295"),
+    "threads": (lambda v: v >= 0, "0 (all) or a number of threads"),
+}
+
+
+def check_ranges(settings: object, ranges: dict[str, Check]) -> None:
+    for name, (allowed, description) in ranges.items():
+        value = getattr(settings, name)
+        if not allowed(value):
+            raise InputError(f"{name}: {value!r} is out of range, allowed: {description}")
+
+
+def validate(settings: RunSettings) -> None:
+    """Refuse values out of range, and combinations that mean nothing, before any work."""
+    check_ranges(settings, RANGES)
+    if settings.schedule == "multistep" and not settings.milestones:
+        raise InputError("milestones: none given, the multistep schedule needs at least one epoch")
+    if settings.posterior == "oracle" and settings.data != "toy":
+        raise InputError(f"posterior: 'oracle' on {settings.data}, allowed: p_d(y|x) is known on the toy only")
+    if settings.shift and settings.data == "toy":
+        raise InputError("shift: the toy has no images to shift, allowed: 0")
+    resolve_device(settings.device)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device called ``name``, where ``auto`` is CUDA if there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device: {name!r} is unknown, allowed: auto, cpu, cuda, cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device: {name!r} is not there, {torch.cuda.device_count()} CUDA devices are visible")
+    return device
+
+
+def resolve_threads(threads: int) -> int:
+    """The number of CPU threads: ``threads``, or for 0 what the process may use."""
+    return threads or torch.get_num_threads()
+
+
+def parse(arguments: Sequence[str]) -> RunSettings:
+    """The settings of a run from its command line. ``--resume DIR`` starts from DIR/config.toml and changes nothing."""
+    resume = _option(arguments, "resume")
+    if resume is not None:
+        return _resumed(Path(resume), arguments)
+    default = from_recipes(_option(arguments, "data"), _option(arguments, "recipe"))
+    settings = _with_posterior(_parse(arguments, default))
+    validate(settings)
+    return settings
+
+
+def _parse(arguments: Sequence[str], default: RunSettings) -> RunSettings:
+    return command_line.parse(
+        RunSettings,
+        arguments,
+        program="python -m training.run",
+        description="Train one classifier with one objective and measure its robustness.",
+        default=default,
+    )
+
+
+def _option(arguments: Sequence[str], name: str) -> str | None:
+    """The value of ``--name value`` or ``--name=value``, looked up before the other options are known."""
+    value = None
+    for position, argument in enumerate(arguments):
+        if argument == f"--{name}" and position + 1 < len(arguments):
+            value = arguments[position + 1]
+        elif argument.startswith(f"--{name}="):
+            value = argument.split("=", 1)[1]
+    return value
+
+
+def from_recipes(data: str | None, recipe: str | None) -> RunSettings:
+    """The defaults for a data set, overlaid by a recipe; ``objective`` is missing unless the recipe names it."""
+    overlay = read_recipe(recipe) if recipe else {}
+    name = data or overlay.get("data", "digits")
+    values = read_recipe(name) if name in get_args(DataName) else {}
+    posterior = {**values.pop("posterior_settings", {}), **overlay.pop("posterior_settings", {})}
+    values = {"objective": tyro.MISSING, **values, **overlay}
+    return RunSettings(**values, posterior_settings=_construct(PosteriorSettings, posterior, "posterior_settings"))
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """The typed values of a recipe: ``recipes/<name>.toml``, or a path."""
+    path = RECIPES / f"{name}.toml"
+    if not path.exists():
+        path = Path(name)
+    if not path.is_file():
+        raise unknown_name("recipe", name, [*sorted(p.stem for p in RECIPES.glob("*.toml")), "or the path of a file"])
+    return typed_values(read_toml(path), str(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as TOML ({error})") from None
+
+
+def typed_values(table: dict[str, Any], where: str) -> dict[str, Any]:
+    """The values of :class:`RunSettings` in a table, the nested ``posterior_settings`` still a table."""
+    values = typed_table(table, RunSettings, where, exclude=NOT_IN_RECIPES)
+    if "posterior_settings" in table:
+        nested = f"{where}: posterior_settings"
+        values["posterior_settings"] = typed_table(table["posterior_settings"], PosteriorSettings, nested)
+    return values
+
+
+def from_table(table: dict[str, Any], where: str) -> RunSettings:
+    """The settings that a run saved, in its config.toml or in a checkpoint."""
+    values = typed_values(table, where)
+    nested = _construct(PosteriorSettings, values.pop("posterior_settings", {}), f"{where}: posterior_settings")
+    try:
+        settings = RunSettings(**values, posterior_settings=nested)
+    except TypeError as error:
+        raise InputError(f"{where}: {error}") from None
+    validate(settings)
+    return settings
+
+
+def typed_table(table: object, settings: type, where: str, exclude: Sequence[str] = ()) -> dict[str, Any]:
+    """``table`` with every value of the type that the field of ``settings`` has; an unknown key is an error."""
+    if not isinstance(table, dict):
+        raise InputError(f"{where}: {table!r} is no table")
+    hints = typing.get_type_hints(settings)
+    allowed = [f.name for f in dataclasses.fields(settings) if f.name not in exclude]
+    for key in table:
+        if key not in allowed:
+            raise InputError(f"{where}: unknown key {key!r}, allowed: {', '.join(allowed)}")
+    return {key: _typed(value, hints[key], f"{where}: {key}") for key, value in table.items()}
+
+
+def _typed(value: Any, hint: Any, where: str) -> Any:
+    """``value`` as ``hint``: int, float, bool, str, Path, Literal, tuple[T, ...], T | None or a dataclass's table."""
+    origin = typing.get_origin(hint)
+    if origin is typing.Annotated:
+        return _typed(value, get_args(hint)[0], where)
+    if origin is Literal:
+        if value not in get_args(hint):
+            raise unknown_name(where, value, get_args(hint))
+        return value
+    if origin in (typing.Union, types.UnionType):
+        return _typed(value, next(part for part in get_args(hint) if part is not type(None)), where)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_typed(part, get_args(hint)[0], where) for part in value)
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if hint is float and type(value) is int:
+        return float(value)
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return value
+    if type(value) is not hint:
+        raise InputError(f"{where}: {value!r} is of type {type(value).__name__}, allowed: {_name(hint)}")
+    return value
+
+
+def _name(hint: Any) -> str:
+    return getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint)
+
+
+def _construct(settings: type[PosteriorSettings], values: dict[str, Any], where: str) -> PosteriorSettings:
+    try:
+        return settings(**values)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+def _with_posterior(settings: RunSettings) -> RunSettings:
+    """``--posterior NAME`` decides the name inside ``posterior_settings``, and the data set what is left open there."""
+    try:
+        named = dataclasses.replace(settings.posterior_settings, name=settings.posterior).resolved(settings.data)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"posterior_settings: {error}") from None
+    return dataclasses.replace(settings, posterior_settings=named)
+
+
+def _resumed(folder: Path, arguments: Sequence[str]) -> RunSettings:
+    """The settings of the run in ``folder``; options beside --resume must not contradict them."""
+    path = folder / "config.toml"
+    if not path.is_file():
+        raise InputError(f"resume: {folder} holds no config.toml, expected the folder of an earlier run")
+    saved = from_table(read_toml(path), str(path))
+    settings = _parse(arguments, saved)
+    for name, value in as_table(settings).items():
+        if value != as_table(saved).get(name):
+            raise InputError(f"{name}: {value!r} contradicts the run in {folder}, a resumed run keeps its settings")
+    settings = dataclasses.replace(_with_posterior(settings), out=folder, resume=folder)
+    validate(settings)
+    return settings
+
+
+def as_table(settings: RunSettings) -> dict[str, Any]:
+    """The settings as a TOML table. TOML has no null: fields that are None are left out."""
+    return {name: value for name, value in plain(settings).items() if name not in NOT_IN_RECIPES}
+
+
+def plain(settings: Any) -> dict[str, Any]:
+    """A dataclass as a table of plain values, without those that are None."""
+    table: dict[str, Any] = {}
+    for entry in dataclasses.fields(settings):
+        value = getattr(settings, entry.name)
+        if dataclasses.is_dataclass(value):
+            table[entry.name] = plain(value)
+        elif value is not None:
+            table[entry.name] = (
+                list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+            )
+    return table

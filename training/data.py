@@ -1,0 +1,133 @@
+"""The data sets: fixed splits, held as tensors. The split never depends on the seed of a run."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+
+from training import toy
+from training.errors import InputError, unknown_name
+
+DataName = Literal["digits", "toy"]
+ToyLabels = Literal["oracle", "hard"]
+
+SPLIT_SEED = 0
+DIGITS_TEST, DIGITS_VALIDATION = 500, 147
+TOY_VALIDATION, TOY_TEST = 2_000, 2_000
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Which data set, and how much of it."""
+
+    name: str = "digits"
+    limit: int = 0  # number of training points to keep; 0 keeps all
+    toy_labels: ToyLabels = "oracle"  # targets on the toy: p_d(y|x) or the sampled labels
+
+
+@dataclass(frozen=True)
+class Data:
+    """One data set. Selection sees ``validation`` only, ``test`` is for the final numbers."""
+
+    name: str
+    num_classes: int
+    x_train: Tensor  # [N, ...] float32
+    y_train: Tensor  # [N] int64
+    x_validation: Tensor
+    y_validation: Tensor
+    x_test: Tensor
+    y_test: Tensor
+    lower: float = 0.0  # the smallest and the largest value that a feature may take
+    upper: float = 1.0
+    p_train: Tensor | None = None  # [N, L] p_d(y|x) at the training points, where it is known and asked for
+    split_seed: int = SPLIT_SEED
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return tuple(self.x_train.shape[1:])
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"train": len(self.x_train), "validation": len(self.x_validation), "test": len(self.x_test)}
+
+    def to(self, device: torch.device) -> "Data":
+        tensors: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return dataclasses.replace(self, **tensors)
+
+
+def load(settings: DataSettings) -> Data:
+    """The data set that ``settings`` names, on the CPU."""
+    if settings.name == "digits":
+        data = _digits()
+        return _keep(data, _balanced(data.y_train, settings.limit)) if _limits(settings, data) else data
+    if settings.name == "toy":
+        data = _toy(settings.toy_labels)
+        # The points are independent draws, so the first ones keep the priors.
+        return _keep(data, torch.arange(settings.limit)) if _limits(settings, data) else data
+    raise unknown_name("data", settings.name, get_args(DataName))
+
+
+def _digits() -> Data:
+    """The 1,797 scans of 8×8 pixels bundled with scikit-learn, in [0, 1]: 1,150 train, 147 validate, 500 test."""
+    images, labels = load_digits(return_X_y=True)
+    x = (images / 16.0).astype(np.float32).reshape(-1, 1, 8, 8)
+    rest, test = train_test_split(
+        np.arange(len(labels)), test_size=DIGITS_TEST, stratify=labels, random_state=SPLIT_SEED
+    )
+    train, validation = train_test_split(
+        rest, test_size=DIGITS_VALIDATION, stratify=labels[rest], random_state=SPLIT_SEED
+    )
+    inputs, targets = torch.from_numpy(x), torch.from_numpy(labels.astype(np.int64))
+    parts = [(inputs[index], targets[index]) for index in (train, validation, test)]
+    return _assembled("digits", 10, parts)
+
+
+def _toy(labels: ToyLabels) -> Data:
+    parts = [
+        toy.sample(count, seed=SPLIT_SEED + offset)
+        for offset, count in enumerate((toy.TRAINING_POINTS, TOY_VALIDATION, TOY_TEST))
+    ]
+    p_train = toy.posterior(parts[0][0]) if labels == "oracle" else None
+    data = _assembled("toy", 2, parts)
+    return dataclasses.replace(data, lower=-math.inf, upper=math.inf, p_train=p_train)
+
+
+def _assembled(name: str, num_classes: int, parts: Sequence[tuple[Tensor, Tensor]]) -> Data:
+    """A data set from its training, validation and test pairs."""
+    (x_train, y_train), (x_validation, y_validation), (x_test, y_test) = parts
+    return Data(name, num_classes, x_train, y_train, x_validation, y_validation, x_test, y_test)
+
+
+def _limits(settings: DataSettings, data: Data) -> bool:
+    available = len(data.x_train)
+    if settings.limit and not data.num_classes <= settings.limit <= available:
+        raise InputError(
+            f"limit: {settings.limit} training points, allowed: 0 (all) or {data.num_classes} to {available} "
+            f"on {data.name}"
+        )
+    return 0 < settings.limit < available
+
+
+def _balanced(y: Tensor, limit: int) -> Tensor:
+    """The indices of ``limit`` points of labels y [N], in their order, class counts as equal as the data allows."""
+    rank_in_class = torch.empty_like(y)
+    for label in y.unique():
+        members = (y == label).nonzero().flatten()
+        rank_in_class[members] = torch.arange(len(members))
+    return rank_in_class.argsort(stable=True)[:limit].sort().values if limit else torch.arange(len(y))
+
+
+def _keep(data: Data, index: Tensor) -> Data:
+    return dataclasses.replace(
+        data,
+        x_train=data.x_train[index],
+        y_train=data.y_train[index],
+        p_train=None if data.p_train is None else data.p_train[index],
+    )

@@ -1,0 +1,41 @@
+"""How a program ends: 0 done, 2 bad arguments or input (one line on stderr), 1 anything else."""
+
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from types import FrameType
+
+
+class InputError(Exception):
+    """Arguments or input that cannot be used; the message says what was given and what is allowed, on one line."""
+
+
+class StopError(Exception):
+    """A run that had to stop, such as a loss that is not finite; the message says what remains and what to do."""
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM. Not an ``Exception``, so that no handler between here and the program swallows it."""
+
+
+def unknown_name(what: str, given: object, allowed: Sequence[object]) -> InputError:
+    return InputError(f"{what}: {given!r} is unknown, allowed: {', '.join(str(name) for name in allowed)}")
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise Interrupted(signal.Signals(number).name)
+
+
+def run_program(program: Callable[[list[str]], None], arguments: Sequence[str] | None = None) -> int:
+    """Run ``program`` on the command line's arguments and return its exit status."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    try:
+        program(list(sys.argv[1:] if arguments is None else arguments))
+    except InputError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except (StopError, Interrupted) as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return 1
+    return 0

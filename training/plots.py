@@ -1,0 +1,194 @@
+"""The plots of a report: each a matplotlib figure made from plain values.
+
+Colour tells the objective (Okabe and Ito's palette, safe for colour-blind readers), dashes the divergence, and the
+marker repeats the colour for grey prints.
+"""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+INK, FAINT = "#222222", "#b8b8b8"
+COLOURS = {
+    "standard": "#767676",
+    "pgd_at": "#0072b2",
+    "trades": "#009e73",
+    "score_network": "#d55e00",
+    "kernel_density": "#e69f00",
+    "noise_conditional_classifier": "#cc79a7",
+    "oracle": "#56b4e9",
+}
+MARKERS = {
+    "standard": "x",
+    "pgd_at": "o",
+    "trades": "s",
+    "score_network": "^",
+    "kernel_density": "D",
+    "noise_conditional_classifier": "v",
+    "oracle": "P",
+}
+DASHES = {"kl": "-", "se": "--"}
+
+plt.rcParams.update(
+    {
+        "font.family": "sans-serif",
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": INK,
+        "axes.labelcolor": INK,
+        "axes.titlesize": 10,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "axes.grid": True,
+        "grid.color": "#e4e4e4",
+        "grid.linewidth": 0.6,
+        "lines.linewidth": 1.8,
+        "legend.frameon": False,
+        "svg.hashsalt": "scorematch",
+        "savefig.bbox": "tight",
+    }
+)
+
+
+class Series(NamedTuple):
+    """One line with its band. ``family`` decides colour and marker, ``divergence`` the dashes."""
+
+    label: str
+    family: str
+    divergence: str
+    x: Sequence[float]
+    mean: Sequence[float]
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+
+    def draw(self, axes: Axes, *, marker: bool = True) -> None:
+        colour = COLOURS.get(self.family, INK)
+        axes.plot(
+            self.x,
+            self.mean,
+            DASHES.get(self.divergence, ":"),
+            color=colour,
+            marker=MARKERS.get(self.family, ".") if marker else None,
+            markersize=5,
+            label=self.label,
+        )
+        if self.low is not None and self.high is not None:
+            axes.fill_between(self.x, self.low, self.high, color=colour, alpha=0.15, linewidth=0)
+
+
+def accuracy_against_eps(series: Sequence[Series], *, norm: str, train_eps: float, unit: str) -> Figure:
+    figure, axes = plt.subplots(figsize=(7.2, 4.2))
+    for line in series:
+        line.draw(axes)
+    axes.axvline(train_eps, color=FAINT, linewidth=1.2, zorder=0)
+    axes.text(
+        train_eps,
+        1.01,
+        "eps in training",
+        transform=axes.get_xaxis_transform(),
+        ha="center",
+        color="#707070",
+        fontsize=8,
+    )
+    axes.set(
+        xlabel=f"perturbation size eps ({'Linf' if norm == 'linf' else 'L2'}, {unit})",
+        ylabel="accuracy under PGD (% of test samples)",
+        ylim=(0, 102),
+        xlim=(0, None),
+    )
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=3.2)
+    return figure
+
+
+def training_curves(panels: Mapping[str, Sequence[Series]], *, log: Sequence[str] = ()) -> Figure:
+    """One panel for each measure, against the epoch."""
+    figure, grid = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.4), squeeze=False)
+    for axes, (measure, series) in zip(grid[0], panels.items(), strict=True):
+        for line in series:
+            line.draw(axes, marker=False)
+        axes.set(xlabel="epoch", ylabel=measure, yscale="log" if measure in log else "linear")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=3.2)
+    figure.tight_layout()
+    return figure
+
+
+def posteriors_along_attack(paths: Mapping[str, Any], *, name: str, family: str) -> Figure:
+    """For each sample its clean and attacked image, and below p(true class) of posterior and model against the step."""
+    samples = len(paths["label"])
+    figure = plt.figure(figsize=(2.7 * samples, 4.0))
+    rows = figure.add_gridspec(2, samples, height_ratios=(1, 1.5), hspace=0.45, wspace=0.25)
+    for sample, label in enumerate(paths["label"]):
+        pair = rows[0, sample].subgridspec(1, 2, wspace=0.08)
+        for column, (title, key) in enumerate((("clean", "clean"), ("attacked", "final"))):
+            image = figure.add_subplot(pair[0, column])
+            image.imshow(paths[key][sample][0], cmap="gray_r", vmin=0, vmax=1)
+            image.set(xticks=[], yticks=[])
+            image.set_title(title, fontsize=9, weight="normal")
+            image.grid(False)
+        axes = figure.add_subplot(rows[1, sample])
+        steps = range(len(paths["model"]))
+        for key, colour, dashes, shown in (
+            ("posterior", COLOURS.get(family, INK), "-", f"target p(y|x'), {name}"),
+            ("model", INK, "--", "model p_θ(y|x')"),
+        ):
+            axes.plot(steps, [row[sample][label] for row in paths[key]], dashes, color=colour, label=shown)
+        axes.set(ylim=(-0.03, 1.03), xlabel="step of the attack")
+        axes.set_title(f"digit {label}", fontsize=9)
+        if sample == 0:
+            axes.set_ylabel("probability of the\ntrue class")
+            handles, labels = axes.get_legend_handles_labels()
+        else:
+            axes.set_yticklabels([])
+    figure.legend(handles, labels, loc="lower center", ncols=2, bbox_to_anchor=(0.5, -0.1))
+    return figure
+
+
+def toy_posteriors(curves: Mapping[str, Mapping[str, Sequence[float]]], families: Mapping[str, str]) -> Figure:
+    """Fig. 1: p_d(x, y) on the left, then p_θ(y=1|x) of each objective beside p_d(y=1|x)."""
+    columns = min(3, 1 + len(curves))
+    rows = -(-(1 + len(curves)) // columns)
+    figure, grid = plt.subplots(rows, columns, figsize=(3.7 * columns, 2.9 * rows), squeeze=False)
+    panels = list(grid.flat)
+    first = next(iter(curves.values()))
+    for key, colour, dashes, label in (
+        ("joint_0", "#0072b2", "-", "y = 0"),
+        ("joint_1", "#d55e00", "--", "y = 1"),
+    ):
+        panels[0].fill_between(first["x"], first[key], color=colour, alpha=0.15, linewidth=0)
+        panels[0].plot(first["x"], first[key], dashes, color=colour, label=label)
+    panels[0].set(title="data", xlabel="x", ylabel="density p_d(x, y)")
+    panels[0].legend(loc="upper left")
+    for axes, (name, curve) in zip(panels[1:], curves.items(), strict=False):
+        axes.plot(curve["x"], curve["p_d"], color=FAINT, linewidth=4, label="p_d(y=1|x)")
+        axes.plot(curve["x"], curve["p_theta"], color=COLOURS.get(families[name], INK), label="p_θ(y=1|x)")
+        axes.set(title=name, xlabel="x", ylabel="probability of y = 1", ylim=(-0.02, 0.8))
+        axes.legend(loc="upper left")
+    for axes in panels[1 + len(curves) :]:
+        axes.remove()
+    figure.tight_layout()
+    return figure
+
+
+def rendered(figure: Figure, form: str, dpi: int = 160) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=form, dpi=dpi, metadata={"Date": None} if form == "svg" else None)
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def as_image(figure: Figure, alt: str) -> str:
+    """The figure as an HTML image that carries its own data."""
+    data = base64.b64encode(rendered(figure, "svg")).decode()
+    return f'<img src="data:image/svg+xml;base64,{data}" alt="{alt}">'

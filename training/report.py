@@ -1,0 +1,337 @@
+"""The report of a comparison: report.html with everything inside it; for a README, table.md and the main plot."""
+
+import html
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from training import checkpoint, plots
+from training.plots import Series
+
+DISTILLATION_BELOW = 0.01  # data gradient / model gradient
+POSTERIOR_NAMES = {
+    "score_network": "score network",
+    "kernel_density": "kernel density",
+    "noise_conditional_classifier": "noise-conditional classifier",
+    "oracle": "oracle",
+}
+
+Comparison = Mapping[str, Any]
+
+
+def write(out: Path, comparison: Comparison, figures: Path | None = None) -> str:
+    """Write the report into ``out`` (and the README's two files into ``figures``); returns the table as text."""
+    table = markdown_table(comparison)
+    name, figure = (
+        ("posteriors", toy_figure(comparison)) if toy(comparison) else ("accuracy", accuracy_figure(comparison))
+    )
+    image = plots.rendered(figure, "png")
+    checkpoint.write_atomically(out / "table.md", table + "\n")
+    checkpoint.write_atomically(out / f"{name}.png", image)
+    checkpoint.write_atomically(out / "report.html", page(comparison))
+    if figures is not None:
+        figures.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_atomically(figures / f"{comparison['data']}-table.md", table + "\n")
+        checkpoint.write_atomically(figures / f"{comparison['data']}-{name}.png", image)
+    return table
+
+
+def toy(comparison: Comparison) -> bool:
+    return comparison["data"] == "toy"
+
+
+def interval(estimate: Mapping[str, Any] | None, form: str = ".1f", factor: float = 1.0) -> str:
+    """``mean ± half width`` of an estimate over seeds."""
+    if estimate is None:
+        return "–"
+    mean = format(factor * estimate["mean"], form)
+    if estimate["low"] is None:
+        return mean
+    return f"{mean} ± {format(factor * (estimate['high'] - estimate['low']) / 2, form)}"
+
+
+def table_rows(comparison: Comparison) -> list[list[str]]:
+    """The header and one row for each objective."""
+    on_toy = toy(comparison)
+    eps = f"{comparison['norm']} {comparison['eps']:g}"
+    header = ["objective", "clean, %", f"PGD, {eps}, %"]
+    header += ["R_SCORE, nat", "R_Madry, nat"] if on_toy else ["difference from the best surrogate"]
+    header += ["data / model gradient, %", "step signs changed, %", "training, s"]
+    rows = [header]
+    paired = comparison["paired"]
+    for name, entry in comparison["aggregate"].items():
+        row = [entry["label"], interval(entry["clean_acc"]), interval(entry["pgd_acc"])]
+        if on_toy:
+            row += [interval(entry.get("r_score"), ".5f"), interval(entry.get("r_madry"), ".4f")]
+        elif name == paired.get("against"):
+            row += ["(the best surrogate)"]
+        else:
+            difference = paired.get("differences", {}).get(name)
+            row += [interval(difference and difference["pgd_acc"], "+.1f").replace("± +", "± ")]
+        row += [
+            interval(entry.get("data_gradient_ratio"), ".1f", 100),
+            interval(entry.get("sign_change_share"), ".1f", 100),
+        ]
+        row += [f"{entry['train_seconds']['mean'] + entry['posterior_seconds']['mean']:.0f}"]
+        rows.append(row)
+    return rows
+
+
+def markdown_table(comparison: Comparison) -> str:
+    rows = table_rows(comparison)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def accuracy_figure(comparison: Comparison) -> Figure:
+    series = []
+    for entry in comparison["aggregate"].values():
+        curve = entry["curve"]
+        banded = all(point["low"] is not None for point in curve)
+        series.append(
+            Series(
+                entry["label"],
+                entry["family"],
+                entry["divergence"],
+                [point["eps"] for point in curve],
+                [point["mean"] for point in curve],
+                [max(point["low"], 0) for point in curve] if banded else None,
+                [min(point["high"], 100) for point in curve] if banded else None,
+            )
+        )
+    unit = "pixel values in [0, 1]"
+    return plots.accuracy_against_eps(series, norm=comparison["norm"], train_eps=comparison["eps"], unit=unit)
+
+
+def training_series(comparison: Comparison, key: str) -> list[Series]:
+    """The mean over seeds of one key of metrics.jsonl, for each objective that logs it."""
+    series = []
+    for name, runs in comparison["runs"].items():
+        entry = comparison["aggregate"][name]
+        logs = [checkpoint.read_metrics(Path(run["folder"]) / "metrics.jsonl") for run in runs]
+        kept = [[line for line in log if key in line] for log in logs]
+        if kept and kept[0]:
+            epochs = [line["epoch"] for line in kept[0]]
+            columns = zip(*([line[key] for line in log] for log in kept), strict=True)
+            means = [sum(column) / len(column) for column in columns]
+            series.append(Series(entry["label"], entry["family"], entry["divergence"], epochs, means))
+    return series
+
+
+def page(comparison: Comparison) -> str:
+    """The whole report as one HTML page without references to anything outside it."""
+    any_run = next(iter(comparison["runs"].values()))[0]
+    title = f"Direct SCORE and its surrogates on the {comparison['data']}"
+    seeds = len(comparison["seeds"])
+    sections = [
+        f"<h1>{title}</h1>",
+        f"<p class='lead'>{_headline(comparison)}</p>",
+        "<h2>Results</h2>",
+        html_table(table_rows(comparison)),
+        f"<p class='note'>{_how_many(seeds)} on {any_run['split']['test']:,} test samples.</p>",
+        *(toy_section(comparison) if toy(comparison) else accuracy_section(comparison)),
+        "<h2>Training</h2>",
+        training_section(comparison),
+        *path_sections(comparison),
+        *gradient_section(comparison),
+        *setting_section(comparison),
+    ]
+    return PAGE.format(title=html.escape(title), body="\n".join(sections))
+
+
+def _how_many(seeds: int) -> str:
+    if seeds == 1:
+        return "One seed, hence no interval,"
+    return (
+        f"Means over {seeds} seeds ± half the width of Student's 95 % interval over seeds, which covers the randomness "
+        "of training, not that of the test set; differences are paired by seed;"
+    )
+
+
+def _headline(comparison: Comparison) -> str:
+    aggregate = comparison["aggregate"].values()
+    direct = [entry for entry in aggregate if entry["objective"] == "score_direct"]
+    surrogates = [entry for entry in aggregate if entry["objective"] in ("pgd_at", "trades")]
+    if not direct or not surrogates:
+        return f"{len(aggregate)} objectives, {len(comparison['seeds'])} seeds."
+    if toy(comparison):
+        shown = (f"{interval(entry['r_score'], '.5f')} nat with {entry['label']}" for entry in [*direct, *surrogates])
+        return f"R_SCORE after training: {', '.join(shown)}."
+    best, other = (max(group, key=lambda e: e["pgd_acc"]["mean"]) for group in (direct, surrogates))
+    return (
+        f"Under PGD at eps {comparison['eps']:g}, the best direct objective ({best['label']}) keeps "
+        f"{interval(best['pgd_acc'])} % and the best surrogate ({other['label']}) {interval(other['pgd_acc'])} %; "
+        f"clean, {interval(best['clean_acc'])} % and {interval(other['clean_acc'])} %."
+    )
+
+
+def _attack(comparison: Comparison) -> str:
+    settings = next(iter(comparison["settings"].values()))
+    losses = " and ".join({"ce": "cross-entropy", "margin": "margin"}.get(x, x) for x in settings["eval_losses"])
+    return (
+        f"PGD with {settings['eval_steps']} steps, the losses {losses}, {settings['eval_restarts']} random starts for "
+        "each; a sample counts only if it withstands all of them."
+    )
+
+
+def html_table(rows: Sequence[Sequence[str]], kind: str = "numbers") -> str:
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in rows[0])
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows[1:])
+    return f"<table class='{kind}'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def toy_figure(comparison: Comparison) -> Figure:
+    curves, families = {}, {}
+    for name, runs in comparison["runs"].items():
+        entry = comparison["aggregate"][name]
+        curves[entry["label"]] = json.loads((Path(runs[0]["folder"]) / "toy.json").read_text())
+        families[entry["label"]] = entry["family"]
+    return plots.toy_posteriors(curves, families)
+
+
+def toy_section(comparison: Comparison) -> list[str]:
+    return [
+        "<h2>What the models learn</h2>",
+        plots.as_image(toy_figure(comparison), "p_theta beside p_d for each objective"),
+        "<p class='note'>As Fig. 1 of Pang et al. (2022): the data, and the first seed of each objective. Minimising "
+        "R_Madry flattens p_θ; minimising R_SCORE brings it to p_d. Accuracy tells nothing here: p_d(y=1|x) is below "
+        "one half everywhere, so the best classifier always says 0.</p>",
+    ]
+
+
+def accuracy_section(comparison: Comparison) -> list[str]:
+    bands = " Bands are 95 % intervals over seeds." if len(comparison["seeds"]) > 1 else ""
+    return [
+        "<h2>Accuracy against perturbation size</h2>",
+        plots.as_image(accuracy_figure(comparison), "accuracy under PGD against perturbation size"),
+        f"<p class='note'>{_attack(comparison)}{bands}</p>",
+    ]
+
+
+def training_section(comparison: Comparison) -> str:
+    measures = {"val_pgd_acc": "validation accuracy under PGD (%)", "val_acc": "validation accuracy, clean (%)"}
+    log = []
+    if toy(comparison):
+        measures = {"r_score": "R_SCORE (nat)", "r_madry": "R_Madry (nat)"}
+        log = ["R_SCORE (nat)"]
+    panels = {title: training_series(comparison, key) for key, title in measures.items()}
+    panels = {title: series for title, series in panels.items() if series}
+    image = plots.as_image(plots.training_curves(panels, log=log), "training curves") if panels else ""
+    return image + "<p class='note'>Means over seeds.</p>"
+
+
+def path_sections(comparison: Comparison) -> list[str]:
+    sections = []
+    for name, runs in comparison["runs"].items():
+        entry = comparison["aggregate"][name]
+        path = Path(runs[0]["folder"]) / "paths.json"
+        if path.exists():
+            shown = POSTERIOR_NAMES.get(entry["family"], entry["family"])
+            figure = plots.posteriors_along_attack(json.loads(path.read_text()), name=shown, family=entry["family"])
+            sections += [f"<h3>{html.escape(shown)}</h3>", plots.as_image(figure, f"target posteriors, {shown}")]
+    if not sections:
+        return []
+    note = (
+        "<p>The first test samples, attacked by the cross-entropy of the trained model. The target of direct SCORE is "
+        "the posterior at the attacked point; a surrogate would ask for 1 all the way.</p>"
+    )
+    return ["<h2>Target posteriors along an attack</h2>", note, *sections]
+
+
+def gradient_section(comparison: Comparison) -> list[str]:
+    items = []
+    for entry in comparison["aggregate"].values():
+        ratio = entry.get("data_gradient_ratio")
+        if ratio is None:
+            continue
+        shown = f"‖data gradient‖ / ‖model gradient‖ is {interval(ratio, '.2f', 100)} %"
+        if entry.get("sign_change_share"):
+            shown += f", and it changes {interval(entry['sign_change_share'], '.2f', 100)} % of the step signs"
+        verdict = (
+            " Distillation: the data gradient changes almost nothing." if ratio["mean"] < DISTILLATION_BELOW else ""
+        )
+        items.append(f"<li><b>{html.escape(entry['label'])}</b>: {shown}.{verdict}</li>")
+    audits = [
+        [entry["label"], interval(entry["posterior_clean_acc"]), interval(entry["posterior_robust_acc"])]
+        for entry in comparison["aggregate"].values()
+        if "posterior_clean_acc" in entry
+    ]
+    if not items:
+        return []
+    section = [
+        "<h2>How much of the attack comes from the data</h2>",
+        "<p>In direct SCORE the attack ascends the model's gradient plus that of log p(y|x') (means over the last "
+        "epoch).</p>",
+        f"<ul>{''.join(items)}</ul>",
+    ]
+    if audits:
+        header = ["posterior of", "accuracy, clean, %", "accuracy under an attack on itself, %"]
+        section += [
+            "<p>The posteriors as classifiers by themselves: where direct SCORE would lead at zero loss. That is no "
+            "bound, since a student may stop short of it or do better.</p>",
+            html_table([header, *audits]),
+        ]
+    return section
+
+
+def setting_section(comparison: Comparison) -> list[str]:
+    any_run = next(iter(comparison["runs"].values()))[0]
+    facts = [
+        ["command", comparison["command"]],
+        ["data split", ", ".join(f"{key} {value}" for key, value in any_run["split"].items())],
+        ["weights", "best validation accuracy, robust (standard: clean)" if any_run["selection"] == "best" else "last"],
+        ["torch, scorematch", f"{any_run['torch']}, {any_run['scorematch']}"],
+        ["commit", any_run["commit"] or "unknown"],
+        ["machine", f"{platform.machine()}, {any_run['device']}, {any_run['threads']} threads a run"],
+        ["wall time of the last call", f"{comparison['wall_seconds']:.0f} s"],
+    ]
+    every = list(comparison["settings"].values())
+    common = {k: v for k, v in every[0].items() if all(other.get(k) == v for other in every)}
+    return [
+        "<h2>Configuration</h2>",
+        html_table([["", ""], *facts], "facts"),
+        "<details><summary>settings common to all runs</summary><pre>"
+        + html.escape("\n".join(f"{key} = {json.dumps(value)}" for key, value in common.items()))
+        + "</pre></details>",
+        "<details><summary>commands (the last seed)</summary><pre>"
+        + html.escape("\n".join(comparison["commands"].values()))
+        + "</pre></details>",
+    ]
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.55 system-ui, sans-serif; color: #222; max-width: 1080px;
+  margin: 2.5rem auto; padding: 0 1.25rem; }}
+h1 {{ font-size: 1.7rem; line-height: 1.2; margin: 0 0 .5rem; }}
+h2 {{ font-size: 1.2rem; margin: 2.6rem 0 .6rem; border-bottom: 1px solid #ddd; padding-bottom: .25rem; }}
+h3 {{ font-size: 1rem; margin: 1.5rem 0 .4rem; }}
+.lead {{ font-size: 1.1rem; max-width: 52rem; }}
+.note {{ color: #666; font-size: .9rem; max-width: 52rem; }}
+img {{ max-width: 100%; height: auto; display: block; }}
+table {{ border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }}
+th, td {{ text-align: left; padding: .4rem .9rem .4rem 0; vertical-align: top; }}
+tbody td {{ white-space: nowrap; }}
+.facts td {{ white-space: normal; }}
+thead th {{ border-bottom: 2px solid #222; font-weight: 600; }}
+tbody tr {{ border-bottom: 1px solid #e6e6e6; }}
+pre {{ background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: .82rem; }}
+summary {{ cursor: pointer; margin-top: .8rem; }}
+</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""

@@ -1,0 +1,275 @@
+"""Train one classifier with one objective and measure its robustness: ``python -m training.run``.
+
+    python -m training.run --objective score_direct
+    python -m training.run --objective trades --divergence se --seed 1 --out runs/trades-se-1
+    python -m training.run --resume runs/trades-se-1
+
+A run writes into its folder: config.toml, metrics.jsonl (one object an epoch), checkpoint.pt (last epoch), best.pt
+(best validation), posterior.pt (score_direct), tensorboard/, and at the end curve.json, paths.json, toy.json where they
+apply and, last of all, summary.json.
+"""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import scorematch
+from scorematch.posteriors import Posterior
+from training import checkpoint, config, data, evaluate, models, posteriors, toy
+from training.config import RunSettings
+from training.data import Data
+from training.errors import InputError, Interrupted, run_program
+from training.loop import Trainer, generator
+
+PATH_SAMPLES = 4  # test samples whose posteriors are followed along an attack, for the report
+
+
+def main(arguments: list[str]) -> None:
+    settings = config.parse(arguments)
+    settings = dataclasses.replace(settings, threads=config.resolve_threads(settings.threads))
+    if settings.dry_run:
+        print(tomli_w.dumps(config.as_table(settings)), end="")
+        return
+    torch.set_num_threads(settings.threads)
+    if settings.deterministic:
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    device = config.resolve_device(settings.device)
+    loaded = data.load(settings.data_settings).to(device)
+    torch.manual_seed(settings.seed)
+    model = models.build(settings.model, loaded.input_shape, loaded.num_classes).to(device)
+
+    given = read_posterior(settings, settings.posterior_from) if settings.posterior_from else None
+
+    out = prepare_folder(settings)
+    if (out / "summary.json").exists():
+        print(f"{out} is finished already")
+        print_table(json.loads((out / "summary.json").read_text()))
+        return
+    try:
+        train_and_evaluate(settings, loaded, model, given, out)
+    except Interrupted as signal:
+        last = len(checkpoint.read_metrics(out / "metrics.jsonl"))
+        raise Interrupted(
+            f"{signal}, {last} of {settings.epochs} epochs are saved; continue with: "
+            f"python -m training.run --resume {out}"
+        ) from None
+
+
+def prepare_folder(settings: RunSettings) -> Path:
+    """The folder of the run, with its config.toml. An earlier run in it is continued only if asked for."""
+    if settings.resume is not None:
+        return settings.resume
+    out = settings.out or fresh_folder(settings)
+    if (out / "config.toml").exists():
+        raise InputError(f"out: {out} holds a run already, give --resume {out} or another folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"out: {out} cannot be made ({error.strerror})") from None
+    checkpoint.write_atomically(out / "config.toml", tomli_w.dumps(config.as_table(settings)))
+    return out
+
+
+def fresh_folder(settings: RunSettings) -> Path:
+    parts = [settings.data, settings.objective, settings.divergence]
+    if settings.objective == "score_direct":
+        parts.append(settings.posterior)
+    name = "-".join([*parts, f"seed{settings.seed}"])
+    number = 1
+    while (out := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
+        number += 1
+    return out
+
+
+def train_and_evaluate(
+    settings: RunSettings, loaded: Data, model: nn.Module, given: dict[str, Any] | None, out: Path
+) -> None:
+    sizes = ", ".join(f"{count} {name}" for name, count in loaded.sizes.items())
+    print(f"{settings.objective} ({settings.divergence}) on {settings.data}: {sizes}; {settings.model}; folder {out}")
+    sys.stdout.flush()
+    begin = time.perf_counter()
+    posterior = get_posterior(settings, loaded, given, out) if settings.objective == "score_direct" else None
+    posterior_seconds = time.perf_counter() - begin
+
+    torch.manual_seed(settings.seed + 1)  # a posterior trained before draws from the global generator, one loaded not
+    trainer = Trainer(settings, loaded, model, posterior, out)
+    if (out / "checkpoint.pt").exists():
+        trainer.resume()
+    else:
+        trainer.save()
+    trainer.fit()
+
+    begin = time.perf_counter()
+    epoch = trainer.epoch
+    if settings.selection == "best":
+        state = checkpoint.load(out / "best.pt", loaded.x_train.device)
+        checkpoint.load_weights(trainer.network, state, out / "best.pt")
+        epoch = state["epoch"]
+    log = checkpoint.read_metrics(out / "metrics.jsonl")
+    results = measure(settings, loaded, trainer.network, posterior, out)
+    summary = {
+        **{key: getattr(settings, key) for key in ("objective", "divergence", "data", "model", "norm", "eps", "seed")},
+        "posterior": settings.posterior if posterior is not None else None,
+        "epochs": settings.epochs,
+        "steps": settings.epochs * trainer.steps_per_epoch,
+        "limit": settings.limit,
+        "split": {"seed": loaded.split_seed, **loaded.sizes},
+        "selection": settings.selection,
+        "selected_epoch": epoch,
+        "best_epoch": trainer.best["epoch"],
+        "val_pgd_acc": trainer.best["val_pgd_acc"],
+        **results,
+        # autoattack_acc stays null until AutoAttack is part of the package.
+        "autoattack_acc": None,
+        "data_gradient_ratio": log[-1].get("data_gradient_ratio"),
+        "sign_change_share": log[-1].get("sign_change_share"),
+        "train_seconds": sum(entry["seconds"] for entry in log),
+        "posterior_seconds": posterior_seconds,
+        "eval_seconds": time.perf_counter() - begin,
+        "device": str(loaded.x_train.device),
+        "threads": settings.threads,
+        "torch": torch.__version__,
+        "scorematch": scorematch.__version__,
+        "commit": commit(),
+    }
+    checkpoint.write_json(out / "summary.json", summary)
+    print_table(summary)
+    print(f"everything is in {out}")
+
+
+def read_posterior(settings: RunSettings, path: Path) -> dict[str, Any]:
+    """The state of a posterior of the kind that the settings name."""
+    saved = checkpoint.load(path)
+    kind = saved["settings"].get("name")
+    if kind != settings.posterior:
+        raise InputError(f"posterior_from: {path} holds a {kind}, expected {settings.posterior}")
+    return saved["network"]
+
+
+def get_posterior(settings: RunSettings, loaded: Data, given: dict[str, Any] | None, out: Path) -> Posterior:
+    """The data posterior: the run's own posterior.pt, one given, or a new one, trained on the training split."""
+    path = out / "posterior.pt"
+    state = read_posterior(settings, path) if path.exists() else given
+    try:
+        posterior = posteriors.build(
+            settings.posterior_settings,
+            loaded,
+            seed=settings.seed,
+            device=loaded.x_train.device,
+            progress=sys.stderr.isatty(),
+            state=state,
+        )
+    except ValueError as error:
+        raise InputError(f"posterior_settings: {error}") from None
+    if not path.exists():
+        checkpoint.save(path, epoch=0, settings=config.plain(settings.posterior_settings), network=posterior)
+    return posterior
+
+
+def measure(
+    settings: RunSettings, loaded: Data, network: nn.Module, posterior: Posterior | None, out: Path
+) -> dict[str, Any]:
+    """The final numbers, on the test split. Writes curve.json, paths.json and toy.json where they apply."""
+    x, y = loaded.x_test, loaded.y_test
+    threat_model = settings.threat_model(loaded.lower, loaded.upper)
+    half = settings.curve_points // 2
+    radii = [settings.eps * (i / half) for i in range(1, settings.curve_points + 1)] if half else [settings.eps]
+
+    clean = evaluate.correct(network, x, y)
+    curve = [{"eps": 0.0, "acc": evaluate.per_cent(clean)}]
+    results: dict[str, Any] = {
+        "clean_acc": curve[0]["acc"],
+        "clean_interval": evaluate.wilson(int(clean.sum()), len(x)),
+    }
+    with tqdm(
+        total=len(radii) * len(x), desc="evaluate", unit="sample", mininterval=0.1 if sys.stderr.isatty() else 30.0
+    ) as progress:
+        for eps in radii:
+            attack = evaluate.pgd(
+                evaluate.scaled(threat_model, eps),
+                steps=settings.eval_steps,
+                restarts=settings.eval_restarts,
+                losses=settings.eval_losses,
+            )
+            start = generator(settings.seed, "evaluation", x.device)
+            robust = evaluate.robust(network, x, y, attack, start, progress)
+            curve.append({"eps": eps, "acc": evaluate.per_cent(robust)})
+            if eps == settings.eps:
+                results["pgd_acc"] = curve[-1]["acc"]
+                results["pgd_interval"] = evaluate.wilson(int(robust.sum()), len(x))
+    checkpoint.write_json(out / "curve.json", curve)
+
+    if loaded.name == "toy":
+        results |= toy.robust_errors(network)
+        checkpoint.write_json(out / "toy.json", toy.curves(network))
+    if posterior is not None:
+        if loaded.name != "toy":
+            paths = evaluate.posteriors_along_attack(
+                network, posterior, x[:PATH_SAMPLES], y[:PATH_SAMPLES], threat_model, settings.steps
+            )
+            checkpoint.write_json(out / "paths.json", paths)
+        results |= posteriors.audit(posterior, x, y, threat_model, steps=settings.eval_steps, seed=settings.seed)
+    return results
+
+
+def commit() -> str | None:
+    """The git commit of the source tree that runs, with ``+`` where it has changes; None outside a repository."""
+    folder = Path(__file__).resolve().parent.parent
+    commands = (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+    outputs = []
+    for command in commands:
+        try:
+            finished = subprocess.run(
+                ["git", "-C", str(folder), *command], capture_output=True, text=True, timeout=10, check=False
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        if finished.returncode:
+            return None
+        outputs.append(finished.stdout.strip())
+    return outputs[0] + ("+" if outputs[1] else "")
+
+
+def print_table(summary: dict[str, Any]) -> None:
+    """The numbers of a finished run, one a line."""
+
+    def accuracy(key: str) -> str:
+        low, high = summary[f"{key}_interval"]
+        return f"{summary[f'{key}_acc']:.1f} %  (95 % interval {low:.1f} to {high:.1f})"
+
+    rows = [
+        ("clean accuracy", accuracy("clean")),
+        (f"PGD accuracy, {summary['norm']} {summary['eps']:g}", accuracy("pgd")),
+    ]
+    if "r_score" in summary:
+        rows += [("R_SCORE", f"{summary['r_score']:.5f} nat"), ("R_Madry", f"{summary['r_madry']:.5f} nat")]
+    if summary["data_gradient_ratio"] is not None:
+        rows += [
+            ("data gradient / model gradient", f"{100 * summary['data_gradient_ratio']:.2f} %"),
+            ("step signs it changes", f"{100 * summary['sign_change_share']:.2f} %"),
+        ]
+    if "posterior_clean_acc" in summary:
+        shown = f"{summary['posterior_clean_acc']:.1f} % clean, {summary['posterior_robust_acc']:.1f} % attacked itself"
+        rows.append(("the posterior's own accuracy", shown))
+    seconds = (
+        f"{summary['posterior_seconds']:.0f} s posterior, {summary['train_seconds']:.0f} s training, "
+        f"{summary['eval_seconds']:.0f} s evaluation"
+    )
+    rows += [("weights of epoch", f"{summary['selected_epoch']} of {summary['epochs']}"), ("time", seconds)]
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"  {name:<{width}}  {value}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

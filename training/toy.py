@@ -1,0 +1,121 @@
+"""The one-dimensional problem of Fig. 1, where p_d(y|x) is known, and both robust errors of a model on it.
+
+Class 0 is N(-1, 2²) with prior 5/6, class 1 is N(1, 1²) with prior 1/6, and B(x) = {x' : |x' - x| <= 1}.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.ndimage import maximum_filter1d
+from torch import Tensor, nn
+
+from scorematch.posteriors import GaussianMixture
+
+PRIORS = (5 / 6, 1 / 6)
+MEANS = (-1.0, 1.0)
+DEVIATIONS = (2.0, 1.0)
+TRAINING_POINTS = 60_000
+EPS = 1.0
+
+
+def sample(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """``count`` points (x [N, 1] float32, y [N] int64) of p_d(x, y)."""
+    random = np.random.default_rng(seed)
+    y = random.choice(2, size=count, p=PRIORS)
+    x = np.asarray(MEANS)[y] + np.asarray(DEVIATIONS)[y] * random.standard_normal(count)
+    return torch.from_numpy(x).float()[:, None], torch.from_numpy(y)
+
+
+def log_joint(x: Tensor) -> Tensor:
+    """log p_d(x, y) [N, 2] of points x [N, 1] or [N]."""
+    x = x.reshape(-1, 1)
+    mean, deviation, prior = (x.new_tensor(values) for values in (MEANS, DEVIATIONS, PRIORS))
+    return prior.log() - 0.5 * ((x - mean) / deviation) ** 2 - deviation.log() - 0.5 * math.log(2 * math.pi)
+
+
+def posterior(x: Tensor) -> Tensor:
+    """p_d(y|x) [N, 2] of points x [N, 1] or [N]."""
+    return log_joint(x).softmax(dim=1)
+
+
+def oracle() -> GaussianMixture:
+    """p_d as the library's closed-form posterior."""
+    means, deviations, priors = (torch.tensor(values)[:, None] for values in (MEANS, DEVIATIONS, PRIORS))
+    return GaussianMixture(means[..., None], deviations**2, priors)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Points that cover p_d(x) to 1e-8 of its mass and the ball around each of them.
+
+    ``points_per_eps`` points lie in one eps. The maximum over B(x) is then the maximum over the grid's points in it, an
+    error of second order in the spacing at a maximum inside and none at its ends, which are points of the grid.
+    """
+
+    eps: float = EPS
+    points_per_eps: int = 500
+    reach: float = 13.0
+
+    @property
+    def x(self) -> Tensor:
+        """The points [G], float64."""
+        count = round((self.reach + self.eps) * self.points_per_eps / self.eps)
+        return torch.arange(-count, count + 1, dtype=torch.float64) * self.eps / self.points_per_eps
+
+    def maximum(self, values: Tensor) -> Tensor:
+        """max over |x' - x| <= eps of ``values`` [G] at x', for each x of the grid [G]."""
+        width = 2 * self.points_per_eps + 1
+        return torch.from_numpy(maximum_filter1d(values.numpy(), width, mode="nearest"))
+
+    def mean(self, values: Tensor) -> Tensor:
+        """E over p_d(x) of ``values`` [G], by the trapezoid rule."""
+        density = log_joint(self.x).exp().sum(dim=1)
+        return torch.trapezoid(density * values, self.x) / torch.trapezoid(density, self.x)
+
+
+@torch.no_grad()
+def log_probabilities(model: nn.Module, x: Tensor) -> Tensor:
+    """log p_θ(y|x) [G, 2] in float64 of a classifier evaluated in its own precision, at points x [G]."""
+    parameter = next(model.parameters())
+    logits = model(x.to(parameter)[:, None])
+    return logits.to("cpu", torch.float64).log_softmax(dim=1)
+
+
+def robust_errors(model: nn.Module, grid: Grid | None = None) -> dict[str, float]:
+    """R_SCORE (Eq. 4) and R_Madry (Eq. 3) of a classifier, both with KL, exact up to the grid.
+
+    R_SCORE maximises KL(p_d(·|x') ‖ p_θ(·|x')), a function of x' alone: a running maximum. R_Madry maximises
+    KL(p_d(·|x) ‖ p_θ(·|x')), which is convex in the one logit a(x') of a two-class model: its maximum over the ball
+    lies at the smallest or the largest a in it, two running maxima.
+    """
+    grid = grid or Grid()
+    training_mode = model.training
+    model.eval()
+    log_q = log_probabilities(model, grid.x)
+    model.train(training_mode)
+    p = posterior(grid.x)
+    log_p = log_joint(grid.x).log_softmax(dim=1)
+
+    score = grid.maximum((p * (log_p - log_q)).sum(dim=1))
+    logit = log_q[:, 1] - log_q[:, 0]
+    candidates = []
+    for extreme in (grid.maximum(logit), -grid.maximum(-logit)):
+        log_q_extreme = torch.stack([-nn.functional.softplus(extreme), -nn.functional.softplus(-extreme)], dim=1)
+        candidates.append((p * (log_p - log_q_extreme)).sum(dim=1))
+    madry = torch.maximum(*candidates)
+    return {"r_score": grid.mean(score).item(), "r_madry": grid.mean(madry).item()}
+
+
+def curves(model: nn.Module, points: int = 241, reach: float = 6.0) -> dict[str, list[float]]:
+    """What Fig. 1 shows on [-reach, reach]: p_d(x, y) of both classes, p_d(y=1|x) and p_θ(y=1|x)."""
+    x = torch.linspace(-reach, reach, points, dtype=torch.float64)
+    joint = log_joint(x).exp()
+    return {
+        "x": x.tolist(),
+        "joint_0": joint[:, 0].tolist(),
+        "joint_1": joint[:, 1].tolist(),
+        "p_d": posterior(x)[:, 1].tolist(),
+        "p_theta": log_probabilities(model, x)[:, 1].exp().tolist(),
+    }
