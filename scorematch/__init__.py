@@ -3,7 +3,7 @@
 from . import _extension as _extension
 from . import attacks, divergences, matching, networks, objectives, posteriors, sampling
 from .attacks import PGD
-from .ops import divergence, logit_divergence, pgd_step, random_start, score_line_integral, score_step
+from .ops import divergence, logit_divergence, pgd_step, project, random_start, score_line_integral, score_step
 from .threat_model import ThreatModel
 
 __version__ = "0.1.0"
@@ -21,6 +21,7 @@ __all__ = [
     "objectives",
     "pgd_step",
     "posteriors",
+    "project",
     "random_start",
     "sampling",
     "score_line_integral",
