@@ -10,6 +10,7 @@ them; a ratio is the median of the rounds' ratios. Divergences are timed forward
 import argparse
 import itertools
 import json
+import math
 import platform
 import random
 import statistics
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import scorematch
-from scorematch import _extension
+from scorematch import _extension, ops, reference
 
 Run = Callable[[], object]
 RESULTS = Path(__file__).parent / "results"
@@ -77,6 +78,101 @@ def eager_pgd_step_l2(x: Tensor, grad: Tensor, x0: Tensor, step: float, eps: flo
 def eager_random_start_l2(x: Tensor, noise: Tensor, radius: Tensor, eps: float) -> Tensor:
     norm = noise.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
     return (x + eps * radius.view(-1, 1, 1, 1) * noise / norm).clamp(0, 1)
+
+
+def eager_ball(x: Tensor, x0: Tensor, norm: str, eps: float) -> Tensor:
+    if norm == "linf":
+        return torch.minimum(torch.maximum(x, x0 - eps), x0 + eps).clamp(0, 1)
+    offset = x - x0
+    distance = offset.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
+    return (x0 + offset * (eps / distance).clamp(max=1)).clamp(0, 1)
+
+
+def eager_apgd_step(
+    x: Tensor,
+    x_prev: Tensor,
+    x0: Tensor,
+    grad: Tensor,
+    best_x: Tensor,
+    best_grad: Tensor,
+    step_size: Tensor,
+    improved: Tensor,
+    restart: Tensor,
+    norm: str,
+    eps: float,
+) -> None:
+    improved, restart, step = (t.view(-1, 1, 1, 1) for t in (improved, restart, step_size))
+    new_best_x, new_best_grad = torch.where(improved, x, best_x), torch.where(improved, grad, best_grad)
+    start, g = torch.where(restart, new_best_x, x), torch.where(restart, new_best_grad, grad)
+    length = g.flatten(1).norm(dim=1).view(-1, 1, 1, 1) + 1e-12
+    z = eager_ball(start + step * (g.sign() if norm == "linf" else g / length), x0, norm, eps)
+    moved = eager_ball(start + (z - start) * 0.75 + (start - x_prev) * 0.25, x0, norm, eps)
+    for t, value in ((best_x, new_best_x), (best_grad, new_best_grad), (x_prev, start), (x, moved)):
+        t.copy_(value)
+
+
+def eager_to_hyperplane(p: Tensor, w: Tensor, c: Tensor, norm: str) -> Tensor:
+    """By sorting the elements by when they meet the box [0, 1]; all [N, D], c [N, 1]."""
+    weight, direction = w.abs(), -c.sign() * w.sign()
+    rate = weight if norm == "l2" else torch.ones_like(w)
+    room = torch.where(direction > 0, 1 - p, p)
+    meets, order = (room / rate.clamp_min(1e-30)).sort(dim=1)
+    settled = (weight * room).gather(1, order).cumsum(1)
+    gain_rate = (weight * rate).gather(1, order)
+    slope = gain_rate.sum(1, keepdim=True) - gain_rate.cumsum(1)
+    k = (settled + meets * slope < c.abs()).sum(1, keepdim=True)
+    before = (k - 1).clamp_min(0)
+    first = k == 0
+    t = (c.abs() - settled.gather(1, before).masked_fill(first, 0)) / torch.where(
+        first, gain_rate.sum(1, keepdim=True), slope.gather(1, before)
+    ).clamp_min(1e-30)
+    return direction * torch.minimum(t * rate, room)
+
+
+def eager_fab_step(x: Tensor, x0: Tensor, normal: Tensor, difference: Tensor, norm: str) -> Tensor:
+    p, p0, w = x.flatten(1), x0.flatten(1), normal.flatten(1)
+    c = difference.unsqueeze(1)
+    both = eager_to_hyperplane(
+        torch.cat([p, p0]), torch.cat([w, w]), torch.cat([c, c + (w * (p0 - p)).sum(1, keepdim=True)]), norm
+    )
+    length = both.norm(dim=1, p=math.inf if norm == "linf" else 2, keepdim=True).clamp_min(1e-8)
+    (move, move0), (a, a0) = both.chunk(2), length.chunk(2)
+    alpha = (a / (a + a0)).clamp(max=0.1)
+    return ((p + 1.05 * move) * (1 - alpha) + (p0 + 1.05 * move0) * alpha).clamp(0, 1).view_as(x)
+
+
+def window_mask(corner: Tensor, side: int, image: Tensor) -> Tensor:  # bool [N, 1, H, W]
+    rows = torch.arange(image.shape[2], device=image.device).view(1, -1, 1) - corner[:, 0].view(-1, 1, 1)
+    columns = torch.arange(image.shape[3], device=image.device).view(1, 1, -1) - corner[:, 1].view(-1, 1, 1)
+    return ((rows >= 0) & (rows < side) & (columns >= 0) & (columns < side)).unsqueeze(1)
+
+
+def eager_square_linf(best: Tensor, x0: Tensor, corner: Tensor, sign: Tensor, side: int, eps: float) -> Tensor:
+    move = 2 * eps * sign[:, :, None, None] * window_mask(corner, side, best)
+    return eager_ball(best + move, x0, "linf", eps)
+
+
+def eager_square_l2(
+    best: Tensor, x0: Tensor, corner: Tensor, sign: Tensor, pattern: Tensor, transpose: Tensor, eps: float
+) -> Tensor:
+    """Every sample has windows of its own, hence masks, and indices for the pattern."""
+    side, delta = len(pattern), best - x0
+    gains, loses = window_mask(corner[:, :2], side, best), window_mask(corner[:, 2:], side, best)
+    own = (delta * gains).square().sum((2, 3), keepdim=True)
+    both = (delta * (gains | loses)).square().sum((2, 3), keepdim=True)
+    spare = (eps**2 - delta.square().sum((1, 2, 3), keepdim=True)).clamp_min(0) / best.shape[1]
+    rows = (torch.arange(best.shape[2], device=best.device) - corner[:, :1]).clamp(0, side - 1)
+    columns = (torch.arange(best.shape[3], device=best.device) - corner[:, 1:2]).clamp(0, side - 1)
+    bump = torch.where(
+        transpose.view(-1, 1, 1),
+        pattern[columns.unsqueeze(1), rows.unsqueeze(2)],
+        pattern[rows.unsqueeze(2), columns.unsqueeze(1)],
+    )
+    eta = (bump.unsqueeze(1) * sign[:, :, None, None] + delta / (1e-12 + own.sqrt())) * gains
+    eta = eta / (1e-12 + eta.square().sum((2, 3), keepdim=True).sqrt()) * (spare + both).sqrt()
+    delta = torch.where(gains, eta, delta.masked_fill(loses, 0))
+    length = delta.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    return (x0 + eps * delta / (1e-12 + length)).clamp(0, 1)
 
 
 def eager_score_step(weights: Tensor, scores: Tensor, grad: Tensor) -> Tensor:
@@ -147,6 +243,72 @@ def threat_model_cases(device: str) -> list[Case]:
             radius,
         ),
     ]
+
+
+def auto_attack_cases(device: str) -> list[Case]:
+    shape = (128, 3, 32, 32)
+    x0 = torch.rand(shape, device=device)
+    x, x_prev, best_x = ((x0 + 0.02 * torch.randn_like(x0)).clamp(0, 1) for _ in range(3))
+    grad, best_grad = torch.randn_like(x0), torch.randn_like(x0)
+    step_size, difference = torch.rand(128, device=device) * 0.03, torch.randn(128, device=device)
+    improved, restart = torch.rand(128, device=device) < 0.5, torch.rand(128, device=device) < 0.1
+    apgd = (x, x_prev, x0, grad, best_x, best_grad, step_size, improved, restart)
+    cases = []
+
+    def case(name: str, ours: Callable[..., object], eager: Callable[..., object], *arguments: Tensor) -> None:
+        def compiled() -> Run:
+            return partial(torch.compile(eager, dynamic=False), *arguments)
+
+        cases.append(Case(name, partial(ours, *arguments), partial(eager, *arguments), compiled))
+
+    for norm, eps in (("linf", 8 / 255), ("l2", 0.5)):
+        # In place: each variant goes on from where the last left the points, which costs the same.
+        case(
+            f"apgd_step {norm} [128,3,32,32]",
+            partial(ops.apgd_step, norm=norm, eps=eps, momentum=0.75),
+            partial(eager_apgd_step, norm=norm, eps=eps),
+            *apgd,
+        )
+        if norm == "l2":
+            cases[-1].compiled = None  # Inductor of torch 2.14.1 fails on it on the CPU (KeyError: 'buf1')
+        case(
+            f"fab_step {norm} [128,3,32,32]",
+            partial(ops.fab_step, norm=norm),
+            partial(eager_fab_step, norm=norm),
+            best_x.clone(),
+            x0,
+            0.1 * grad,
+            difference,
+        )
+    shape, side = (250, 3, 32, 32), 10
+    x0 = torch.rand(shape, device=device)
+    best = (x0 + 0.02 * torch.randn_like(x0)).clamp(0, 1)
+    corner = torch.randint(32 - side, (250, 4), device=device)
+    sign = torch.randn(250, 3, device=device).sign()
+    pattern, transpose = torch.rand(side, side, device=device), torch.rand(250, device=device) < 0.5
+    images = (best, x0, corner[:, :2].contiguous(), sign)
+    case(
+        f"square_linf [250,3,32,32] side {side}",
+        partial(ops.square_linf, side=side, eps=8 / 255),
+        partial(eager_square_linf, side=side, eps=8 / 255),
+        *images,
+    )
+    case(
+        f"square_l2 [250,3,32,32] side {side}",
+        partial(ops.square_l2, eps=0.5),
+        partial(eager_square_l2, eps=0.5),
+        *(best, x0, corner, sign, pattern, transpose),
+    )
+    samples = torch.arange(128, device=device)
+    for count in (3072, 5):
+        case(
+            f"keyed_uniform [128,{count}]",
+            partial(ops.keyed_uniform, count=count, seed=1, stream=2),
+            lambda samples, count=count: torch.rand(len(samples), count, device=samples.device),
+            samples,
+        )
+    cases[-2].others["keyed in eager"] = partial(reference.keyed_uniform, samples, 3072, seed=1, stream=2)
+    return cases
 
 
 def divergence_cases(device: str) -> list[Case]:
@@ -310,7 +472,8 @@ def main() -> None:
     torch.manual_seed(0)
     random.seed(0)
 
-    cases = threat_model_cases(options.device) + divergence_cases(options.device) + score_cases(options.device)
+    suites = (threat_model_cases, auto_attack_cases, divergence_cases, score_cases)
+    cases = [case for suite in suites for case in suite(options.device)]
     if options.only:
         cases = [case for case in cases if any(part in case.name for part in options.only)]
     columns = ["ours", "eager", "compiled", "baddbmm", "read"]

@@ -23,6 +23,19 @@ SCOREMATCH_INLINE A select(bool mask, A if_true, A if_false) {
   return mask ? if_true : if_false;
 }
 
+// v itself, by a way that the compiler cannot look through.
+template <typename V>
+SCOREMATCH_INLINE V opaque(V v) {
+#if defined(__x86_64__)
+  asm("" : "+x"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#else
+  asm("" : "+m"(v));
+#endif
+  return v;
+}
+
 SCOREMATCH_INLINE float exponential(float v) { return std::exp(v); }
 SCOREMATCH_INLINE double exponential(double v) { return std::exp(v); }
 SCOREMATCH_INLINE float exponential_minus_1(float v) { return std::expm1(v); }
@@ -33,6 +46,26 @@ SCOREMATCH_INLINE float logarithm_of_1_plus(float v) { return std::log1p(v); }  
 SCOREMATCH_INLINE double logarithm_of_1_plus(double v) { return std::log1p(v); }
 SCOREMATCH_INLINE float square_root(float v) { return std::sqrt(v); }
 SCOREMATCH_INLINE double square_root(double v) { return std::sqrt(v); }
+
+// a b, rounded: in a sum with another value it is not contracted into a fused multiply-add.
+SCOREMATCH_INLINE float rounded_product(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_rn(a, b);
+#else
+  return opaque(a * b);
+#endif
+}
+SCOREMATCH_INLINE double rounded_product(double a, double b) {
+#if defined(__CUDA_ARCH__)
+  return __dmul_rn(a, b);
+#else
+  return opaque(a * b);
+#endif
+}
+
+// A value that is the same for every row and lane, as a scalar: what a loop may depend on.
+SCOREMATCH_INLINE float uniform(float v) { return v; }
+SCOREMATCH_INLINE double uniform(double v) { return v; }
 
 template <typename A>
 SCOREMATCH_INLINE A magnitude(A v) {

@@ -6,13 +6,18 @@
 
 namespace scorematch {
 
-// clip(clip(x + step_size sign(grad), x0 - eps, x0 + eps), lower, upper); NaN in any input gives NaN.
+// clip(clip(v, x0 - eps, x0 + eps), lower, upper); NaN in any input gives NaN.
 template <typename A, typename T = scalar_of<A>>
-SCOREMATCH_INLINE A linf_step(A x, A grad, A x0, T step_size, T eps, Box<T> box) {
-  const A moved = x + A(step_size) * sign(grad);
-  const A near = clamp(moved, x0 - A(eps), x0 + A(eps));
+SCOREMATCH_INLINE A linf_projection(A v, A x0, T eps, Box<T> box) {
+  const A near = clamp(v, x0 - A(eps), x0 + A(eps));
   const A inside = clamp(near, A(box.lower), A(box.upper));
   return select(x0 == x0, inside, x0);
+}
+
+// x + step_size sign(grad), projected; NaN in any input gives NaN.
+template <typename A, typename T = scalar_of<A>>
+SCOREMATCH_INLINE A linf_step(A x, A grad, A x0, T step_size, T eps, Box<T> box) {
+  return linf_projection(x + A(step_size) * sign(grad), x0, eps, box);
 }
 
 // clip(x + eps noise, lower, upper) for noise in [-1, 1]; noise beyond is clipped to it, so that the ball holds.
@@ -40,8 +45,9 @@ struct Rescaling {
   A scale, factor;
 };
 
+// A power of two that brings the largest element of a row into SquareRange; 1 where it is there already.
 template <typename A, typename Lanes, typename Row>
-SCOREMATCH_INLINE Rescaling<A> rescaling_to_length(Lanes lanes, Row v, int64_t count, A length) {
+SCOREMATCH_INLINE A square_range_scale(Lanes lanes, Row v, int64_t count) {
   using Range = SquareRange<scalar_of<A>>;
   A largest(0);
   for (int64_t j = lanes.lane(); j < count; j += lanes.width()) {
@@ -49,8 +55,12 @@ SCOREMATCH_INLINE Rescaling<A> rescaling_to_length(Lanes lanes, Row v, int64_t c
     largest = select(m > largest, m, largest);
   }
   largest = lanes.max(largest);
-  const A scale = select(largest > A(Range::largest), A(Range::shrink),
-                         select(largest < A(Range::smallest), A(Range::grow), A(1)));
+  return select(largest > A(Range::largest), A(Range::shrink), select(largest < A(Range::smallest), A(Range::grow), A(1)));
+}
+
+template <typename A, typename Lanes, typename Row>
+SCOREMATCH_INLINE Rescaling<A> rescaling_to_length(Lanes lanes, Row v, int64_t count, A length) {
+  const A scale = square_range_scale<A>(lanes, v, count);
   A squares(0);
   for (int64_t j = lanes.lane(); j < count; j += lanes.width()) {
     const A scaled = v(j) * scale;
@@ -60,8 +70,17 @@ SCOREMATCH_INLINE Rescaling<A> rescaling_to_length(Lanes lanes, Row v, int64_t c
   return {scale, select(squares == A(0), A(0), length / square_root(squares))};
 }
 
-// x + step_size grad / ‖grad‖₂, then its projection argmin {‖u - ·‖₂ : ‖u - x0‖₂ <= eps}, then the clip to the box.
-// A zero gradient adds nothing. NaN anywhere gives a row of NaN.
+// argmin {‖u - v‖₂ : ‖u - x0‖₂ <= eps} for an element v of a row, then its clip to the box; relative_length is
+// ‖row - x0‖₂ / eps. NaN there gives a row of NaN.
+template <typename A, typename T = scalar_of<A>>
+SCOREMATCH_INLINE A l2_projection(A v, A x0, A relative_length, Box<T> box) {
+  const A shrink = A(1) / relative_length;
+  const A projected = select(relative_length > A(1), x0 + (v - x0) * shrink, v);
+  return select(relative_length == relative_length, clamp(projected, A(box.lower), A(box.upper)), relative_length);
+}
+
+// x + step_size grad / ‖grad‖₂, then its projection to the ball, then the clip to the box. A zero gradient adds nothing.
+// NaN anywhere gives a row of NaN.
 template <typename A, typename Lanes, typename X, typename Grad, typename X0, typename Out, typename T = scalar_of<A>>
 SCOREMATCH_INLINE void l2_step_row(Lanes lanes, X x, Grad grad, X0 x0, Out out, int64_t count, T step_size, T eps,
                                    Box<T> box) {
@@ -73,13 +92,8 @@ SCOREMATCH_INLINE void l2_step_row(Lanes lanes, X x, Grad grad, X0 x0, Out out, 
     squares += offset * offset;
   }
   const A relative_length = square_root(lanes.sum(squares));
-  const auto outside = relative_length > A(1);
-  const A shrink = A(1) / relative_length;
-  for (int64_t j = lanes.lane(); j < count; j += lanes.width()) {
-    const A moved = x(j) + (grad(j) * step.scale) * step.factor;
-    const A projected = select(outside, x0(j) + (moved - x0(j)) * shrink, moved);
-    out(j, select(relative_length == relative_length, clamp(projected, A(box.lower), A(box.upper)), relative_length));
-  }
+  for (int64_t j = lanes.lane(); j < count; j += lanes.width())
+    out(j, l2_projection(x(j) + (grad(j) * step.scale) * step.factor, x0(j), relative_length, box));
 }
 
 // clip(x + eps radius noise / ‖noise‖₂, lower, upper): Gaussian noise and radius = u^(1/count) are uniform in the ball.

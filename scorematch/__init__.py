@@ -2,7 +2,7 @@
 
 from . import _extension as _extension
 from . import attacks, divergences, matching, networks, objectives, posteriors, sampling
-from .attacks import PGD
+from .attacks import PGD, AutoAttack
 from .ops import divergence, logit_divergence, pgd_step, project, random_start, score_line_integral, score_step
 from .threat_model import ThreatModel
 
@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PGD",
+    "AutoAttack",
     "ThreatModel",
     "__version__",
     "attacks",

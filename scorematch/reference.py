@@ -17,15 +17,190 @@ def pgd_step(
     lower: float = 0.0,
     upper: float = 1.0,
 ) -> Tensor:
+    return _into_ball_and_box(x + step_size * _ascent(grad, norm), x0, norm, eps, lower, upper)
+
+
+def _ascent(grad: Tensor, norm: str) -> Tensor:
+    """The direction in which a step of unit length in the norm raises the loss most."""
     if norm == "linf":
-        direction = torch.where(grad.isnan(), grad, grad.sign())
-        moved = x + step_size * direction
-        return torch.minimum(torch.maximum(moved, x0 - eps), x0 + eps).clamp(lower, upper)
+        return torch.where(grad.isnan(), grad, grad.sign())
     length = _per_sample_length(grad)
-    moved = x + step_size * torch.where(length == 0, torch.zeros_like(grad), grad / length)
+    return torch.where(length == 0, torch.zeros_like(grad), grad / length)
+
+
+def _into_ball_and_box(moved: Tensor, x0: Tensor, norm: str, eps: float, lower: float, upper: float) -> Tensor:
+    if norm == "linf":
+        return torch.minimum(torch.maximum(moved, x0 - eps), x0 + eps).clamp(lower, upper)
     offset = moved - x0
     distance = _per_sample_length(offset)
     return torch.where(distance > eps, x0 + offset * (eps / distance), moved).clamp(lower, upper)
+
+
+def apgd_step(
+    x: Tensor,  # [N, ...], becomes the next point
+    x_prev: Tensor,  # [N, ...], becomes the point that the step started from
+    x0: Tensor,  # [N, ...]
+    grad: Tensor,  # [N, ...], at x
+    best_x: Tensor,  # [N, ...], becomes x where improved
+    best_grad: Tensor,  # [N, ...], becomes grad where improved
+    step_size: Tensor,  # [N]
+    improved: Tensor,  # bool [N]
+    restart: Tensor,  # bool [N]
+    *,
+    norm: str,
+    eps: float,
+    momentum: float,
+    lower: float = 0.0,
+    upper: float = 1.0,
+) -> None:
+    step_size, improved, restart = (_per_sample(v, x) for v in (step_size, improved, restart))
+    best_x.copy_(torch.where(improved, x, best_x))
+    best_grad.copy_(torch.where(improved, grad, best_grad))
+    start = torch.where(restart, best_x, x)
+    start_grad = torch.where(restart, best_grad, grad)
+    z = _into_ball_and_box(start + step_size * _ascent(start_grad, norm), x0, norm, eps, lower, upper)
+    moved = start + (z - start) * momentum + (start - x_prev) * (1 - momentum)
+    x_prev.copy_(start)
+    x.copy_(_into_ball_and_box(moved, x0, norm, eps, lower, upper))
+
+
+def fab_step(
+    x: Tensor,  # [N, ...]
+    x0: Tensor,  # [N, ...]
+    normal: Tensor,  # [N, ...], gradient of the difference at x
+    difference: Tensor,  # [N]
+    *,
+    norm: str,
+    alpha_max: float = 0.1,
+    overshoot: float = 1.05,
+    lower: float = 0.0,
+    upper: float = 1.0,
+) -> Tensor:
+    rows, rows0, w = (t.reshape(len(x), math.prod(x.shape[1:])) for t in (x, x0, normal))  # [N, D]
+    move = _to_hyperplane(rows, w, difference, norm, lower, upper)
+    move0 = _to_hyperplane(rows0, w, difference + (w * (rows0 - rows)).sum(1), norm, lower, upper)
+    distance, distance0 = (_lengths(v, norm).clamp_min(1e-8) for v in (move, move0))
+    alpha = (distance / (distance + distance0)).clamp_max(alpha_max).unsqueeze(1)
+    moved = (rows + overshoot * move) * (1 - alpha) + (rows0 + overshoot * move0) * alpha
+    return moved.clamp(lower, upper).reshape(x.shape)
+
+
+def _to_hyperplane(
+    p: Tensor,  # [N, D] in the box
+    w: Tensor,  # [N, D]
+    c: Tensor,  # [N], <w, p> - b
+    norm: str,
+    lower: float,
+    upper: float,
+) -> Tensor:  # [N, D]
+    """The shortest delta with <w, p + delta> = b and p + delta in the box, or the one to the corner nearest to it.
+
+    Every element moves in the direction that lowers |c|, by min(t rate, room); sorted by the t at which they meet the
+    box, the elements give the decrease of |c| as a piecewise linear function of t.
+    """
+    weight, direction = w.abs(), -c.sign().unsqueeze(1) * w.sign()
+    rate = torch.ones_like(w) if norm == "linf" else weight
+    room = torch.where(direction > 0, upper - p, p - lower)
+    meets = torch.where(weight > 0, room / rate, torch.zeros_like(w))  # [N, D], the t at which an element is at the box
+    meets, order = meets.sort(dim=1)
+    gain_at_box, gain_rate = ((weight * v).gather(1, order) for v in (room, rate))
+    none = torch.zeros_like(c).unsqueeze(1)
+    settled = torch.cat([none, gain_at_box.cumsum(1)], dim=1)  # [N, D + 1], gain of the first k elements, at the box
+    slope = torch.cat([gain_rate.flip(1).cumsum(1).flip(1), none], dim=1)  # [N, D + 1], of the others
+    gain = settled[:, 1:] + meets * slope[:, 1:]  # [N, D], when the k-th element meets the box
+    k = (gain < c.abs().unsqueeze(1)).sum(1, keepdim=True)
+    t = (c.abs().unsqueeze(1) - settled.gather(1, k)) / slope.gather(1, k)  # infinite if the box has no such point
+    t = torch.where(slope.gather(1, k) > 0, t, torch.full_like(t, math.inf))
+    return torch.where(direction == 0, torch.zeros_like(w), direction * torch.minimum(t * rate, room))
+
+
+def _lengths(rows: Tensor, norm: str) -> Tensor:
+    if rows.shape[1] == 0:
+        return rows.new_zeros(len(rows))
+    return rows.norm(dim=1, p=math.inf if norm == "linf" else 2)
+
+
+def square_linf(
+    best: Tensor,  # [N, C, H, W]
+    x0: Tensor,  # [N, C, H, W]
+    corner: Tensor,  # int64 [N, 2], first row and column of the window
+    sign: Tensor,  # [N, C], 1 or -1
+    *,
+    side: int,
+    eps: float,
+    lower: float = 0.0,
+    upper: float = 1.0,
+) -> Tensor:
+    candidate = best.clone()
+    for n, (row, column) in enumerate(corner.tolist()):
+        candidate[n, :, row : row + side, column : column + side] += 2 * eps * sign[n, :, None, None]
+    return _into_ball_and_box(candidate, x0, "linf", eps, lower, upper)
+
+
+def square_l2(
+    best: Tensor,  # [N, C, H, W]
+    x0: Tensor,  # [N, C, H, W]
+    corner: Tensor,  # int64 [N, 4], first row and column of the window that gains, then of the one that loses
+    sign: Tensor,  # [N, C], 1 or -1
+    pattern: Tensor,  # [side, side]
+    transpose: Tensor,  # bool [N]
+    *,
+    eps: float,
+    lower: float = 0.0,
+    upper: float = 1.0,
+) -> Tensor:
+    side, channels = len(pattern), best.shape[1]
+    delta = best - x0
+    for n, (row, column, row2, column2) in enumerate(corner.tolist()):
+        gains = (slice(row, row + side), slice(column, column + side))
+        loses = (slice(row2, row2 + side), slice(column2, column2 + side))
+        spare = (eps**2 - delta[n].square().sum()).clamp_min(0) / channels
+        bump = pattern.t() if transpose[n] else pattern
+        for c in range(channels):
+            plane = delta[n, c]  # [H, W], a view
+            both = plane[gains].square().sum() + plane[loses].square().sum()
+            overlap = torch.zeros_like(plane)
+            overlap[gains] += 1
+            overlap[loses] += 1
+            both -= plane[overlap == 2].square().sum()
+            eta = bump * sign[n, c] + plane[gains] / (1e-12 + plane[gains].norm())
+            eta = eta / (1e-12 + eta.norm()) * (spare + both).sqrt()
+            plane[loses] = 0
+            plane[gains] = eta
+    length = delta.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1)
+    return (x0 + eps * delta / (1e-12 + length)).clamp(lower, upper)
+
+
+def keyed_uniform(
+    samples: Tensor,  # int64 [N]
+    count: int,
+    *,
+    seed: int,
+    stream: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:  # [N, count]
+    """Philox4x32-10 of Salmon et al., SC 2011, on 32-bit words held in int64."""
+    low = 0xFFFFFFFF
+    blocks = torch.arange(-(-count // 4), device=samples.device)
+    zeros = torch.zeros(len(samples), len(blocks), dtype=torch.int64, device=samples.device)
+    counter = [zeros + blocks, zeros + samples.unsqueeze(1), zeros + (stream & low), zeros + (stream >> 32)]
+    key = [seed & low, seed >> 32]
+    for _ in range(10):
+        product0, product1 = 0xD2511F53 * counter[0], 0xCD9E8D57 * counter[2]  # modulo 2^64
+        counter = [
+            (product1 >> 32 & low) ^ counter[1] ^ key[0],
+            product1 & low,
+            (product0 >> 32 & low) ^ counter[3] ^ key[1],
+            product0 & low,
+        ]
+        key = [(key[0] + 0x9E3779B9) & low, (key[1] + 0xBB67AE85) & low]
+    words = torch.stack(counter, dim=2).reshape(len(samples), 4 * len(blocks))[:, :count]
+    return (words >> 8).to(dtype) * 2.0**-24
+
+
+def _per_sample(v: Tensor, x: Tensor) -> Tensor:
+    """[N] as [N, 1, ...], to broadcast with x."""
+    return v.reshape(-1, *[1] * (x.dim() - 1))
 
 
 def random_start(

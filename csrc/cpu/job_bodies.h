@@ -2,8 +2,12 @@
 #pragma once
 #include "standard_library.h"
 
+#include "../apgd_step.h"
 #include "../divergence.h"
+#include "../fab_step.h"
+#include "../philox.h"
 #include "../score_step.h"
+#include "../square.h"
 #include "../threat_model.h"
 #include "jobs.h"
 #include "pack.h"
@@ -47,6 +51,201 @@ SCOREMATCH_INLINE void work(const L2RandomStart<T>& job, int64_t begin, int64_t 
     l2_random_start_row<P>(PackLanes<P>{}, row_of<P>(job.x + n * count, count), row_of<P>(job.noise + n * count, count),
                            PackedOutput<P>{job.out + n * count, count}, count,
                            job.radius == nullptr ? job.eps : job.eps * job.radius[n], job.box);
+}
+
+template <typename P, typename T>
+SCOREMATCH_INLINE void work(const ApgdStep<T>& job, int64_t begin, int64_t end) {
+  const int64_t count = job.features;
+  for (int64_t n = begin; n < end; ++n) {
+    const int64_t at = n * count;
+    T *x = job.x + at, *x_prev = job.x_prev + at;
+    if (job.improved[n]) {
+      std::memcpy(job.best_x + at, x, count * sizeof(T));
+      std::memcpy(job.best_grad + at, job.grad + at, count * sizeof(T));
+    }
+    const T* start = job.restart[n] ? job.best_x + at : x;
+    const T* grad = (job.restart[n] ? job.best_grad : job.grad) + at;
+    const T* x0 = job.x0 + at;
+    if (job.norm == Norm::l2) {
+      // Beyond the end of a row all points are one and the same of the box, so that nothing there moves or counts.
+      const T rest = clamp(T(0), job.options.box.lower, job.options.box.upper);
+      apgd_l2_row<P>(PackLanes<P>{}, row_of<P>(start, count, rest), row_of<P>(grad, count), row_of<P>(x0, count, rest),
+                     row_of<P>(x_prev, count, rest), PackedOutput<P>{x, count}, PackedOutput<P>{x_prev, count}, count,
+                     job.step_size[n], job.options);
+      continue;
+    }
+    int64_t j = 0;
+    for (; j + P::size <= count; j += P::size) {
+      const P from = P::load(start + j);
+      const P next = apgd_linf(from, P::load(grad + j), P::load(x_prev + j), P::load(x0 + j), job.step_size[n], job.options);
+      from.store(x_prev + j);
+      next.store(x + j);
+    }
+    for (; j < count; ++j) {
+      const T from = start[j];
+      const T next = apgd_linf(from, grad[j], x_prev[j], x0[j], job.step_size[n], job.options);
+      x_prev[j] = from;
+      x[j] = next;
+    }
+  }
+}
+
+template <Norm norm, typename P, typename T>
+SCOREMATCH_INLINE void fab_step_of_sample(const FabStep<T>& job, int64_t n) {
+  const int64_t count = job.features, at = n * count;
+  // Beyond the end of a row the normal is 0, so that nothing there moves or counts.
+  fab_step_row<norm, P>(PackLanes<P>{}, row_of<P>(job.x + at, count), row_of<P>(job.x0 + at, count),
+                        row_of<P>(job.normal + at, count), PackedOutput<P>{job.out + at, count}, count, job.difference[n],
+                        job.options);
+}
+
+template <typename P, typename T>
+SCOREMATCH_INLINE void work(const FabStep<T>& job, int64_t begin, int64_t end) {
+  for (int64_t n = begin; n < end; ++n) {
+    if (job.norm == Norm::linf)
+      fab_step_of_sample<Norm::linf, P>(job, n);
+    else
+      fab_step_of_sample<Norm::l2, P>(job, n);
+  }
+}
+
+// out[j] = element(j) for j in [begin, end); element takes and returns packs as well as scalars.
+template <typename P, typename T, typename Element>
+SCOREMATCH_INLINE void for_each_element(T* out, int64_t begin, int64_t end, Element element) {
+  int64_t j = begin;
+  for (; j + P::size <= end; j += P::size) element([j](const T* p) { return P::load(p + j); }).store(out + j);
+  for (; j < end; ++j) out[j] = element([j](const T* p) { return p[j]; });
+}
+
+template <typename P, typename T>
+SCOREMATCH_INLINE void work(const SquareLinf<T>& job, int64_t begin, int64_t end) {
+  const Image image = job.image;
+  const int64_t count = image.channels * image.rows * image.columns;
+  for (int64_t n = begin; n < end; ++n) {
+    const T *best = job.best + n * count, *x0 = job.x0 + n * count;
+    T* out = job.out + n * count;
+    for_each_element<P>(out, 0, count, [=](auto at) { return linf_projection(at(best), at(x0), job.eps, job.box); });
+    const Window window(job.corner + 2 * n, job.side, image);
+    for (int64_t c = 0; c < image.channels; ++c) {
+      const T move = sign(job.sign[n * image.channels + c]) * (2 * job.eps);
+      const auto moved = [=](auto at) {
+        const auto b = at(best);
+        return linf_projection(b + decltype(b + b)(move), at(x0), job.eps, job.box);
+      };
+      for (int64_t row = window.row; row < window.row + job.side; ++row) {
+        const int64_t first = offset_in(image, c, row, window.column);
+        if (image.column_stride == 1)
+          for_each_element<P>(out, first, first + job.side, moved);
+        else
+          for (int64_t k = 0, j = first; k < job.side; ++k, j += image.column_stride)
+            out[j] = moved([j](const T* p) { return p[j]; });
+      }
+    }
+  }
+}
+
+template <typename P, typename T>
+SCOREMATCH_INLINE void work(const SquareL2<T>& job, int64_t begin, int64_t end) {
+  const Image image = job.image;
+  const Box<T> box = job.box;
+  const int64_t count = image.channels * image.rows * image.columns, side = job.side;
+  for (int64_t n = begin; n < end; ++n) {
+    const T *best = job.best + n * count, *x0 = job.x0 + n * count;
+    T* out = job.out + n * count;
+    const auto best_row = row_of<P>(best, count), x0_row = row_of<P>(x0, count);
+    P squares(T(0));
+    for (int64_t j = 0; j < count; j += P::size) {
+      const P d = best_row(j) - x0_row(j);
+      squares += d * d;
+    }
+    const T total = uniform(PackLanes<P>{}.sum(squares));
+    const T spare = positive_part(job.eps * job.eps - total) / T(image.channels);
+
+    const Window gains(job.corner + 4 * n, side, image), loses(job.corner + 4 * n + 2, side, image);
+    const T* signs = job.sign + n * image.channels;
+    const int64_t down = job.transpose[n] ? 1 : side, along = job.transpose[n] ? side : 1;
+    const T* pattern = job.pattern;
+    SquareChannel<T>* channels = job.channel + n * image.channels;
+    T left = total, gained = 0;
+    for (int64_t c = 0; c < image.channels; ++c) {
+      const auto delta = [=](int64_t row, int64_t column) {
+        const int64_t j = offset_in(image, c, row, column);
+        return best[j] - x0[j];
+      };
+      const auto bump = [=](int64_t row, int64_t column) { return pattern[row * down + column * along] * signs[c]; };
+      const SquareMove<T> move = square_move(SerialLanes{}, delta, bump, gains, loses, spare);
+      channels[c] = move.channel;
+      left = left - move.lost;
+      gained = gained + move.gained;
+    }
+
+    const T stretch = stretch_to(job.eps, left, gained);
+    for_each_element<P>(out, 0, count, [=](auto at) {
+      const auto centre = at(x0);
+      using A = decltype(centre + centre);
+      return clamp(centre + (at(best) - centre) * A(stretch), A(box.lower), A(box.upper));
+    });
+    for (int64_t c = 0; c < image.channels; ++c) {
+      for (int64_t row = 0; row < side; ++row)
+        for (int64_t column = 0; column < side; ++column) {
+          const int64_t j = offset_in(image, c, loses.row + row, loses.column + column);
+          out[j] = clamp(x0[j] + T(0) * stretch, box.lower, box.upper);
+        }
+      for (int64_t row = 0; row < side; ++row)
+        for (int64_t column = 0; column < side; ++column) {
+          const int64_t j = offset_in(image, c, gains.row + row, gains.column + column);
+          const T eta = square_eta(channels[c], pattern[row * down + column * along] * signs[c], best[j] - x0[j]);
+          out[j] = clamp(x0[j] + eta * stretch, box.lower, box.upper);
+        }
+    }
+  }
+}
+
+template <int ways, typename T>
+SCOREMATCH_INLINE void set_counter(uint32_t (&words)[4][ways], const KeyedUniform<T>& job, int i, int64_t n, int64_t block) {
+  words[0][i] = static_cast<uint32_t>(block);
+  words[1][i] = static_cast<uint32_t>(job.samples[n]);
+  words[2][i] = static_cast<uint32_t>(job.stream);
+  words[3][i] = static_cast<uint32_t>(job.stream >> 32);
+}
+
+// A pack of counters at a time. They run on from one sample to the next, because an attack draws few numbers a sample.
+template <typename P, typename T>
+SCOREMATCH_INLINE void work(const KeyedUniform<T>& job, int64_t begin, int64_t end) {
+  constexpr int ways = sizeof(P) / sizeof(uint32_t);
+  uint32_t words[4][ways] = {};
+  int64_t n = begin / job.blocks, block = begin % job.blocks;
+  for (int64_t first = begin; first < end;) {
+    T* row = job.out + n * job.count;
+    if (first + ways <= end && 4 * (block + ways) <= job.count) {
+      for (int i = 0; i < ways; ++i) set_counter(words, job, i, n, block + i);
+      philox(words, job.seed);
+      for (int i = 0; i < ways; ++i)
+        for (int k = 0; k < 4; ++k) row[4 * (block + i) + k] = unit_interval<T>(words[k][i]);
+      first += ways;
+      block += ways;
+      if (block == job.blocks) {
+        block = 0;
+        ++n;
+      }
+      continue;
+    }
+    T* to[ways];
+    int64_t wanted[ways];  // numbers of each counter
+    int used = 0;
+    for (; used < ways && first < end; ++used, ++first) {
+      set_counter(words, job, used, n, block);
+      to[used] = job.out + n * job.count + 4 * block;
+      wanted[used] = job.count - 4 * block < 4 ? job.count - 4 * block : 4;
+      if (++block == job.blocks) {
+        block = 0;
+        ++n;
+      }
+    }
+    philox(words, job.seed);
+    for (int i = 0; i < used; ++i)
+      for (int k = 0; k < wanted[i]; ++k) to[i][k] = unit_interval<T>(words[k][i]);
+  }
 }
 
 // Up to this many classes the elements of a pack are rows, and a tile of rows is transposed on the way in and out;
@@ -239,6 +438,11 @@ void run(const Job& job, int64_t begin, int64_t end) {
   SCOREMATCH_INSTANTIATE_JOB(bytes, L2Step<T>)                                         \
   SCOREMATCH_INSTANTIATE_JOB(bytes, LinfRandomStart<T>)                                \
   SCOREMATCH_INSTANTIATE_JOB(bytes, L2RandomStart<T>)                                  \
+  SCOREMATCH_INSTANTIATE_JOB(bytes, ApgdStep<T>)                                       \
+  SCOREMATCH_INSTANTIATE_JOB(bytes, FabStep<T>)                                        \
+  SCOREMATCH_INSTANTIATE_JOB(bytes, SquareLinf<T>)                                     \
+  SCOREMATCH_INSTANTIATE_JOB(bytes, SquareL2<T>)                                       \
+  SCOREMATCH_INSTANTIATE_JOB(bytes, KeyedUniform<T>)                                   \
   SCOREMATCH_INSTANTIATE_JOB(bytes, Divergence<T, TargetForm::classes>)                \
   SCOREMATCH_INSTANTIATE_JOB(bytes, Divergence<T, TargetForm::probabilities>)          \
   SCOREMATCH_INSTANTIATE_JOB(bytes, Divergence<T, TargetForm::logits>)                 \

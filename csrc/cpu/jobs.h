@@ -47,6 +47,62 @@ struct L2RandomStart {  // an item is a sample
   Box<T> box;
 };
 
+template <typename T>
+struct ApgdStep {  // an item is a sample
+  T *x, *x_prev, *best_x, *best_grad;
+  const T *x0, *grad;
+  const T* step_size;              // [N]
+  const bool *improved, *restart;  // [N]
+  int64_t features;
+  Norm norm;
+  ApgdOptions<T> options;
+};
+
+template <typename T>
+struct FabStep {        // an item is a sample
+  const T *x, *x0, *normal;
+  const T* difference;  // [N]
+  T* out;
+  int64_t features;
+  Norm norm;
+  FabOptions<T> options;
+};
+
+template <typename T>
+struct SquareLinf {       // an item is a sample
+  const T *best, *x0;
+  const int64_t* corner;  // [N, 2]
+  const T* sign;          // [N, C]
+  T* out;
+  Image image;
+  int64_t side;
+  T eps;
+  Box<T> box;
+};
+
+template <typename T>
+struct SquareL2 {             // an item is a sample
+  const T *best, *x0;
+  const int64_t* corner;      // [N, 4]
+  const T* sign;              // [N, C]
+  const T* pattern;           // [side, side]
+  const bool* transpose;      // [N]
+  T* out;
+  SquareChannel<T>* channel;  // [N, C], scratch
+  Image image;
+  int64_t side;
+  T eps;
+  Box<T> box;
+};
+
+template <typename T>
+struct KeyedUniform {      // an item is four numbers of one sample
+  const int64_t* samples;  // [N]
+  T* out;                  // [N, count]
+  int64_t count, blocks;   // blocks = count / 4, rounded up
+  uint64_t seed, stream;
+};
+
 template <typename T, TargetForm form>
 struct Divergence {               // an item is a row
   const T* logits;                // [N, L]

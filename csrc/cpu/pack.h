@@ -118,6 +118,16 @@ struct ScalarOf<Pack<T, bytes>> {
   using type = T;
 };
 
+template <typename T, int bytes>
+SCOREMATCH_INLINE Pack<T, bytes> rounded_product(Pack<T, bytes> a, Pack<T, bytes> b) {
+  return opaque(a.v * b.v);
+}
+
+template <typename T, int bytes>
+SCOREMATCH_INLINE T uniform(Pack<T, bytes> v) {
+  return v.v[0];
+}
+
 // x = n ln2 + r with |r| <= ln2 / 2; returns 2^n and e^r - 1. Beyond the range of T the result is unspecified.
 template <typename T, int bytes>
 SCOREMATCH_INLINE void reduced_exponential(Pack<T, bytes> x, Pack<T, bytes>& power, Pack<T, bytes>& minus_1) {

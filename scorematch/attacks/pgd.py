@@ -11,6 +11,7 @@ from ..divergences import KINDS
 from ..model_state import borrowed
 from ..ops.divergence import divergence
 from ..threat_model import ThreatModel
+from .losses import margin_loss
 
 LOSSES = ("ce", "margin", *KINDS)
 
@@ -53,18 +54,6 @@ def input_gradient(loss: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tenso
             return torch.autograd.grad(loss(x).sum(), x)[0]
 
     return gradient
-
-
-def margin_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """max_{j ≠ y} z_j − z_y for each sample: positive where the sample is misclassified (Carlini & Wagner, 2017).
-
-    Args:
-        logits: [N, L].
-        labels: int64 [N].
-    """
-    true = logits.gather(1, labels[:, None])
-    others = logits.scatter(1, labels[:, None], -torch.inf)
-    return others.amax(1) - true.squeeze(1)
 
 
 class PGD:

@@ -4,20 +4,29 @@ Schemas are in `csrc/registration.cpp`, kernels in `csrc/cpu` and `csrc/cuda`, a
 in `scorematch.reference`.
 """
 
+from .apgd_step import apgd_step
 from .divergence import DIVERGENCES, divergence
+from .fab_step import fab_step
+from .keyed_uniform import keyed_uniform
 from .logit_divergence import logit_divergence
 from .pgd_step import pgd_step, project
 from .random_start import random_start
 from .score_line_integral import score_line_integral
 from .score_step import score_step
+from .square import square_l2, square_linf
 
 __all__ = [
     "DIVERGENCES",
+    "apgd_step",
     "divergence",
+    "fab_step",
+    "keyed_uniform",
     "logit_divergence",
     "pgd_step",
     "project",
     "random_start",
     "score_line_integral",
     "score_step",
+    "square_l2",
+    "square_linf",
 ]

@@ -6,7 +6,8 @@ from library_models import small_cnn
 from torch import nn
 
 from scorematch import PGD, ThreatModel
-from scorematch.attacks.pgd import LOSSES, margin_loss, misclassified
+from scorematch.attacks.losses import margin_loss
+from scorematch.attacks.pgd import LOSSES, misclassified
 from scorematch.model_state import borrowed
 
 

@@ -8,8 +8,11 @@
 #include <thread>
 #include <vector>
 
+#include "../../csrc/apgd_step.h"
 #include "../../csrc/divergence.h"
+#include "../../csrc/fab_step.h"
 #include "../../csrc/score_step.h"
+#include "../../csrc/square.h"
 #include "../../csrc/threat_model.h"
 
 using namespace scorematch;
@@ -151,6 +154,40 @@ void check_all() {
     on_warp([&](auto lanes, int) { start(lanes, warp); });
     compare("l2 random start", count, serial, warp);
 
+    const auto iterate = [&](auto lanes, std::vector<T>& x_and_x_prev, const T* start) {
+      const Row<T> next{x_and_x_prev.data()}, previous{x_and_x_prev.data() + count};
+      const Row<T> from{start == nullptr ? next.data : const_cast<T*>(start)};
+      apgd_l2_row<T>(lanes, from, Row<T>{grad.data()}, Row<T>{x0.data()}, previous, next, previous, count, T(0.5),
+                     ApgdOptions<T>{T(0.7), T(0.75), T(0.25), box});
+    };
+    for (const T* start : {static_cast<const T*>(nullptr), static_cast<const T*>(x0.data())}) {
+      std::vector<T> points(x);
+      points.insert(points.end(), logits.begin(), logits.end());
+      points.back() = T(0.5);  // logits ends with NaN here
+      std::vector<T> warp_points(points);
+      iterate(SerialLanes{}, points, start);
+      on_warp([&](auto lanes, int) { iterate(lanes, warp_points, start); });
+      compare("apgd step l2", count, points, warp_points);
+    }
+
+    auto inside = x, inside0 = x0;
+    for (auto* point : {&inside, &inside0})
+      for (auto& v : *point) v = clamp(v, box.lower, box.upper);
+    for (const T difference : {T(0.3), T(-2), T(1e6), T(0)}) {
+      const auto fab = [&](auto lanes, auto norm, std::vector<T>& out) {
+        fab_step_row<decltype(norm)::value, T>(lanes, Row<T>{inside.data()}, Row<T>{inside0.data()}, Row<T>{grad.data()},
+                                               Row<T>{out.data()}, count, difference, FabOptions<T>{T(0.1), T(1.05), box});
+      };
+      const std::integral_constant<Norm, Norm::linf> linf;
+      const std::integral_constant<Norm, Norm::l2> l2;
+      fab(SerialLanes{}, linf, serial);
+      on_warp([&](auto lanes, int) { fab(lanes, linf, warp); });
+      compare("fab step linf", count, serial, warp);
+      fab(SerialLanes{}, l2, serial);
+      on_warp([&](auto lanes, int) { fab(lanes, l2, warp); });
+      compare("fab step l2", count, serial, warp);
+    }
+
     std::vector<T> integral(1), integrals(kLanes);
     const auto integrate = [&](auto lanes) {
       return trapezoid<T>(lanes, Row<T>{x.data()}, Row<T>{grad.data()}, Row<T>{x0.data()}, count);
@@ -161,7 +198,35 @@ void check_all() {
   }
 }
 
+template <typename T>
+void check_square() {
+  for (int64_t side : {1, 3, 5, 7, 33}) {
+    const int64_t height = side + 4, width = side + 2;
+    const Image image{1, height, width, height * width, width, 1};
+    const auto delta_values = normal<T>(height * width), bump_values = normal<T>(side * side);
+    const int64_t corners[] = {1, 2, 3, 0};
+    const Window gains(corners, side, image), loses(corners + 2, side, image);
+    const auto delta = [&](int64_t row, int64_t column) { return delta_values[offset_in(image, 0, row, column)]; };
+    const auto bump = [&](int64_t row, int64_t column) { return bump_values[row * side + column]; };
+    const auto move_of = [&](auto lanes) {
+      const SquareMove<T> move = square_move(lanes, delta, bump, gains, loses, T(0.5));
+      return std::vector<T>{move.channel.inverse, move.channel.factor, move.lost, move.gained};
+    };
+    std::vector<std::vector<T>> of_lane(kLanes);
+    on_warp([&](auto lanes, int id) { of_lane[id] = move_of(lanes); });
+    for (const auto& move : of_lane) compare("square move", side, move_of(SerialLanes{}), move);
+
+    std::vector<T> visits(height * width, T(0)), once(height * width, T(1));
+    on_warp([&](auto lanes, int) {
+      for (Walk at(lanes, width); at.row < height; at.next()) visits[at.row * width + at.column] += T(1);
+    });
+    compare("a walk meets every element once", side, once, visits);
+  }
+}
+
 int main() {
+  check_square<float>();
+  check_square<double>();
   check_all<float>();
   check_all<double>();
   std::printf("%d disagreements\n", disagreements);

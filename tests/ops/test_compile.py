@@ -38,6 +38,31 @@ def test_every_operator_in_one_graph(backend, device):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
+def every_attack_operator(x0: Tensor, grad: Tensor, samples: Tensor) -> tuple[Tensor, ...]:
+    uniform = ops.keyed_uniform(samples, 6, seed=3, stream=2**40)
+    corner, sign, flags = (4 * uniform[:, :4]).long(), (uniform[:, :3] - 0.5).sign(), uniform[:, 0] < 0.5
+    x = ops.square_linf(x0, x0, corner[:, :2], sign, side=2, eps=0.1)
+    x = ops.square_l2(x, x0, corner, sign, torch.ones_like(x0[0, 0, :2, :2]), flags, eps=0.7)
+    x = ops.fab_step(x, x0, grad, uniform[:, 1], norm="linf")
+    x = ops.fab_step(x, x0, grad, uniform[:, 2], norm="l2")
+    x_prev, best_x, best_grad = x0.clone(), x.clone(), grad.clone()
+    for norm in ("linf", "l2"):
+        ops.apgd_step(
+            x, x_prev, x0, grad, best_x, best_grad, uniform[:, 3], flags, ~flags, norm=norm, eps=0.4, momentum=0.75
+        )
+    return x, x_prev, best_x, best_grad
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_every_attack_operator_in_one_graph(backend, device):
+    torch._dynamo.reset()
+    x0 = torch.rand(6, 3, 4, 5, device=device).to(memory_format=torch.channels_last)
+    grad, samples = torch.randn_like(x0), torch.arange(6, device=device)
+    compiled = torch.compile(every_attack_operator, fullgraph=True, backend=backend)
+    expected = every_attack_operator(x0, grad, samples)
+    torch.testing.assert_close(compiled(x0, grad, samples), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_dynamic_shapes(device):
     torch._dynamo.reset()
 

@@ -1,0 +1,117 @@
+// One iteration of FAB (Croce and Hein, ICML 2020): the nearest points of a hyperplane inside a box. Torch-free; shared by
+// CPU, CUDA and the tests.
+#pragma once
+#include "threat_model.h"
+
+namespace scorematch {
+
+// A move of p to the hyperplane {v : <w, v> = b}: against w if towards is -1, along w if 1. After a time t, element j
+// has moved by min(t rate, room), rate = 1 (linf) or |w_j| (l2), room = its distance from the box. t is infinite where
+// the box ends before the hyperplane.
+template <typename T>
+struct Move {
+  T towards, time;
+};
+
+template <Norm norm, typename A>
+SCOREMATCH_INLINE A rate_of(A weight) {
+  if constexpr (norm == Norm::linf) return A(1);
+  return weight;
+}
+
+template <typename A, typename T = scalar_of<A>>
+SCOREMATCH_INLINE A room_of(A p, A direction, Box<T> box) {
+  const A room = select(direction > A(0), A(box.upper) - p, p - A(box.lower));
+  return select(room > A(0), room, A(0));
+}
+
+template <Norm norm, typename A, typename T = scalar_of<A>>
+SCOREMATCH_INLINE A displacement(A p, A w, Move<T> move, Box<T> box) {
+  const A direction = A(move.towards) * sign(w), room = room_of(p, direction, box);
+  const A reach = A(move.time) * rate_of<norm>(magnitude(w));  // NaN for an infinite time and w = 0: room
+  return direction * select(reach < room, reach, room);
+}
+
+// The time at which the elements have lowered |<w, p> - b| by `distance`. The decrease is a sum of |w| min(t rate, room),
+// concave and piecewise linear in t: Newton's method from the left rises to the solution and ends after as many steps
+// as it meets pieces (in practice three to eight; at the limit the move is a little short).
+template <Norm norm, typename A, typename Lanes, typename P, typename W, typename T = scalar_of<A>>
+SCOREMATCH_INLINE T time_to_hyperplane(Lanes lanes, P p, W w, int64_t count, T towards, T distance, T initial_slope, Box<T> box) {
+  if (!(initial_slope > T(0))) return T(0);
+  T time = distance / initial_slope;
+  for (int step = 0; step < 100; ++step) {
+    A settled(0), slope(0);
+    for (int64_t j = lanes.lane(); j < count; j += lanes.width()) {
+      const A normal = w(j), weight = magnitude(normal), rate = rate_of<norm>(weight);
+      const A room = room_of(p(j), A(towards) * normal, box);
+      const auto at_box = A(time) * rate >= room;
+      settled += select(at_box, weight * room, A(0));
+      slope += select(at_box, A(0), weight * rate);
+    }
+    const T gained = uniform(lanes.sum(settled)), remaining_slope = uniform(lanes.sum(slope));
+    if (!(remaining_slope > T(0))) return T(INFINITY);
+    const T next = (distance - gained) / remaining_slope;
+    if (!(next > time)) return time;
+    time = next;
+  }
+  return time;
+}
+
+// The smallest length that FAB's weights see.
+constexpr double kShortestMove = 1e-8;
+
+// difference is d, its gradient at x is `normal`. NaN or infinity anywhere gives a row of NaN.
+template <Norm norm, typename A, typename Lanes, typename X, typename X0, typename Normal, typename Out, typename T = scalar_of<A>>
+SCOREMATCH_INLINE void fab_step_row(Lanes lanes, X x, X0 x0, Normal normal, Out out, int64_t count, T difference,
+                                    FabOptions<T> options) {
+  const Box<T> box = options.box;
+  // (d, w) is scaled so that neither w² nor sums over- or underflow; the moves are the same.
+  const A scale = square_range_scale<A>(lanes, normal, count);
+  const auto w = [=](int64_t j) { return normal(j) * scale; };
+  const T here = difference * uniform(scale);  // <w, x> - b
+  A slopes(0), apart(0);
+  for (int64_t j = lanes.lane(); j < count; j += lanes.width()) {
+    const A weight = magnitude(w(j));
+    slopes += weight * rate_of<norm>(weight);
+    apart += w(j) * (x0(j) - x(j));
+  }
+  const T slope = uniform(lanes.sum(slopes));
+  const T there = here + uniform(lanes.sum(apart));  // <w, x0> - b
+  const T check = slope + there, poison = check - check;  // 0, or NaN
+
+  Move<T> move{-sign(here), T(0)}, move0{-sign(there), T(0)};
+  move.time = time_to_hyperplane<norm, A>(lanes, x, w, count, move.towards, magnitude(here), slope, box);
+  move0.time = time_to_hyperplane<norm, A>(lanes, x0, w, count, move0.towards, magnitude(there), slope, box);
+
+  A length(0), length0(0);  // l2: squared
+  for (int64_t j = lanes.lane(); j < count; j += lanes.width()) {
+    const A by = displacement<norm>(x(j), w(j), move, box), by0 = displacement<norm>(x0(j), w(j), move0, box);
+    if constexpr (norm == Norm::linf) {
+      length = select(magnitude(by) > length, magnitude(by), length);
+      length0 = select(magnitude(by0) > length0, magnitude(by0), length0);
+    } else {
+      length += by * by;
+      length0 += by0 * by0;
+    }
+  }
+  const T shortest = T(kShortestMove);
+  T a, a0;
+  if constexpr (norm == Norm::linf) {
+    a = uniform(lanes.max(length));
+    a0 = uniform(lanes.max(length0));
+  } else {
+    a = square_root(uniform(lanes.sum(length)));
+    a0 = square_root(uniform(lanes.sum(length0)));
+  }
+  a = a > shortest ? a : shortest;
+  a0 = a0 > shortest ? a0 : shortest;
+  const T ratio = a / (a + a0), alpha = ratio < options.alpha_max ? ratio : options.alpha_max;
+
+  for (int64_t j = lanes.lane(); j < count; j += lanes.width()) {
+    const A p = x(j) + A(options.overshoot) * displacement<norm>(x(j), w(j), move, box);
+    const A p0 = x0(j) + A(options.overshoot) * displacement<norm>(x0(j), w(j), move0, box);
+    out(j, clamp(p * A(T(1) - alpha) + p0 * A(alpha), A(box.lower), A(box.upper)) + A(poison));
+  }
+}
+
+}  // namespace scorematch

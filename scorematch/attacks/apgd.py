@@ -1,0 +1,240 @@
+"""Auto-PGD (Croce & Hein, ICML 2020): gradient ascent whose step size adapts to each sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.apgd_step import apgd_step
+from ..ops.random_start import random_start
+from ..threat_model import ThreatModel
+from .classifier import Classifier
+from .losses import UNTARGETED, ranked_targets, targeted_dlr_loss
+from .parts import run_alone
+from .randomness import Noise
+
+MOMENTUM = 0.75  # weight of the new step against the last move
+SETTLE_EVERY = 4  # steps after which samples that fell leave the batch; on CUDA this waits for the device
+LOSSES = ("ce", "dlr", "dlr-targeted")
+
+
+@dataclass
+class APGD:
+    """Auto-PGD with cross-entropy, DLR or targeted DLR.
+
+    Every iterate is judged, the start included. A sample that falls leaves the batch a few steps later: what is
+    returned is misclassified, not the point of highest loss.
+
+    Args:
+        threat_model: norm, radius and box; its step size is not used.
+        loss: ``"ce"``, ``"dlr"``, or ``"dlr-targeted"``, which tries the classes of rank 2, 3, … of the clean logits.
+        n_iter: steps of one run.
+        n_restarts: random starts (of each target).
+        n_target_classes: how many classes the targeted loss tries, at most; there are never more than L − 1.
+        eot_iter: gradients of a randomised model averaged in each step.
+        rho: the step size is halved if the loss rose in at most this share of the steps since the last checkpoint.
+
+    Raises:
+        ValueError: an argument is outside its range.
+    """
+
+    threat_model: ThreatModel
+    loss: str = "ce"
+    n_iter: int = 100
+    n_restarts: int = 1
+    n_target_classes: int = 9
+    eot_iter: int = 1
+    rho: float = 0.75
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Raise ValueError for settings outside their range."""
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
+        for name in ("n_iter", "n_restarts", "n_target_classes", "eot_iter"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.rho <= 1:
+            raise ValueError(f"rho must lie in [0, 1], got {self.rho}")
+
+    @property
+    def name(self) -> str:
+        return {"ce": "apgd-ce", "dlr": "apgd-dlr", "dlr-targeted": "apgd-t"}[self.loss]
+
+    def parts(self, num_classes: int) -> int:
+        """How many runs of :meth:`run_part` the attack consists of."""
+        targets = min(self.n_target_classes, num_classes - 1) if self.loss == "dlr-targeted" else 1
+        return targets * self.n_restarts
+
+    def cost(self) -> tuple[int, int]:
+        """Forward and backward passes of one part on a sample that survives."""
+        gradients = (self.n_iter + 1) * self.eot_iter
+        return gradients, gradients
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, seed: int = 0) -> Tensor:
+        """Adversarial points for a batch, x itself where none was found.
+
+        Args:
+            model: maps [N, …] to logits [N, L]; used in eval mode and left as found.
+            x: [N, …] inside the box.
+            y: int64 [N].
+            seed: of the random starts; sample n draws the same numbers in any batch that has it at place n.
+
+        Returns:
+            [N, …] inside B(x).
+        """
+        return run_alone(self, model, x, y, seed)
+
+    def run_part(
+        self, classifier: Classifier, x: Tensor, y: Tensor, samples: Tensor, part: int, noise: Noise
+    ) -> tuple[Tensor, Tensor]:
+        """One run on samples that are classified correctly.
+
+        Returns:
+            Points [N, …], and bool [N], whether the point is misclassified.
+        """
+        loss: Callable[[Tensor], Callable[[Tensor], Tensor]]
+        if self.loss == "dlr-targeted":
+            targets = ranked_targets(classifier.logits(x), 2 + part // self.n_restarts)
+
+            def loss(rows: Tensor) -> Callable[[Tensor], Tensor]:
+                return lambda logits: targeted_dlr_loss(logits, y[rows], targets[rows])
+        else:
+            untargeted = UNTARGETED[self.loss]
+
+            def loss(rows: Tensor) -> Callable[[Tensor], Tensor]:
+                return lambda logits: untargeted(logits, y[rows])
+
+        return self._ascend(classifier, x, y, loss, self._start(x, samples, noise))
+
+    def _start(self, x: Tensor, samples: Tensor, noise: Noise) -> Tensor:
+        """A point at distance eps from x (in linf, in the coordinate that moves farthest), clipped to the box."""
+        model = self.threat_model
+        raw = noise.start(samples, x, model.norm)
+        if model.norm == "linf":
+            largest = raw.flatten(1).abs().amax(1).clamp_min(1e-12)
+            raw = raw / largest.view(-1, *[1] * (x.dim() - 1))
+        return random_start(x, raw.to(x), norm=model.norm, eps=model.eps, lower=model.lower, upper=model.upper)
+
+    def _ascend(
+        self,
+        classifier: Classifier,
+        x0: Tensor,
+        y: Tensor,
+        loss: Callable[[Tensor], Callable[[Tensor], Tensor]],
+        start: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Algorithm 1 of the paper from ``start``; ``loss`` maps the indices of samples to their loss."""
+        found, fooled = start.clone(), torch.zeros(len(x0), dtype=torch.bool, device=x0.device)
+        logits, value, grad = classifier.gradient(start, loss(torch.arange(len(x0), device=x0.device)), self.eot_iter)
+        state = _State.begin(start, value, grad, logits.argmax(1) != y, 2 * self.threat_model.eps)
+        interval, since = max(int(0.22 * self.n_iter), 1), 0
+        shorter, shortest = max(int(0.03 * self.n_iter), 1), max(int(0.06 * self.n_iter), 1)
+
+        for iteration in range(self.n_iter):
+            if iteration % SETTLE_EVERY == 0:
+                if state.settle(found, fooled):
+                    return found, fooled
+                centre, labels, loss_of_rows = x0[state.rows], y[state.rows], loss(state.rows)
+            apgd_step(
+                state.x,
+                state.x_prev,
+                centre,
+                state.grad,
+                state.best_x,
+                state.best_grad,
+                state.step_size,
+                state.improved,
+                state.restart,
+                norm=self.threat_model.norm,
+                eps=self.threat_model.eps,
+                momentum=1.0 if iteration == 0 else MOMENTUM,
+                lower=self.threat_model.lower,
+                upper=self.threat_model.upper,
+            )
+            logits, value, state.grad = classifier.gradient(state.x, loss_of_rows, self.eot_iter)
+            state.judge(logits.argmax(1) != labels, value)
+            since += 1
+            if since == interval:
+                state.adapt(self.rho * interval)
+                since, interval = 0, max(interval - shorter, shortest)
+        state.settle(found, fooled)
+        return found, fooled
+
+
+@dataclass
+class _State:
+    """What a run remembers of each sample that it still attacks; every tensor is [N, …] or [N]."""
+
+    rows: Tensor  # its index in the batch
+    x: Tensor
+    x_prev: Tensor
+    grad: Tensor  # at x
+    wrong: Tensor  # whether some iterate was misclassified
+    fallen_x: Tensor  # that iterate, the latest
+    best_x: Tensor
+    best_grad: Tensor
+    best_value: Tensor
+    improved: Tensor  # whether x is the new best
+    restart: Tensor  # whether the next step starts at the best point
+    step_size: Tensor
+    rises: Tensor  # steps since the checkpoint in which the loss rose
+    previous_value: Tensor
+    checkpoint_value: Tensor  # best loss at the last checkpoint
+    halved: Tensor  # whether the step size was halved there
+
+    @classmethod
+    def begin(cls, x: Tensor, value: Tensor, grad: Tensor, wrong: Tensor, step_size: float) -> _State:
+        zeros = torch.zeros_like(value)
+        return cls(
+            rows=torch.arange(len(x), device=x.device),
+            x=x.clone(),
+            x_prev=x.clone(),
+            grad=grad,
+            wrong=wrong,
+            fallen_x=x.clone(),
+            best_x=x.clone(),
+            best_grad=torch.empty_like(x).copy_(grad),  # dense, and in the memory format of x
+            best_value=value,
+            improved=torch.ones_like(wrong),
+            restart=torch.zeros_like(wrong),
+            step_size=x.new_full((len(x),), step_size),
+            rises=zeros,
+            previous_value=zeros,  # as in the reference, where the first comparison is with 0
+            checkpoint_value=value,
+            halved=torch.ones_like(wrong),
+        )
+
+    def settle(self, found: Tensor, fooled: Tensor) -> bool:
+        """Write the samples that fell into ``found`` and ``fooled`` and forget them; True if none is left."""
+        if not bool(self.wrong.any()):
+            return len(self.rows) == 0
+        fallen = self.rows[self.wrong]
+        found[fallen], fooled[fallen] = self.fallen_x[self.wrong], True
+        keep = (~self.wrong).nonzero().squeeze(1)
+        for field in fields(self):
+            setattr(self, field.name, getattr(self, field.name)[keep])
+        return len(keep) == 0
+
+    def judge(self, fell: Tensor, value: Tensor) -> None:
+        """Take in the verdict and the loss of the new x."""
+        self.fallen_x = torch.where(fell.view(-1, *[1] * (self.x.dim() - 1)), self.x, self.fallen_x)
+        self.wrong = self.wrong | fell
+        self.improved = value > self.best_value
+        self.best_value = torch.where(self.improved, value, self.best_value)
+        self.rises = self.rises + (value > self.previous_value)
+        self.previous_value = value
+        self.restart = torch.zeros_like(fell)
+
+    def adapt(self, enough_rises: float) -> None:
+        """A checkpoint: halve the step size of the samples that make no progress, and send them to their best point."""
+        stuck = ~self.halved & (self.checkpoint_value >= self.best_value)
+        self.restart = self.halved = (self.rises <= enough_rises) | stuck
+        self.step_size = torch.where(self.restart, self.step_size / 2, self.step_size)
+        self.checkpoint_value = self.best_value
+        self.rises = torch.zeros_like(self.rises)

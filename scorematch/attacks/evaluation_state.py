@@ -1,0 +1,138 @@
+"""How far an evaluation has come, in memory and in a file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .square import Search
+
+FORMAT = "scorematch AutoAttack 1"
+
+
+@dataclass
+class Cost:
+    """What one attack took.
+
+    Attributes:
+        forwards, backwards: passes of one sample, the verification in float32 included.
+        seconds: of wall-clock time.
+        unverified: successes of a search in low precision that float32 did not confirm.
+    """
+
+    forwards: int = 0
+    backwards: int = 0
+    seconds: float = 0.0
+    unverified: int = 0
+
+
+@dataclass
+class EvaluationState:
+    """Verdicts so far. Samples are numbered as in the data set.
+
+    Attributes:
+        settings: what the evaluation is of: hashes of model and data, threat model, attacks, seed.
+        robust: bool [N], whether a sample stands so far.
+        clean: bool [N], whether it is classified correctly before any attack.
+        finished: int64 [N], how many stages each sample is through with.
+        adversarial: [N, …], the misclassified point of each sample that fell, the original of every other.
+        labels: int64 [N], the class predicted there.
+        fallen_by: int64 [N], the stage at which a sample fell; -1 if it stands or was wrong from the start.
+        costs: of each attack.
+        search: samples of the batch whose Square run was interrupted, and how far it has come.
+    """
+
+    settings: dict[str, Any]
+    robust: Tensor
+    clean: Tensor
+    finished: Tensor
+    adversarial: Tensor
+    labels: Tensor
+    fallen_by: Tensor
+    costs: dict[str, Cost] = field(default_factory=dict)
+    search: tuple[Tensor, Search] | None = None
+
+    def save(self, path: Path) -> None:
+        """Write the state so that an interruption leaves the old file or the new one."""
+        fallen = (self.fallen_by >= 0).nonzero().squeeze(1)
+        content = {
+            "format": FORMAT,
+            "settings": self.settings,
+            "robust": self.robust,
+            "clean": self.clean,
+            "finished": self.finished,
+            "labels": self.labels,
+            "fallen_by": self.fallen_by,
+            "adversarial": self.adversarial[fallen],
+            "costs": {name: asdict(cost) for name, cost in self.costs.items()},
+            "search": None,
+        }
+        if self.search is not None:
+            samples, search = self.search
+            content["search"] = {
+                "samples": samples.cpu(),
+                "queries": search.queries,
+                "best": search.best.cpu(),
+                "margin": search.margin.cpu(),
+            }
+        beside = path.with_name(path.name + ".part")
+        try:
+            with open(beside, "wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: Path, settings: dict[str, Any], x: Tensor) -> EvaluationState:
+        """The state in a file, if it belongs to the same evaluation.
+
+        Args:
+            settings: what is to be evaluated now; the seed may be left out.
+            x: [N, …] the data set.
+
+        Raises:
+            ValueError: the file is no state, or is of another model, data set or setting.
+        """
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
+            raise ValueError(f"state_path: {path} is no readable state of an evaluation ({error})") from None
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ValueError(f"state_path: {path} is no state of an evaluation by scorematch.AutoAttack")
+        for name, value in settings.items():
+            if content["settings"].get(name) != value:
+                raise ValueError(
+                    f"state_path: {path} is of another {name}: {content['settings'].get(name)}, now {value}"
+                )
+        adversarial = x.clone()
+        adversarial[content["fallen_by"] >= 0] = content["adversarial"].to(x)
+        search = None
+        if (saved := content["search"]) is not None:
+            search = (saved["samples"], Search(saved["queries"], saved["best"], saved["margin"]))
+        return cls(
+            settings=content["settings"],
+            adversarial=adversarial,
+            costs={name: Cost(**cost) for name, cost in content["costs"].items()},
+            search=search,
+            **{name: content[name] for name in ("robust", "clean", "finished", "labels", "fallen_by")},
+        )
+
+
+def digest(*tensors: Tensor) -> str:
+    """A short hash of the values of tensors."""
+    total = hashlib.sha256()
+    for tensor in tensors:
+        total.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
+        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        total.update(data.numpy().data)
+    return total.hexdigest()[:16]

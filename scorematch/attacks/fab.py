@@ -1,0 +1,180 @@
+"""Fast adaptive boundary attack (Croce & Hein, ICML 2020): the nearest misclassified point, whatever its distance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.fab_step import fab_step
+from ..ops.random_start import random_start
+from ..threat_model import ThreatModel
+from .classifier import Classifier
+from .losses import difference, ranked_targets
+from .parts import run_alone
+from .randomness import Noise
+
+ALPHA_MAX = 0.1  # how far a step is drawn towards the projection of the original point
+OVERSHOOT = 1.05  # of a step beyond the hyperplane
+BACKWARD = 0.9  # of the distance that is kept after a success
+
+
+@dataclass
+class FAB:
+    """FAB, targeted (the boundary to the classes of rank 2, 3, … in turn) or to the nearest boundary.
+
+    The first restart starts at x and draws nothing. A sample is done once a misclassified point within eps was found.
+
+    Args:
+        threat_model: norm, radius and a finite box; its step size is not used.
+        targeted: one class at a time, with one gradient a step instead of one for each class.
+        n_iter: steps of one run.
+        n_restarts: runs (of each target).
+        n_target_classes: how many classes are tried when targeted, at most L − 1.
+
+    Raises:
+        ValueError: an argument is outside its range.
+    """
+
+    threat_model: ThreatModel
+    targeted: bool = True
+    n_iter: int = 100
+    n_restarts: int = 1
+    n_target_classes: int = 9
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Raise ValueError for settings outside their range."""
+        for name in ("n_iter", "n_restarts", "n_target_classes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not abs(self.threat_model.upper - self.threat_model.lower) < float("inf"):
+            raise ValueError(
+                f"FAB needs a finite box, the threat model has [{self.threat_model.lower}, {self.threat_model.upper}]"
+            )
+
+    @property
+    def name(self) -> str:
+        return "fab-t" if self.targeted else "fab"
+
+    def parts(self, num_classes: int) -> int:
+        """How many runs of :meth:`run_part` the attack consists of."""
+        return self.n_restarts * (min(self.n_target_classes, num_classes - 1) if self.targeted else 1)
+
+    def cost(self) -> tuple[int, int]:
+        """Forward and backward passes of one part on a sample that survives (untargeted: backward passes a class)."""
+        return 2 * self.n_iter, self.n_iter
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, seed: int = 0) -> Tensor:
+        """Misclassified points within eps of a batch, x itself where none was found.
+
+        Args:
+            model: maps [N, …] to logits [N, L]; used in eval mode and left as found.
+            x: [N, …] inside the box.
+            y: int64 [N].
+            seed: of the random starts of later restarts.
+
+        Returns:
+            [N, …] inside B(x).
+        """
+        return run_alone(self, model, x, y, seed)
+
+    def run_part(
+        self, classifier: Classifier, x: Tensor, y: Tensor, samples: Tensor, part: int, noise: Noise
+    ) -> tuple[Tensor, Tensor]:
+        """One run on samples that are classified correctly.
+
+        Returns:
+            Points [N, …], and bool [N], whether the point is misclassified and within eps.
+        """
+        target = ranked_targets(classifier.logits(x), 2 + part // self.n_restarts) if self.targeted else None
+        start = x if part % self.n_restarts == 0 else self._random_start(x, samples, noise)
+        return self._descend(classifier, x, y, target, start)
+
+    def _random_start(self, x: Tensor, samples: Tensor, noise: Noise) -> Tensor:
+        """A point at distance eps / 2 (in linf, in the coordinate that moves farthest)."""
+        model = self.threat_model
+        raw = noise.start(samples, x, model.norm)
+        if model.norm == "linf":
+            raw = raw / raw.flatten(1).abs().amax(1).clamp_min(1e-12).view(-1, *[1] * (x.dim() - 1))
+        return random_start(x, raw.to(x), norm=model.norm, eps=model.eps / 2, lower=model.lower, upper=model.upper)
+
+    def _descend(
+        self, classifier: Classifier, x0: Tensor, y: Tensor, target: Tensor | None, start: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        model = self.threat_model
+        found, fooled = x0.clone(), torch.zeros(len(x0), dtype=torch.bool, device=x0.device)
+        rows, x = torch.arange(len(x0), device=x0.device), start
+        within = torch.zeros_like(fooled)  # of the samples in rows: reached within eps
+        near_x = start
+        for iteration in range(self.n_iter):
+            if iteration % SETTLE_EVERY == 0:
+                if bool(within.any()):
+                    found[rows[within]], fooled[rows[within]] = near_x[within], True
+                    keep = (~within).nonzero().squeeze(1)
+                    rows, x, near_x, within = rows[keep], x[keep], near_x[keep], within[keep]
+                    if len(keep) == 0:
+                        return found, fooled
+                centre, labels = x0[rows], y[rows]
+                boundary = self._boundary_to(target[rows] if target is not None else None, labels)
+            value, normal = boundary(classifier, x)
+            x = fab_step(
+                x,
+                centre,
+                normal,
+                value,
+                norm=model.norm,
+                alpha_max=ALPHA_MAX,
+                overshoot=OVERSHOOT,
+                lower=model.lower,
+                upper=model.upper,
+            )
+            crossed = classifier.label(x) != labels
+            near = crossed & (distance(x, centre, model.norm) <= model.eps)
+            near_x = torch.where(_beside(near, x), x, near_x)
+            within = within | near
+            x = torch.where(_beside(crossed, x), centre + (x - centre) * BACKWARD, x)
+        found[rows[within]], fooled[rows[within]] = near_x[within], True
+        return found, fooled
+
+    def _boundary_to(self, target: Tensor | None, y: Tensor) -> Callable[[Classifier, Tensor], tuple[Tensor, Tensor]]:
+        """The linearised boundary at x: the value d [N] of z_t − z_y there, and its gradient [N, …]."""
+        if target is not None:
+
+            def targeted(classifier: Classifier, x: Tensor) -> tuple[Tensor, Tensor]:
+                _, value, gradient = classifier.gradient(x, lambda logits: difference(logits, y, target))
+                return value, gradient
+
+            return targeted
+
+        def nearest(classifier: Classifier, x: Tensor) -> tuple[Tensor, Tensor]:
+            logits, gradients = classifier.class_gradients(x)
+            index = y.view(-1, 1, *[1] * (x.dim() - 1)).expand(-1, 1, *x.shape[1:])
+            values = logits - logits.gather(1, y[:, None])  # [N, L]
+            normals = gradients - gradients.gather(1, index)  # [N, L, …]
+            flat = normals.flatten(2)
+            dual = flat.abs().sum(2) if self.threat_model.norm == "linf" else flat.norm(dim=2)
+            distances = (values.abs() / (1e-12 + dual)).scatter(1, y[:, None], torch.inf)
+            choice = distances.argmin(1)
+            every = torch.arange(len(x), device=x.device)
+            return values[every, choice], normals[every, choice]
+
+        return nearest
+
+
+SETTLE_EVERY = 4  # steps after which samples that fell leave the batch; on CUDA this waits for the device
+
+
+def distance(x: Tensor, x0: Tensor, norm: str) -> Tensor:
+    """‖x − x0‖ of each sample, [N]."""
+    offset = (x - x0).flatten(1)
+    return offset.abs().amax(1) if norm == "linf" else offset.square().sum(1).sqrt()
+
+
+def _beside(mask: Tensor, x: Tensor) -> Tensor:
+    """A mask [N] that broadcasts over [N, …]."""
+    return mask.view(-1, *[1] * (x.dim() - 1))

@@ -1,0 +1,51 @@
+"""One attack by itself on one batch: its runs in turn, each on the samples that still stand."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from ..model_state import borrowed
+from ..threat_model import ThreatModel
+from .classifier import Classifier
+from .pgd import check_batch
+from .randomness import KeyedNoise, Noise
+
+
+class Attack(Protocol):
+    """What AutoAttack needs of an attack: it consists of parts, each of which may find more."""
+
+    threat_model: ThreatModel
+    n_restarts: int
+
+    @property
+    def name(self) -> str: ...
+    def check(self) -> None: ...
+    def parts(self, num_classes: int) -> int: ...
+    def cost(self) -> tuple[int, int]: ...
+    def run_part(
+        self, classifier: Classifier, x: Tensor, y: Tensor, samples: Tensor, part: int, noise: Noise
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+def run_alone(attack: Attack, model: nn.Module, x: Tensor, y: Tensor, seed: int) -> Tensor:
+    """All parts of ``attack`` on the samples of x [N, …] that the model gets right; [N, …]."""
+    attack.check()
+    check_batch(x, y, attack.threat_model)
+    adversarial = x.detach().clone()
+    if len(x) == 0:
+        return adversarial
+    with borrowed(model, "eval"):
+        classifier = Classifier(model)
+        logits = classifier.logits(adversarial)
+        alive = (logits.argmax(1) == y).nonzero().squeeze(1)
+        for part in range(attack.parts(logits.shape[1])):
+            if len(alive) == 0:
+                break
+            noise = KeyedNoise(seed, attack.name, part)
+            found, _ = attack.run_part(classifier, adversarial[alive], y[alive], alive, part, noise)
+            fooled = classifier.label(found) != y[alive]
+            adversarial[alive[fooled]] = found[fooled]
+            alive = alive[~fooled]
+    return adversarial

@@ -1,0 +1,144 @@
+"""Random numbers of attacks: keyed by sample, or in the order in which the official AutoAttack package draws them."""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..ops.keyed_uniform import keyed_uniform
+
+ATTACK_KEYS = {"apgd-ce": 1, "apgd-dlr": 2, "apgd-t": 3, "fab": 4, "fab-t": 5, "square": 6}
+
+
+class Noise(Protocol):
+    """What one attack on one batch draws. ``samples`` int64 [N] names the samples that are still attacked.
+
+    Attributes:
+        depends_on_batch: whether the numbers of a sample depend on which others are there.
+    """
+
+    depends_on_batch: bool
+
+    def start(self, samples: Tensor, like: Tensor, norm: str) -> Tensor:
+        """Noise of a random start, [N, …] as ``like``: uniform in [−1, 1] for linf, standard normal for l2."""
+
+    def stripes(self, samples: Tensor, channels: int, width: int) -> Tensor:
+        """Signs ±1 of Square's first perturbation, [N, channels, 1, width]."""
+
+    def window(self, samples: Tensor, channels: int, room: tuple[int, int], query: int) -> tuple[Tensor, Tensor]:
+        """Square's window for linf: corner int64 [N, 2], at most ``room`` from the origin, and signs [N, channels]."""
+
+    def tile(self, samples: Tensor, channels: int, tile: int) -> tuple[Tensor, Tensor]:
+        """For one tile of Square's first perturbation in l2: whether it is transposed [N], signs [N, channels]."""
+
+    def windows(
+        self, samples: Tensor, channels: int, room: tuple[int, int], query: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Square's two windows for l2: corners int64 [N, 4], whether to transpose the pattern [N], signs."""
+
+
+class KeyedNoise:
+    """Numbers that depend on (seed, sample, attack, part, query) alone.
+
+    So they depend neither on the batch size nor on which other points survive nor on the number of devices, and an
+    interrupted attack goes on with the same ones.
+
+    Args:
+        seed: 0 ≤ seed < 2^63.
+        attack: one of :data:`ATTACK_KEYS`.
+        part: target or restart, 0 ≤ part < 2^16.
+    """
+
+    depends_on_batch = False
+
+    def __init__(self, seed: int, attack: str, part: int) -> None:
+        self.seed = seed
+        self._prefix = ATTACK_KEYS[attack] << 56 | part << 40
+
+    def _uniform(self, samples: Tensor, count: int, draw: int) -> Tensor:
+        return keyed_uniform(samples, count, seed=self.seed, stream=self._prefix | draw)
+
+    def start(self, samples: Tensor, like: Tensor, norm: str) -> Tensor:
+        count = like[0].numel()
+        if norm == "linf":
+            return (2 * self._uniform(samples, count, 0) - 1).to(like.dtype).view_as(like)
+        radius, angle = self._uniform(samples, 2 * count, 0).split(count, dim=1)
+        normal = (-2 * torch.log1p(-radius)).sqrt() * (2 * math.pi * angle).cos()  # Box and Muller
+        return normal.to(like.dtype).view_as(like)
+
+    def stripes(self, samples: Tensor, channels: int, width: int) -> Tensor:
+        return _signs(self._uniform(samples, channels * width, 0)).view(-1, channels, 1, width)
+
+    def window(self, samples: Tensor, channels: int, room: tuple[int, int], query: int) -> tuple[Tensor, Tensor]:
+        draws = self._uniform(samples, 2 + channels, query + 1)
+        return _corners(draws[:, :2], room), _signs(draws[:, 2:])
+
+    def tile(self, samples: Tensor, channels: int, tile: int) -> tuple[Tensor, Tensor]:
+        draws = self._uniform(samples, 1 + channels, (1 << 32) + tile)
+        return draws[:, 0] > 0.5, _signs(draws[:, 1:])
+
+    def windows(
+        self, samples: Tensor, channels: int, room: tuple[int, int], query: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        draws = self._uniform(samples, 5 + channels, query + 1)
+        return _corners(draws[:, :4], (*room, *room)), draws[:, 4] > 0.5, _signs(draws[:, 5:])
+
+
+def _signs(draws: Tensor) -> Tensor:
+    return torch.where(draws < 0.5, -1.0, 1.0)
+
+
+def _corners(draws: Tensor, room: tuple[int, ...]) -> Tensor:
+    """Whole numbers from 0 to ``room`` inclusive, so that a window reaches both edges of the image."""
+    return (draws * (torch.tensor(room, device=draws.device) + 1)).long()
+
+
+class ReferenceNoise:
+    """The stream of the official package (fra31/auto-attack): for comparisons with it, sample by sample.
+
+    A CPU generator is seeded anew for every batch; windows are shared by the whole batch, in linf their signs too, and
+    never touch the last row and column. So results depend on the batch size and on which points survive.
+    """
+
+    depends_on_batch = True
+
+    def __init__(self, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def _rand(self, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=self._generator)
+
+    def _signs(self, *shape: int) -> Tensor:
+        return torch.sign(2 * self._rand(*shape) - 1)
+
+    def start(self, samples: Tensor, like: Tensor, norm: str) -> Tensor:
+        shape = tuple(like.shape)
+        noise = 2 * self._rand(*shape) - 1 if norm == "linf" else torch.randn(shape, generator=self._generator)
+        return noise.to(like)
+
+    def stripes(self, samples: Tensor, channels: int, width: int) -> Tensor:
+        return self._signs(len(samples), channels, 1, width).to(samples.device)
+
+    def window(self, samples: Tensor, channels: int, room: tuple[int, int], query: int) -> tuple[Tensor, Tensor]:
+        corner = self._corner(room).expand(len(samples), 2)
+        signs = self._signs(channels, 1, 1).view(1, channels).expand(len(samples), channels)
+        return corner.to(samples.device), signs.to(samples.device)
+
+    def tile(self, samples: Tensor, channels: int, tile: int) -> tuple[Tensor, Tensor]:
+        return self._transpose(samples), self._signs(len(samples), channels, 1, 1).view(-1, channels).to(samples.device)
+
+    def windows(
+        self, samples: Tensor, channels: int, room: tuple[int, int], query: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        corners = torch.cat([self._corner(room), self._corner(room)]).expand(len(samples), 4).to(samples.device)
+        transpose = self._transpose(samples)
+        return corners, transpose, self._signs(len(samples), channels, 1, 1).view(-1, channels).to(samples.device)
+
+    def _corner(self, room: tuple[int, int]) -> Tensor:
+        return torch.cat([(limit * self._rand(1)).long() for limit in room])
+
+    def _transpose(self, samples: Tensor) -> Tensor:
+        return (self._rand(1) > 0.5).expand(len(samples)).to(samples.device)

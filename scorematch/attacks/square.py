@@ -1,0 +1,213 @@
+"""Square Attack (Andriushchenko et al., ECCV 2020): random search without gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.square import square_l2, square_linf
+from ..threat_model import ThreatModel
+from .classifier import Classifier
+from .losses import margin_loss
+from .parts import run_alone
+from .randomness import Noise
+
+SETTLE_EVERY = 8  # queries after which samples that fell leave the batch; on CUDA this waits for the device
+HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries (of 10,000) after which the window's area halves
+
+
+@dataclass
+class Search:
+    """How far a run has come: enough to go on with it later.
+
+    Attributes:
+        queries: proposals made so far.
+        best: [N, …], the point of lowest margin of each sample of the batch.
+        margin: [N], z_y − max of the others at ``best``.
+    """
+
+    queries: int
+    best: Tensor
+    margin: Tensor
+
+
+@dataclass
+class Square:
+    """Square Attack on the margin, for images [N, C, H, W].
+
+    Args:
+        threat_model: norm, radius and box; its step size is not used.
+        n_queries: proposals of one run.
+        n_restarts: runs.
+        p_init: share of the image that the first windows cover.
+        rescale_schedule: stretch the schedule of window sizes, made for 10,000 queries, to ``n_queries``.
+
+    Raises:
+        ValueError: an argument is outside its range.
+    """
+
+    threat_model: ThreatModel
+    n_queries: int = 5000
+    n_restarts: int = 1
+    p_init: float = 0.8
+    rescale_schedule: bool = False
+
+    name = "square"
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Raise ValueError for settings outside their range."""
+        for name in ("n_queries", "n_restarts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.p_init <= 1:
+            raise ValueError(f"p_init must lie in (0, 1], got {self.p_init}")
+
+    def parts(self, num_classes: int) -> int:
+        """How many runs of :meth:`run_part` the attack consists of."""
+        return self.n_restarts
+
+    def cost(self) -> tuple[int, int]:
+        """Forward and backward passes of one part on a sample that survives."""
+        return self.n_queries + 1, 0
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, seed: int = 0) -> Tensor:
+        """Adversarial points for a batch, x itself where none was found.
+
+        Args:
+            model: maps [N, C, H, W] to logits [N, L]; used in eval mode and left as found.
+            x: [N, C, H, W] inside the box.
+            y: int64 [N].
+            seed: of the proposals; sample n sees the same ones in any batch that has it at place n.
+
+        Returns:
+            [N, C, H, W] inside B(x).
+
+        Raises:
+            ValueError: x is no batch of images.
+        """
+        return run_alone(self, model, x, y, seed)
+
+    def window_side(self, query: int, height: int, width: int) -> int:
+        """Side of the window of a query: its area is p H W, where p halves as the search goes on."""
+        if self.rescale_schedule:
+            query = int(query / self.n_queries * 10_000)
+        p = self.p_init / 2 ** sum(query > after for after in HALVINGS)
+        side = round(math.sqrt(p * height * width))
+        if self.threat_model.norm == "l2":
+            side = max(side, 3)
+            side += side % 2 == 0
+        return min(max(side, 1), height, width)
+
+    def run_part(
+        self,
+        classifier: Classifier,
+        x: Tensor,
+        y: Tensor,
+        samples: Tensor,
+        part: int,
+        noise: Noise,
+        search: Search | None = None,
+        pause: Callable[[Search], None] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """One run on samples that are classified correctly.
+
+        Args:
+            search: where an interrupted run of the same batch stopped.
+            pause: called now and then with how far the run has come.
+
+        Returns:
+            Points [N, C, H, W], and bool [N], whether the point is misclassified.
+        """
+        if x.dim() != 4:
+            raise ValueError(f"Square Attack takes images [N, C, H, W], got x of shape {list(x.shape)}")
+        if search is None:
+            first = self._first(x, samples, noise)
+            search = Search(0, first, -margin_loss(classifier.logits(first), y))
+        best, margin = search.best.clone(), search.margin.clone()
+        rows = (margin > 0).nonzero().squeeze(1)  # the samples still attacked; the next five tensors are theirs
+        current, current_margin = best[rows], margin[rows]
+        centre, labels, ids = x[rows], y[rows], samples[rows]
+        for query in range(search.queries, self.n_queries):
+            if len(rows) == 0:
+                break
+            proposal = self._propose(current, centre, ids, noise, query)
+            proposed_margin = -margin_loss(classifier.logits(proposal), labels)
+            accept = (proposed_margin < current_margin) | (proposed_margin <= 0)
+            current = torch.where(accept.view(-1, 1, 1, 1), proposal, current)
+            current_margin = torch.where(accept, proposed_margin, current_margin)
+            if noise.depends_on_batch or query % SETTLE_EVERY == SETTLE_EVERY - 1:
+                alive = current_margin > 0
+                if not bool(alive.all()):
+                    best[rows], margin[rows] = current, current_margin
+                    keep = alive.nonzero().squeeze(1)
+                    rows, current, current_margin = rows[keep], current[keep], current_margin[keep]
+                    centre, labels, ids = centre[keep], labels[keep], ids[keep]
+            if pause is not None and query % 64 == 63:
+                best[rows], margin[rows] = current, current_margin
+                pause(Search(query + 1, best, margin))
+        best[rows], margin[rows] = current, current_margin
+        return best, margin <= 0
+
+    def _first(self, x: Tensor, samples: Tensor, noise: Noise) -> Tensor:
+        """Vertical stripes of ±eps (linf), or tiles of the l2 pattern, scaled to length eps; clipped to the box."""
+        model = self.threat_model
+        channels, height, width = x.shape[1:]
+        if model.norm == "linf":
+            stripes = noise.stripes(samples, channels, width).to(x)
+            return (x + model.eps * stripes).clamp(model.lower, model.upper)
+        side = max(height // 5, 1)
+        margin = (height - side * 5) // 2
+        pattern = l2_pattern(side).to(x)
+        delta = torch.zeros_like(x)
+        tile = 0
+        for i in range(height // side):
+            for j in range(width // side):
+                transpose, signs = noise.tile(samples, channels, tile)
+                turned = torch.where(transpose.view(-1, 1, 1, 1), pattern.T, pattern)
+                top, left = max(margin, 0) + i * side, max(margin, 0) + j * side
+                rows, columns = slice(top, min(top + side, height)), slice(left, min(left + side, width))
+                piece = turned * signs.to(x).view(-1, channels, 1, 1)
+                delta[:, :, rows, columns] += piece[..., : max(rows.stop - top, 0), : max(columns.stop - left, 0)]
+                tile += 1
+        length = delta.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        return (x + delta / (length + 1e-12) * model.eps).clamp(model.lower, model.upper)
+
+    def _propose(self, best: Tensor, x: Tensor, samples: Tensor, noise: Noise, query: int) -> Tensor:
+        model = self.threat_model
+        channels, height, width = x.shape[1:]
+        side = self.window_side(query, height, width)
+        room = (height - side, width - side)
+        box = {"eps": model.eps, "lower": model.lower, "upper": model.upper}
+        if model.norm == "linf":
+            corner, sign = noise.window(samples, channels, room, query)
+            return square_linf(best, x, corner, sign.to(x), side=side, **box)
+        corners, transpose, sign = noise.windows(samples, channels, room, query)
+        return square_l2(best, x, corners, sign.to(x), l2_pattern(side).to(x), transpose, **box)
+
+
+@cache
+def l2_pattern(side: int) -> Tensor:
+    """The l2 move of the paper (section 4.2): a peak above a trough, [side, side], of length 1."""
+    pattern = torch.zeros(side, side)
+    half = side // 2
+    pattern[:half] = _peak(half, side)
+    pattern[half:] = -_peak(side - half, side)
+    return pattern / pattern.norm()
+
+
+def _peak(height: int, width: int) -> Tensor:
+    """Nested rectangles of weight 1 / k², centred, [height, width], of length 1."""
+    peak = torch.zeros(height, width)
+    middle = (height // 2, width // 2)
+    for k in range(max(height, width) // 2 + 1):
+        top, left = middle[0] - k, middle[1] - k
+        peak[max(top, 0) : top + 2 * k + 1, max(left, 0) : left + 2 * k + 1] += 1.0 / (k + 1) ** 2
+    return peak / peak.norm().clamp_min(1e-12)

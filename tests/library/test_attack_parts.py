@@ -1,0 +1,277 @@
+"""APGD, FAB and Square alone: exact on linear models, inside the ball, the same numbers in any batch."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from library_models import small_cnn
+from torch import Tensor, nn
+
+from scorematch import ThreatModel
+from scorematch.attacks import APGD, FAB, Square
+from scorematch.attacks.classifier import Classifier
+from scorematch.attacks.losses import dlr_loss, margin_loss, ranked_targets, targeted_dlr_loss
+from scorematch.attacks.randomness import KeyedNoise, ReferenceNoise
+from scorematch.attacks.square import l2_pattern
+
+NORMS = ["linf", "l2"]
+EPS = {"linf": 0.03, "l2": 0.2}
+GRADIENT_ATTACKS = {
+    "apgd-ce": lambda model: APGD(model, loss="ce"),
+    "apgd-dlr": lambda model: APGD(model, loss="dlr"),
+    "apgd-t": lambda model: APGD(model, loss="dlr-targeted"),
+    "fab": lambda model: FAB(model, targeted=False),
+    "fab-t": FAB,
+}
+ATTACKS = {**GRADIENT_ATTACKS, "square": lambda model: Square(model, n_queries=100)}
+
+
+class Linear(nn.Module):
+    """Logits W x + b."""
+
+    def __init__(self, classes: int, features: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.weight = torch.randn(classes, features, generator=generator, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - 0.5).flatten(1) @ self.weight.to(x.dtype).T
+
+
+def distances(model: Linear, x: Tensor, y: Tensor, norm: str) -> Tensor:
+    """Of each sample to the nearest boundary of a linear model, the box aside, [N]."""
+    logits = model(x)
+    gaps = logits.gather(1, y[:, None]) - logits  # [N, L]
+    normals = model.weight[y][:, None] - model.weight  # [N, L, D]
+    dual = normals.abs().sum(2) if norm == "linf" else normals.norm(dim=2)
+    return (gaps / dual).scatter(1, y[:, None], math.inf).amin(1)
+
+
+def length(offset: Tensor, norm: str) -> Tensor:
+    flat = offset.flatten(1)
+    return flat.abs().amax(1) if norm == "linf" else flat.norm(dim=1)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("attack", GRADIENT_ATTACKS)
+def test_linear_model_is_attacked_exactly(norm: str, attack: str) -> None:
+    # Cross-entropy and DLR follow one class at a time, not always the nearest: exact with two.
+    model = Linear(2 if attack in ("apgd-ce", "apgd-dlr") else 6, 48)
+    x = 0.35 + 0.3 * torch.rand(150, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y = model(x).argmax(1)
+    truth = distances(model, x, y, norm)
+    eps = float(truth.median())
+    threat_model = ThreatModel(norm, eps)
+    assert eps < 0.3, "the box must not matter"
+    x_adv = GRADIENT_ATTACKS[attack](threat_model)(model, x, y)
+    fallen = model(x_adv).argmax(1) != y
+    assert not fallen[truth > eps * 1.0001].any()
+    reach = 0.99 if attack.startswith("fab") else 0.999  # FAB steps beyond the boundary by 5 % of its last step
+    assert fallen[truth < eps * reach].all(), f"{int((~fallen & (truth < eps * reach)).sum())} missed"
+    assert (length(x_adv - x, norm) <= eps * (1 + 1e-9)).all()
+    assert torch.equal(x_adv[~fallen], x[~fallen])
+
+
+def batch(seed: int = 0, count: int = 60) -> tuple[nn.Module, Tensor, Tensor]:
+    model = small_cnn(seed=seed).eval()
+    x = torch.rand(count, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return model, x, model(x).argmax(1)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_points_stay_in_the_ball_and_fool(norm: str, attack: str) -> None:
+    model, x, y = batch()
+    x_adv = ATTACKS[attack](ThreatModel(norm, EPS[norm]))(model, x, y, seed=3)
+    fallen = model(x_adv).argmax(1) != y
+    assert 0 < fallen.sum() < len(x), "the test needs survivors and fallen"
+    assert (length(x_adv - x, norm) <= EPS[norm] + 1e-5).all()
+    assert x_adv.min() >= 0
+    assert x_adv.max() <= 1
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("attack", ["apgd-ce", "apgd-t", "square"])
+def test_a_sample_draws_the_same_numbers_in_any_batch(norm: str, attack: str) -> None:
+    model, x, y = batch()
+    model, x = model.double(), x.double()  # so that rounding in other batch shapes does not matter
+    threat_model = ThreatModel(norm, EPS[norm])
+    run = ATTACKS[attack](threat_model)
+    samples = torch.arange(len(x))
+    whole, fallen = run.run_part(Classifier(model), x, y, samples, 0, KeyedNoise(5, run.name, 0))
+    some = torch.tensor([41, 3, 17, 59, 20])
+    part, fallen_part = run.run_part(Classifier(model), x[some], y[some], samples[some], 0, KeyedNoise(5, run.name, 0))
+    assert torch.equal(fallen[some], fallen_part)
+    torch.testing.assert_close(whole[some], part, rtol=0, atol=1e-9)
+    other, _ = run.run_part(Classifier(model), x, y, samples, 0, KeyedNoise(6, run.name, 0))
+    assert not torch.allclose(other, whole)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_square_resumes_where_it_paused(norm: str) -> None:
+    model, x, y = batch()
+    run = Square(ThreatModel(norm, EPS[norm] / 2), n_queries=300)
+    samples, noise = torch.arange(len(x)), KeyedNoise(0, "square", 0)
+    pauses = []
+    whole, fallen = run.run_part(Classifier(model), x, y, samples, 0, noise, pause=pauses.append)
+    assert [search.queries for search in pauses] == [64, 128, 192, 256]
+    saved = []
+    first = Classifier(model)
+    run.run_part(
+        first, x, y, samples, 0, noise, pause=lambda s: saved.append((s.queries, s.best.clone(), s.margin.clone()))
+    )
+    queries, best, margin = saved[1]
+    second = Classifier(model)
+    search = type(pauses[0])(queries, best, margin)
+    again, fallen_again = run.run_part(second, x, y, samples, 0, noise, search=search)
+    assert torch.equal(again, whole)
+    assert torch.equal(fallen_again, fallen)
+    assert second.forwards < first.forwards
+
+
+def test_square_never_accepts_a_worse_point() -> None:
+    model, x, y = batch()
+    run = Square(ThreatModel("linf", 0.05), n_queries=400)
+    margins = []
+    run.run_part(
+        Classifier(model),
+        x,
+        y,
+        torch.arange(len(x)),
+        0,
+        KeyedNoise(0, "square", 0),
+        pause=lambda s: margins.append(s.margin.clone()),
+    )
+    assert len(margins) == 6
+    for before, after in pairwise(margins):
+        assert (after <= before).all()
+    assert (margins[-1] < margins[0]).any()
+
+
+def test_windows_shrink_by_the_schedule() -> None:
+    """p = .8, .4, .2, .1, .05, .025, .0125, .00625: sides of the published schedule for 32×32 images."""
+    linf, l2 = (Square(ThreatModel(norm, 1.0)) for norm in NORMS)
+    queries = [0, 10, 11, 51, 201, 501, 1001, 2001, 4001]
+    sides = [round(math.sqrt(p * 1024)) for p in (0.8, 0.8, 0.4, 0.2, 0.1, 0.05, 0.025, 0.0125, 0.00625)]
+    assert [linf.window_side(q, 32, 32) for q in queries] == sides
+    assert all(side % 2 == 1 and side >= 3 for side in (l2.window_side(q, 32, 32) for q in queries))
+    stretched = Square(ThreatModel("linf", 1.0), n_queries=5000, rescale_schedule=True)
+    assert stretched.window_side(26, 32, 32) == linf.window_side(52, 32, 32)
+
+
+@pytest.mark.parametrize("side", [1, 2, 3, 5, 8])
+def test_the_l2_pattern_has_a_peak_above_a_trough(side: int) -> None:
+    pattern = l2_pattern(side)
+    assert pattern.norm() == pytest.approx(1.0)
+    assert (pattern[: side // 2] > 0).all()
+    assert (pattern[side // 2 :] < 0).all()
+
+
+def test_dlr_loss_is_the_papers_ratio() -> None:
+    logits = torch.tensor([[3.0, 1.0, 0.5, 2.0], [1.0, 4.0, 2.0, 0.0]], dtype=torch.float64)
+    labels, targets = torch.tensor([0, 2]), torch.tensor([3, 0])
+    expected = [-(3 - 2) / (3 - 1), -(2 - 4) / (4 - 1)]
+    assert dlr_loss(logits, labels).tolist() == pytest.approx(expected)
+    expected = [-(3 - 2) / (3 - (1 + 0.5) / 2), -(2 - 1) / (4 - (1 + 0.0) / 2)]
+    assert targeted_dlr_loss(logits, labels, targets).tolist() == pytest.approx(expected)
+    assert ranked_targets(logits, 2).tolist() == [3, 2]
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_dlr_with_few_classes(classes: int) -> None:
+    logits = torch.tensor([[2.0, 1.5, 0.5]], dtype=torch.float64)[:, :classes].requires_grad_()
+    label, target = torch.tensor([0]), torch.tensor([1])
+    scale = 1.0 if classes == 2 else 1.5
+    assert targeted_dlr_loss(logits, label, target).item() == pytest.approx(-0.5 / scale)
+    assert dlr_loss(logits, label).item() == pytest.approx(-0.5 / scale)
+    (gradient,) = torch.autograd.grad(targeted_dlr_loss(logits, label, target).sum(), logits)
+    assert gradient[0, 0] < 0 < gradient[0, 1]
+
+
+def test_reference_noise_draws_in_the_order_of_the_official_package() -> None:
+    """Its batch: seed; stripes; then for every query row, column and signs, by torch's global generator."""
+    noise, samples = ReferenceNoise(7), torch.arange(4)
+    torch.manual_seed(7)
+    stripes = torch.sign(2 * torch.rand(4, 3, 1, 8) - 1)
+    assert torch.equal(noise.stripes(samples, 3, 8), stripes)
+    for query in range(5):
+        corner, signs = noise.window(samples, 3, (5, 6), query)
+        row, column = int(5 * torch.rand(1)), int(6 * torch.rand(1))
+        assert corner.tolist() == [[row, column]] * 4
+        assert torch.equal(signs, torch.sign(2 * torch.rand(3, 1, 1) - 1).view(1, 3).expand(4, 3))
+    noise = ReferenceNoise(8)
+    torch.manual_seed(8)
+    tile_transpose, tile_signs = noise.tile(samples, 2, 0)
+    assert tile_transpose.tolist() == [float(torch.rand(1)) > 0.5] * 4
+    assert torch.equal(tile_signs, torch.sign(2 * torch.rand(4, 2, 1, 1) - 1).view(4, 2))
+    corners, transpose, signs = noise.windows(samples, 2, (5, 6), 0)
+    assert corners[0].tolist() == [int(limit * torch.rand(1)) for limit in (5, 6, 5, 6)]
+    assert transpose.tolist() == [float(torch.rand(1)) > 0.5] * 4
+    assert torch.equal(signs, torch.sign(2 * torch.rand(4, 2, 1, 1) - 1).view(4, 2))
+    like = torch.zeros(4, 1, 2, 2)
+    torch.manual_seed(9)
+    assert torch.equal(ReferenceNoise(9).start(samples, like, "linf"), 2 * torch.rand(4, 1, 2, 2) - 1)
+
+
+def test_keyed_starts_are_uniform_and_normal() -> None:
+    noise, samples = KeyedNoise(0, "apgd-ce", 0), torch.arange(200)
+    like = torch.zeros(200, 1, 16, 16)
+    uniform = noise.start(samples, like, "linf")
+    assert uniform.abs().max() <= 1
+    assert uniform.var().item() == pytest.approx(1 / 3, rel=0.02)
+    normal = noise.start(samples, like, "l2").flatten()
+    assert normal.mean().abs() < 0.01
+    assert normal.var().item() == pytest.approx(1.0, rel=0.02)
+    assert normal.pow(4).mean().item() == pytest.approx(3.0, rel=0.05)
+    corner, signs = noise.window(samples, 3, (4, 0), 1)
+    assert set(corner[:, 0].tolist()) == {0, 1, 2, 3, 4}
+    assert set(corner[:, 1].tolist()) == {0}
+    assert set(signs.unique().tolist()) == {-1.0, 1.0}
+
+
+def test_gradients_of_a_randomised_model_are_averaged() -> None:
+    calls = []
+
+    def model(x: Tensor) -> Tensor:
+        calls.append(len(calls) + 1.0)
+        return torch.stack([calls[-1] * x.sum(1), 0 * x.sum(1)], 1)
+
+    classifier = Classifier(model)
+    logits, value, gradient = classifier.gradient(torch.ones(2, 3), lambda z: z[:, 0], passes=4)
+    assert gradient.unique().tolist() == [2.5]
+    assert value.tolist() == [12.0, 12.0], "the loss is that of the last pass"
+    assert (classifier.forwards, classifier.backwards) == (8, 8)
+    assert not logits.requires_grad
+
+
+def test_class_gradients() -> None:
+    model = Linear(4, 6)
+    x = torch.rand(3, 6, dtype=torch.float64)
+    logits, gradients = Classifier(model).class_gradients(x)
+    torch.testing.assert_close(gradients, model.weight.expand(3, 4, 6))
+    torch.testing.assert_close(margin_loss(logits, logits.argmax(1)), logits.topk(2).values.diff(dim=1).squeeze(1))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda m: APGD(m, loss="cw"), "loss must be one of ce, dlr, dlr-targeted, got 'cw'"),
+        (lambda m: APGD(m, n_iter=0), "n_iter must be at least 1, got 0"),
+        (lambda m: APGD(m, rho=1.5), r"rho must lie in \[0, 1\], got 1.5"),
+        (lambda m: FAB(m, n_restarts=0), "n_restarts must be at least 1, got 0"),
+        (lambda m: FAB(m.replace(lower=-math.inf)), "FAB needs a finite box"),
+        (lambda m: Square(m, n_queries=0), "n_queries must be at least 1, got 0"),
+        (lambda m: Square(m, p_init=0.0), r"p_init must lie in \(0, 1\], got 0.0"),
+    ],
+)
+def test_bad_settings(make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(ThreatModel("linf", 0.1))
+
+
+def test_square_wants_images() -> None:
+    model = Linear(3, 5)
+    x = torch.full((2, 5), 0.4)
+    with pytest.raises(ValueError, match=r"Square Attack takes images \[N, C, H, W\], got x of shape \[2, 5\]"):
+        Square(ThreatModel("linf", 0.1))(model, x, model(x).argmax(1))
