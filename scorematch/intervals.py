@@ -19,4 +19,5 @@ def wilson(hits: int, count: int, z: float = 1.959963984540054) -> tuple[float, 
     share, spread = hits / count, z * z / count
     centre = (share + spread / 2) / (1 + spread)
     half = z / (1 + spread) * math.sqrt(share * (1 - share) / count + spread / (4 * count))
-    return max(centre - half, 0.0), min(centre + half, 1.0)
+    # It holds the share itself; at 0 and 1 rounding would leave that out.
+    return max(min(centre - half, share), 0.0), min(max(centre + half, share), 1.0)

@@ -41,6 +41,8 @@ DEFAULT_OBJECTIVES = {
         "score_direct:noise_conditional_classifier",
     ),
     "toy": ("standard", "pgd_at:kl", "score_direct:oracle", "score_direct:score_network"),
+    "cifar10": ("standard", "pgd_at:kl", "pgd_at:se", "trades:kl", "trades:se"),
+    "cifar100": ("standard", "pgd_at:kl", "pgd_at:se", "trades:kl", "trades:se"),
 }
 ROOT = Path(__file__).resolve().parent.parent
 POLL_SECONDS = 0.5
@@ -141,13 +143,20 @@ def plan(settings: CompareSettings, options: Sequence[str], out: Path, jobs: int
 
 
 def _refuse_other_settings(job: Job) -> None:
-    """An earlier run in the folder must have the same settings, but for the number of threads."""
+    """An earlier run in the folder must have the same settings, but for the number of threads.
+
+    A finished run from before AutoAttack stays as it is.
+    """
     path = job.out / "config.toml"
     if not path.exists():
         return
-    saved = config.as_table(config.from_table(config.read_toml(path), str(path)))
+    table = config.read_toml(path)
+    saved = config.as_table(config.from_table(table, str(path)))
+    ignored = ["threads"]
+    if "autoattack" not in table and job.finished:
+        ignored += ["autoattack", "autoattack_samples", "autoattack_compile"]
     for name, value in config.as_table(job.settings).items():
-        if name != "threads" and saved.get(name) != value:
+        if name not in ignored and saved.get(name) != value:
             raise InputError(f"out: {job.out} holds a run with {name} = {saved.get(name)!r}, expected {value!r}")
 
 
@@ -260,6 +269,7 @@ def gather(settings: CompareSettings, planned: Sequence[Job]) -> dict[str, Any]:
 MEASURES = (
     "clean_acc",
     "pgd_acc",
+    "autoattack_acc",
     "r_score",
     "r_madry",
     "data_gradient_ratio",
@@ -269,6 +279,7 @@ MEASURES = (
     "train_seconds",
     "posterior_seconds",
     "eval_seconds",
+    "autoattack_seconds",
 )
 
 
@@ -298,7 +309,8 @@ def _paired(runs: dict[str, dict[int, dict[str, Any]]], aggregate: dict[str, Any
         if name != best and common:
             differences[name] = {
                 measure: estimate([by_seed[seed][measure] - runs[best][seed][measure] for seed in common])._asdict()
-                for measure in ("clean_acc", "pgd_acc")
+                for measure in ("clean_acc", "pgd_acc", "autoattack_acc")
+                if all(run[seed].get(measure) is not None for run in (by_seed, runs[best]) for seed in common)
             }
     return {"against": best, "differences": differences}
 

@@ -32,6 +32,7 @@ else:
 Objective = Literal["standard", "pgd_at", "trades", "score_direct"]
 Posterior = Literal["score_network", "kernel_density", "noise_conditional_classifier", "oracle"]
 ClipForm = Literal["total", "robust", "threshold"]
+AutoAttackVersion = Literal["none", "fast", "standard"]
 EVALUATION_LOSSES = ("ce", "margin", *KINDS)
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -47,7 +48,10 @@ class RunSettings:
     data: DataName = "digits"  # data set
     limit: int = 0  # number of training points to keep, class-balanced on images; 0 keeps all
     toy_labels: ToyLabels = "oracle"  # targets of the surrogates on the toy: p_d(y|x), or the sampled labels
+    data_root: Path | None = None  # folder that holds CIFAR's official files; None is $SCOREMATCH_DATA
+    download: bool = False  # let torchvision download CIFAR into that folder where it is missing
     shift: int = 0  # augmentation: random shift of the training images by up to this many pixels; 0 turns it off
+    flip: bool = False  # augmentation: mirror half of the training images, left to right
     model: str = "digits_cnn"  # classifier: a name of training.models, or module:function of your own
 
     # Threat model and the attack during training
@@ -89,6 +93,9 @@ class RunSettings:
     eval_restarts: int = 2  # random starts of the final evaluation, per loss
     eval_losses: tuple[str, ...] = ("ce", "margin")  # what the final PGD ascends; a sample must withstand all
     curve_points: int = 6  # perturbation sizes in (0, 2 eps] of the accuracy curve; 0 leaves it out
+    autoattack: AutoAttackVersion = "standard"  # AutoAttack at eps, on images: fast leaves FAB and Square out
+    autoattack_samples: int = 0  # the first so many test samples go through AutoAttack; 0 is all
+    autoattack_compile: bool = False  # AutoAttack searches with torch.compile(model)
 
     # The run itself
     seed: int = 0  # decides initialisation, data order, augmentation and attacks; never the split
@@ -102,13 +109,13 @@ class RunSettings:
 
     @property
     def data_settings(self) -> DataSettings:
-        return DataSettings(self.data, self.limit, self.toy_labels)
+        return DataSettings(self.data, self.limit, self.toy_labels, self.data_root, self.download)
 
     def threat_model(self, lower: float, upper: float) -> ThreatModel:
         return ThreatModel(self.norm, self.eps, self.step_size, lower, upper)
 
 
-NOT_IN_RECIPES = ("out", "resume", "recipe", "dry_run")
+NOT_IN_RECIPES = ("out", "resume", "recipe", "dry_run", "download")
 
 Check = tuple[Callable[[Any], bool], str]
 
@@ -148,6 +155,7 @@ RANGES: dict[str, Check] = {
         f"one or more of {', '.join(EVALUATION_LOSSES)}",
     ),
     "curve_points": (lambda v: v >= 0 and v % 2 == 0, "0 or an even number, so that eps is one of the points"),
+    "autoattack_samples": (lambda v: v >= 0, "0 (all) or a number of test samples"),
     "seed": (lambda v: 0 <= v < 2**32, "0 to 4294967295"),
     "threads": (lambda v: v >= 0, "0 (all) or a number of threads"),
 }
@@ -169,6 +177,10 @@ def validate(settings: RunSettings) -> None:
         raise InputError(f"posterior: 'oracle' on {settings.data}, allowed: p_d(y|x) is known on the toy only")
     if settings.shift and settings.data == "toy":
         raise InputError("shift: the toy has no images to shift, allowed: 0")
+    if settings.flip and settings.data == "toy":
+        raise InputError("flip: the toy has no images to mirror, allowed: False")
+    if settings.autoattack != "none" and settings.data == "toy":
+        raise InputError(f"autoattack: {settings.autoattack!r} on the toy, which has no images, allowed: none")
     resolve_device(settings.device)
 
 
@@ -260,7 +272,7 @@ def typed_values(table: dict[str, Any], where: str) -> dict[str, Any]:
 
 def from_table(table: dict[str, Any], where: str) -> RunSettings:
     """The settings that a run saved, in its config.toml or in a checkpoint."""
-    values = typed_values(table, where)
+    values = {"autoattack": "none", **typed_values(table, where)}  # runs from before AutoAttack do not name it
     nested = _construct(PosteriorSettings, values.pop("posterior_settings", {}), f"{where}: posterior_settings")
     try:
         settings = RunSettings(**values, posterior_settings=nested)

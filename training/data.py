@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -11,16 +13,28 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
+from torchvision.datasets import CIFAR10, CIFAR100
 
 from training import toy
 from training.errors import InputError, unknown_name
 
-DataName = Literal["digits", "toy"]
+DataName = Literal["digits", "toy", "cifar10", "cifar100"]
 ToyLabels = Literal["oracle", "hard"]
 
 SPLIT_SEED = 0
 DIGITS_TEST, DIGITS_VALIDATION = 500, 147
 TOY_VALIDATION, TOY_TEST = 2_000, 2_000
+CIFAR_VALIDATION = 1_024  # the first training images, as in the generated-data recipes
+ROOT_VARIABLE = "SCOREMATCH_DATA"  # environment variable with the folder of the data sets
+CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
+
+# The shape of one input and the number of classes.
+FORMATS: dict[str, tuple[tuple[int, ...], int]] = {
+    "digits": ((1, 8, 8), 10),
+    "toy": ((1,), 2),
+    "cifar10": ((3, 32, 32), 10),
+    "cifar100": ((3, 32, 32), 100),
+}
 
 
 @dataclass(frozen=True)
@@ -30,6 +44,8 @@ class DataSettings:
     name: str = "digits"
     limit: int = 0  # number of training points to keep; 0 keeps all
     toy_labels: ToyLabels = "oracle"  # targets on the toy: p_d(y|x) or the sampled labels
+    root: Path | None = None  # folder that holds cifar-10-batches-py or cifar-100-python; None is $SCOREMATCH_DATA
+    download: bool = False  # let torchvision download CIFAR into that folder where it is missing
 
 
 @dataclass(frozen=True)
@@ -64,14 +80,19 @@ class Data:
 
 def load(settings: DataSettings) -> Data:
     """The data set that ``settings`` names, on the CPU."""
+    if settings.name in CIFAR:
+        return _cifar(settings)
     if settings.name == "digits":
         data = _digits()
-        return _keep(data, _balanced(data.y_train, settings.limit)) if _limits(settings, data) else data
-    if settings.name == "toy":
+    elif settings.name == "toy":
         data = _toy(settings.toy_labels)
-        # The points are independent draws, so the first ones keep the priors.
-        return _keep(data, torch.arange(settings.limit)) if _limits(settings, data) else data
-    raise unknown_name("data", settings.name, get_args(DataName))
+    else:
+        raise unknown_name("data", settings.name, get_args(DataName))
+    if not _limited(settings, data.num_classes, len(data.x_train)):
+        return data
+    # The toy's points are independent draws, so the first ones keep the priors.
+    index = torch.arange(settings.limit) if settings.name == "toy" else _balanced(data.y_train, settings.limit)
+    return _keep(data, index)
 
 
 def _digits() -> Data:
@@ -99,18 +120,50 @@ def _toy(labels: ToyLabels) -> Data:
     return dataclasses.replace(data, lower=-math.inf, upper=math.inf, p_train=p_train)
 
 
+def _cifar(settings: DataSettings) -> Data:
+    """CIFAR-10 or CIFAR-100 in [0, 1]: 48,976 train, the first 1,024 training images validate, 10,000 test."""
+    x, y = _cifar_part(settings, train=True)
+    validation = (_pixels(x[:CIFAR_VALIDATION]), y[:CIFAR_VALIDATION])
+    x, y = x[CIFAR_VALIDATION:], y[CIFAR_VALIDATION:]
+    num_classes = FORMATS[settings.name][1]
+    if _limited(settings, num_classes, len(x)):
+        index = _balanced(y, settings.limit)
+        x, y = x[index], y[index]
+    x_test, y_test = _cifar_part(settings, train=False)
+    return _assembled(settings.name, num_classes, [(_pixels(x), y), validation, (_pixels(x_test), y_test)])
+
+
+def _cifar_part(settings: DataSettings, *, train: bool) -> tuple[Tensor, Tensor]:
+    """Images, uint8 [N, 32, 32, 3], and labels, int64 [N], in the order of the files."""
+    root = settings.root or (Path(os.environ[ROOT_VARIABLE]) if os.environ.get(ROOT_VARIABLE) else None)
+    if root is None:
+        raise InputError(f"data_root: none given, {settings.name} needs --data-root DIR or ${ROOT_VARIABLE}")
+    kind = CIFAR[settings.name]
+    try:
+        files = kind(root, train=train, download=settings.download)
+    except (RuntimeError, OSError) as error:  # a missing or altered file, a download that failed
+        expected = f"the official files in {root / kind.base_folder}, or --download"
+        raise InputError(f"data_root: {root} holds no intact {settings.name}, expected {expected} ({error})") from None
+    return torch.from_numpy(np.ascontiguousarray(files.data)), torch.tensor(files.targets)
+
+
+def _pixels(images: Tensor) -> Tensor:
+    """uint8 [N, H, W, C] as float32 [N, C, H, W] in [0, 1]."""
+    return images.permute(0, 3, 1, 2).contiguous().float() / 255
+
+
 def _assembled(name: str, num_classes: int, parts: Sequence[tuple[Tensor, Tensor]]) -> Data:
     """A data set from its training, validation and test pairs."""
     (x_train, y_train), (x_validation, y_validation), (x_test, y_test) = parts
     return Data(name, num_classes, x_train, y_train, x_validation, y_validation, x_test, y_test)
 
 
-def _limits(settings: DataSettings, data: Data) -> bool:
-    available = len(data.x_train)
-    if settings.limit and not data.num_classes <= settings.limit <= available:
+def _limited(settings: DataSettings, num_classes: int, available: int) -> bool:
+    """Whether ``limit`` leaves some of the available training points out."""
+    if settings.limit and not num_classes <= settings.limit <= available:
         raise InputError(
-            f"limit: {settings.limit} training points, allowed: 0 (all) or {data.num_classes} to {available} "
-            f"on {data.name}"
+            f"limit: {settings.limit} training points, allowed: 0 (all) or {num_classes} to {available} "
+            f"on {settings.name}"
         )
     return 0 < settings.limit < available
 

@@ -1,114 +1,298 @@
-"""How accurate a classifier is, clean and under attack: the measures, and the program ``python -m training.evaluate``.
+"""How robust a classifier is: ``python -m training.evaluate``.
 
-python -m training.evaluate --run runs/digits-pgd_at-kl-seed0 --attack pgd --steps 100 --restarts 5
+    python -m training.evaluate --run runs/digits-pgd_at-kl-seed0 --attack pgd --steps 100 --restarts 5
+    python -m training.evaluate --run runs/digits-pgd_at-kl-seed0 --attack autoattack --state state.pt --out report.json
+    python -m training.evaluate --model-from weights.pt --model wrn-28-10-silu --data cifar10 --eps 0.031372549 \
+        --attack autoattack --compile
+    python -m training.evaluate --run runs/digits-pgd_at-kl-seed0 --attack obfuscation --plot accuracy.png
+
+Under torchrun the samples are dealt out to its processes, one device each; there name the weights by --checkpoint, as
+torchrun takes --run for an option of its own.
 """
 
 import dataclasses
+import importlib
+import math
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from types import ModuleType
+from typing import Any, Literal, NamedTuple
 
 import torch
-from scipy.stats import binomtest
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor, distributed, nn
 from tqdm import tqdm
 
-from scorematch import PGD, ThreatModel
-from scorematch.posteriors import Posterior
-from training import checkpoint, command_line, config, data, models
-from training.errors import InputError, run_program
+from scorematch import AutoAttack, ThreatModel
+from training import checkpoint, command_line, config, data, measures, models, obfuscation
+from training.data import Data, DataName
+from training.errors import InputError, Interrupted, run_program
+from training.models import loading
 
-BATCH = 512  # samples at a time; decides memory, not the numbers
-
-
-def pgd(threat_model: ThreatModel, *, steps: int, restarts: int, losses: Sequence[str]) -> PGD:
-    return PGD(threat_model, steps=steps, restarts=restarts, losses=tuple(losses))
-
-
-@torch.no_grad()
-def correct(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Whether each sample of x [N, ...] is classified as y [N], [N] bool."""
-    training_mode = model.training
-    model.eval()
-    parts = [model(xs).argmax(dim=1) == ys for xs, ys in zip(x.split(BATCH), y.split(BATCH), strict=True)]
-    model.train(training_mode)
-    return torch.cat(parts)
-
-
-def robust(
-    model: nn.Module, x: Tensor, y: Tensor, attack: PGD, generator: Generator, progress: tqdm | None = None
-) -> Tensor:
-    """Whether each sample stays classified as y [N] under ``attack``, [N] bool."""
-    parts = []
-    for xs, ys in zip(x.split(BATCH), y.split(BATCH), strict=True):
-        parts.append(correct(model, attack(model, xs, ys, generator=generator), ys))
-        if progress is not None:
-            progress.update(len(xs))
-    return torch.cat(parts)
-
-
-def per_cent(hits: Tensor) -> float:
-    return 100.0 * hits.double().mean().item()
-
-
-def wilson(hits: int, count: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's interval of a share, in per cent."""
-    interval = binomtest(hits, count).proportion_ci(level, method="wilson")
-    return 100.0 * float(interval.low), 100.0 * float(interval.high)
-
-
-def scaled(threat_model: ThreatModel, eps: float) -> ThreatModel:
-    """The threat model with another radius and its step in proportion."""
-    step = threat_model.step_size
-    return threat_model.replace(eps=eps, step_size=None if step is None else step * eps / threat_model.eps)
-
-
-def posteriors_along_attack(
-    model: nn.Module, posterior: Posterior, x: Tensor, y: Tensor, threat_model: ThreatModel, steps: int
-) -> dict[str, list]:
-    """p(y|x') of the posterior and of the model along a cross-entropy attack on the model, from clean x.
-
-    Returns ``posterior`` and ``model``, both [T, N, L] as lists, and the ``clean`` and ``final`` inputs.
-    """
-    training_mode = model.training
-    model.eval()
-    trace = posterior.trace(x, y)
-    rows: dict[str, list] = {"posterior": [], "model": []}
-    moved = x
-    for step in range(steps + 1):
-        point = moved.detach().requires_grad_()
-        logits = model(point)
-        gradient = torch.autograd.grad(nn.functional.cross_entropy(logits, y, reduction="sum"), point)[0]
-        rows["posterior"].append(trace.log_p.exp().tolist())
-        rows["model"].append(logits.detach().softmax(dim=1).tolist())
-        if step < steps:
-            moved = threat_model.step(point.detach(), gradient, x)
-            trace.move(moved)
-    model.train(training_mode)
-    return {**rows, "clean": x.tolist(), "final": moved.tolist(), "label": y.tolist()}
+OFFICIAL = "pip install git+https://github.com/fra31/auto-attack"
+DTYPES = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# The attacks that each option is for; given with any other attack, it is refused.
+USES = {
+    "step_size": ("pgd", "obfuscation"),
+    "steps": ("pgd", "obfuscation"),
+    "restarts": ("pgd", "obfuscation"),
+    "losses": ("pgd", "obfuscation"),
+    "engine": ("autoattack",),
+    "version": ("autoattack",),
+    "rng": ("autoattack",),
+    "search_dtype": ("autoattack",),
+    "compile": ("autoattack",),
+    "state": ("autoattack",),
+    "transfer_from": ("obfuscation",),
+    "transfer_model": ("obfuscation",),
+    "plot": ("obfuscation",),
+}
 
 
 @dataclass(frozen=True)
 class EvaluateSettings:
     """What to evaluate, and how. Lengths are in the units of the input: pixels in [0, 1]."""
 
+    # What is evaluated: one of the first three
     checkpoint: Path | None = None  # best.pt or checkpoint.pt of a run
-    run: Path | None = None  # folder of a run, instead of --checkpoint: its selected weights
-    attack: Literal["clean", "pgd"] = "pgd"  # clean accuracy alone, or also PGD
+    run: Path | None = None  # folder of a run: its selected weights
+    model_from: str | None = None  # published weights, a state dict, or module:function; needs --eps
+    model: str | None = None  # architecture of --model-from, where its weights do not tell
+    data: DataName | None = None  # data set for --model-from; None is cifar10
+    data_root: Path | None = None  # folder that holds CIFAR's files; None is the run's, or $SCOREMATCH_DATA
     split: Literal["test", "validation"] = "test"  # samples to evaluate on
-    norm: Literal["linf", "l2"] | None = None  # norm of the perturbation; None is the run's
+    limit: int = 0  # the first so many samples of the split; 0 is all
+
+    # Attack
+    attack: Literal["clean", "pgd", "autoattack", "obfuscation"] = (
+        "pgd"  # clean accuracy alone, or also PGD, AutoAttack, or the checks for masked gradients
+    )
+    norm: Literal["linf", "l2"] | None = None  # norm of the perturbation; None is the run's, or linf
     eps: float | None = None  # radius in input units; None is the run's
-    step_size: float | None = None  # length of a step in input units; None is eps / 4
-    steps: int = 40  # PGD steps per restart
-    restarts: int = 2  # random starts per loss
+    step_size: float | None = None  # PGD: length of a step in input units; None is eps / 4
+    steps: int = 40  # PGD: steps per restart
+    restarts: int | None = None  # PGD: random starts per loss; None is 2, and 5 for obfuscation
     losses: tuple[str, ...] = ("ce", "margin")  # what PGD ascends; a sample must withstand all
-    seed: int = 0  # of the random starts
+    engine: Literal["native", "official"] = "native"  # AutoAttack of scorematch, or of the official package
+    version: Literal["standard", "plus", "rand", "fast"] = (
+        "standard"  # AutoAttack: its attacks; fast is apgd-ce, apgd-t
+    )
+    rng: Literal["keyed", "reference"] = "keyed"  # AutoAttack: random numbers of a sample, or the official stream
+    search_dtype: Literal["none", "bfloat16", "float16"] = "none"  # AutoAttack: searches in this precision
+    compile: bool = False  # AutoAttack: searches with torch.compile(model)
+    state: Path | None = None  # AutoAttack: file to resume from and to keep up to date
+    transfer_from: str | None = None  # obfuscation: a second classifier, as --model-from, whose attacks are tried
+    transfer_model: str | None = None  # obfuscation: architecture of --transfer-from, where its weights do not tell
+
+    # How, and where to
+    batch: int = measures.BATCH  # samples at a time; decides memory (and which random start a sample gets from PGD)
+    seed: int = 0  # of the random numbers
     threads: int = 0  # CPU threads; 0 is all available
     device: str = "auto"  # torch device; auto is cuda where there is one
     out: Path | None = None  # JSON file to write
+    plot: Path | None = None  # obfuscation: PNG file to write, accuracy against eps
+    export: Path | None = None  # file to write the weights to, as a bare state dict
+
+
+class Subject(NamedTuple):
+    """A classifier in eval mode, the data and what it was trained against."""
+
+    name: str
+    model: nn.Module
+    data: Data
+    run: config.RunSettings | None
+
+
+def main(arguments: list[str]) -> None:
+    settings = command_line.parse(
+        EvaluateSettings,
+        arguments,
+        program="python -m training.evaluate",
+        description="Evaluate a trained classifier, clean and under attack, with 95 % intervals.",
+    )
+    _check(settings)
+    torch.set_num_threads(config.resolve_threads(settings.threads))
+    with processes(config.resolve_device(_device(settings))) as device:
+        evaluate(settings, device)
+
+
+def _device(settings: EvaluateSettings) -> str:
+    """Under torchrun each process has a device of its own."""
+    if "WORLD_SIZE" in os.environ and settings.device in ("auto", "cuda") and torch.cuda.is_available():
+        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    return settings.device
+
+
+@contextmanager
+def processes(device: torch.device) -> Iterator[torch.device]:
+    """Join the other processes of torchrun, if it has started this one."""
+    if "WORLD_SIZE" not in os.environ:
+        yield device
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device
+    finally:
+        distributed.destroy_process_group()
+
+
+def evaluate(settings: EvaluateSettings, device: torch.device) -> None:
+    official = _official() if settings.engine == "official" else None
+    subject = read_subject(settings, device)
+    threat_model = _threat_model(settings, subject)
+    _check_attack(settings, subject)
+    x, y = _samples(settings, subject.data)
+    other = _other(settings, subject, device)
+    _probe(subject, x[:1])
+    first = measures.rank() == 0
+    for path in filter(None, (settings.out, settings.plot, settings.export, settings.state)):
+        _prepare(path)
+
+    if first:
+        kind = f"{subject.run.objective} on {subject.data.name}" if subject.run else subject.data.name
+        print(f"{subject.name}: {kind}, {len(x)} {settings.split} samples")
+        if settings.export is not None:
+            loading.export(subject.model, settings.export)
+            print(f"the weights are in {settings.export}, a bare state dict")
+        if threat_model is not None and settings.attack != "clean":
+            step = f", step {threat_model.step_length:g}" if settings.attack in USES["step_size"] else ""
+            print(f"{threat_model.norm}, eps {threat_model.eps:g}{step}")
+        sys.stdout.flush()
+    begin = time.perf_counter()
+    results: dict[str, Any] = {
+        "checkpoint": subject.name,
+        "data": subject.data.name,
+        "objective": subject.run.objective if subject.run else None,
+        "threat_model": threat_model and {"norm": threat_model.norm, "eps": threat_model.eps},
+        **{key: getattr(settings, key) for key in ("split", "attack", "seed")},
+        "samples": len(x),
+    }
+    if settings.attack == "autoattack":
+        assert threat_model is not None
+        if official is not None:
+            results |= official_autoattack(settings, official, subject.model, threat_model, x, y)
+        else:
+            results |= native_autoattack(settings, subject.model, threat_model, x, y)
+    elif settings.attack == "obfuscation":
+        assert threat_model is not None
+        results |= obfuscation.audit(
+            subject.model, x, y, threat_model, other=other, **_pgd_options(settings), batch=settings.batch
+        )
+    else:
+        results |= clean_and_pgd(settings, subject.model, threat_model, x, y)
+    results["seconds"] = time.perf_counter() - begin
+    if first:
+        report(settings, results)
+
+
+def report(settings: EvaluateSettings, results: dict[str, Any]) -> None:
+    """Print the table, write the files."""
+    if settings.attack == "obfuscation":
+        print(obfuscation.table(results))
+    else:
+        print_accuracies(results)
+    if settings.plot is not None:
+        checkpoint.write_atomically(settings.plot, obfuscation.plot(results))
+    if settings.out is not None:
+        checkpoint.write_json(settings.out, results)
+
+
+def clean_and_pgd(
+    settings: EvaluateSettings, model: nn.Module, threat_model: ThreatModel | None, x: Tensor, y: Tensor
+) -> dict[str, Any]:
+    masks = {"clean": measures.shared(lambda xs, ys: measures.correct(model, xs, ys, settings.batch), x, y)}
+    options: dict[str, Any] = {}
+    if settings.attack == "pgd":
+        assert threat_model is not None
+        options = _pgd_options(settings)
+        seed = options.pop("seed")
+        attack = measures.pgd(threat_model, **options)
+        hidden = not sys.stderr.isatty() or measures.rank() > 0
+        with tqdm(total=len(x), desc="pgd", unit="sample", disable=hidden) as progress:
+
+            def robust(xs: Tensor, ys: Tensor) -> Tensor:
+                start = Generator(x.device).manual_seed(seed + measures.rank())
+                return measures.robust(model, xs, ys, attack, start, progress, settings.batch)
+
+            masks["pgd"] = measures.shared(robust, x, y)
+    accuracies: dict[str, Any] = {}
+    for name, mask in masks.items():
+        accuracies[f"{name}_acc"] = measures.per_cent(mask)
+        accuracies[f"{name}_interval"] = list(measures.wilson(int(mask.sum()), len(mask)))
+    return options | accuracies
+
+
+def native_autoattack(
+    settings: EvaluateSettings, model: nn.Module, threat_model: ThreatModel, x: Tensor, y: Tensor
+) -> dict[str, Any]:
+    adversary = AutoAttack(
+        model,
+        threat_model.norm,
+        threat_model.eps,
+        seed=settings.seed,
+        version=settings.version,
+        rng=settings.rng,
+        search_dtype=DTYPES[settings.search_dtype],
+        compile=settings.compile,
+        device=x.device,
+    )
+    try:
+        found = measures.autoattack(adversary, x, y, batch=settings.batch, state=settings.state)
+    except Interrupted as signal:
+        saved = f"what was found is in {settings.state}, the same command continues"
+        raise Interrupted(f"{signal}, {saved if settings.state else 'nothing is saved without --state FILE'}") from None
+    return {
+        "engine": "native",
+        "version": settings.version,
+        "clean_acc": 100 * found["clean_accuracy"],
+        "clean_interval": [100 * end for end in found["clean_interval"]],
+        "autoattack_acc": 100 * found["robust_accuracy"],
+        "autoattack_interval": [100 * end for end in found["robust_interval"]],
+        "autoattack": found,
+    }
+
+
+def official_autoattack(
+    settings: EvaluateSettings, package: ModuleType, model: nn.Module, threat_model: ThreatModel, x: Tensor, y: Tensor
+) -> dict[str, Any]:
+    """The official package's verdict; what each of its attacks finds, it prints itself."""
+    version = settings.version
+    options: dict[str, Any] = {"version": version}
+    if version == "fast":
+        options = {"version": "custom", "attacks_to_run": ["apgd-ce", "apgd-t"]}
+    norm = {"linf": "Linf", "l2": "L2"}[threat_model.norm]
+    adversary = package.AutoAttack(
+        model, norm=norm, eps=threat_model.eps, seed=settings.seed, verbose=True, device=x.device, **options
+    )
+    x_adv = adversary.run_standard_evaluation(x, y, bs=settings.batch)
+    results: dict[str, Any] = {"engine": "official", "version": version}
+    for name, points in (("clean", x), ("autoattack", x_adv)):
+        stands = measures.correct(model, points.to(x.device), y, settings.batch)
+        results[f"{name}_acc"] = measures.per_cent(stands)
+        results[f"{name}_interval"] = list(measures.wilson(int(stands.sum()), len(stands)))
+    return results
+
+
+def print_accuracies(results: dict[str, Any]) -> None:
+    """The accuracies with their intervals, and what each attack of AutoAttack cost."""
+    found = results.get("autoattack", {"attacks": {}})["attacks"]
+    lines = {"clean": (results["clean_acc"], results["clean_interval"], "")}
+    for name, attack in found.items():
+        cost = f"{attack['forwards']:>14,}{attack['backwards']:>14,}{attack['seconds']:>10.1f}"
+        lines[name] = (100 * attack["accuracy"], [100 * end for end in attack["interval"]], cost)
+    for name in ("pgd", "autoattack"):
+        if f"{name}_acc" in results:
+            lines[name] = (results[f"{name}_acc"], results[f"{name}_interval"], "")
+    costs = f"{'forwards':>14}{'backwards':>14}{'seconds':>10}" if found else ""
+    print(f"{'attack':<12}{'accuracy':>10}{'95 % interval':>18}{costs}")
+    for name, (accuracy, (low, high), cost) in lines.items():
+        print(f"{name:<12}{accuracy:>8.1f} %{f'{low:.1f} to {high:.1f} %':>18}{cost}")
 
 
 def selected_checkpoint(run: Path) -> Path:
@@ -120,76 +304,146 @@ def selected_checkpoint(run: Path) -> Path:
     return run / ("best.pt" if settings.selection == "best" else "checkpoint.pt")
 
 
-def restore(path: Path, device: torch.device) -> tuple[nn.Module, config.RunSettings, data.Data]:
-    """The classifier of a checkpoint, the settings of its run, and the run's data."""
+def restore(path: Path, device: torch.device, data_root: Path | None = None) -> Subject:
+    """The classifier of a checkpoint, with its run's data and settings."""
     state = checkpoint.load(path, device)
     settings = config.from_table(state["settings"], str(path))
+    if data_root is not None:
+        settings = dataclasses.replace(settings, data_root=data_root)
     loaded = data.load(settings.data_settings).to(device)
     model = models.build(settings.model, loaded.input_shape, loaded.num_classes).to(device)
     checkpoint.load_weights(model, state, path)
-    return model.eval(), settings, loaded
+    return Subject(str(path), model.eval(), loaded, settings)
+
+
+def read_subject(settings: EvaluateSettings, device: torch.device) -> Subject:
+    if settings.model_from is None:
+        path = settings.checkpoint or selected_checkpoint(settings.run or Path())
+        return restore(path, device, settings.data_root)
+    name = settings.data or "cifar10"
+    model = loading.load(settings.model_from, model=settings.model, data=name, device=device)
+    loaded = data.load(data.DataSettings(name, root=settings.data_root)).to(device)
+    return Subject(settings.model_from, model, loaded, None)
+
+
+def _other(settings: EvaluateSettings, subject: Subject, device: torch.device) -> nn.Module | None:
+    """The classifier whose attacks are tried on the subject."""
+    if settings.transfer_from is None:
+        return None
+    source, name = settings.transfer_from, subject.data.name
+    try:
+        model = loading.load(source, model=settings.transfer_model, data=name, device=device)
+    except InputError as error:
+        raise InputError(f"transfer_from: {error}") from None
+    _probe(subject._replace(name=source, model=model), _samples(settings, subject.data)[0][:1])
+    return model
+
+
+def _samples(settings: EvaluateSettings, loaded: Data) -> tuple[Tensor, Tensor]:
+    x, y = getattr(loaded, f"x_{settings.split}"), getattr(loaded, f"y_{settings.split}")
+    if settings.limit > len(x):
+        raise InputError(
+            f"limit: {settings.limit} samples, allowed: 0 (all) or up to {len(x)} of the {settings.split} split"
+        )
+    count = settings.limit or len(x)
+    return x[:count], y[:count]
+
+
+def _threat_model(settings: EvaluateSettings, subject: Subject) -> ThreatModel | None:
+    """What to attack with; None where clean accuracy is all that is asked for and nothing is known."""
+    run = subject.run
+    norm, eps = settings.norm or (run.norm if run else "linf"), settings.eps
+    if eps is None:
+        if run is None and settings.attack != "clean":
+            raise InputError("eps: none given, needed with --model-from")
+        if run is not None and norm != run.norm:
+            raise InputError(f"eps: none given, needed since --norm {norm} differs from the run's {run.norm}")
+        eps = run.eps if run else None
+    if eps is None:
+        return None
+    return ThreatModel(norm, eps, settings.step_size, subject.data.lower, subject.data.upper)
+
+
+def _check_attack(settings: EvaluateSettings, subject: Subject) -> None:
+    if settings.attack in ("autoattack", "obfuscation") and len(subject.data.input_shape) != 3:
+        raise InputError(
+            f"attack: {settings.attack} on {subject.data.name}, allowed: images; clean and pgd take others"
+        )
+
+
+@torch.no_grad()
+def _probe(subject: Subject, x: Tensor) -> None:
+    """Refuse a classifier that does not map x [1, ...] to the logits [1, L] of the data."""
+    wanted = [1, subject.data.num_classes]
+    try:
+        logits = subject.model(x)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(f"{subject.name}: takes no inputs {list(x.shape)} of {subject.data.name} ({reason})") from None
+    shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if shape != wanted:
+        raise InputError(f"{subject.name}: returned {shape}, {subject.data.name} needs logits {wanted}")
+
+
+def _pgd_options(settings: EvaluateSettings) -> dict[str, Any]:
+    restarts = settings.restarts or (5 if settings.attack == "obfuscation" else 2)
+    return {"steps": settings.steps, "restarts": restarts, "losses": list(settings.losses), "seed": settings.seed}
+
+
+def _official() -> ModuleType:
+    try:
+        return importlib.import_module("autoattack")
+    except ImportError as error:
+        raise InputError(f"engine: the official package cannot be imported ({error}), install it: {OFFICIAL}") from None
+
+
+def _prepare(path: Path) -> None:
+    """Find out now whether a file can be written later."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: its folder cannot be made ({error.strerror})") from None
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder, expected a file to write")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path}: its folder cannot be written")
 
 
 def _check(settings: EvaluateSettings) -> None:
-    if (settings.checkpoint is None) == (settings.run is None):
-        raise InputError("checkpoint, run: give exactly one of --checkpoint FILE and --run DIR")
+    sources = [name for name in ("checkpoint", "run", "model_from") if getattr(settings, name) is not None]
+    if len(sources) != 1:
+        raise InputError(
+            f"checkpoint, run, model_from: {' and '.join(sources) or 'none'} given, "
+            "expected exactly one of --checkpoint FILE, --run DIR and --model-from FILE|module:function"
+        )
     ranges: dict[str, config.Check] = {
-        "eps": (lambda v: v is None or v > 0, "a finite number above 0"),
-        "step_size": (lambda v: v is None or v > 0, "a finite number above 0"),
+        "limit": (lambda v: v >= 0, "0 (all) or a number of samples"),
+        "batch": (lambda v: v >= 1, "at least 1"),
+        "eps": (lambda v: v is None or 0 < v < math.inf, "a finite number above 0"),
+        "step_size": (lambda v: v is None or 0 < v < math.inf, "a finite number above 0"),
         "steps": config.RANGES["eval_steps"],
-        "restarts": config.RANGES["eval_restarts"],
+        "restarts": (lambda v: v is None or v >= 1, "at least 1"),
         "losses": config.RANGES["eval_losses"],
         "seed": config.RANGES["seed"],
         "threads": config.RANGES["threads"],
     }
     config.check_ranges(settings, ranges)
-
-
-def main(arguments: list[str]) -> None:
-    settings = command_line.parse(
-        EvaluateSettings,
-        arguments,
-        program="python -m training.evaluate",
-        description="Evaluate a trained classifier, clean and under attack, with 95 % intervals.",
-    )
-    _check(settings)
-    device = config.resolve_device(settings.device)
-    torch.set_num_threads(config.resolve_threads(settings.threads))
-    path = settings.checkpoint or selected_checkpoint(settings.run or Path())
-    model, run, loaded = restore(path, device)
-    if settings.norm not in (None, run.norm) and settings.eps is None:
-        raise InputError(f"eps: none given, needed since --norm {settings.norm} differs from the run's {run.norm}")
-    x, y = getattr(loaded, f"x_{settings.split}"), getattr(loaded, f"y_{settings.split}")
-    threat_model = ThreatModel(
-        settings.norm or run.norm, settings.eps or run.eps, settings.step_size, loaded.lower, loaded.upper
-    )
-
-    begin = time.perf_counter()
-    masks = {"clean": correct(model, x, y)}
-    if settings.attack == "pgd":
-        attack = pgd(threat_model, steps=settings.steps, restarts=settings.restarts, losses=settings.losses)
-        start = Generator(device).manual_seed(settings.seed)
-        with tqdm(total=len(x), desc="pgd", unit="sample", disable=not sys.stderr.isatty()) as progress:
-            masks["pgd"] = robust(model, x, y, attack, start, progress)
-    results: dict[str, Any] = {
-        "checkpoint": str(path),
-        "data": run.data,
-        "objective": run.objective,
-        "threat_model": {k: v for k, v in dataclasses.asdict(threat_model).items() if k in ("norm", "eps")},
-        **{k: getattr(settings, k) for k in ("split", "attack", "steps", "restarts", "losses", "seed")},
-        "samples": len(x),
-        "seconds": time.perf_counter() - begin,
-    }
-    print(f"{path}: {run.objective} on {run.data}, {len(x)} {settings.split} samples")
-    print(f"{threat_model.norm}, eps {threat_model.eps:g}, step {threat_model.step_length:g}")
-    print(f"{'attack':<8}{'accuracy':>10}{'95 % interval':>18}")
-    for name, mask in masks.items():
-        accuracy, (low, high) = per_cent(mask), wilson(int(mask.sum()), len(mask))
-        results[f"{name}_acc"], results[f"{name}_interval"] = accuracy, [low, high]
-        print(f"{name:<8}{accuracy:>8.1f} %{f'{low:.1f} to {high:.1f} %':>18}")
-    if settings.out is not None:
-        settings.out.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(settings.out, results)
+    defaults = EvaluateSettings()
+    given = {f.name for f in dataclasses.fields(settings) if getattr(settings, f.name) != getattr(defaults, f.name)}
+    for name in ("model", "data"):
+        if name in given and settings.model_from is None:
+            raise InputError(f"{name}: {getattr(settings, name)!r} is for --model-from, a run knows its own")
+    for name, attacks in USES.items():
+        if name in given and settings.attack not in attacks:
+            raise InputError(f"{name}: is for --attack {' and '.join(attacks)}, got --attack {settings.attack}")
+    if "transfer_model" in given and "transfer_from" not in given:
+        raise InputError("transfer_model: is for --transfer-from, which is not given")
+    if settings.engine == "official":
+        for name in ("rng", "search_dtype", "compile", "state"):
+            if name in given:
+                raise InputError(f"{name}: is for --engine native, the official engine does not have it")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise InputError("engine: official runs in one process, allowed under torchrun: native")
 
 
 if __name__ == "__main__":

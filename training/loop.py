@@ -17,8 +17,8 @@ from tqdm import tqdm
 from scorematch import objectives
 from scorematch.objectives import Outcome
 from scorematch.posteriors import Posterior
-from training import checkpoint, evaluate, toy
-from training.augmentation import shifted
+from training import checkpoint, measures, toy
+from training.augmentation import augmented
 from training.config import RunSettings, as_table
 from training.data import Data
 from training.errors import StopError
@@ -165,7 +165,10 @@ class Trainer:
         return {**means, "lr": float(self.schedule.get_last_lr()[0]), "seconds": time.perf_counter() - begin}
 
     def _step(self, index: Tensor) -> dict[str, Tensor]:
-        x = shifted(self.data.x_train[index], self.settings.shift, self.generators["augmentation"])
+        settings = self.settings
+        x = augmented(
+            self.data.x_train[index], self.generators["augmentation"], shift=settings.shift, flip=settings.flip
+        )
         self.model.train()
         outcome = self.objective(self.model, x, self.targets[index], self.generators["attack"])
         loss = outcome.loss.mean()
@@ -189,13 +192,13 @@ class Trainer:
         """Clean and robust accuracy on the validation split, per cent, always from the same random starts."""
         settings, data = self.settings, self.data
         x, y = data.x_validation, data.y_validation
-        attack = evaluate.pgd(
+        attack = measures.pgd(
             settings.threat_model(data.lower, data.upper), steps=settings.validation_steps, restarts=1, losses=("ce",)
         )
         start = generator(settings.seed, "validation", x.device)
         values = {
-            "val_acc": evaluate.per_cent(evaluate.correct(self.network, x, y)),
-            "val_pgd_acc": evaluate.per_cent(evaluate.robust(self.network, x, y, attack, start)),
+            "val_acc": measures.per_cent(measures.correct(self.network, x, y)),
+            "val_pgd_acc": measures.per_cent(measures.robust(self.network, x, y, attack, start)),
         }
         return values | (toy.robust_errors(self.network) if data.name == "toy" else {})
 

@@ -86,7 +86,9 @@ class Series(NamedTuple):
             axes.fill_between(self.x, self.low, self.high, color=colour, alpha=0.15, linewidth=0)
 
 
-def accuracy_against_eps(series: Sequence[Series], *, norm: str, train_eps: float, unit: str) -> Figure:
+def accuracy_against_eps(
+    series: Sequence[Series], *, norm: str, train_eps: float, unit: str, mark: str = "eps in training"
+) -> Figure:
     figure, axes = plt.subplots(figsize=(7.2, 4.2))
     for line in series:
         line.draw(axes)
@@ -94,7 +96,7 @@ def accuracy_against_eps(series: Sequence[Series], *, norm: str, train_eps: floa
     axes.text(
         train_eps,
         1.01,
-        "eps in training",
+        mark,
         transform=axes.get_xaxis_transform(),
         ha="center",
         color="#707070",

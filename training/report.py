@@ -54,12 +54,17 @@ def interval(estimate: Mapping[str, Any] | None, form: str = ".1f", factor: floa
     return f"{mean} ± {format(factor * (estimate['high'] - estimate['low']) / 2, form)}"
 
 
+def difference(estimate: Mapping[str, Any] | None) -> str:
+    return interval(estimate, "+.1f").replace("± +", "± ")
+
+
 def table_rows(comparison: Comparison) -> list[list[str]]:
     """The header and one row for each objective."""
     on_toy = toy(comparison)
     eps = f"{comparison['norm']} {comparison['eps']:g}"
     header = ["objective", "clean, %", f"PGD, {eps}, %"]
-    header += ["R_SCORE, nat", "R_Madry, nat"] if on_toy else ["difference from the best surrogate"]
+    gaps = ["difference from the best surrogate, PGD", "the same, AutoAttack"]
+    header += ["R_SCORE, nat", "R_Madry, nat"] if on_toy else ["AutoAttack, %", *gaps]
     header += ["data / model gradient, %", "step signs changed, %", "training, s"]
     rows = [header]
     paired = comparison["paired"]
@@ -67,11 +72,11 @@ def table_rows(comparison: Comparison) -> list[list[str]]:
         row = [entry["label"], interval(entry["clean_acc"]), interval(entry["pgd_acc"])]
         if on_toy:
             row += [interval(entry.get("r_score"), ".5f"), interval(entry.get("r_madry"), ".4f")]
-        elif name == paired.get("against"):
-            row += ["(the best surrogate)"]
         else:
-            difference = paired.get("differences", {}).get(name)
-            row += [interval(difference and difference["pgd_acc"], "+.1f").replace("± +", "± ")]
+            differences = paired.get("differences", {}).get(name, {})
+            gaps = [difference(differences.get(measure)) for measure in ("pgd_acc", "autoattack_acc")]
+            best = name == paired.get("against")
+            row += [interval(entry.get("autoattack_acc")), *(["(the best surrogate)", "–"] if best else gaps)]
         row += [
             interval(entry.get("data_gradient_ratio"), ".1f", 100),
             interval(entry.get("sign_change_share"), ".1f", 100),
@@ -134,7 +139,7 @@ def page(comparison: Comparison) -> str:
         f"<p class='lead'>{_headline(comparison)}</p>",
         "<h2>Results</h2>",
         html_table(table_rows(comparison)),
-        f"<p class='note'>{_how_many(seeds)} on {any_run['split']['test']:,} test samples.</p>",
+        f"<p class='note'>{_how_many(seeds)} on {any_run['split']['test']:,} test samples.{_ensemble(comparison)}</p>",
         *(toy_section(comparison) if toy(comparison) else accuracy_section(comparison)),
         "<h2>Training</h2>",
         training_section(comparison),
@@ -154,6 +159,13 @@ def _how_many(seeds: int) -> str:
     )
 
 
+def _ensemble(comparison: Comparison) -> str:
+    """What the column of AutoAttack is about."""
+    runs = [run for runs in comparison["runs"].values() for run in runs if run.get("autoattack_acc") is not None]
+    kinds = sorted({f"{run['autoattack_version']}, {run['autoattack_samples']:,} test samples" for run in runs})
+    return f" AutoAttack: {' or '.join(kinds)}." if kinds else ""
+
+
 def _headline(comparison: Comparison) -> str:
     aggregate = comparison["aggregate"].values()
     direct = [entry for entry in aggregate if entry["objective"] == "score_direct"]
@@ -164,10 +176,14 @@ def _headline(comparison: Comparison) -> str:
         shown = (f"{interval(entry['r_score'], '.5f')} nat with {entry['label']}" for entry in [*direct, *surrogates])
         return f"R_SCORE after training: {', '.join(shown)}."
     best, other = (max(group, key=lambda e: e["pgd_acc"]["mean"]) for group in (direct, surrogates))
+    attacks = {"clean": "clean_acc"}
+    if all("autoattack_acc" in entry for entry in (best, other)):
+        attacks = {"under AutoAttack": "autoattack_acc", **attacks}
+    rest = "; ".join(f"{name}, {interval(best[key])} % and {interval(other[key])} %" for name, key in attacks.items())
     return (
         f"Under PGD at eps {comparison['eps']:g}, the best direct objective ({best['label']}) keeps "
         f"{interval(best['pgd_acc'])} % and the best surrogate ({other['label']}) {interval(other['pgd_acc'])} %; "
-        f"clean, {interval(best['clean_acc'])} % and {interval(other['clean_acc'])} %."
+        f"{rest}."
     )
 
 

@@ -6,7 +6,7 @@
 
 A run writes into its folder: config.toml, metrics.jsonl (one object an epoch), checkpoint.pt (last epoch), best.pt
 (best validation), posterior.pt (score_direct), tensorboard/, and at the end curve.json, paths.json, toy.json where they
-apply and, last of all, summary.json.
+apply and, last of all, summary.json. autoattack.pt is there only while AutoAttack is on its way.
 """
 
 import dataclasses
@@ -23,13 +23,15 @@ from torch import nn
 from tqdm import tqdm
 
 import scorematch
+from scorematch import AutoAttack
 from scorematch.posteriors import Posterior
-from training import checkpoint, config, data, evaluate, models, posteriors, toy
+from training import checkpoint, config, data, measures, models, posteriors, toy
 from training.config import RunSettings
 from training.data import Data
 from training.errors import InputError, Interrupted, run_program
 from training.loop import Trainer, generator
 
+STATE = "autoattack.pt"  # how far AutoAttack has come
 PATH_SAMPLES = 4  # test samples whose posteriors are followed along an attack, for the report
 
 
@@ -45,6 +47,11 @@ def main(arguments: list[str]) -> None:
         torch.backends.cudnn.benchmark = False
     device = config.resolve_device(settings.device)
     loaded = data.load(settings.data_settings).to(device)
+    if settings.autoattack_samples > len(loaded.x_test):
+        raise InputError(
+            f"autoattack_samples: {settings.autoattack_samples} is out of range, allowed: 0 (all) or up to "
+            f"{len(loaded.x_test)} test samples"
+        )
     torch.manual_seed(settings.seed)
     model = models.build(settings.model, loaded.input_shape, loaded.num_classes).to(device)
 
@@ -52,6 +59,7 @@ def main(arguments: list[str]) -> None:
 
     out = prepare_folder(settings)
     if (out / "summary.json").exists():
+        (out / STATE).unlink(missing_ok=True)
         print(f"{out} is finished already")
         print_table(json.loads((out / "summary.json").read_text()))
         return
@@ -129,8 +137,6 @@ def train_and_evaluate(
         "best_epoch": trainer.best["epoch"],
         "val_pgd_acc": trainer.best["val_pgd_acc"],
         **results,
-        # autoattack_acc stays null until AutoAttack is part of the package.
-        "autoattack_acc": None,
         "data_gradient_ratio": log[-1].get("data_gradient_ratio"),
         "sign_change_share": log[-1].get("sign_change_share"),
         "train_seconds": sum(entry["seconds"] for entry in log),
@@ -143,6 +149,7 @@ def train_and_evaluate(
         "commit": commit(),
     }
     checkpoint.write_json(out / "summary.json", summary)
+    (out / STATE).unlink(missing_ok=True)
     print_table(summary)
     print(f"everything is in {out}")
 
@@ -185,28 +192,28 @@ def measure(
     half = settings.curve_points // 2
     radii = [settings.eps * (i / half) for i in range(1, settings.curve_points + 1)] if half else [settings.eps]
 
-    clean = evaluate.correct(network, x, y)
-    curve = [{"eps": 0.0, "acc": evaluate.per_cent(clean)}]
+    clean = measures.correct(network, x, y)
+    curve = [{"eps": 0.0, "acc": measures.per_cent(clean)}]
     results: dict[str, Any] = {
         "clean_acc": curve[0]["acc"],
-        "clean_interval": evaluate.wilson(int(clean.sum()), len(x)),
+        "clean_interval": measures.wilson(int(clean.sum()), len(x)),
     }
     with tqdm(
         total=len(radii) * len(x), desc="evaluate", unit="sample", mininterval=0.1 if sys.stderr.isatty() else 30.0
     ) as progress:
         for eps in radii:
-            attack = evaluate.pgd(
-                evaluate.scaled(threat_model, eps),
+            attack = measures.pgd(
+                measures.scaled(threat_model, eps),
                 steps=settings.eval_steps,
                 restarts=settings.eval_restarts,
                 losses=settings.eval_losses,
             )
             start = generator(settings.seed, "evaluation", x.device)
-            robust = evaluate.robust(network, x, y, attack, start, progress)
-            curve.append({"eps": eps, "acc": evaluate.per_cent(robust)})
+            robust = measures.robust(network, x, y, attack, start, progress)
+            curve.append({"eps": eps, "acc": measures.per_cent(robust)})
             if eps == settings.eps:
                 results["pgd_acc"] = curve[-1]["acc"]
-                results["pgd_interval"] = evaluate.wilson(int(robust.sum()), len(x))
+                results["pgd_interval"] = measures.wilson(int(robust.sum()), len(x))
     checkpoint.write_json(out / "curve.json", curve)
 
     if loaded.name == "toy":
@@ -214,12 +221,37 @@ def measure(
         checkpoint.write_json(out / "toy.json", toy.curves(network))
     if posterior is not None:
         if loaded.name != "toy":
-            paths = evaluate.posteriors_along_attack(
+            paths = measures.posteriors_along_attack(
                 network, posterior, x[:PATH_SAMPLES], y[:PATH_SAMPLES], threat_model, settings.steps
             )
             checkpoint.write_json(out / "paths.json", paths)
         results |= posteriors.audit(posterior, x, y, threat_model, steps=settings.eval_steps, seed=settings.seed)
-    return results
+    return results | attack_with_ensemble(settings, loaded, network, out)
+
+
+def attack_with_ensemble(settings: RunSettings, loaded: Data, network: nn.Module, out: Path) -> dict[str, Any]:
+    """AutoAttack on the test split. It goes on from the file that an interruption has left."""
+    if settings.autoattack == "none":
+        keys = ("autoattack_acc", "autoattack_interval", "autoattack_samples", "autoattack_seconds", "autoattack")
+        return {"autoattack_version": "none", **dict.fromkeys(keys)}
+    count = settings.autoattack_samples or len(loaded.x_test)
+    adversary = AutoAttack(
+        network.eval(),
+        settings.norm,
+        settings.eps,
+        seed=settings.seed,
+        version=settings.autoattack,
+        compile=settings.autoattack_compile,
+    )
+    report = measures.autoattack(adversary, loaded.x_test[:count], loaded.y_test[:count], state=out / STATE)
+    return {
+        "autoattack_acc": 100 * report["robust_accuracy"],
+        "autoattack_interval": [100 * end for end in report["robust_interval"]],
+        "autoattack_version": settings.autoattack,
+        "autoattack_samples": count,
+        "autoattack_seconds": report["seconds"],
+        "autoattack": report,
+    }
 
 
 def commit() -> str | None:
@@ -251,6 +283,9 @@ def print_table(summary: dict[str, Any]) -> None:
         ("clean accuracy", accuracy("clean")),
         (f"PGD accuracy, {summary['norm']} {summary['eps']:g}", accuracy("pgd")),
     ]
+    if summary["autoattack_acc"] is not None:
+        shown = f"{accuracy('autoattack')}, {summary['autoattack_samples']} samples"
+        rows.append((f"AutoAttack accuracy, {summary['autoattack_version']}", shown))
     if "r_score" in summary:
         rows += [("R_SCORE", f"{summary['r_score']:.5f} nat"), ("R_Madry", f"{summary['r_madry']:.5f} nat")]
     if summary["data_gradient_ratio"] is not None:

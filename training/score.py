@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from scorematch import matching, sampling
 from scorematch.networks import Denoiser
 from scorematch.posteriors import ScoreNetwork
-from training import checkpoint, command_line, config, data, evaluate, models, posteriors, toy
+from training import checkpoint, command_line, config, data, measures, models, posteriors, toy
 from training.data import Data, DataName, DataSettings
 from training.errors import InputError, run_program
 from training.posteriors import PosteriorSettings
@@ -140,8 +140,8 @@ def recognise(x: Tensor, y: Tensor, loaded: Data, seed: int) -> dict[str, float]
     judge = train_recogniser(*held_out, loaded, seed)
     nearest, real = (nearest_distance(points, loaded.x_train) for points in (x, held_out[0]))
     return {
-        "recognised": evaluate.per_cent(evaluate.correct(judge, x, y)),
-        "training_images_recognised": evaluate.per_cent(evaluate.correct(judge, loaded.x_train, loaded.y_train)),
+        "recognised": measures.per_cent(measures.correct(judge, x, y)),
+        "training_images_recognised": measures.per_cent(measures.correct(judge, loaded.x_train, loaded.y_train)),
         "count": float(len(x)),
         "nearest_training_distance_median": nearest.median().item(),
         "held_out_nearest_distance_median": real.median().item(),

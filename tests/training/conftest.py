@@ -14,7 +14,7 @@ from training.errors import run_program
 PROGRAMS = {"run": run.main, "evaluate": evaluate.main, "compare": compare.main}
 TINY = (
     "--epochs 2 --limit 100 --batch-size 50 --steps 2 --validation-steps 1 --eval-steps 2 --eval-restarts 1 "
-    "--curve-points 2 --threads 1"
+    "--curve-points 2 --autoattack none --threads 1"
 )
 
 
@@ -43,6 +43,7 @@ def untouched_process() -> Iterator[None]:
 def call(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
     """``call("run", "--objective", ...)`` runs a program in this process, in an empty folder."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SCOREMATCH_DATA", raising=False)  # no test here trains on the real images
 
     def ending(program: str, *arguments: object) -> Ending:
         capfd.readouterr()

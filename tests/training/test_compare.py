@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 
-from training import compare, evaluate, report
+from training import compare, measures, report
 from training.errors import InputError
 
 RUNS = ["--objectives", "pgd_at:se", "score_direct:kernel_density", "--seeds", "0", "1", "--out", "here"]
 
 
 def test_a_comparison_of_two_objectives(call: Any, tiny: list[str], tmp_path: Path) -> None:
+    tiny += ["--autoattack", "fast", "--autoattack-samples", "20"]
     ending = call("compare", *RUNS, "--jobs", "2", "--figures", "figures", "--", *tiny)
     assert ending.status == 0, ending
     comparison = json.loads((tmp_path / "here" / "compare.json").read_text())
@@ -23,11 +24,19 @@ def test_a_comparison_of_two_objectives(call: Any, tiny: list[str], tmp_path: Pa
     }
     assert comparison["paired"]["against"] == "pgd_at:se"
     first, second = (comparison["runs"][name] for name in comparison["runs"])
-    difference = comparison["paired"]["differences"]["score_direct:kernel_density"]["pgd_acc"]
-    assert difference["values"] == [b["pgd_acc"] - a["pgd_acc"] for a, b in zip(first, second, strict=True)]
+    for key in ("pgd_acc", "autoattack_acc"):
+        difference = comparison["paired"]["differences"]["score_direct:kernel_density"][key]
+        assert difference["values"] == [b[key] - a[key] for a, b in zip(first, second, strict=True)]
+        means = [comparison["aggregate"][name][key]["mean"] for name in comparison["runs"]]
+        assert means == [sum(run[key] for run in runs) / 2 for runs in (first, second)]
 
     page = (tmp_path / "here" / "report.html").read_text()
     assert "PGD-AT SE" in page
+    assert "AutoAttack: fast, 20 test samples." in page
+    assert "; under AutoAttack, " in page
+    column, cells = autoattack_cells(tmp_path / "here" / "table.md")
+    assert column == "AutoAttack, %"
+    assert all("±" in cell for cell in cells)
     assert "kernel density" in page
     assert page.count("data:image/svg+xml;base64,") == 3  # accuracy, training, posteriors along an attack
     assert not re.findall(r'(?:src|href)="(?!data:)', page), "nothing is loaded from elsewhere"
@@ -43,6 +52,30 @@ def test_a_comparison_of_two_objectives(call: Any, tiny: list[str], tmp_path: Pa
     other = call("compare", *RUNS, "--jobs", "2", "--", *tiny, "--eps", "0.1")
     assert other.status == 2
     assert "eps = 0.15, expected 0.1" in other.err
+
+
+def autoattack_cells(table: Path) -> tuple[str, list[str]]:
+    rows = [[cell.strip() for cell in line.split("|")] for line in table.read_text().splitlines()]
+    return rows[0][4], [row[4] for row in rows[2:]]
+
+
+def test_runs_from_before_autoattack(call: Any, tiny: list[str], tmp_path: Path) -> None:
+    """They are finished: neither run again nor refused."""
+    runs = ["--objectives", "pgd_at", "trades", "--seeds", "0", "--out", "here"]
+    without = tiny[: tiny.index("--autoattack")] + tiny[tiny.index("--autoattack") + 2 :]
+    assert call("compare", *runs, "--", *tiny).status == 0
+    for folder in (tmp_path / "here" / "runs").glob("*-seed0"):
+        config = folder / "config.toml"
+        lines = [line for line in config.read_text().splitlines() if not line.startswith("autoattack")]
+        config.write_text("\n".join(lines) + "\n")
+        summary = json.loads((folder / "summary.json").read_text())
+        kept = {key: value for key, value in summary.items() if "autoattack" not in key}
+        (folder / "summary.json").write_text(json.dumps({**kept, "autoattack_acc": None}))
+    ending = call("compare", *runs, "--", *without)
+    assert ending.status == 0, ending
+    assert "2 are finished" in ending.out
+    assert autoattack_cells(tmp_path / "here" / "table.md") == ("AutoAttack, %", ["–", "–"])
+    assert "AutoAttack:" not in (tmp_path / "here" / "report.html").read_text()
 
 
 def test_a_comparison_on_the_toy(call: Any, tiny: list[str], tmp_path: Path) -> None:
@@ -97,8 +130,8 @@ def test_students_interval() -> None:
 
 def test_wilsons_interval() -> None:
     """The values of Wilson's formula for 8 of 10, by hand."""
-    assert evaluate.wilson(8, 10) == pytest.approx((49.02, 94.33), abs=0.01)
-    assert evaluate.wilson(10, 10)[1] == 100.0
+    assert measures.wilson(8, 10) == pytest.approx((49.02, 94.33), abs=0.01)
+    assert measures.wilson(10, 10)[1] == 100.0
 
 
 def test_a_data_gradient_below_one_per_cent_is_called_distillation() -> None:

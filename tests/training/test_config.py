@@ -80,6 +80,7 @@ def test_an_integer_is_a_fine_float(tmp_path: Path) -> None:
         "eval_restarts=0",
         "eval_losses=hinge",
         "curve_points=3",
+        "autoattack_samples=-1",
         "seed=-1",
         "threads=-1",
         "device=abacus",
@@ -103,6 +104,13 @@ def test_saved_settings_are_a_recipe_for_the_same_run(tmp_path: Path) -> None:
     path.write_text(tomli_w.dumps(config.as_table(settings)))
     again = config.parse(["--recipe", str(path)])
     assert config.as_table(again) == config.as_table(settings)
+
+
+def test_settings_from_before_autoattack_are_without_it(tmp_path: Path) -> None:
+    for data in ("digits", "toy"):
+        table = config.as_table(config.parse([*STANDARD, "--data", data]))
+        assert table.pop("autoattack") == ("standard" if data == "digits" else "none")
+        assert config.from_table(table, "config.toml").autoattack == "none"
 
 
 def test_posterior_name_reaches_its_settings() -> None:

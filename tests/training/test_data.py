@@ -1,9 +1,20 @@
+import hashlib
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
 
+from training import data as data_module
 from training import toy
-from training.data import Data, DataSettings, load
+from training.augmentation import augmented, flipped, shifted
+from training.data import CIFAR, CIFAR_VALIDATION, FORMATS, ROOT_VARIABLE, Data, DataSettings, load
 from training.errors import InputError
 
 
@@ -77,3 +88,189 @@ def test_toy_oracle_labels_are_calibrated() -> None:
     assert data.y_train[likely].double().mean().item() == pytest.approx(
         data.p_train[likely, 1].double().mean().item(), abs=0.01
     )
+
+
+TRAIN, TEST = 5 * 240, 50  # of the synthetic CIFAR
+
+
+def write(path: Path, content: dict[str, Any]) -> list[str]:
+    """A pickle as the official files are, and its entry in torchvision's list of checksums."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(pickle.dumps(content, protocol=2))
+    return [path.name, hashlib.md5(path.read_bytes()).hexdigest()]
+
+
+@pytest.fixture(params=["cifar10", "cifar100"])
+def cifar(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Path]:
+    """Name and root of noise in the official format, with checksums of its own."""
+    name = request.param
+    kind, (_, num_classes) = CIFAR[name], FORMATS[name]
+    random = np.random.default_rng(0)
+    folder = tmp_path / "data" / kind.base_folder
+    folder.parent.mkdir()
+
+    def part(count: int, first: int) -> dict[str, Any]:
+        labels = [int(label) for label in (first + np.arange(count)) % num_classes]
+        return {
+            "data": random.integers(0, 256, (count, 3072), dtype=np.uint8),
+            "labels" if name == "cifar10" else "fine_labels": labels,
+        }
+
+    names = [entry[0] for entry in kind.train_list]
+    size = TRAIN // len(names)
+    lists = {
+        "train_list": [write(folder / file, part(size, size * i)) for i, file in enumerate(names)],
+        "test_list": [write(folder / kind.test_list[0][0], part(TEST, 0))],
+    }
+    file, digest = write(folder / kind.meta["filename"], {kind.meta["key"]: [str(i) for i in range(num_classes)]})
+    lists["meta"] = {**kind.meta, "filename": file, "md5": digest}  # type: ignore[assignment]
+    monkeypatch.setitem(data_module.CIFAR, name, type(kind.__name__, (kind,), lists))
+    monkeypatch.delenv(ROOT_VARIABLE, raising=False)
+    return name, folder.parent
+
+
+def raw(root: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """All training images [N, 3, 32, 32] and labels, straight from the files."""
+    parts = [pickle.loads((root / CIFAR[name].base_folder / e[0]).read_bytes()) for e in CIFAR[name].train_list]
+    labels = [part.get("labels", part.get("fine_labels")) for part in parts]
+    return np.concatenate([part["data"] for part in parts]).reshape(-1, 3, 32, 32), np.concatenate(labels)
+
+
+def test_cifar_is_split_in_the_order_of_its_files(cifar: tuple[str, Path]) -> None:
+    name, root = cifar
+    data = load(DataSettings(name, root=root))
+    assert data.sizes == {"train": TRAIN - CIFAR_VALIDATION, "validation": CIFAR_VALIDATION, "test": TEST}
+    assert (data.input_shape, data.num_classes) == FORMATS[name]
+    x, y = raw(root, name)
+    assert data.x_train.dtype == torch.float32
+    assert torch.equal(torch.cat([data.x_validation, data.x_train]), torch.from_numpy(x).float() / 255)
+    assert torch.cat([data.y_validation, data.y_train]).tolist() == y.tolist()
+    assert data.x_train.min() == 0
+    assert data.x_train.max() == 1
+    assert data.x_train.is_contiguous()
+
+
+def test_cifar_of_the_environment(cifar: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    name, root = cifar
+    with pytest.raises(InputError, match=rf"data_root: none given, {name} needs --data-root DIR or \$SCOREMATCH_DATA"):
+        load(DataSettings(name))
+    monkeypatch.setenv(ROOT_VARIABLE, str(root))
+    assert load(DataSettings(name)).sizes["test"] == TEST
+
+
+def test_cifar_limit_is_class_balanced_and_spares_the_other_splits(cifar: tuple[str, Path]) -> None:
+    name, root = cifar
+    whole, part = load(DataSettings(name, root=root)), load(DataSettings(name, limit=150, root=root))
+    counts = torch.bincount(part.y_train, minlength=part.num_classes)
+    assert len(part.x_train) == 150
+    assert counts.max() - counts.min() <= 1
+    assert torch.equal(part.x_validation, whole.x_validation)
+    assert part.sizes["test"] == TEST
+    labels = {x.numpy().tobytes(): int(y) for x, y in zip(whole.x_train, whole.y_train, strict=True)}
+    assert all(labels[x.numpy().tobytes()] == y for x, y in zip(part.x_train, part.y_train, strict=True))
+    with pytest.raises(InputError, match=f"limit: 177 .* to {TRAIN - CIFAR_VALIDATION} on {name}"):
+        load(DataSettings(name, limit=177, root=root))
+
+
+def altered(folder: Path) -> None:
+    path = next(folder.iterdir()) / "data_batch_2"
+    path = path if path.exists() else path.parent / "train"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def removed(folder: Path) -> None:
+    for path in next(folder.iterdir()).glob("test*"):
+        path.unlink()
+
+
+def emptied(folder: Path) -> None:
+    folder.rename(folder.with_name("elsewhere"))
+
+
+@pytest.mark.parametrize("damage", [altered, removed, emptied])
+def test_damaged_cifar_is_one_clear_line(cifar: tuple[str, Path], damage: Callable[[Path], None]) -> None:
+    name, root = cifar
+    load(DataSettings(name, root=root))
+    damage(root)
+    with pytest.raises(InputError, match=f"data_root: .*holds no intact {name}, expected the official files") as caught:
+        load(DataSettings(name, root=root))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("cifar", ["cifar10"], indirect=True)
+def test_downloads_only_when_asked(cifar: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    name, root = cifar
+    kind = data_module.CIFAR[name]
+    removed(root)
+    asked = []
+
+    def refuse(self: Any) -> None:
+        asked.append(self.root)
+        raise OSError("no network here")
+
+    monkeypatch.setattr(kind, "download", refuse)
+    with pytest.raises(InputError, match=r"--download"):
+        load(DataSettings(name, root=root))
+    assert not asked
+    with pytest.raises(InputError, match=r"no network here"):
+        load(DataSettings(name, root=root, download=True))
+    assert asked
+
+
+@pytest.mark.parametrize("cifar", ["cifar10"], indirect=True)
+def test_training_on_cifar(cifar: tuple[str, Path], call: Any, tiny: list[str], tmp_path: Path) -> None:
+    name, root = cifar
+    options = ["--data", name, "--data-root", root, "--model", "wrn-10-1", *tiny, "--epochs", "1", "--out", "here"]
+    ending = call("run", "--objective", "pgd_at", "--divergence", "se", *options)
+    assert ending.status == 0, ending
+    summary = json.loads((tmp_path / "here" / "summary.json").read_text())
+    assert (summary["model"], summary["norm"], summary["eps"]) == ("wrn-10-1", "linf", 8 / 255)
+    assert summary["split"] == {"seed": 0, "train": 100, "validation": CIFAR_VALIDATION, "test": TEST}
+    assert call("evaluate", "--run", "here", "--attack", "clean").status == 0  # the folder of the data is saved
+
+
+@pytest.mark.skipif(not os.environ.get(ROOT_VARIABLE), reason=f"needs ${ROOT_VARIABLE} with CIFAR-10")
+def test_the_real_cifar10() -> None:
+    data = load(DataSettings("cifar10", limit=1000))
+    assert data.sizes == {"train": 1000, "validation": 1024, "test": 10_000}
+    assert torch.bincount(data.y_test).tolist() == [1000] * 10
+    assert data.y_validation[:5].tolist() == [6, 9, 9, 4, 1]
+    mean = data.x_test.mean(dim=(0, 2, 3))
+    torch.testing.assert_close(mean, torch.tensor([0.4942, 0.4851, 0.4504]), atol=1e-3, rtol=0)
+
+
+def images(count: int = 200) -> torch.Tensor:
+    return torch.rand(count, 3, 6, 6, generator=torch.Generator().manual_seed(0)) + 0.1
+
+
+def test_about_half_of_the_images_are_mirrored() -> None:
+    x = images()
+    out = flipped(x, torch.Generator().manual_seed(1))
+    kept, mirrored = ((out == other).flatten(1).all(dim=1) for other in (x, x.flip(-1)))
+    assert (kept ^ mirrored).all()
+    assert 60 < mirrored.sum() < 140
+
+
+def test_a_shift_is_a_crop_of_the_padded_image() -> None:
+    x = images()
+    out = shifted(x, 4, torch.Generator().manual_seed(1))
+    padded = torch.nn.functional.pad(x, (4,) * 4)
+    offsets = set()
+    for image, around in zip(out, padded, strict=True):
+        crops = [(top, left) for top in range(9) for left in range(9)]
+        found = [c for c in crops if torch.equal(around[:, c[0] : c[0] + 6, c[1] : c[1] + 6], image)]
+        assert len(found) == 1
+        offsets.add(found[0])
+    assert {top for top, _ in offsets} == {left for _, left in offsets} == set(range(9))
+
+
+def test_without_augmentation_nothing_is_drawn() -> None:
+    x, generator = images(), torch.Generator().manual_seed(1)
+    before = generator.get_state()
+    assert augmented(x, generator, shift=0, flip=False) is x
+    assert torch.equal(generator.get_state(), before)
+    both = augmented(x, torch.Generator().manual_seed(1), shift=2, flip=True)
+    generator = torch.Generator().manual_seed(1)
+    assert torch.equal(both, flipped(shifted(x, 2, generator), generator))

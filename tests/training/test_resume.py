@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from training.errors import run_program
 
 OPTIONS = (
     "--objective pgd_at --model digits_cnn_bn --epochs 6 --limit 60 --batch-size 10 --steps 3 --validation-steps 1 "
-    "--shift 1 --averaging 0.5 --eval-steps 1 --eval-restarts 1 --curve-points 0 --threads 1"
+    "--shift 1 --averaging 0.5 --eval-steps 1 --eval-restarts 1 --curve-points 0 --autoattack none --threads 1"
 )
 
 
@@ -52,10 +53,13 @@ def final(out: Path) -> tuple[dict, list[dict], dict]:
     weights = torch.load(out / "checkpoint.pt", weights_only=True)["training"]["model"]
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((out / "summary.json").read_text())
-    for values in (*lines, summary):
-        for key in [key for key in values if "seconds" in key]:
-            del values[key]
-    return weights, lines, summary
+    return weights, without_times(lines), without_times(summary)
+
+
+def without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: without_times(inner) for key, inner in value.items() if "seconds" not in key}
+    return [without_times(inner) for inner in value] if isinstance(value, list) else value
 
 
 def test_killed_runs_end_with_the_same_bits(
@@ -90,6 +94,53 @@ def test_killed_runs_end_with_the_same_bits(
     assert all(torch.equal(value, weights_of_parts[name]) for name, value in weights.items())
     assert lines == lines_of_parts
     assert summary == summary_of_parts
+
+
+def test_autoattack_goes_on_inside_itself(tmp_path: Path, processes: multiprocessing.context.ForkServerContext) -> None:
+    log = tmp_path / "log.txt"
+    options = [
+        *OPTIONS.split(),
+        "--autoattack",
+        "standard",
+        "--autoattack-samples",
+        "100",
+        "--eps",
+        "0.03",
+        "--epochs",
+        "3",
+    ]
+
+    def start(arguments: list[str]) -> multiprocessing.context.ForkServerProcess:
+        process = processes.Process(target=_program, args=(arguments, log))
+        process.start()
+        return process
+
+    whole, out = tmp_path / "whole", tmp_path / "parts"
+    process = start([*options, "--out", str(whole)])
+    process.join()
+    assert process.exitcode == 0, log.read_text()
+
+    state = out / run.STATE
+    process = start([*options, "--out", str(out)])
+    wait_until(lambda: log.read_text().count("robust accuracy after apgd-ce") == 2)
+    time.sleep(0.1)
+    process.terminate()
+    process.join()
+    assert process.exitcode == 1
+    assert log.read_text().splitlines()[-1].endswith(f"python -m training.run --resume {out}")
+    finished = torch.load(state, weights_only=True)["finished"]
+    assert finished.max() > 0
+    assert log.read_text().count("robust accuracy after square") == 1, "the signal came after AutoAttack"
+    process = start(["--resume", str(out)])
+    wait_until(lambda: f"resumed from {state}" in log.read_text())
+    process.kill()  # leaves the state that the signal before it saved
+    process.join()
+    process = start(["--resume", str(out)])
+    process.join()
+    assert process.exitcode == 0, log.read_text()
+    assert log.read_text().count(f"resumed from {state}") == 2
+    assert not state.exists()
+    assert final(out)[2] == final(whole)[2]
 
 
 def test_a_signal_saves_and_says_how_to_go_on(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from scorematch.attacks import AutoAttackWarning
 from training import checkpoint, posteriors
 from training.errors import Interrupted
 from training.loop import Trainer
@@ -113,6 +114,57 @@ def test_toy(call: Any, tiny: list[str], tmp_path: Path, options: str) -> None:
     assert summary["r_madry"] > 0
     curves = json.loads((tmp_path / "here" / "toy.json").read_text())
     assert len(curves["x"]) == len(curves["p_d"]) == len(curves["p_theta"])
+
+
+def test_autoattack_after_a_run(call: Any, tiny: list[str], tmp_path: Path) -> None:
+    ensemble = ["--autoattack", "fast", "--autoattack-samples", "40", "--seed", "3"]
+    ending = call("run", "--objective", "standard", *tiny, "--eps", "0.05", *ensemble, "--out", "here")
+    assert ending.status == 0, ending
+    assert "AutoAttack accuracy, fast" in ending.out
+    summary = finished(tmp_path / "here")
+    assert {path.name for path in (tmp_path / "here").iterdir()} == FILES
+    report = summary["autoattack"]
+    assert (report["samples"], report["seed"], report["eps"], report["norm"]) == (40, 3, 0.05, "linf")
+    assert list(report["attacks"]) == ["apgd-ce", "apgd-t"]
+    assert summary["autoattack_samples"] == 40
+    assert summary["autoattack_version"] == "fast"
+    assert summary["autoattack_acc"] == 100 * report["robust_accuracy"] <= 100 * report["clean_accuracy"]
+    low, high = summary["autoattack_interval"]
+    assert low <= summary["autoattack_acc"] <= high
+    assert summary["autoattack_seconds"] > 0
+
+    options = ["--attack", "autoattack", "--version", "fast", "--limit", "40", "--seed", "3", "--out", "again.json"]
+    assert call("evaluate", "--run", "here", *options).status == 0
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert again["autoattack_acc"] == summary["autoattack_acc"]
+    assert again["autoattack"]["attacks"]["apgd-t"]["forwards"] == report["attacks"]["apgd-t"]["forwards"]
+
+
+def test_warnings_of_autoattack_are_lines(
+    call: Any, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    (tmp_path / "mine_with_softmax.py").write_text(
+        "from torch import nn\n"
+        "def probabilities(input_shape, num_classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes), nn.Softmax(1))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    options = [
+        "--model",
+        "mine_with_softmax:probabilities",
+        *tiny,
+        "--autoattack",
+        "fast",
+        "--autoattack-samples",
+        "10",
+    ]
+    ending = call("run", "--objective", "standard", *options, "--out", "here")
+    assert ending.status == 0, ending
+    assert "warning: the model seems to return probabilities" in ending.out
+    assert not [warning for warning in recwarn if issubclass(warning.category, AutoAttackWarning)]
+    told = json.loads((tmp_path / "here" / "summary.json").read_text())["autoattack"]["warnings"]
+    assert any("probabilities" in text for text in told)
+    assert not any("training mode" in text for text in told)
 
 
 def test_a_posterior_of_another_kind_is_refused(call: Any, tiny: list[str]) -> None:

@@ -4,31 +4,53 @@ A builder takes the shape of one input and the number of classes and returns a m
 [N, L].
 """
 
+import functools
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
 from training.errors import InputError, unknown_name
+from training.models import wide_resnet
+from training.models.preact_resnet import preact_resnet_18, preact_resnet_18_silu
+from training.models.resnet import plain_preact_resnet_18, resnet_18
 from training.models.small import digits_cnn, digits_cnn_bn, toy_mlp
 
 Builder = Callable[[tuple[int, ...], int], nn.Module]
 
-MODELS: dict[str, Builder] = {"digits_cnn": digits_cnn, "digits_cnn_bn": digits_cnn_bn, "toy_mlp": toy_mlp}
+MODELS: dict[str, Builder] = {
+    "digits_cnn": digits_cnn,
+    "digits_cnn_bn": digits_cnn_bn,
+    "toy_mlp": toy_mlp,
+    "preact-resnet-18": preact_resnet_18,
+    "preact-resnet-18-silu": preact_resnet_18_silu,
+    "preact-resnet-18-plain": plain_preact_resnet_18,
+    "resnet-18": resnet_18,
+}
 
 
 def build(name: str, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
     """The classifier called ``name``, freshly initialised from torch's global generator."""
-    builder = _imported(name) if ":" in name else MODELS.get(name)
+    builder = _builder(name)
     if builder is None:
-        raise unknown_name("model", name, [*MODELS, "module:function"])
+        raise unknown_name("model", name, [*MODELS, wide_resnet.PATTERN, "module:function"])
     model = builder(input_shape, num_classes)
     if not isinstance(model, nn.Module):
         raise InputError(f"model: {name} returned {type(model).__name__}, it must return a torch.nn.Module")
     return model
 
 
-def _imported(name: str) -> Builder:
+def _builder(name: str) -> Builder | None:
+    if ":" in name:
+        return imported(name)
+    if wide_resnet.NAME.fullmatch(name):
+        return functools.partial(wide_resnet.wide_resnet, name)
+    return MODELS.get(name)
+
+
+def imported(name: str) -> Callable[..., Any]:
+    """The function that ``module:function`` names."""
     module_name, function_name = name.split(":", 1)
     try:
         return getattr(importlib.import_module(module_name), function_name)

@@ -1,0 +1,159 @@
+"""AutoAttack beside the official package, sample by sample and second by second, in one run.
+
+    pip install git+https://github.com/fra31/auto-attack
+    python -m benchmarks.autoattack --model-from runs/.../best.pt --data digits --eps 0.15
+
+Each attack runs on the samples that still stand after those before it (by the official package's verdicts): ours with
+the official stream of random numbers, ours with numbers of its own, and the official one, so that each line compares
+the same work. ``--individual`` starts every attack from all correctly classified samples instead. Where the official
+package is not installed, ours with its stream is what the others are compared with.
+
+Printed and, with --out, written as JSON: how many stand after each attack, where the verdicts differ, seconds.
+"""
+
+import json
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from scorematch import AutoAttack
+from scorematch.attacks.autoattack import VERSIONS
+from training import command_line, data
+from training.data import DataName, DataSettings
+from training.errors import run_program
+from training.models import loading
+
+INSTALL = "pip install git+https://github.com/fra31/auto-attack"
+
+
+@dataclass(frozen=True)
+class BenchmarkSettings:
+    """What to attack and how often."""
+
+    model_from: str  # a checkpoint, a state dict or module:function, as training.evaluate takes it
+    eps: float  # radius, pixels in [0, 1]
+    data: DataName = "digits"  # data set, its test images
+    data_root: Path | None = None  # folder of CIFAR's official files; None is $SCOREMATCH_DATA
+    model: str | None = None  # architecture of a bare state dict
+    norm: Literal["Linf", "L2"] = "Linf"  # norm of the perturbation
+    samples: int = 0  # the first so many test images; 0 is all
+    batch: int = 250  # samples at a time
+    seed: int = 0  # of the random numbers
+    threads: int = 1  # CPU threads
+    individual: bool = False  # every attack on all correctly classified samples
+    attacks: tuple[str, ...] = VERSIONS["standard"]  # which attacks, in order
+    own_stream: bool = True  # also run ours with its own random numbers
+    search_dtype: Literal["none", "bfloat16", "float16"] = "none"  # also run ours with a search in this precision
+    compile: bool = False  # also run ours with a compiled model
+    device: str = "cpu"  # torch device
+    out: Path | None = None  # JSON file to write
+
+
+def official_class() -> type | None:
+    try:
+        from autoattack import AutoAttack as Official
+    except ImportError:
+        return None
+    return Official
+
+
+def correct(model: nn.Module, x: Tensor, y: Tensor, batch: int) -> Tensor:
+    """Whether each sample is classified as its label, bool [N]."""
+    with torch.no_grad():
+        parts = [model(xs).argmax(1) == ys for xs, ys in zip(x.split(batch), y.split(batch), strict=True)]
+    return torch.cat(parts)
+
+
+def main(arguments: list[str]) -> None:
+    settings = command_line.parse(
+        BenchmarkSettings,
+        arguments,
+        program="python -m benchmarks.autoattack",
+        description="Compare AutoAttack with the official package: verdicts and seconds.",
+    )
+    torch.set_num_threads(settings.threads)
+    device = torch.device(settings.device)
+    loaded = data.load(DataSettings(settings.data, root=settings.data_root))
+    count = settings.samples or len(loaded.x_test)
+    x, y = loaded.x_test[:count].to(device), loaded.y_test[:count].to(device)
+    model = loading.load(settings.model_from, model=settings.model, data=settings.data, device=device)
+
+    def ours(name: str, **options: Any) -> Callable[[Tensor, Tensor], Tensor]:
+        adversary = AutoAttack(
+            model, settings.norm, settings.eps, settings.seed, False, [name], version="custom", **options
+        )
+        return lambda xs, ys: adversary.run_standard_evaluation(xs, ys, bs=settings.batch)
+
+    def theirs(name: str, package: type) -> Callable[[Tensor, Tensor], Tensor]:
+        adversary = package(
+            model, settings.norm, settings.eps, settings.seed, False, [name], version="custom", device=device
+        )
+        adversary.apgd.n_restarts = adversary.fab.n_restarts = 1
+        return lambda xs, ys: adversary.run_standard_evaluation(xs, ys, bs=settings.batch)
+
+    variants: dict[str, dict[str, Any]] = {"reference stream": {"rng": "reference"}}
+    if settings.own_stream:
+        variants["own stream"] = {}
+    if settings.search_dtype != "none":
+        variants[settings.search_dtype] = {"search_dtype": getattr(torch, settings.search_dtype)}
+    if settings.compile:
+        variants["compiled"] = {"compile": True}
+    official = official_class()
+    if official is None:
+        print(f"without the official package, which is not installed: {INSTALL}")
+    baseline = "official" if official is not None else "reference stream"
+
+    alive = correct(model, x, y, settings.batch).nonzero().squeeze(1)
+    clean, lines = len(alive), []
+    print(f"{settings.model_from}, {settings.norm} {settings.eps:g}: {clean} of {count} correct", flush=True)
+    for name in settings.attacks:
+        xs, ys = x[alive], y[alive]
+        line: dict[str, Any] = {"attack": name, "before": len(alive)}
+        verdicts = {}
+        runs = {label: ours(name, **options) for label, options in variants.items()}
+        if official is not None:
+            runs["official"] = theirs(name, official)
+        for label, run in runs.items():
+            begin = time.perf_counter()
+            x_adv = run(xs, ys)
+            seconds = time.perf_counter() - begin
+            verdicts[label] = correct(model, x_adv, ys, settings.batch)
+            line[label] = {"stand": int(verdicts[label].sum()), "seconds": round(seconds, 2)}
+        for label, verdict in verdicts.items():
+            line[label]["differ"] = alive[verdict != verdicts[baseline]].tolist()
+        lines.append(line)
+        print(json.dumps(line), flush=True)
+        if not settings.individual:
+            alive = alive[verdicts[baseline]]
+    total = {label: round(sum(line[label]["seconds"] for line in lines), 1) for label in runs}
+    ratios = {label: round(total[baseline] / seconds, 2) for label, seconds in total.items()}
+    print(f"seconds {total}; times as fast as {baseline} {ratios}")
+    if settings.out is not None:
+        settings.out.write_text(
+            json.dumps(
+                {
+                    "command": f"python -m benchmarks.autoattack {' '.join(arguments)}",
+                    "processor": platform.processor() if device.type == "cpu" else torch.cuda.get_device_name(device),
+                    "torch": torch.__version__,
+                    "samples": count,
+                    "clean": clean,
+                    "attacks": lines,
+                    "seconds": total,
+                },
+                indent=1,
+            )
+            + "\n"
+        )
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    sys.exit(run_program(main))

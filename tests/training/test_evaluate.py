@@ -1,0 +1,310 @@
+"""The evaluation program: sources of classifiers, AutoAttack with both engines, interruptions, several processes."""
+
+import json
+import multiprocessing
+import os
+import socket
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from scorematch import AutoAttack
+from scorematch.attacks import AutoAttackWarning
+from training import evaluate, measures, models, run
+from training.errors import Interrupted, run_program
+
+TRAINING = (
+    "--objective pgd_at --eps 0.05 --epochs 8 --limit 300 --steps 2 --validate-every 8 --validation-steps 1 "
+    "--eval-steps 1 --eval-restarts 1 --curve-points 0 --autoattack none --threads 1"
+)
+FAST = ["--attack", "autoattack", "--version", "fast", "--limit", "40", "--seed", "2"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small run."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    assert run_program(run.main, [*TRAINING.split(), "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module with classifiers of one's own."""
+    (tmp_path / "mine_to_evaluate.py").write_text(
+        "import torch\n"
+        "from torch import nn\n"
+        "def linear(input_shape, num_classes):\n"
+        "    torch.manual_seed(0)\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))\n"
+        "def five_classes():\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, 5))\n"
+        "def for_colours():\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(192, 10))\n"
+        "def pair(num_classes):\n"
+        "    class Pair(nn.Linear):\n"
+        "        def forward(self, x):\n"
+        "            return super().forward(x.flatten(1)), x\n"
+        "    return Pair(64, num_classes)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine_to_evaluate", raising=False)
+
+
+def subject(trained: Path) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    model, loaded = evaluate.restore(trained / "best.pt", torch.device("cpu"))[1:3]
+    return model, loaded.x_test[:40], loaded.y_test[:40]
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def test_autoattack_says_what_the_library_says(call: Any, trained: Path, tmp_path: Path) -> None:
+    ending = call("evaluate", "--run", trained, *FAST, "--batch", "16", "--out", "deep/report.json")
+    assert ending.status == 0, ending
+    assert "robust accuracy after apgd-t" in ending.out
+    assert "forwards" in ending.out
+    results = read(tmp_path / "deep" / "report.json")
+
+    model, x, y = subject(trained)
+    adversary = AutoAttack(model, "Linf", 0.05, seed=2, verbose=False, version="fast")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AutoAttackWarning)
+        x_adv = adversary.run_standard_evaluation(x, y)
+    stands = measures.correct(model, x_adv, y)
+    assert 0 < stands.sum() < measures.correct(model, x, y).sum(), "the test needs survivors and fallen"
+    assert results["autoattack_acc"] == measures.per_cent(stands)
+    assert results["autoattack_interval"] == pytest.approx(measures.wilson(int(stands.sum()), 40))
+    assert results["autoattack"]["attacks"].keys() == {"apgd-ce", "apgd-t"}
+    assert results["samples"] == results["autoattack"]["samples"] == 40
+    assert results["threat_model"] == {"norm": "linf", "eps": 0.05}
+
+
+@pytest.mark.parametrize(
+    ("options", "entry"),
+    [
+        (["--rng", "reference"], ("rng", "reference")),
+        (["--search-dtype", "bfloat16"], ("search_dtype", "torch.bfloat16")),
+        (["--version", "plus", "--limit", "2"], ("version", "plus")),
+        (["--norm", "l2", "--eps", "0.3"], ("norm", "l2")),
+    ],
+)
+def test_options_of_autoattack_reach_it(
+    call: Any, trained: Path, tmp_path: Path, options: list[str], entry: tuple[str, Any]
+) -> None:
+    ending = call("evaluate", "--run", trained, *FAST, *options, "--out", "report.json")
+    assert ending.status == 0, ending
+    assert read(tmp_path / "report.json")["autoattack"][entry[0]] == entry[1]
+
+
+def test_compile_reaches_autoattack(call: Any, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compiled.append(model) or model)
+    assert call("evaluate", "--run", trained, *FAST, "--compile").status == 0
+    assert len(compiled) == 1
+
+
+def test_an_interrupted_autoattack_goes_on(
+    call: Any, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert call("evaluate", "--run", trained, *FAST, "--out", "whole.json").status == 0
+    forward, calls = nn.Sequential.forward, 0
+
+    def interrupted(module: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += module[-1].out_features == 10 if isinstance(module[-1], nn.Linear) else 0
+        if calls == 400:
+            raise Interrupted("SIGTERM")
+        return forward(module, x)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.Sequential, "forward", interrupted)
+        ending = call("evaluate", "--run", trained, *FAST, "--state", "state.pt")
+    assert ending.status == 1
+    assert ending.err == "stopped: SIGTERM, what was found is in state.pt, the same command continues\n"
+    ending = call("evaluate", "--run", trained, *FAST, "--state", "state.pt", "--out", "parts.json")
+    assert ending.status == 0, ending
+    assert "resumed from state.pt" in ending.out
+    whole, parts = (read(tmp_path / f"{name}.json")["autoattack"] for name in ("whole", "parts"))
+    for report in (whole, parts):
+        del report["seconds"]
+        for attack in report["attacks"].values():
+            del attack["seconds"]
+    assert parts == whole
+
+    for options, told in (
+        (["--limit", "41"], "another data set"),
+        (["--eps", "0.06"], "another eps: 0.05, now 0.06"),
+        (["--checkpoint", trained / "checkpoint.pt"], "another model"),
+        (["--seed", "3"], "another seed: 2, now 3"),
+    ):
+        before = (tmp_path / "state.pt").read_bytes()
+        source = [] if "--checkpoint" in options else ["--run", trained]
+        weaken(trained, tmp_path)
+        options = [tmp_path / "weak.pt" if o == trained / "checkpoint.pt" else o for o in options]
+        refused = call("evaluate", *source, *FAST, *options, "--state", "state.pt")
+        assert refused.status == 2, refused
+        assert f"state.pt is of {told}" in refused.err
+        assert refused.err.count("\n") == 1
+        assert (tmp_path / "state.pt").read_bytes() == before
+    (tmp_path / "state.pt").write_text("no state")
+    refused = call("evaluate", "--run", trained, *FAST, "--state", "state.pt")
+    assert refused.status == 2
+    assert "no readable state" in refused.err
+
+
+def weaken(trained: Path, folder: Path) -> None:
+    """The same run with other weights."""
+    state = torch.load(trained / "best.pt", weights_only=True)
+    state["network"] = {name: 0.9 * value for name, value in state["network"].items()}
+    torch.save(state, folder / "weak.pt")
+
+
+def test_exported_weights_are_bare_and_the_same(call: Any, trained: Path, tmp_path: Path) -> None:
+    ending = call("evaluate", "--run", trained, "--attack", "clean", "--export", "weights.pt", "--out", "one.json")
+    assert ending.status == 0, ending
+    assert "weights.pt, a bare state dict" in ending.out
+    weights = torch.load(tmp_path / "weights.pt", weights_only=True)
+    models.build("digits_cnn", (1, 8, 8), 10).load_state_dict(weights)
+    source = ["--model-from", "weights.pt", "--model", "digits_cnn", "--data", "digits"]
+    assert call("evaluate", *source, "--attack", "clean", "--out", "two.json").status == 0
+    one, two = read(tmp_path / "one.json"), read(tmp_path / "two.json")
+    assert one["clean_acc"] == two["clean_acc"] > 50
+    assert two["objective"] is None
+
+    attacked = call("evaluate", *source, *FAST, "--eps", "0.05", "--out", "three.json")
+    assert attacked.status == 0, attacked
+    assert call("evaluate", "--run", trained, *FAST, "--out", "four.json").status == 0
+    assert read(tmp_path / "three.json")["autoattack_acc"] == read(tmp_path / "four.json")["autoattack_acc"]
+
+
+def test_a_function_as_the_source(call: Any, mine: None) -> None:
+    source = ["--model-from", "mine_to_evaluate:linear", "--data", "digits"]
+    ending = call("evaluate", *source, "--eps", "0.1", "--steps", "2", "--limit", "30", "--split", "validation")
+    assert ending.status == 0, ending
+    assert "mine_to_evaluate:linear: digits, 30 validation samples" in ending.out
+    assert "linf, eps 0.1, step 0.025" in ending.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("--model-from mine_to_evaluate:linear --data digits", "eps: none given, needed with --model-from"),
+        ("--model-from mine_to_evaluate:five_classes --data digits", "returned [1, 5], digits needs logits [1, 10]"),
+        ("--model-from mine_to_evaluate:for_colours --data digits", "takes no inputs [1, 1, 8, 8] of digits"),
+        ("--model-from mine_to_evaluate:pair --data digits", "returned tuple, digits needs logits [1, 10]"),
+        ("--model-from mine_to_evaluate:absent --data digits --eps 1", "cannot be imported"),
+        ("--model-from mine_to_evaluate:linear --eps 1", "data_root: none given, cifar10 needs"),
+        ("--model-from mine_to_evaluate:linear --data digits --eps 1 --limit 501", "up to 500 of the test split"),
+        ("--model-from mine_to_evaluate:linear --data toy --eps 1 --attack autoattack", "autoattack on toy, allowed"),
+        ("--model-from mine_to_evaluate:linear --data toy --eps 1 --attack obfuscation", "obfuscation on toy, allowed"),
+        ("--model-from mine_to_evaluate:linear --data digits --eps 1 --out .", "is a folder, expected a file"),
+        ("--model-from mine_to_evaluate:linear --data digits --eps 1 --out file/a", "folder cannot be made"),
+        (
+            "--model-from mine_to_evaluate:linear --data digits --eps 1 --attack obfuscation --transfer-from none.pt",
+            "transfer_from: model_from: none.pt is no file",
+        ),
+        (
+            "--model-from mine_to_evaluate:linear --data digits --eps 1 --attack obfuscation "
+            "--transfer-from mine_to_evaluate:five_classes",
+            "mine_to_evaluate:five_classes: returned [1, 5]",
+        ),
+    ],
+)
+def test_bad_sources(call: Any, mine: None, tmp_path: Path, arguments: str, told: str) -> None:
+    (tmp_path / "file").write_text("")
+    options = arguments.split()
+    if "five_classes" in arguments or "for_colours" in arguments or "pair" in arguments:
+        options += ["--eps", "1"] if "--eps" not in options else []
+    ending = call("evaluate", *options)
+    assert ending.status == 2, ending
+    assert told in ending.err
+    assert ending.err.count("\n") == 1
+
+
+def test_the_official_engine_that_is_not_installed(call: Any, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "autoattack", None)
+    ending = call("evaluate", "--run", trained, *FAST, "--engine", "official")
+    assert ending.status == 2
+    assert ending.err.endswith("install it: pip install git+https://github.com/fra31/auto-attack\n")
+    assert ending.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("version", ["standard", "fast"])
+def test_the_official_engine_gets_the_same_task(
+    call: Any, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    """A stand-in with the surface of the official class: it moves the first ten samples to another class's image."""
+    calls = []
+
+    class Official:
+        def __init__(self, model: nn.Module, **options: Any) -> None:
+            calls.append(options)
+
+        def run_standard_evaluation(self, x: torch.Tensor, y: torch.Tensor, bs: int) -> torch.Tensor:
+            calls.append((len(x), bs))
+            return torch.cat([torch.zeros_like(x[:10]), x[10:]])
+
+    monkeypatch.setitem(sys.modules, "autoattack", SimpleNamespace(AutoAttack=Official))
+    options = [*FAST, "--version", version, "--engine", "official", "--batch", "20", "--out", "report.json"]
+    ending = call("evaluate", "--run", trained, *options)
+    assert ending.status == 0, ending
+    own = {"standard": {"version": "standard"}, "fast": {"version": "custom", "attacks_to_run": ["apgd-ce", "apgd-t"]}}
+    common = {"norm": "Linf", "eps": 0.05, "seed": 2, "verbose": True, "device": torch.device("cpu")}
+    assert calls == [{**common, **own[version]}, (40, 20)]
+    model, x, y = subject(trained)
+    results = read(tmp_path / "report.json")
+    moved = torch.cat([torch.zeros_like(x[:10]), x[10:]])
+    assert results["autoattack_acc"] == measures.per_cent(measures.correct(model, moved, y)) < results["clean_acc"]
+    assert results["engine"] == "official"
+
+
+def _rank(number: int, port: int, arguments: list[str], log: Path) -> None:
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(
+        WORLD_SIZE="2", RANK=str(number), LOCAL_RANK=str(number), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    sys.exit(run_program(evaluate.main, arguments))
+
+
+@pytest.mark.parametrize("attack", ["autoattack", "pgd"])
+def test_two_processes_say_what_one_says(call: Any, trained: Path, tmp_path: Path, attack: str) -> None:
+    options = [*FAST, "--threads", "1"]
+    if attack == "pgd":  # both steps reach the border of so small a ball: random starts do not matter
+        options = ["--limit", "41", "--steps", "8", "--restarts", "1", "--threads", "1"]
+    assert call("evaluate", "--run", trained, *options, "--out", "one.json").status == 0
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training.run"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    logs = [tmp_path / f"log{number}.txt" for number in range(2)]
+    arguments = ["--run", str(trained), *options, "--out", str(tmp_path / "two.json")]
+    processes = [context.Process(target=_rank, args=(n, port, arguments, logs[n])) for n in range(2)]
+    for process in processes:
+        process.start()
+    for process, log in zip(processes, logs, strict=True):
+        process.join(180)
+        assert process.exitcode == 0, log.read_text()
+    one, two = read(tmp_path / "one.json"), read(tmp_path / "two.json")
+    for key in ("clean_acc", "samples", f"{attack}_acc"):
+        assert one[key] == two[key]
+    assert "accuracy" in logs[0].read_text()
+    assert "accuracy" not in logs[1].read_text()
+
+
+def test_verdicts_come_back_in_the_order_of_the_samples(trained: Path) -> None:
+    model, x, y = subject(trained)
+    assert torch.equal(
+        measures.shared(lambda xs, ys: measures.correct(model, xs, ys), x, y), measures.correct(model, x, y)
+    )
+    assert measures.shared(lambda xs, ys: pytest.fail("called without samples"), x[:0], y[:0]).tolist() == []

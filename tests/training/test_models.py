@@ -1,0 +1,195 @@
+"""The classifiers for 32×32 images: the keys of published weights, initialisation, normalisation, names."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from training import models
+from training.errors import InputError
+from training.models.cifar import IMAGE_SHAPE, STATISTICS
+
+SMALL = [
+    "wrn-10-1",
+    "wrn-10-2-silu",
+    "preact-resnet-18",
+    "preact-resnet-18-silu",
+    "preact-resnet-18-plain",
+    "resnet-18",
+]
+BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+def build(name: str, num_classes: int = 10) -> nn.Module:
+    return models.build(name, IMAGE_SHAPE, num_classes)
+
+
+def on_meta(name: str) -> nn.Module:
+    """Keys and shapes without memory."""
+    with torch.device("meta"):
+        return build(name)
+
+
+def norm(name: str) -> list[str]:
+    return [f"{name}.{entry}" for entry in BATCH_NORM]
+
+
+@pytest.mark.parametrize(
+    ("name", "entries", "millions"),
+    [
+        ("wrn-28-10", 155, 36.5),
+        ("wrn-70-16-silu", 407, 266.8),
+        ("preact-resnet-18", 107, 12.55),
+        ("resnet-18", 122, 11.17),
+    ],
+)
+def test_entries_and_parameters_of_published_weights(name: str, entries: int, millions: float) -> None:
+    model = on_meta(name)
+    assert len(model.state_dict()) == entries
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+def test_keys_of_the_wide_resnet() -> None:
+    expected = ["init_conv.weight"]
+    for group in range(3):
+        for block in range(2):
+            prefix = f"layer.{group}.block.{block}"
+            expected += [*norm(f"{prefix}.batchnorm_0"), f"{prefix}.conv_0.weight"]
+            expected += [*norm(f"{prefix}.batchnorm_1"), f"{prefix}.conv_1.weight"]
+            expected += [f"{prefix}.shortcut.weight"] if block == 0 else []
+    expected += [*norm("batchnorm"), "logits.weight", "logits.bias"]
+    assert list(on_meta("wrn-16-2").state_dict()) == expected
+
+
+def test_keys_of_the_preact_resnet() -> None:
+    expected = ["conv_2d.weight"]
+    for group in range(4):
+        for block in range(2):
+            prefix = f"layer_{group}.{block}"
+            expected += [*norm(f"{prefix}.batchnorm_0"), f"{prefix}.conv_2d_1.weight"]
+            expected += [*norm(f"{prefix}.batchnorm_1"), f"{prefix}.conv_2d_2.weight"]
+            expected += [f"{prefix}.shortcut.weight"] if block == 0 and group else []
+    expected += [*norm("batchnorm"), "logits.weight", "logits.bias"]
+    model = on_meta("preact-resnet-18")
+    assert list(model.state_dict()) == expected
+    assert model.state_dict()["layer_1.0.shortcut.weight"].shape == (128, 64, 3, 3)
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("num_classes", [10, 100])
+def test_logits(name: str, num_classes: int) -> None:
+    model = build(name, num_classes).eval()
+    logits = model(torch.rand(2, *IMAGE_SHAPE))
+    assert logits.shape == (2, num_classes)
+    assert torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize(("name", "momentum"), [("wrn-10-1", 0.01), ("preact-resnet-18", 0.01), ("resnet-18", 0.1)])
+def test_momentum_of_batch_norm(name: str, momentum: float) -> None:
+    found = {module.momentum for module in build(name).modules() if isinstance(module, nn.BatchNorm2d)}
+    assert found == {momentum}
+
+
+@pytest.mark.parametrize("name", ["wrn-10-2", "preact-resnet-18-silu"])
+def test_convolutions_start_from_a_normal_distribution_of_variance_2_over_k2_outputs(name: str) -> None:
+    torch.manual_seed(0)
+    for module in build(name).modules():
+        if isinstance(module, nn.Conv2d) and module.weight.numel() > 1000:
+            weight = module.weight.detach()
+            k = module.kernel_size[0]
+            allowed = 5 / weight.numel() ** 0.5  # five standard errors
+            assert weight.var() == pytest.approx(2 / (k * k * module.out_channels), rel=allowed * 2**0.5)
+            assert abs(weight.mean()) < allowed * weight.std()
+
+
+@pytest.mark.parametrize(
+    ("name", "num_classes"), [("wrn-10-1", 10), ("wrn-10-1", 100), ("preact-resnet-18-plain", 100)]
+)
+def test_pixels_are_normalised_inside_and_the_statistics_are_not_saved(name: str, num_classes: int) -> None:
+    model = build(name, num_classes).eval()
+    stem = model.init_conv if name.startswith("wrn") else model.conv1
+    seen = []
+    stem.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    x = torch.rand(2, *IMAGE_SHAPE)
+    model(x)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in STATISTICS[num_classes])
+    torch.testing.assert_close(seen[0], (x - mean) / std)
+    assert not {"mean", "std"} & set(model.state_dict())
+
+
+def test_resnet_takes_raw_pixels() -> None:
+    model = build("resnet-18").eval()
+    seen = []
+    model.conv1.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    x = torch.rand(1, *IMAGE_SHAPE)
+    model(x)
+    assert torch.equal(seen[0], x)
+
+
+def test_a_convolution_of_stride_2_pads_right_and_bottom_only() -> None:
+    convolution = build("wrn-10-1").layer[1].block[0].conv_0
+    assert convolution.stride == (2, 2)
+    with torch.no_grad():
+        convolution.weight.fill_(1.0)
+        out = convolution(torch.ones(1, 16, 4, 4))[0, 0] / 16
+    assert out.tolist() == [[9.0, 6.0], [6.0, 4.0]]
+
+
+def test_the_shortcut_takes_the_activated_input_the_identity_the_raw_one() -> None:
+    """With convolutions of the residual at zero a block is its shortcut."""
+    first, second = build("wrn-16-2").eval().layer[0].block
+    x = torch.randn(1, 16, 8, 8)
+    with torch.no_grad():
+        first.conv_1.weight.zero_()
+        second.conv_1.weight.zero_()
+        activated = first.batchnorm_0(x).relu()
+        torch.testing.assert_close(first(x), first.shortcut(activated))
+        wide = torch.randn(1, 32, 8, 8)
+        torch.testing.assert_close(second(wide), wide)
+
+
+@pytest.mark.parametrize(
+    ("relu", "silu"), [("wrn-10-1", "wrn-10-1-silu"), ("preact-resnet-18", "preact-resnet-18-silu")]
+)
+def test_names_decide_the_activation(relu: str, silu: str) -> None:
+    def activations(name: str) -> set[type]:
+        return {type(module) for module in build(name).modules() if isinstance(module, nn.ReLU | nn.SiLU)}
+
+    assert activations(relu) == {nn.ReLU}
+    assert activations(silu) == {nn.SiLU}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_other_inputs_are_refused(name: str) -> None:
+    with pytest.raises(InputError, match=rf"model: {name} takes images \[3, 32, 32\], .*\[1, 8, 8\]"):
+        models.build(name, (1, 8, 8), 10)
+    model = build(name)
+    for shape in ((2, 3, 64, 64), (3, 32, 32)):
+        with pytest.raises(ValueError, match=r"expected \[N, 3, 32, 32\]"):
+            model(torch.rand(shape))
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("wrn-12-2", "depth 12, allowed: 6 n"),
+        ("wrn-4-2", "depth 4, allowed: 6 n"),
+        ("wrn-10-0", "width 0"),
+        ("wrn-28-10-gelu", r"allowed: .*wrn-D-W\[-silu\] with D = 6 n \+ 4, module:function"),
+        ("preact-resnet-50", r"allowed: .*preact-resnet-18-silu"),
+    ],
+)
+def test_unknown_names_list_what_is_allowed(name: str, told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        build(name)
+
+
+@pytest.mark.parametrize("name", ["wrn-10-1", "wrn-10-1-silu"])
+def test_gradients_reach_every_parameter_and_the_input(name: str) -> None:
+    model: Callable[..., torch.Tensor] = build(name)
+    x = torch.rand(4, *IMAGE_SHAPE, requires_grad=True)
+    model(x).logsumexp(1).sum().backward()
+    assert x.grad is not None
+    assert x.grad.abs().sum() > 0
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())  # type: ignore[attr-defined]

@@ -1,0 +1,137 @@
+"""How accurate a classifier is, clean and under attack: what the programs measure."""
+
+import io
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, distributed, nn
+from tqdm import tqdm
+
+from scorematch import PGD, AutoAttack, ThreatModel, intervals
+from scorematch.attacks import AutoAttackWarning
+from scorematch.posteriors import Posterior
+from training.errors import InputError
+
+BATCH = 512  # samples at a time; decides memory, not the numbers of AutoAttack
+
+
+def pgd(threat_model: ThreatModel, *, steps: int, restarts: int, losses: Sequence[str]) -> PGD:
+    return PGD(threat_model, steps=steps, restarts=restarts, losses=tuple(losses))
+
+
+@torch.no_grad()
+def correct(model: nn.Module, x: Tensor, y: Tensor, batch: int = BATCH) -> Tensor:
+    """Whether each sample of x [N, ...] is classified as y [N], [N] bool."""
+    training_mode = model.training
+    model.eval()
+    parts = [model(xs).argmax(dim=1) == ys for xs, ys in zip(x.split(batch), y.split(batch), strict=True)]
+    model.train(training_mode)
+    return torch.cat(parts)
+
+
+def robust(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    attack: PGD,
+    generator: Generator,
+    progress: tqdm | None = None,
+    batch: int = BATCH,
+) -> Tensor:
+    """Whether each sample stays classified as y [N] under ``attack``, [N] bool."""
+    parts = []
+    for xs, ys in zip(x.split(batch), y.split(batch), strict=True):
+        parts.append(correct(model, attack(model, xs, ys, generator=generator), ys))
+        if progress is not None:
+            progress.update(len(xs))
+    return torch.cat(parts)
+
+
+def autoattack(
+    adversary: AutoAttack, x: Tensor, y: Tensor, *, batch: int = BATCH, state: Path | None = None
+) -> dict[str, Any]:
+    """The report of ``adversary`` on x [N, ...] and y [N], goes on from the file ``state`` where it is there.
+
+    Its warnings are printed as lines like all else it says.
+
+    Raises:
+        InputError: data, model or state file are not what AutoAttack takes.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # hours may pass between two lines
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AutoAttackWarning)
+        try:
+            adversary.run_standard_evaluation(x, y, bs=batch, state_path=state)
+        except ValueError as error:
+            raise InputError(f"autoattack: {error}") from None
+    return adversary.report
+
+
+def rank() -> int:
+    """The number of this process among those of torchrun; 0 without it."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def shared(measure: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+    """The verdicts [N] bool of ``measure`` on x [N, ...] and y [N], the samples dealt out to the ranks of torchrun.
+
+    Every rank returns all verdicts. ``measure`` is never called without samples.
+    """
+    count = len(x)
+    world = distributed.get_world_size() if distributed.is_initialized() else 1
+    mine = torch.arange(rank(), count, world, device=x.device)
+    part = measure(x[mine], y[mine]) if len(mine) else torch.zeros(0, dtype=torch.bool, device=x.device)
+    if world == 1:
+        return part
+    parts: list[Any] = [None] * world
+    distributed.all_gather_object(parts, part.cpu())
+    verdicts = torch.zeros(count, dtype=torch.bool)
+    for number, verdict in enumerate(parts):
+        verdicts[number::world] = verdict
+    return verdicts.to(x.device)
+
+
+def per_cent(hits: Tensor) -> float:
+    return 100.0 * hits.double().mean().item()
+
+
+def wilson(hits: int, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share, in per cent."""
+    low, high = intervals.wilson(hits, count)
+    return 100.0 * low, 100.0 * high
+
+
+def scaled(threat_model: ThreatModel, eps: float) -> ThreatModel:
+    """The threat model with another radius and its step in proportion."""
+    step = threat_model.step_size
+    return threat_model.replace(eps=eps, step_size=None if step is None else step * eps / threat_model.eps)
+
+
+def posteriors_along_attack(
+    model: nn.Module, posterior: Posterior, x: Tensor, y: Tensor, threat_model: ThreatModel, steps: int
+) -> dict[str, list]:
+    """p(y|x') of the posterior and of the model along a cross-entropy attack on the model, from clean x.
+
+    Returns ``posterior`` and ``model``, both [T, N, L] as lists, and the ``clean`` and ``final`` inputs.
+    """
+    training_mode = model.training
+    model.eval()
+    trace = posterior.trace(x, y)
+    rows: dict[str, list] = {"posterior": [], "model": []}
+    moved = x
+    for step in range(steps + 1):
+        point = moved.detach().requires_grad_()
+        logits = model(point)
+        gradient = torch.autograd.grad(nn.functional.cross_entropy(logits, y, reduction="sum"), point)[0]
+        rows["posterior"].append(trace.log_p.exp().tolist())
+        rows["model"].append(logits.detach().softmax(dim=1).tolist())
+        if step < steps:
+            moved = threat_model.step(point.detach(), gradient, x)
+            trace.move(moved)
+    model.train(training_mode)
+    return {**rows, "clean": x.tolist(), "final": moved.tolist(), "label": y.tolist()}

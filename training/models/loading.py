@@ -1,0 +1,202 @@
+"""Trained classifiers from files of several origins: what ``--model-from`` takes."""
+
+import inspect
+import io
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from training import checkpoint, data, models
+from training.errors import InputError, unknown_name
+
+# Where a file keeps its weights: SCORE's pipeline (averaged ones first), RobustBench.
+CONTAINERS = ("model_state_dict", "state_dict")
+# Left by data parallelism, wrappers that normalise, a sequential with the network first, torch.compile.
+PREFIXES = ("module.", "model.", "0.", "_orig_mod.")
+NAMED_KEYS = 4  # of those that are missing or unexpected
+
+
+def load(
+    source: str | Path,
+    *,
+    model: str | None = None,
+    data: str | None = None,
+    num_classes: int | None = None,
+    input_shape: tuple[int, ...] | None = None,
+    device: torch.device | str = "cpu",
+) -> nn.Module:
+    """The classifier in a file or from a function, in eval mode.
+
+    Args:
+        source: a checkpoint of training.run (best.pt), SCORE's published .pt, any state dict of an architecture of
+            :mod:`training.models` (RobustBench's among them), or ``module:function``. A function is called with
+            those of ``input_shape`` and ``num_classes`` that it takes by name. Files are read with
+            ``weights_only=True`` and loaded strictly.
+        model: architecture, a name of :mod:`training.models`. A checkpoint of training.run knows its own; of a bare
+            state dict depth and width are inferred, but not ReLU or SiLU, which no weight tells.
+        data: data set whose inputs the classifier takes; None is that of the checkpoint, and CIFAR-10 for all else.
+        num_classes: number of logits; None is that of the data set.
+        input_shape: shape of one input; None is that of the data set.
+        device: where the classifier goes.
+
+    Raises:
+        InputError: the file cannot be read or holds something else, the architecture is not known, or its weights do
+            not fit ``model`` or the number of classes.
+    """
+    is_function = isinstance(source, str) and ":" in source and not Path(source).exists()
+    state = {} if is_function else _read(Path(source))
+    own_data = state["settings"].get("data") if state.get("format") == checkpoint.FORMAT else None
+    shape, classes = data_format(data or own_data or "cifar10")
+    shape, classes = input_shape or shape, num_classes or classes
+    if is_function:
+        network = _from_function(str(source), shape, classes)
+    elif state.get("format") == checkpoint.FORMAT:
+        network = _from_run(state, Path(source), model, shape, classes)
+    else:
+        network = _from_weights(_weights(state, Path(source)), Path(source), model, shape, classes)
+    return network.to(device).eval()
+
+
+def export(model: nn.Module, path: Path) -> None:
+    """Write the weights as a bare state dict on the CPU, the form that RobustBench's classes load strictly."""
+    buffer = io.BytesIO()
+    # Clones: a view would take its whole storage along.
+    torch.save({key: value.detach().cpu().clone() for key, value in model.state_dict().items()}, buffer)
+    checkpoint.write_atomically(path, buffer.getvalue())
+
+
+def data_format(name: str) -> tuple[tuple[int, ...], int]:
+    """The shape of one input and the number of classes of a data set."""
+    if name not in data.FORMATS:
+        raise unknown_name("data", name, list(data.FORMATS))
+    return data.FORMATS[name]
+
+
+def infer(weights: Mapping[str, Tensor]) -> tuple[str, int] | None:
+    """Architecture (its ReLU form) and number of classes that keys and shapes tell; None where they are no network's
+    of this package.
+    """
+    head = weights.get("logits.weight", weights.get("linear.weight"))
+    if head is None or head.ndim != 2:
+        return None
+    if "layer.0.block.0.conv_0.weight" in weights:
+        indices = (re.match(r"layer\.0\.block\.(\d+)\.", key) for key in weights)
+        blocks = 1 + max(int(match[1]) for match in indices if match)
+        width = len(weights["layer.0.block.0.conv_0.weight"]) // 16
+        return f"wrn-{6 * blocks + 4}-{width}", len(head)
+    if "layer_0.0.conv_2d_1.weight" in weights:
+        return "preact-resnet-18", len(head)
+    if "layer1.0.conv1.weight" in weights:
+        return "resnet-18" if "bn1.weight" in weights else "preact-resnet-18-plain", len(head)
+    return None
+
+
+def _from_function(source: str, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    function = models.imported(source)
+    offered = {"input_shape": input_shape, "num_classes": num_classes}
+    taken = inspect.signature(function).parameters
+    network = function(**{name: value for name, value in offered.items() if name in taken})
+    if not isinstance(network, nn.Module):
+        raise InputError(f"model_from: {source} returned {type(network).__name__}, it must return a torch.nn.Module")
+    return network
+
+
+def _from_run(
+    state: dict[str, Any], path: Path, model: str | None, input_shape: tuple[int, ...], num_classes: int
+) -> nn.Module:
+    """The classifier of a checkpoint, whose settings name its architecture and its data."""
+    settings = state["settings"]
+    if "model" not in settings:
+        raise InputError(f"model_from: {path} holds no classifier, expected best.pt or checkpoint.pt of training.run")
+    own = settings["model"]
+    if model not in (None, own):
+        raise InputError(f"model: {model!r} given, but {path} is a checkpoint of {own!r}")
+    if data_format(settings["data"]) != (input_shape, num_classes):
+        wanted = f"{num_classes} classes of inputs {list(input_shape)}"
+        raise InputError(f"model_from: {path} was trained on {settings['data']}, expected a classifier for {wanted}")
+    return _fitted(models.build(own, input_shape, num_classes), state["network"], path, own)
+
+
+def _from_weights(
+    weights: Mapping[str, Tensor], path: Path, model: str | None, input_shape: tuple[int, ...], num_classes: int
+) -> nn.Module:
+    """The classifier of a bare state dict."""
+    name = _architecture(weights, model, num_classes, path)
+    return _fitted(models.build(name, input_shape, num_classes), weights, path, name)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise InputError(f"model_from: {path} is no file, expected a checkpoint, a state dict or module:function")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the bytes of a file that is no checkpoint
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).split("\n")[0][:120]
+        raise InputError(f"model_from: {path} cannot be read as weights ({reason})") from None
+    if not isinstance(state, dict):
+        raise InputError(f"model_from: {path} holds a {type(state).__name__}, expected a state dict or a checkpoint")
+    return state
+
+
+def _weights(state: dict[str, Any], path: Path) -> dict[str, Tensor]:
+    """The state dict in a file, without the prefixes that all of its keys have."""
+    container = next((name for name in CONTAINERS if isinstance(state.get(name), dict)), None)
+    weights = state if container is None else state[container]
+    if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise InputError(
+            f"model_from: {path} holds {_listed(list(state))}, expected tensors by name, if need be in "
+            f"{' or '.join(CONTAINERS)}"
+        )
+    while prefix := next((p for p in PREFIXES if all(key.startswith(p) for key in weights)), None):
+        weights = {key.removeprefix(prefix): value for key, value in weights.items()}
+    return weights
+
+
+def _architecture(weights: Mapping[str, Tensor], model: str | None, num_classes: int, path: Path) -> str:
+    """The name to build: ``model`` if the weights can be its, else what they tell."""
+    inferred = infer(weights)
+    if inferred is None:
+        if model is None:
+            raise InputError(f"model: {path} is of no architecture known here ({_listed(list(weights))}), name it")
+        return model
+    name, classes = inferred
+    if classes != num_classes:
+        raise InputError(f"{path}: weights of {name} with {classes} classes, expected {num_classes}")
+    silu = f"{name}-silu"
+    allowed = [name] if name in ("resnet-18", "preact-resnet-18-plain") else [name, silu]
+    if model is not None and ":" not in model and model not in allowed:
+        raise InputError(f"model: {model!r} given, but {path} has weights of {name}, allowed: {', '.join(allowed)}")
+    if model is None and len(allowed) > 1:
+        raise InputError(
+            f"model: weights do not tell ReLU from SiLU, name the architecture of {path}: {name}, or {silu} as "
+            "published by SCORE"
+        )
+    return model or name
+
+
+def _fitted(network: nn.Module, weights: Mapping[str, Tensor], path: Path, name: str) -> nn.Module:
+    """The network with the weights, all of them and no others."""
+    own = network.state_dict()
+    missing = [key for key in own if key not in weights]
+    unexpected = [key for key in weights if key not in own]
+    if missing or unexpected:
+        parts = [f"{kind} {_listed(keys)}" for kind, keys in (("missing", missing), ("unexpected", unexpected)) if keys]
+        raise InputError(f"{path}: its weights do not fit {name}: {'; '.join(parts)}")
+    for key, value in own.items():
+        if value.shape != weights[key].shape:
+            shapes = f"{list(weights[key].shape)}, expected {list(value.shape)}"
+            raise InputError(f"{path}: its weights do not fit {name}: {key} has shape {shapes}")
+    network.load_state_dict(weights)
+    return network
+
+
+def _listed(keys: list[Any]) -> str:
+    rest = len(keys) - NAMED_KEYS
+    return ", ".join(str(key) for key in keys[:NAMED_KEYS]) + (f" and {rest} more" if rest > 0 else "")
