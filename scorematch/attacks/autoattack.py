@@ -21,7 +21,7 @@ from ..model_state import borrowed
 from ..threat_model import ThreatModel
 from . import inspection
 from .apgd import APGD
-from .classifier import Classifier, full_precision
+from .classifier import Classifier, cache_chunk, full_precision
 from .evaluation_state import Cost, EvaluationState, digest
 from .fab import FAB
 from .inspection import AutoAttackWarning
@@ -82,7 +82,7 @@ class AutoAttack:
         rng: ``"keyed"``, or ``"reference"``: the official package's stream of numbers, for comparisons with it.
         search_dtype: torch.bfloat16 or torch.float16 search under autocast; a success still counts only if the model
             in its own precision confirms it. What survives is then an upper bound of the robust accuracy.
-        compile: search with ``torch.compile(model)``: minutes of compilation at most, then up to twice as fast.
+        compile: search with ``torch.compile(model)``, for a GPU or a wide network; a small one on a CPU gets slower.
         save_every: seconds between two writes of ``state_path``.
 
     Attributes:
@@ -450,8 +450,9 @@ class _Evaluation:
     def _attack(self) -> None:
         state = self.state
         model = torch.compile(self.model, dynamic=True) if self.settings.compile else self.model
-        self.search = Classifier(model, self.settings.search_dtype, on_pass=self._tick)
-        self.verify = Classifier(self.model, on_pass=self._tick)
+        chunk = None if self.settings.compile else cache_chunk(self.model, self.x[:1].to(self.device))
+        self.search = Classifier(model, self.settings.search_dtype, self._tick, chunk)
+        self.verify = Classifier(self.model, None, self._tick, chunk)
         self._account("clean")
         for samples in self._pending(-1).split(self.bs):
             x, y = self._batch(samples)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Loss = Callable[[Tensor], Tensor]
 
@@ -19,6 +20,7 @@ class Classifier:
         dtype: None computes as the model does; bfloat16 or float16 runs it under autocast. Logits come back in float32
             either way (float64 stays).
         on_pass: called with the number of samples after each pass, forward or backward.
+        chunk: samples that go through the model at once where no gradient is wanted; None is all.
     """
 
     def __init__(
@@ -26,10 +28,12 @@ class Classifier:
         model: Callable[[Tensor], Tensor],
         dtype: torch.dtype | None = None,
         on_pass: Callable[[int], None] = lambda samples: None,
+        chunk: int | None = None,
     ) -> None:
         self._model = model
         self._dtype = dtype
         self._on_pass = on_pass
+        self._chunk = chunk
         self.forwards = 0  # passes of one sample
         self.backwards = 0
 
@@ -44,7 +48,9 @@ class Classifier:
     def logits(self, x: Tensor) -> Tensor:
         """[N, L], without a graph."""
         with torch.no_grad():
-            return self._logits(x)
+            if self._chunk is None or len(x) <= self._chunk:
+                return self._logits(x)
+            return torch.cat([self._logits(part) for part in x.split(self._chunk)])
 
     def label(self, x: Tensor) -> Tensor:
         """The predicted class, int64 [N]."""
@@ -82,6 +88,38 @@ class Classifier:
         self._on_pass(classes * len(x))
         columns = [torch.autograd.grad(logits[:, c].sum(), x, retain_graph=c + 1 < classes)[0] for c in range(classes)]
         return logits.detach(), torch.stack(columns, 1)
+
+
+def cache_chunk(model: Any, x: Tensor, cache: int = 3 << 18) -> int | None:
+    """How many samples to pass through a model at once on the CPU, so that its widest layer stays in the cache.
+
+    A forward pass of a small network is up to three times as fast in such chunks.
+
+    Args:
+        model: a module; anything else is not looked into.
+        x: [N, …], N ≥ 1.
+        cache: bytes, three quarters of the second-level cache of common processors.
+
+    Returns:
+        A power of two from 32, or None for whole batches.
+    """
+    if x.device.type != "cpu" or not isinstance(model, nn.Module):
+        return None
+    widest = 1
+
+    def measure(module: nn.Module, inputs: Any, output: Any) -> None:
+        nonlocal widest
+        if isinstance(output, Tensor):
+            widest = max(widest, output.numel() * output.element_size())
+
+    hooks = [module.register_forward_hook(measure) for module in model.modules()]
+    try:
+        with torch.no_grad():
+            model(x[:1])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return max(32, 1 << (max(cache // widest, 1).bit_length() - 1))
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from scorematch import ThreatModel
 from scorematch.attacks import APGD, FAB, Square
-from scorematch.attacks.classifier import Classifier
+from scorematch.attacks.classifier import Classifier, cache_chunk
 from scorematch.attacks.losses import dlr_loss, margin_loss, ranked_targets, targeted_dlr_loss
 from scorematch.attacks.randomness import KeyedNoise, ReferenceNoise
 from scorematch.attacks.square import l2_pattern
@@ -243,6 +243,22 @@ def test_gradients_of_a_randomised_model_are_averaged() -> None:
     assert value.tolist() == [12.0, 12.0], "the loss is that of the last pass"
     assert (classifier.forwards, classifier.backwards) == (8, 8)
     assert not logits.requires_grad
+
+
+def test_forward_passes_in_chunks_are_the_same() -> None:
+    model, x, _ = batch()
+    sizes = []
+    model.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    chunked = Classifier(model, chunk=25)
+    torch.testing.assert_close(chunked.logits(x), model(x), rtol=0, atol=1e-5)
+    assert sizes == [25, 25, 10, 60]
+    assert chunked.forwards == 60
+    # the widest layer is 8 channels of 8×8 in float32, 2 KiB a sample
+    assert cache_chunk(model, x, cache=200 << 10) == 64
+    assert cache_chunk(model, x, cache=1) == 32
+    assert cache_chunk(model.forward, x) is None
+    assert len(model._forward_hooks) == 1
+    assert not any(module._forward_hooks for module in model.children())
 
 
 def test_class_gradients() -> None:
