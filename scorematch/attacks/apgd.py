@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.apgd_step import apgd_step
-from ..ops.random_start import random_start
 from ..threat_model import ThreatModel
 from .classifier import Classifier
 from .losses import UNTARGETED, ranked_targets, targeted_dlr_loss
 from .parts import run_alone
-from .randomness import Noise
+from .randomness import Noise, start_at_distance
 
 MOMENTUM = 0.75  # weight of the new step against the last move
 SETTLE_EVERY = 4  # steps after which samples that fell leave the batch; on CUDA this waits for the device
@@ -110,16 +109,9 @@ class APGD:
             def loss(rows: Tensor) -> Callable[[Tensor], Tensor]:
                 return lambda logits: untargeted(logits, y[rows])
 
-        return self._ascend(classifier, x, y, loss, self._start(x, samples, noise))
-
-    def _start(self, x: Tensor, samples: Tensor, noise: Noise) -> Tensor:
-        """A point at distance eps from x (in linf, in the coordinate that moves farthest), clipped to the box."""
-        model = self.threat_model
-        raw = noise.start(samples, x, model.norm)
-        if model.norm == "linf":
-            largest = raw.flatten(1).abs().amax(1).clamp_min(1e-12)
-            raw = raw / largest.view(-1, *[1] * (x.dim() - 1))
-        return random_start(x, raw.to(x), norm=model.norm, eps=model.eps, lower=model.lower, upper=model.upper)
+        return self._ascend(
+            classifier, x, y, loss, start_at_distance(self.threat_model, self.threat_model.eps, x, samples, noise)
+        )
 
     def _ascend(
         self,

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.fab_step import fab_step
-from ..ops.random_start import random_start
 from ..threat_model import ThreatModel
 from .classifier import Classifier
 from .losses import difference, ranked_targets
 from .parts import run_alone
-from .randomness import Noise
+from .randomness import Noise, start_at_distance
 
 ALPHA_MAX = 0.1  # how far a step is drawn towards the projection of the original point
 OVERSHOOT = 1.05  # of a step beyond the hyperplane
@@ -92,16 +91,10 @@ class FAB:
             Points [N, …], and bool [N], whether the point is misclassified and within eps.
         """
         target = ranked_targets(classifier.logits(x), 2 + part // self.n_restarts) if self.targeted else None
-        start = x if part % self.n_restarts == 0 else self._random_start(x, samples, noise)
+        start = x
+        if part % self.n_restarts:
+            start = start_at_distance(self.threat_model, self.threat_model.eps / 2, x, samples, noise)
         return self._descend(classifier, x, y, target, start)
-
-    def _random_start(self, x: Tensor, samples: Tensor, noise: Noise) -> Tensor:
-        """A point at distance eps / 2 (in linf, in the coordinate that moves farthest)."""
-        model = self.threat_model
-        raw = noise.start(samples, x, model.norm)
-        if model.norm == "linf":
-            raw = raw / raw.flatten(1).abs().amax(1).clamp_min(1e-12).view(-1, *[1] * (x.dim() - 1))
-        return random_start(x, raw.to(x), norm=model.norm, eps=model.eps / 2, lower=model.lower, upper=model.upper)
 
     def _descend(
         self, classifier: Classifier, x0: Tensor, y: Tensor, target: Tensor | None, start: Tensor

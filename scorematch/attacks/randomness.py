@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from ..ops.keyed_uniform import keyed_uniform
+from ..ops.random_start import random_start
+from ..threat_model import ThreatModel
 
 ATTACK_KEYS = {"apgd-ce": 1, "apgd-dlr": 2, "apgd-t": 3, "fab": 4, "fab-t": 5, "square": 6}
 
@@ -38,6 +40,14 @@ class Noise(Protocol):
         self, samples: Tensor, channels: int, room: tuple[int, int], query: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Square's two windows for l2: corners int64 [N, 4], whether to transpose the pattern [N], signs."""
+
+
+def start_at_distance(model: ThreatModel, radius: float, x: Tensor, samples: Tensor, noise: Noise) -> Tensor:
+    """A random point at distance ``radius`` from x [N, …] (in linf, in the coordinate that moves farthest), clipped."""
+    raw = noise.start(samples, x, model.norm)
+    if model.norm == "linf":
+        raw = raw / raw.flatten(1).abs().amax(1).clamp_min(1e-12).view(-1, *[1] * (x.dim() - 1))
+    return random_start(x, raw.to(x), norm=model.norm, eps=radius, lower=model.lower, upper=model.upper)
 
 
 class KeyedNoise:
