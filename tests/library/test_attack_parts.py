@@ -149,6 +149,21 @@ def test_square_never_accepts_a_worse_point() -> None:
     assert (margins[-1] < margins[0]).any()
 
 
+def test_square_asks_no_query_for_a_proposal_that_changes_nothing() -> None:
+    """Windows of one pixel in grey images propose what is there already half of the time."""
+    model, x, y = batch()
+    run = Square(ThreatModel("linf", 0.02), n_queries=600, p_init=0.01)
+    asked = Classifier(model)
+    samples, noise = torch.arange(len(x)), KeyedNoise(0, "square", 0)
+    points, fallen = run.run_part(asked, x, y, samples, 0, noise)
+    assert 0.3 < asked.forwards / (600 * int((~fallen).sum())) < 0.8
+    plain = type("Plain", (Square,), {"_margin": staticmethod(lambda c, p, y, *_: -margin_loss(c.logits(p), y))})
+    every = Classifier(model)
+    expected, _ = plain(ThreatModel("linf", 0.02), n_queries=600, p_init=0.01).run_part(every, x, y, samples, 0, noise)
+    assert torch.equal(points, expected)
+    assert every.forwards > asked.forwards
+
+
 def test_windows_shrink_by_the_schedule() -> None:
     """p = .8, .4, .2, .1, .05, .025, .0125, .00625: sides of the published schedule for 32×32 images."""
     linf, l2 = (Square(ThreatModel(norm, 1.0)) for norm in NORMS)
