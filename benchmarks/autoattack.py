@@ -12,7 +12,6 @@ Printed and, with --out, written as JSON: how many stand after each attack, wher
 """
 
 import json
-import platform
 import sys
 import time
 import warnings
@@ -24,6 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from benchmarks.kernels import device_name
 from scorematch import AutoAttack
 from scorematch.attacks.autoattack import VERSIONS
 from training import command_line, data
@@ -141,7 +141,8 @@ def main(arguments: list[str]) -> None:
             json.dumps(
                 {
                     "command": f"python -m benchmarks.autoattack {' '.join(arguments)}",
-                    "processor": platform.processor() if device.type == "cpu" else torch.cuda.get_device_name(device),
+                    "device": device_name(settings.device),
+                    "threads": settings.threads,
                     "torch": torch.__version__,
                     "samples": count,
                     "clean": clean,

@@ -457,6 +457,14 @@ def measure(case: Case, rounds: int, with_compile: bool, device: str) -> dict[st
     return result
 
 
+def device_name(device: str) -> str:
+    """What the figures were measured on."""
+    if device != "cpu":
+        return torch.cuda.get_device_name(device)
+    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return models[0].split(":")[1].strip() if models else platform.processor()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -495,14 +503,9 @@ def main() -> None:
             flush=True,
         )
 
-    if options.device == "cuda":
-        device_name = torch.cuda.get_device_name()
-    else:
-        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        device_name = models[0].split(":")[1].strip() if models else platform.processor()
     record = {
         "command": "python -m benchmarks.kernels " + " ".join(sys.argv[1:]),
-        "device": device_name,
+        "device": device_name(options.device),
         "threads": options.threads,
         "rounds": options.rounds,
         "torch": torch.__version__,
