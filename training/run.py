@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> None:
         torch.backends.cudnn.benchmark = False
     device = config.resolve_device(settings.device)
     loaded = data.load(settings.data_settings).to(device)
-    if settings.autoattack_samples > len(loaded.x_test):
+    if settings.autoattack != "none" and settings.autoattack_samples > len(loaded.x_test):
         raise InputError(
             f"autoattack_samples: {settings.autoattack_samples} is out of range, allowed: 0 (all) or up to "
             f"{len(loaded.x_test)} test samples"
