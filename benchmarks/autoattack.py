@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.kernels import device_name
 from scorematch import AutoAttack
 from scorematch.attacks.autoattack import VERSIONS
-from training import command_line, data
+from training import command_line, data, measures
 from training.data import DataName, DataSettings
 from training.errors import run_program
 from training.models import loading
@@ -63,13 +63,6 @@ def official_class() -> type | None:
     except ImportError:
         return None
     return Official
-
-
-def correct(model: nn.Module, x: Tensor, y: Tensor, batch: int) -> Tensor:
-    """Whether each sample is classified as its label, bool [N]."""
-    with torch.no_grad():
-        parts = [model(xs).argmax(1) == ys for xs, ys in zip(x.split(batch), y.split(batch), strict=True)]
-    return torch.cat(parts)
 
 
 def main(arguments: list[str]) -> None:
@@ -111,7 +104,7 @@ def main(arguments: list[str]) -> None:
         print(f"without the official package, which is not installed: {INSTALL}")
     baseline = "official" if official is not None else "reference stream"
 
-    alive = correct(model, x, y, settings.batch).nonzero().squeeze(1)
+    alive = measures.correct(model, x, y, settings.batch).nonzero().squeeze(1)
     clean, lines = len(alive), []
     print(f"{settings.model_from}, {settings.norm} {settings.eps:g}: {clean} of {count} correct", flush=True)
     for name in settings.attacks:
@@ -125,7 +118,7 @@ def main(arguments: list[str]) -> None:
             begin = time.perf_counter()
             x_adv = run(xs, ys)
             seconds = time.perf_counter() - begin
-            verdicts[label] = correct(model, x_adv, ys, settings.batch)
+            verdicts[label] = measures.correct(model, x_adv, ys, settings.batch)
             line[label] = {"stand": int(verdicts[label].sum()), "seconds": round(seconds, 2)}
         for label, verdict in verdicts.items():
             line[label]["differ"] = alive[verdict != verdicts[baseline]].tolist()

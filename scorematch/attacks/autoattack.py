@@ -23,7 +23,7 @@ from . import inspection
 from .apgd import APGD
 from .classifier import Classifier, cache_chunk, full_precision
 from .evaluation_state import Cost, EvaluationState, digest
-from .fab import FAB
+from .fab import FAB, distance
 from .inspection import AutoAttackWarning
 from .parts import Attack
 from .pgd import check_batch
@@ -647,12 +647,10 @@ class _Evaluation:
 
     def say_result(self) -> None:
         report = self.settings.report
-        offset = (self.state.adversarial - self.x).flatten(1)
-        linf = self.settings.threat_model.norm == "linf"
-        distance = offset.abs().amax(1) if linf else offset.norm(dim=1)
+        largest = distance(self.state.adversarial, self.x, self.settings.threat_model.norm).max()
         low, high = report["robust_interval"]
         self.say(
             f"robust accuracy: {100 * report['robust_accuracy']:.2f} % "
             f"(95 % interval {100 * low:.1f} to {100 * high:.1f}); "
-            f"largest {self.settings.norm} perturbation {float(distance.max()):.5f}; {report['seconds']:.1f} s"
+            f"largest {self.settings.norm} perturbation {float(largest):.5f}; {report['seconds']:.1f} s"
         )

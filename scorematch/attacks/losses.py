@@ -73,7 +73,6 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 UNTARGETED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "ce": cross_entropy,
     "dlr": dlr_loss,
-    "margin": margin_loss,
 }
 
 
