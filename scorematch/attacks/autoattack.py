@@ -50,17 +50,17 @@ class Stage:
 
 
 class AutoAttack:
-    """A drop-in for the official package's class: same signature, same attacks, same verdicts.
+    """A drop-in for the official package's class: same signature, same attacks.
 
     Samples that the model gets wrong at once are not robust. Each attack runs on the samples that still stand, always
     from the original x. A sample falls only if the model, in its own precision and without TF32, misclassifies the
     point that was found. The model is used in eval mode and left as found: mode, gradients, buffers.
 
-    Three things are unlike the official package. Random numbers belong to a sample (``rng="keyed"``), so that verdicts
-    depend neither on ``bs`` nor on the number of devices nor on which other samples survive. A sample that has fallen
-    is not attacked further, so the point returned is misclassified but not the one of highest loss. And the file at
-    ``state_path`` resumes an interrupted evaluation where it was, with the same verdicts, in the middle of an attack
-    too.
+    Three things are unlike the official package. Random numbers belong to a sample (``rng="keyed"``), so that verdicts,
+    but for rounding, depend neither on ``bs`` nor on the number of devices nor on which other samples survive. A sample
+    that has fallen is not attacked further, so the point returned is misclassified but not the one of highest loss.
+    And the file at ``state_path`` resumes an interrupted evaluation where it was, with the same verdicts, in the middle
+    of an attack too.
 
     Under ``torchrun`` (an initialised ``torch.distributed``) every rank attacks its share of the samples and all return
     the same whole result.
