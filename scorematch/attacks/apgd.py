@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from ..ops.apgd_step import apgd_step
 from ..threat_model import ThreatModel
-from .classifier import Classifier
+from .classifier import Classifier, Loss
 from .losses import UNTARGETED, ranked_targets, targeted_dlr_loss
 from .parts import run_alone
 from .randomness import Noise, start_at_distance
@@ -97,34 +96,24 @@ class APGD:
         Returns:
             Points [N, …], and bool [N], whether the point is misclassified.
         """
-        loss: Callable[[Tensor], Callable[[Tensor], Tensor]]
+        start = start_at_distance(self.threat_model, self.threat_model.eps, x, samples, noise)
         if self.loss == "dlr-targeted":
             targets = ranked_targets(classifier.logits(x), 2 + part // self.n_restarts)
-
-            def loss(rows: Tensor) -> Callable[[Tensor], Tensor]:
-                return lambda logits: targeted_dlr_loss(logits, y[rows], targets[rows])
-        else:
-            untargeted = UNTARGETED[self.loss]
-
-            def loss(rows: Tensor) -> Callable[[Tensor], Tensor]:
-                return lambda logits: untargeted(logits, y[rows])
-
-        return self._ascend(
-            classifier, x, y, loss, start_at_distance(self.threat_model, self.threat_model.eps, x, samples, noise)
-        )
+            return self._ascend(classifier, x, targeted_dlr_loss, (y, targets), start)
+        return self._ascend(classifier, x, UNTARGETED[self.loss], (y,), start)
 
     def _ascend(
         self,
         classifier: Classifier,
         x0: Tensor,
-        y: Tensor,
-        loss: Callable[[Tensor], Callable[[Tensor], Tensor]],
+        loss: Loss,
+        goals: tuple[Tensor, ...],
         start: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Algorithm 1 of the paper from ``start``; ``loss`` maps the indices of samples to their loss."""
+        """Algorithm 1 of the paper from ``start``; ``goals`` are the labels and, for a targeted loss, the targets."""
         found, fooled = start.clone(), torch.zeros(len(x0), dtype=torch.bool, device=x0.device)
-        logits, value, grad = classifier.gradient(start, loss(torch.arange(len(x0), device=x0.device)), self.eot_iter)
-        state = _State.begin(start, value, grad, logits.argmax(1) != y, 2 * self.threat_model.eps)
+        logits, value, grad = classifier.gradient(start, loss, *goals, passes=self.eot_iter)
+        state = _State.begin(start, value, grad, logits.argmax(1) != goals[0], 2 * self.threat_model.eps)
         interval, since = max(int(0.22 * self.n_iter), 1), 0
         shorter, shortest = max(int(0.03 * self.n_iter), 1), max(int(0.06 * self.n_iter), 1)
 
@@ -132,7 +121,7 @@ class APGD:
             if iteration % SETTLE_EVERY == 0:
                 if state.settle(found, fooled):
                     return found, fooled
-                centre, labels, loss_of_rows = x0[state.rows], y[state.rows], loss(state.rows)
+                centre, here = x0[state.rows], [goal[state.rows] for goal in goals]
             apgd_step(
                 state.x,
                 state.x_prev,
@@ -149,8 +138,8 @@ class APGD:
                 lower=self.threat_model.lower,
                 upper=self.threat_model.upper,
             )
-            logits, value, state.grad = classifier.gradient(state.x, loss_of_rows, self.eot_iter)
-            state.judge(logits.argmax(1) != labels, value)
+            logits, value, state.grad = classifier.gradient(state.x, loss, *here, passes=self.eot_iter)
+            state.judge(logits.argmax(1) != here[0], value)
             since += 1
             if since == interval:
                 state.adapt(self.rho * interval)

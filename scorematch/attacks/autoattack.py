@@ -21,7 +21,7 @@ from ..model_state import borrowed
 from ..threat_model import ThreatModel
 from . import inspection
 from .apgd import APGD
-from .classifier import Classifier, cache_chunk, full_precision
+from .classifier import Classifier, cache_chunk, channels_last_works, full_precision
 from .evaluation_state import Cost, EvaluationState, digest
 from .fab import FAB, distance
 from .inspection import AutoAttackWarning
@@ -450,8 +450,10 @@ class _Evaluation:
     def _attack(self) -> None:
         state = self.state
         model = torch.compile(self.model, dynamic=True) if self.settings.compile else self.model
-        chunk = None if self.settings.compile else cache_chunk(self.model, self.x[:1].to(self.device))
-        self.search = Classifier(model, self.settings.search_dtype, self._tick, chunk)
+        few = self.x[:2].to(self.device)
+        chunk = None if self.settings.compile else cache_chunk(self.model, few)
+        channels_last = channels_last_works(self.model, few)
+        self.search = Classifier(model, self.settings.search_dtype, self._tick, chunk, channels_last)
         self.verify = Classifier(self.model, None, self._tick, chunk)
         self._account("clean")
         for samples in self._pending(-1).split(self.bs):

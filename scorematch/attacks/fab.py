@@ -139,7 +139,7 @@ class FAB:
         if target is not None:
 
             def targeted(classifier: Classifier, x: Tensor) -> tuple[Tensor, Tensor]:
-                _, value, gradient = classifier.gradient(x, lambda logits: difference(logits, y, target))
+                _, value, gradient = classifier.gradient(x, difference, y, target)
                 return value, gradient
 
             return targeted

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from scorematch import ThreatModel
 from scorematch.attacks import APGD, FAB, Square
-from scorematch.attacks.classifier import Classifier, cache_chunk
+from scorematch.attacks.classifier import Classifier, cache_chunk, channels_last_works
 from scorematch.attacks.losses import dlr_loss, margin_loss, ranked_targets, targeted_dlr_loss
 from scorematch.attacks.randomness import KeyedNoise, ReferenceNoise
 from scorematch.attacks.square import l2_pattern
@@ -260,20 +260,62 @@ def test_gradients_of_a_randomised_model_are_averaged() -> None:
     assert not logits.requires_grad
 
 
-def test_forward_passes_in_chunks_are_the_same() -> None:
-    model, x, _ = batch()
+def test_passes_in_chunks_are_the_same() -> None:
+    model, x, y = batch()
     sizes = []
-    model.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    hook = model.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
     chunked = Classifier(model, chunk=25)
     torch.testing.assert_close(chunked.logits(x), model(x), rtol=0, atol=1e-5)
     assert sizes == [25, 25, 10, 60]
     assert chunked.forwards == 60
+    hook.remove()
+    for one, whole in zip(
+        chunked.gradient(x, margin_loss, y), Classifier(model).gradient(x, margin_loss, y), strict=True
+    ):
+        torch.testing.assert_close(one, whole, rtol=0, atol=1e-5)
+    assert (chunked.forwards, chunked.backwards) == (120, 60)
+
+
+def test_the_size_of_chunks() -> None:
+    model, x, _ = batch()
     # the widest layer is 8 channels of 8×8 in float32, 2 KiB a sample
     assert cache_chunk(model, x, cache=200 << 10) == 64
     assert cache_chunk(model, x, cache=1) == 32
     assert cache_chunk(model.forward, x) is None
-    assert len(model._forward_hooks) == 1
-    assert not any(module._forward_hooks for module in model.children())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_channels_last(channels: int) -> None:
+    torch.manual_seed(0)
+    formats = []
+    model = nn.Sequential(nn.Conv2d(channels, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    x, y = torch.rand(9, channels, 8, 8), torch.zeros(9, dtype=torch.int64)
+    assert channels_last_works(model, x)
+    model[0].register_forward_hook(lambda module, inputs, output: formats.append(output.stride(1)))
+    arranged = Classifier(model, chunk=4, channels_last=True)
+    results = arranged.gradient(x, margin_loss, y)
+    assert formats == [1] * 3, "channels are innermost within the model"
+    for given, expected in zip(results, Classifier(model).gradient(x, margin_loss, y), strict=True):
+        torch.testing.assert_close(given, expected, rtol=0, atol=1e-6)
+    assert results[2].is_contiguous()
+    assert arranged.logits(x).shape == (9, 4)
+
+
+def test_models_that_cannot_take_channels_last() -> None:
+    class Flattens(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.view(len(x), -1)
+
+    class Reads(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.as_strided((len(x), 5), (x.stride(0), 1))
+
+    x = torch.rand(3, 3, 4, 4)
+    assert not channels_last_works(Flattens(), x)
+    assert not channels_last_works(Reads(), x)
+    assert not channels_last_works(lambda x: x.flatten(1), x)
+    assert not channels_last_works(nn.Flatten(), torch.rand(3, 5))
 
 
 def test_class_gradients() -> None:

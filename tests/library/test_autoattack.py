@@ -139,7 +139,7 @@ def test_killed_20_times_gives_the_same_verdicts(norm: str, rng: str, tmp_path: 
     state_path, draw = tmp_path / "state.pt", random.Random(0)
     kills, resumed_square = 0, 0
     while True:
-        killer = Killer(model, draw.randint(20, undisturbed.calls // 8) if kills < 20 else 0)
+        killer = Killer(model, draw.randint(20, undisturbed.calls // 4) if kills < 20 else 0)
         adversary = attack(killer, norm, rng=rng, save_every=0)
         if state_path.exists():
             resumed_square += torch.load(state_path, weights_only=True)["search"] is not None
