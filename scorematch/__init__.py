@@ -3,15 +3,19 @@
 from . import _extension as _extension
 from . import attacks, divergences, matching, networks, objectives, posteriors, sampling
 from .attacks import PGD, AutoAttack
+from .free import FreeAttack
 from .ops import divergence, logit_divergence, pgd_step, project, random_start, score_line_integral, score_step
 from .threat_model import ThreatModel
+from .weight_perturbation import WeightPerturbation
 
 __version__ = "0.1.0"
 
 __all__ = [
     "PGD",
     "AutoAttack",
+    "FreeAttack",
     "ThreatModel",
+    "WeightPerturbation",
     "__version__",
     "attacks",
     "divergence",

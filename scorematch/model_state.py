@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 ATTACK_MODES = ("eval", "train", "frozen")
+
+
+@contextmanager
+def frozen_statistics(model: nn.Module) -> Iterator[None]:
+    """Keep the running statistics of batch norm as they are: in training mode it uses those of the batch alone."""
+    tracking = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    try:
+        # Without tracking, batch norm in training mode neither reads nor writes its running statistics.
+        for module in tracking:
+            module.track_running_stats = False
+        yield
+    finally:
+        for module in tracking:
+            module.track_running_stats = True
 
 
 @contextmanager
@@ -29,21 +43,13 @@ def borrowed(model: nn.Module, mode: str = "eval") -> Iterator[None]:
         raise ValueError(f"attack_mode must be one of {', '.join(ATTACK_MODES)}, got {mode!r}")
     training = [(module, module.training) for module in model.modules()]
     trainable = [p for p in model.parameters() if p.requires_grad]
-    tracking: list[_BatchNorm] = []
     try:
         for parameter in trainable:
             parameter.requires_grad_(False)
         model.train(mode != "eval")
-        if mode == "frozen":
-            # Without tracking, batch norm in training mode neither reads nor writes its running statistics.
-            for module in model.modules():
-                if isinstance(module, _BatchNorm) and module.track_running_stats:
-                    tracking.append(module)
-                    module.track_running_stats = False
-        yield
+        with frozen_statistics(model) if mode == "frozen" else nullcontext():
+            yield
     finally:
-        for module in tracking:
-            module.track_running_stats = True
         for module, was_training in training:
             module.training = was_training
         for parameter in trainable:

@@ -21,14 +21,17 @@ import torch
 from torch import Tensor, nn
 
 from .attacks.pgd import ascend, input_gradient
+from .attacks.single_step import SINGLE_STEP, single_step, single_step_start
 from .divergences import check_kind, clip_bound
 from .model_state import borrowed
 from .ops.divergence import divergence as divergence_of
 from .ops.logit_divergence import logit_divergence
 from .posteriors import Posterior, Trace
 from .threat_model import ThreatModel
+from .weight_perturbation import WeightPerturbation
 
 CLIP_FORMS = ("total", "robust", "threshold")
+ATTACKS = ("pgd", *SINGLE_STEP)
 STARTS = ("uniform", "gaussian")
 GAUSSIAN_START = 1e-3  # standard deviation, in input units, of the start of TRADES as published
 
@@ -89,8 +92,10 @@ def pgd_at(
     divergence: str = "kl",
     clip: float = 0.0,
     clip_form: str = "total",
+    attack: str = "pgd",
     attack_mode: str = "train",
-    start: str = "uniform",
+    start: str | Tensor = "uniform",
+    weights: WeightPerturbation | None = None,
     generator: torch.Generator | None = None,
 ) -> Outcome:
     """PGD adversarial training, Eq. (3) for KL and Eq. (5) for any other D.
@@ -100,13 +105,16 @@ def pgd_at(
         x: [N, …] inputs inside the box of the threat model.
         y: int64 [N] labels, or probabilities [N, L].
         threat_model: B(x) and the step size of the attack.
-        steps: steps of the attack.
+        steps: steps of the attack (pgd).
         divergence: name of D, in the attack and in the loss.
         clip: threshold c; 0 clips nothing.
         clip_form: ``"total"`` or ``"robust"`` (the same here): relu(D − bound), the bound that of
             :func:`scorematch.divergences.clip_bound`; ``"threshold"``: relu(D − c).
+        attack: ``"pgd"``, or one step from a start of its own, ``"fgsm_rs"`` or ``"n_fgsm"``: see
+            :func:`scorematch.attacks.single_step.single_step`.
         attack_mode: batch norm during the attack, see :func:`scorematch.model_state.borrowed`.
-        start: ``"uniform"`` in B(x), or ``"gaussian"``, x + 0.001 ω projected to B(x).
+        start: ``"uniform"`` or ``"gaussian"`` (pgd), see :func:`first_iterate`, or the first iterate itself, [N, …].
+        weights: adversarial weight perturbation, entered; the loss is taken at the weights it perturbs.
         generator: randomness of the start, on the device of x.
 
     Raises:
@@ -114,13 +122,17 @@ def pgd_at(
     """
     check_kind(divergence)
     with borrowed(model, attack_mode):
-        gradient = input_gradient(lambda x_adv: divergence_of(model(x_adv), y, kind=divergence))
-        x_adv = ascend(
-            x, gradient, threat_model, steps=steps, start=_start(x, threat_model, start, generator), generator=generator
-        )
-    logits = model(x_adv)
-    bounds = _clipping(clip, clip_form, divergence, logits.shape[1])
-    return Outcome(divergence_of(logits, y, kind=divergence, clip=bounds.of_total + bounds.of_robust), x_adv, {})
+        gradient = _Watched(input_gradient(lambda x_adv: divergence_of(model(x_adv), y, kind=divergence)))
+        first = _start(x, threat_model, start, generator, attack)
+        x_adv = _attacked(x, gradient, threat_model, attack, steps, first)
+
+    def outcome() -> Outcome:
+        logits = model(x_adv)
+        bounds = _clipping(clip, clip_form, divergence, logits.shape[1])
+        clip_at = bounds.of_total + bounds.of_robust
+        return Outcome(divergence_of(logits, y, kind=divergence, clip=clip_at), x_adv, gradient.metrics())
+
+    return _perturbing(weights, outcome)
 
 
 def trades(
@@ -134,8 +146,10 @@ def trades(
     divergence: str = "kl",
     clip: float = 0.0,
     clip_form: str = "total",
+    attack: str = "pgd",
     attack_mode: str = "eval",
-    start: str = "gaussian",
+    start: str | Tensor = "gaussian",
+    weights: WeightPerturbation | None = None,
     generator: torch.Generator | None = None,
 ) -> Outcome:
     """TRADES, Eq. (21): D(y ‖ q(x)) + β max_{x'} D(q(x) ‖ q(x')), with the gradient through both arguments of D.
@@ -156,18 +170,22 @@ def trades(
     with borrowed(model, attack_mode):
         with torch.no_grad():
             clean = model(x)
-        gradient = input_gradient(lambda x_adv: logit_divergence(model(x_adv), clean, kind=divergence))
-        x_adv = ascend(
-            x, gradient, threat_model, steps=steps, start=_start(x, threat_model, start, generator), generator=generator
-        )
-    logits = model(x)
-    bounds = _clipping(clip, clip_form, divergence, logits.shape[1])
-    natural = divergence_of(logits, y, kind=divergence)
-    robust = logit_divergence(model(x_adv), logits, kind=divergence, clip=bounds.of_robust)
-    loss = natural + beta * robust
-    if bounds.of_total:
-        loss = torch.relu(loss - bounds.of_total)
-    return Outcome(loss, x_adv, {"natural": natural.detach().mean(), "robust": robust.detach().mean()})
+        gradient = _Watched(input_gradient(lambda x_adv: logit_divergence(model(x_adv), clean, kind=divergence)))
+        first = _start(x, threat_model, start, generator, attack)
+        x_adv = _attacked(x, gradient, threat_model, attack, steps, first)
+
+    def outcome() -> Outcome:
+        logits = model(x)
+        bounds = _clipping(clip, clip_form, divergence, logits.shape[1])
+        natural = divergence_of(logits, y, kind=divergence)
+        robust = logit_divergence(model(x_adv), logits, kind=divergence, clip=bounds.of_robust)
+        loss = natural + beta * robust
+        if bounds.of_total:
+            loss = torch.relu(loss - bounds.of_total)
+        metrics = {"natural": natural.detach().mean(), "robust": robust.detach().mean(), **gradient.metrics()}
+        return Outcome(loss, x_adv, metrics)
+
+    return _perturbing(weights, outcome)
 
 
 def score_direct(
@@ -181,8 +199,10 @@ def score_direct(
     divergence: str = "kl",
     clip: float = 0.0,
     clip_form: str = "total",
+    attack: str = "pgd",
     attack_mode: str = "train",
-    start: str = "uniform",
+    start: str | Tensor = "uniform",
+    weights: WeightPerturbation | None = None,
     generator: torch.Generator | None = None,
 ) -> Outcome:
     """Direct minimisation of SCORE, Eq. (4) for KL and Eq. (6) for any other D: max_{x'} D(p(·|x') ‖ q(x')).
@@ -209,19 +229,32 @@ def score_direct(
     trace = posterior.trace(x, y)
     ascent = _DirectAscent(model, trace, divergence, literal=posterior.centering == "network")
     with borrowed(model, attack_mode):
-        x_adv = ascend(
-            x,
-            ascent.gradient,
-            threat_model,
-            steps=steps,
-            start=_start(x, threat_model, start, generator),
-            generator=generator,
-        )
+        first = _start(x, threat_model, start, generator, attack)
+        x_adv = _attacked(x, ascent.gradient, threat_model, attack, steps, first)
         trace.move(x_adv)
-    logits = model(x_adv)
-    bounds = _clipping(clip, clip_form, divergence, logits.shape[1])
-    clip_at = bounds.of_total + bounds.of_robust
-    return Outcome(logit_divergence(logits, trace.log_p, kind=divergence, clip=clip_at), x_adv, ascent.metrics())
+
+    def outcome() -> Outcome:
+        logits = model(x_adv)
+        bounds = _clipping(clip, clip_form, divergence, logits.shape[1])
+        clip_at = bounds.of_total + bounds.of_robust
+        return Outcome(logit_divergence(logits, trace.log_p, kind=divergence, clip=clip_at), x_adv, ascent.metrics())
+
+    return _perturbing(weights, outcome)
+
+
+class _Watched:
+    """A gradient whose last value is looked at once the attack is through."""
+
+    def __init__(self, gradient: Callable[[Tensor], Tensor]) -> None:
+        self.gradient = gradient
+        self.last: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.last = self.gradient(x)
+        return self.last
+
+    def metrics(self) -> dict[str, Tensor]:
+        return {} if self.last is None else {"zero_gradient_share": (self.last == 0).float().mean()}
 
 
 class _DirectAscent:
@@ -236,6 +269,7 @@ class _DirectAscent:
         self.model_norm: Tensor | float = 0.0
         self.sign_changes: Tensor | float = 0.0
         self.features = 0
+        self.last: Tensor | None = None
 
     def gradient(self, x: Tensor) -> Tensor:
         self.trace.move(x)
@@ -253,13 +287,15 @@ class _DirectAscent:
         self.model_norm = self.model_norm + model_gradient.flatten(1).norm(dim=1).sum()
         self.sign_changes = self.sign_changes + (total.sign() != model_gradient.sign()).sum()
         self.features += total.numel()
+        self.last = total
 
     def metrics(self) -> dict[str, Tensor]:
-        if not self.features:
+        if self.last is None:
             return {}
         return {
             "data_gradient_ratio": torch.as_tensor(self.data_norm / self.model_norm),
             "sign_change_share": torch.as_tensor(self.sign_changes / self.features),
+            "zero_gradient_share": (self.last == 0).float().mean(),
         }
 
 
@@ -290,14 +326,71 @@ def direct_weights(logits: Tensor, log_p: Tensor, kind: str, *, literal: bool = 
     return p.detach() * grad_p, grad_z
 
 
-def _start(x: Tensor, threat_model: ThreatModel, start: str, generator: torch.Generator | None) -> Tensor:
+def _attacked(
+    x: Tensor, gradient: Callable[[Tensor], Tensor], threat_model: ThreatModel, attack: str, steps: int, first: Tensor
+) -> Tensor:
+    if attack == "pgd":
+        return ascend(x, gradient, threat_model, steps=steps, start=first)
+    return single_step(x, gradient, threat_model, attack=attack, start=first)
+
+
+def _perturbing(weights: WeightPerturbation | None, outcome: Callable[[], Outcome]) -> Outcome:
+    """The outcome, at perturbed weights where asked for."""
+
+    def loss() -> Tensor:
+        return outcome().loss.sum()
+
+    if weights is not None:
+        weights.perturb(loss)
+    return outcome()
+
+
+def first_iterate(
+    x: Tensor,
+    threat_model: ThreatModel,
+    start: str = "uniform",
+    generator: torch.Generator | None = None,
+    attack: str = "pgd",
+) -> Tensor:
+    """Where an attack during training starts.
+
+    Args:
+        x: [N, …] clean inputs.
+        threat_model: B(x).
+        start: of PGD: ``"uniform"`` in B(x), or ``"gaussian"``, x + 0.001 ω projected to B(x).
+        generator: randomness, on the device of x.
+        attack: ``"pgd"``; ``"fgsm_rs"`` and ``"n_fgsm"`` have a start of their own and ignore ``start``.
+
+    Returns:
+        [N, …] inside B(x), but for ``"n_fgsm"``: within 2 eps.
+
+    Raises:
+        ValueError: ``start`` or ``attack`` is none of these.
+    """
+    if attack not in ATTACKS:
+        raise ValueError(f"attack must be one of {', '.join(ATTACKS)}, got {attack!r}")
+    if attack in SINGLE_STEP:
+        return single_step_start(x, threat_model, attack, generator)
     if start not in STARTS:
-        raise ValueError(f"start must be one of {', '.join(STARTS)}, got {start!r}")
+        raise ValueError(f"start must be one of {', '.join(STARTS)}, or a tensor like x, got {start!r}")
     with torch.no_grad():
         if start == "uniform":
             return threat_model.random_start(x, generator)
         noise = torch.empty_like(x).normal_(generator=generator)
         return threat_model.project(x + GAUSSIAN_START * noise, x)
+
+
+def _start(
+    x: Tensor, threat_model: ThreatModel, start: str | Tensor, generator: torch.Generator | None, attack: str
+) -> Tensor:
+    if not isinstance(start, Tensor):
+        return first_iterate(x, threat_model, start, generator, attack)
+    if start.shape != x.shape or start.dtype != x.dtype or start.device != x.device:
+        raise ValueError(
+            f"start must be {x.dtype} {list(x.shape)} on {x.device} as x is, got {start.dtype} {list(start.shape)} "
+            f"on {start.device}"
+        )
+    return start.detach()
 
 
 OBJECTIVES: dict[str, Callable[..., Outcome]] = {

@@ -79,7 +79,8 @@ def heun(
     step goes from the smallest level to zero.
     """
     device, dtype = denoiser.center.device, denoiser.center.dtype
-    x = denoiser.center + sigmas[0] * torch.randn(shape, generator=generator, device=device, dtype=dtype)
+    spread = math.hypot(sigmas[0], denoiser.sigma_data)  # of p_σ itself, as the largest level need not dwarf the data
+    x = denoiser.center + spread * torch.randn(shape, generator=generator, device=device, dtype=dtype)
     for sigma, following in zip(sigmas, [*sigmas[1:], 0.0], strict=True):
         slope = (x - denoiser(x, sigma, class_labels)) / sigma
         ahead = x + (following - sigma) * slope

@@ -4,30 +4,47 @@ import io
 import json
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import nn
 
-from training.errors import InputError
+from training.errors import InputError, StopError
 
 FORMAT = "scorematch-run-1"
 
 
-def write_atomically(path: Path, content: bytes | str) -> None:
-    """Replace ``path`` by ``content``: a reader sees the old file or the new one, never a part."""
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """An open file that takes the place of ``path`` when the block ends: a reader sees the old file or the new one."""
     temporary = path.with_name(f".{path.name}.part")
-    with open(temporary, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        kept = "; the file that was there is untouched" if path.exists() else ""
+        raise StopError(f"{path} cannot be written ({error.strerror}){kept}") from None
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Replace ``path`` by ``content``: a reader sees the old file or the new one, never a part."""
+    with replacing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -67,6 +84,17 @@ def load_weights(network: nn.Module, state: dict[str, Any], path: Path) -> None:
         raise InputError(
             f"{path}: its weights do not fit the model {state['settings'].get('model')} ({reason})"
         ) from None
+
+
+def keep_copy(path: Path, epoch: int, count: int) -> None:
+    """Keep ``path`` as epoch-NNNN.pt beside it, and the ``count`` latest of these."""
+    if count == 0:
+        return
+    copy = path.with_name(f"epoch-{epoch:04d}.pt")
+    copy.unlink(missing_ok=True)
+    os.link(path, copy)  # the same bytes: the next checkpoint replaces the name, not the file
+    for old in sorted(path.parent.glob("epoch-*.pt"))[:-count]:
+        old.unlink()
 
 
 class MetricsLog:

@@ -22,6 +22,7 @@ from scorematch.divergences import KINDS
 from training import command_line
 from training.data import DataName, DataSettings, ToyLabels
 from training.errors import InputError, unknown_name
+from training.forward import Precision
 from training.posteriors import PosteriorSettings
 
 if sys.version_info >= (3, 11):
@@ -30,6 +31,7 @@ else:
     import tomli as tomllib
 
 Objective = Literal["standard", "pgd_at", "trades", "score_direct"]
+Attack = Literal["pgd", "fgsm_rs", "n_fgsm"]
 Posterior = Literal["score_network", "kernel_density", "noise_conditional_classifier", "oracle"]
 ClipForm = Literal["total", "robust", "threshold"]
 AutoAttackVersion = Literal["none", "fast", "standard"]
@@ -52,20 +54,27 @@ class RunSettings:
     download: bool = False  # let torchvision download CIFAR into that folder where it is missing
     shift: int = 0  # augmentation: random shift of the training images by up to this many pixels; 0 turns it off
     flip: bool = False  # augmentation: mirror half of the training images, left to right
+    generated: tuple[Path, ...] = ()  # files of generated images mixed into each batch (.npz, see docs/data.md)
+    original_share: float = 0.3  # share of original images in a batch, where generated ones are given
     model: str = "digits_cnn"  # classifier: a name of training.models, or module:function of your own
 
     # Threat model and the attack during training
     norm: Literal["linf", "l2"] = "linf"  # norm of the perturbation, over all features of a sample
     eps: float = 0.15  # radius of the perturbation, in input units
     step_size: float | None = None  # length of one step of any attack, in input units; None is eps / 4
-    steps: int = 10  # steps of the attack during training
-    start: Literal["uniform", "gaussian"] | None = None  # where that attack starts; None is the objective's own
+    attack: Attack = "pgd"  # attack during training; fgsm_rs and n_fgsm are one step of a length of their own
+    free_replays: int = 0  # pgd_at: free adversarial training, passes over each batch; 0 searches x' by the attack
+    steps: int = 10  # steps of PGD during training
+    attack_start: Literal["uniform", "gaussian"] | None = None  # where that attack starts; None is the objective's own
     attack_mode: Literal["eval", "train", "frozen"] | None = None  # batch norm in that attack; None as for start
 
     # Objective
     beta: float = 4.0  # TRADES: weight of the robust term
     clip: float = 0.0  # clipping threshold c; 0 turns clipping off
     clip_form: ClipForm = "total"  # what is clipped: relu(total - bound(c)), relu(robust term - bound(c) or - c)
+    label_smoothing: float = 0.0  # probability that a target gives to the other classes together
+    awp: float = 0.0  # adversarial weight perturbation: its length relative to the norm of the weights; 0 turns it off
+    awp_warmup: int = 0  # epochs before the first with adversarial weight perturbation
     posterior: Posterior = "score_network"  # score_direct: the estimate of p_d(y|x'); oracle exists on the toy only
     posterior_from: Path | None = None  # posterior.pt of an earlier run, used instead of training one
     posterior_settings: PosteriorSettings = field(default_factory=PosteriorSettings)
@@ -73,15 +82,32 @@ class RunSettings:
     # Optimisation
     epochs: int = 40  # passes over the training data
     batch_size: int = 64  # samples a step
-    optimizer: Literal["sgd", "adam"] = "adam"  # sgd has Nesterov momentum
+    optimizer: Literal["sgd", "adam"] = "adam"  # both from torch
+    fused: bool = False  # torch's fused kernel of the optimiser
     lr: float = 2e-3  # highest learning rate of the schedule
     momentum: float = 0.9  # of sgd; ignored by adam
-    weight_decay: float = 0.0  # L2 penalty of all parameters
+    nesterov: bool = True  # Nesterov's form of that momentum
+    weight_decay: float = 0.0  # L2 penalty of the parameters
+    weight_decay_norms: bool = True  # those of normalisation layers too
     schedule: Literal["onecycle", "cosine", "multistep", "constant"] = "onecycle"  # learning rate over the steps
+    schedule_by: Literal["step", "epoch"] = "step"  # epoch: the rate stays the same throughout an epoch
     warmup: float = 0.25  # onecycle: share of the steps during which the rate rises
+    cycle_momentum: bool = False  # onecycle: momentum (adam: beta1) falls from .95 to .85 and rises again
     milestones: tuple[int, ...] = ()  # multistep: epochs after which the rate is multiplied by lr_decay
     lr_decay: float = 0.1  # multistep: factor at each milestone
     averaging: float = 0.0  # decay a step of the exponential average of the weights that is evaluated; 0 turns it off
+    averaging_warmup: float = 0.0  # share of the steps during which the average only follows the weights
+    averaging_ramp: bool = False  # after these its decay is at most (1 + d) / (10 + d), d steps later
+    averaging_buffers: Literal["average", "copy"] = "average"  # statistics of batch norm: averaged, or the model's own
+    batchnorm_momentum: float | None = None  # weight of a new batch in running statistics; None is the model's own
+    batchnorm_first: bool = False  # in the first step that weight is 1: the statistics start from the data
+
+    # Speed: none of these changes what is computed, but for rounding
+    precision: Precision = "float32"  # of the network in training: tf32 and bfloat16 are for GPUs; losses are float32
+    channels_last: bool = False  # memory format of images and weights in training: faster convolutions
+    compile: bool = False  # train with torch.compile(model): compiles for minutes, then saves memory traffic
+    accumulate: int = 1  # parts that a batch is cut into, for less memory; batch norm sees one part at a time
+    sync_batchnorm: bool = True  # under torchrun: batch norm over the samples of all processes
 
     # Validation and the final evaluation
     selection: Literal["best", "last"] = (
@@ -89,6 +115,7 @@ class RunSettings:
     )
     validate_every: int = 1  # epochs between validations (clean and PGD); the last epoch is always validated
     validation_steps: int = 10  # PGD steps of a validation
+    validation_losses: tuple[str, ...] = ("ce",)  # what it ascends; a sample must withstand all
     eval_steps: int = 40  # PGD steps of the final evaluation, per restart
     eval_restarts: int = 2  # random starts of the final evaluation, per loss
     eval_losses: tuple[str, ...] = ("ce", "margin")  # what the final PGD ascends; a sample must withstand all
@@ -98,6 +125,8 @@ class RunSettings:
     autoattack_compile: bool = False  # AutoAttack searches with torch.compile(model)
 
     # The run itself
+    save_minutes: float = 15.0  # minutes between checkpoints within an epoch; each epoch ends with one
+    keep_last: int = 0  # how many checkpoints of earlier epochs stay, as epoch-NNNN.pt
     seed: int = 0  # decides initialisation, data order, augmentation and attacks; never the split
     deterministic: bool = False  # refuse operations without a deterministic implementation (CPU runs are exact anyway)
     threads: int = 0  # CPU threads; 0 is all available
@@ -132,11 +161,16 @@ RANGES: dict[str, Check] = {
     "divergence": (lambda v: v in KINDS, ", ".join(KINDS)),
     "limit": (lambda v: v >= 0, "0 (all) or a number of points"),
     "shift": (lambda v: 0 <= v <= 4, "0 to 4 pixels"),
+    "original_share": (lambda v: 0 < v < 1, "between 0 and 1, exclusive"),
     "eps": (_positive, "a finite number above 0"),
     "step_size": (lambda v: v is None or _positive(v), "a finite number above 0, or None for eps / 4"),
+    "free_replays": (lambda v: v >= 0, "0 (off) or a number of passes"),
     "steps": (lambda v: v >= 1, "at least 1"),
     "beta": (_not_negative, "a finite number of at least 0"),
     "clip": (lambda v: 0 <= v < 1, "0 up to but not including 1"),
+    "label_smoothing": (lambda v: 0 <= v < 1, "0 up to but not including 1"),
+    "awp": (lambda v: 0 <= v < 1, "0 (off) up to but not including 1"),
+    "awp_warmup": (lambda v: v >= 0, "0 or a number of epochs"),
     "epochs": (lambda v: v >= 1, "at least 1"),
     "batch_size": (lambda v: v >= 1, "at least 1"),
     "lr": (_positive, "a finite number above 0"),
@@ -146,10 +180,19 @@ RANGES: dict[str, Check] = {
     "milestones": (lambda v: all(m >= 1 for m in v) and list(v) == sorted(set(v)), "increasing epochs from 1"),
     "lr_decay": (lambda v: 0 < v <= 1, "above 0, at most 1"),
     "averaging": (lambda v: 0 <= v < 1, "0 up to but not including 1"),
+    "averaging_warmup": (lambda v: 0 <= v < 1, "0 up to but not including 1"),
+    "batchnorm_momentum": (lambda v: v is None or 0 < v <= 1, "above 0, at most 1, or None for the model's own"),
+    "accumulate": (lambda v: v >= 1, "at least 1"),
+    "save_minutes": (_positive, "a finite number above 0"),
+    "keep_last": (lambda v: v >= 0, "0 or a number of checkpoints"),
     "validate_every": (lambda v: v >= 1, "at least 1"),
     "validation_steps": (lambda v: v >= 1, "at least 1"),
     "eval_steps": (lambda v: v >= 1, "at least 1"),
     "eval_restarts": (lambda v: v >= 1, "at least 1"),
+    "validation_losses": (
+        lambda v: len(v) > 0 and set(v) <= set(EVALUATION_LOSSES),
+        f"one or more of {', '.join(EVALUATION_LOSSES)}",
+    ),
     "eval_losses": (
         lambda v: len(v) > 0 and set(v) <= set(EVALUATION_LOSSES),
         f"one or more of {', '.join(EVALUATION_LOSSES)}",
@@ -173,6 +216,8 @@ def validate(settings: RunSettings) -> None:
     check_ranges(settings, RANGES)
     if settings.schedule == "multistep" and not settings.milestones:
         raise InputError("milestones: none given, the multistep schedule needs at least one epoch")
+    _validate_optimisation(settings)
+    _validate_training_attack(settings)
     if settings.posterior == "oracle" and settings.data != "toy":
         raise InputError(f"posterior: 'oracle' on {settings.data}, allowed: p_d(y|x) is known on the toy only")
     if settings.shift and settings.data == "toy":
@@ -181,7 +226,58 @@ def validate(settings: RunSettings) -> None:
         raise InputError("flip: the toy has no images to mirror, allowed: False")
     if settings.autoattack != "none" and settings.data == "toy":
         raise InputError(f"autoattack: {settings.autoattack!r} on the toy, which has no images, allowed: none")
+    if settings.accumulate > settings.batch_size:
+        raise InputError(f"accumulate: {settings.accumulate} parts, allowed: 1 to batch_size = {settings.batch_size}")
+    if settings.generated and settings.data in ("toy", "digits"):
+        raise InputError(f"generated: given on {settings.data}, allowed on cifar10, cifar100 and svhn")
     resolve_device(settings.device)
+
+
+def _validate_optimisation(settings: RunSettings) -> None:
+    if settings.cycle_momentum and settings.schedule != "onecycle":
+        raise InputError(f"cycle_momentum: True with schedule {settings.schedule!r}, allowed: with onecycle")
+    if settings.cycle_momentum and settings.optimizer == "sgd" and not settings.momentum:
+        raise InputError("cycle_momentum: True with momentum 0, allowed: with a momentum above 0")
+    if not settings.averaging and (settings.averaging_warmup or settings.averaging_ramp):
+        name = "averaging_warmup" if settings.averaging_warmup else "averaging_ramp"
+        raise InputError(f"{name}: {getattr(settings, name)} without averaging, allowed: with averaging above 0")
+    if settings.batchnorm_first and settings.batchnorm_momentum is None:
+        raise InputError("batchnorm_first: True without batchnorm_momentum, which holds from the second step on")
+    if settings.awp and settings.objective == "standard":
+        raise InputError(f"awp: {settings.awp} with standard training, allowed: with an adversarial objective")
+    if settings.awp_warmup and not settings.awp:
+        raise InputError(f"awp_warmup: {settings.awp_warmup} without awp, allowed: with awp above 0")
+    if settings.awp and settings.awp_warmup >= settings.epochs:
+        raise InputError(
+            f"awp_warmup: {settings.awp_warmup}, allowed: less than the {settings.epochs} epochs of the run"
+        )
+    if settings.label_smoothing and (settings.objective == "score_direct" or settings.data == "toy"):
+        where = "score_direct, whose targets are p_d(y|x')" if settings.objective == "score_direct" else "the toy"
+        raise InputError(f"label_smoothing: {settings.label_smoothing} with {where}, allowed: 0")
+
+
+NOT_WITH_FREE = (
+    ("attack", "pgd"),
+    ("attack_start", None),
+    ("attack_mode", None),
+    ("clip", 0.0),
+    ("awp", 0.0),
+    ("accumulate", 1),
+)
+
+
+def _validate_training_attack(settings: RunSettings) -> None:
+    if settings.attack != "pgd" and settings.attack_start is not None:
+        raise InputError(
+            f"attack_start: {settings.attack_start!r} with {settings.attack}, which has its own, allowed: with pgd"
+        )
+    if not settings.free_replays:
+        return
+    if settings.objective != "pgd_at":
+        raise InputError(f"free_replays: {settings.free_replays} with {settings.objective}, allowed: with pgd_at")
+    for name, off in NOT_WITH_FREE:
+        if (value := getattr(settings, name)) != off:
+            raise InputError(f"{name}: {value!r} with free_replays, allowed: {off!r}")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -367,6 +463,10 @@ def plain(settings: Any) -> dict[str, Any]:
             table[entry.name] = plain(value)
         elif value is not None:
             table[entry.name] = (
-                list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+                [str(part) if isinstance(part, Path) else part for part in value]
+                if isinstance(value, tuple)
+                else str(value)
+                if isinstance(value, Path)
+                else value
             )
     return table

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,20 +14,22 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
-from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets import CIFAR10, CIFAR100, SVHN
+from torchvision.datasets.utils import check_integrity
 
 from training import toy
 from training.errors import InputError, unknown_name
 
-DataName = Literal["digits", "toy", "cifar10", "cifar100"]
+DataName = Literal["digits", "toy", "cifar10", "cifar100", "svhn"]
 ToyLabels = Literal["oracle", "hard"]
 
 SPLIT_SEED = 0
 DIGITS_TEST, DIGITS_VALIDATION = 500, 147
 TOY_VALIDATION, TOY_TEST = 2_000, 2_000
-CIFAR_VALIDATION = 1_024  # the first training images, as in the generated-data recipes
+CIFAR_VALIDATION = 1_024  # the first training images, as in the generated-data recipes; the same number of SVHN
 ROOT_VARIABLE = "SCOREMATCH_DATA"  # environment variable with the folder of the data sets
 CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
+HOUSE_NUMBERS = {"svhn": SVHN}
 
 # The shape of one input and the number of classes.
 FORMATS: dict[str, tuple[tuple[int, ...], int]] = {
@@ -34,6 +37,7 @@ FORMATS: dict[str, tuple[tuple[int, ...], int]] = {
     "toy": ((1,), 2),
     "cifar10": ((3, 32, 32), 10),
     "cifar100": ((3, 32, 32), 100),
+    "svhn": ((3, 32, 32), 10),
 }
 
 
@@ -44,8 +48,8 @@ class DataSettings:
     name: str = "digits"
     limit: int = 0  # number of training points to keep; 0 keeps all
     toy_labels: ToyLabels = "oracle"  # targets on the toy: p_d(y|x) or the sampled labels
-    root: Path | None = None  # folder that holds cifar-10-batches-py or cifar-100-python; None is $SCOREMATCH_DATA
-    download: bool = False  # let torchvision download CIFAR into that folder where it is missing
+    root: Path | None = None  # folder with cifar-10-batches-py, cifar-100-python or *_32x32.mat; None: $SCOREMATCH_DATA
+    download: bool = False  # let torchvision download the data set into that folder where it is missing
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,8 @@ class Data:
 
 def load(settings: DataSettings) -> Data:
     """The data set that ``settings`` names, on the CPU."""
-    if settings.name in CIFAR:
-        return _cifar(settings)
+    if settings.name in CIFAR or settings.name in HOUSE_NUMBERS:
+        return _of_files(settings)
     if settings.name == "digits":
         data = _digits()
     elif settings.name == "toy":
@@ -120,31 +124,71 @@ def _toy(labels: ToyLabels) -> Data:
     return dataclasses.replace(data, lower=-math.inf, upper=math.inf, p_train=p_train)
 
 
-def _cifar(settings: DataSettings) -> Data:
-    """CIFAR-10 or CIFAR-100 in [0, 1]: 48,976 train, the first 1,024 training images validate, 10,000 test."""
-    x, y = _cifar_part(settings, train=True)
+def _of_files(settings: DataSettings) -> Data:
+    """CIFAR or SVHN in [0, 1]: the first 1,024 training images validate.
+
+    48,976 images of CIFAR-10 and CIFAR-100 train and 10,000 test, 72,233 and 26,032 of SVHN.
+    """
+    x, y = _part(settings, train=True)
     validation = (_pixels(x[:CIFAR_VALIDATION]), y[:CIFAR_VALIDATION])
     x, y = x[CIFAR_VALIDATION:], y[CIFAR_VALIDATION:]
     num_classes = FORMATS[settings.name][1]
     if _limited(settings, num_classes, len(x)):
         index = _balanced(y, settings.limit)
         x, y = x[index], y[index]
-    x_test, y_test = _cifar_part(settings, train=False)
+    x_test, y_test = _part(settings, train=False)
     return _assembled(settings.name, num_classes, [(_pixels(x), y), validation, (_pixels(x_test), y_test)])
 
 
-def _cifar_part(settings: DataSettings, *, train: bool) -> tuple[Tensor, Tensor]:
-    """Images, uint8 [N, 32, 32, 3], and labels, int64 [N], in the order of the files."""
+def _part(settings: DataSettings, *, train: bool) -> tuple[Tensor, Tensor]:
+    """Images, uint8 [N, 32, 32, 3], and labels, int64 [N], in the order of the files, both checked."""
     root = settings.root or (Path(os.environ[ROOT_VARIABLE]) if os.environ.get(ROOT_VARIABLE) else None)
     if root is None:
         raise InputError(f"data_root: none given, {settings.name} needs --data-root DIR or ${ROOT_VARIABLE}")
-    kind = CIFAR[settings.name]
     try:
-        files = kind(root, train=train, download=settings.download)
-    except (RuntimeError, OSError) as error:  # a missing or altered file, a download that failed
-        expected = f"the official files in {root / kind.base_folder}, or --download"
-        raise InputError(f"data_root: {root} holds no intact {settings.name}, expected {expected} ({error})") from None
+        images, labels = (_cifar if settings.name in CIFAR else _house_numbers)(settings, root, train)
+    # A missing or altered file, a download that failed; the others where a file with the right checksum is no data set.
+    except (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, pickle.UnpicklingError) as error:
+        folder = root / CIFAR[settings.name].base_folder if settings.name in CIFAR else root
+        damage = _damage(settings.name, root)
+        reasons = [*damage, *([str(error) or type(error).__name__] if settings.download or not damage else [])]
+        expected = f"the official files in {folder}, or --download"
+        raise InputError(
+            f"data_root: {root} holds no intact {settings.name}, expected {expected} ({'; '.join(reasons)})"
+        ) from None
+    shape, num_classes = FORMATS[settings.name]
+    if list(images.shape) != [len(labels), *shape[1:], shape[0]] or images.dtype != torch.uint8:
+        given = f"{images.dtype} images {list(images.shape)} with {len(labels)} labels"
+        raise InputError(f"data_root: {root} holds {given}, {settings.name} has uint8 [N, {shape[1]}, {shape[2]}, 3]")
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+        given = f"labels from {labels.min()} to {labels.max()}"
+        raise InputError(f"data_root: {root} holds {given}, {settings.name} has 0 to {num_classes - 1}")
+    return images, labels
+
+
+def _cifar(settings: DataSettings, root: Path, train: bool) -> tuple[Tensor, Tensor]:
+    files = CIFAR[settings.name](root, train=train, download=settings.download)
     return torch.from_numpy(np.ascontiguousarray(files.data)), torch.tensor(files.targets)
+
+
+def _house_numbers(settings: DataSettings, root: Path, train: bool) -> tuple[Tensor, Tensor]:
+    files = HOUSE_NUMBERS[settings.name](root, split="train" if train else "test", download=settings.download)
+    images = np.ascontiguousarray(files.data.transpose(0, 2, 3, 1))
+    return torch.from_numpy(images), torch.from_numpy(files.labels.astype(np.int64))
+
+
+def _damage(name: str, root: Path) -> list[str]:
+    """Which files of a data set are missing, and which have another checksum."""
+    if name in CIFAR:
+        kind = CIFAR[name]
+        files = [*kind.train_list, *kind.test_list, [kind.meta["filename"], kind.meta["md5"]]]
+        folder = root / kind.base_folder
+    else:
+        files = [HOUSE_NUMBERS[name].split_list[split][1:] for split in ("train", "test")]
+        folder = root
+    missing = [file for file, _ in files if not (folder / file).is_file()]
+    altered = [file for file, md5 in files if file not in missing and not check_integrity(folder / file, md5)]
+    return [f"{what}: {', '.join(which)}" for what, which in (("missing", missing), ("altered", altered)) if which]
 
 
 def _pixels(images: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
 
 
@@ -22,8 +23,31 @@ def unknown_name(what: str, given: object, allowed: Sequence[object]) -> InputEr
     return InputError(f"{what}: {given!r} is unknown, allowed: {', '.join(str(name) for name in allowed)}")
 
 
+class _Deferral:
+    """Whether a signal waits for a good moment, and the one that does."""
+
+    active = False
+    waiting: str | None = None
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise Interrupted(signal.Signals(number).name)
+    name = signal.Signals(number).name
+    if _Deferral.active and _Deferral.waiting is None:
+        _Deferral.waiting = name
+        return
+    raise Interrupted(name)
+
+
+@contextmanager
+def interrupts_deferred() -> Iterator[Callable[[], str | None]]:
+    """Within it the first SIGINT or SIGTERM waits: the function yielded names it. A second one interrupts at once."""
+    _Deferral.active, _Deferral.waiting = True, None
+    try:
+        yield lambda: _Deferral.waiting
+    finally:
+        _Deferral.active = False
+    if _Deferral.waiting is not None:
+        raise Interrupted(_Deferral.waiting)
 
 
 def run_program(program: Callable[[list[str]], None], arguments: Sequence[str] | None = None) -> int:

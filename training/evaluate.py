@@ -16,19 +16,17 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Generator, Tensor, distributed, nn
+from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
 from scorematch import AutoAttack, ThreatModel
-from training import checkpoint, command_line, config, data, measures, models, obfuscation
+from training import checkpoint, command_line, config, data, distributed, measures, models, obfuscation
 from training.data import Data, DataName
 from training.errors import InputError, Interrupted, run_program
 from training.models import loading
@@ -116,30 +114,9 @@ def main(arguments: list[str]) -> None:
     )
     _check(settings)
     torch.set_num_threads(config.resolve_threads(settings.threads))
-    with processes(config.resolve_device(_device(settings))) as device:
+    device = distributed.device_of_this_process(config.resolve_device(settings.device))
+    with distributed.processes(device):
         evaluate(settings, device)
-
-
-def _device(settings: EvaluateSettings) -> str:
-    """Under torchrun each process has a device of its own."""
-    if "WORLD_SIZE" in os.environ and settings.device in ("auto", "cuda") and torch.cuda.is_available():
-        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    return settings.device
-
-
-@contextmanager
-def processes(device: torch.device) -> Iterator[torch.device]:
-    """Join the other processes of torchrun, if it has started this one."""
-    if "WORLD_SIZE" not in os.environ:
-        yield device
-        return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield device
-    finally:
-        distributed.destroy_process_group()
 
 
 def evaluate(settings: EvaluateSettings, device: torch.device) -> None:
@@ -150,7 +127,7 @@ def evaluate(settings: EvaluateSettings, device: torch.device) -> None:
     x, y = _samples(settings, subject.data)
     other = _other(settings, subject, device)
     _probe(subject, x[:1])
-    first = measures.rank() == 0
+    first = distributed.rank() == 0
     for path in filter(None, (settings.out, settings.plot, settings.export, settings.state)):
         _prepare(path)
 
@@ -213,11 +190,11 @@ def clean_and_pgd(
         options = _pgd_options(settings)
         seed = options.pop("seed")
         attack = measures.pgd(threat_model, **options)
-        hidden = not sys.stderr.isatty() or measures.rank() > 0
+        hidden = not sys.stderr.isatty() or distributed.rank() > 0
         with tqdm(total=len(x), desc="pgd", unit="sample", disable=hidden) as progress:
 
             def robust(xs: Tensor, ys: Tensor) -> Tensor:
-                start = Generator(x.device).manual_seed(seed + measures.rank())
+                start = Generator(x.device).manual_seed(seed + distributed.rank())
                 return measures.robust(model, xs, ys, attack, start, progress, settings.batch)
 
             masks["pgd"] = measures.shared(robust, x, y)

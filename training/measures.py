@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Generator, Tensor, distributed, nn
+from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
 from scorematch import PGD, AutoAttack, ThreatModel, intervals
 from scorematch.attacks import AutoAttackWarning
 from scorematch.posteriors import Posterior
+from training import distributed
 from training.errors import InputError
 
 BATCH = 512  # samples at a time; decides memory, not the numbers of AutoAttack
@@ -72,24 +73,19 @@ def autoattack(
     return adversary.report
 
 
-def rank() -> int:
-    """The number of this process among those of torchrun; 0 without it."""
-    return distributed.get_rank() if distributed.is_initialized() else 0
-
-
 def shared(measure: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
     """The verdicts [N] bool of ``measure`` on x [N, ...] and y [N], the samples dealt out to the ranks of torchrun.
 
     Every rank returns all verdicts. ``measure`` is never called without samples.
     """
     count = len(x)
-    world = distributed.get_world_size() if distributed.is_initialized() else 1
-    mine = torch.arange(rank(), count, world, device=x.device)
+    world = distributed.world_size()
+    mine = torch.arange(distributed.rank(), count, world, device=x.device)
     part = measure(x[mine], y[mine]) if len(mine) else torch.zeros(0, dtype=torch.bool, device=x.device)
     if world == 1:
         return part
     parts: list[Any] = [None] * world
-    distributed.all_gather_object(parts, part.cpu())
+    torch.distributed.all_gather_object(parts, part.cpu())
     verdicts = torch.zeros(count, dtype=torch.bool)
     for number, verdict in enumerate(parts):
         verdicts[number::world] = verdict

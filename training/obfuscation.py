@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from scorematch import PGD, ThreatModel
 from scorematch.attacks import Square
-from training import measures, plots
+from training import distributed, measures, plots
 
 LINF_RADII = tuple(level / 255 for level in (2, 4, 8, 12, 16, 24, 32, 64, 128, 255))
 MORE_STEPS, MORE_RESTARTS = 10, 4  # factors
@@ -104,7 +104,7 @@ class _Attacks:
         return self._survivors(standing, "square", verdict)
 
     def _generator(self, x: Tensor, purpose: int) -> Generator:
-        return Generator(x.device).manual_seed(self.seed + 1_000_003 * purpose + measures.rank())
+        return Generator(x.device).manual_seed(self.seed + 1_000_003 * purpose + distributed.rank())
 
 
 def audit(
@@ -140,7 +140,9 @@ def audit(
     options: dict[str, Any] = {"restarts": restarts, "losses": losses}
     evaluations = len(grid) + 5 + (other is not None)
     interval = 0.1 if sys.stderr.isatty() else 30.0
-    with tqdm(total=evaluations * len(x), unit="sample", mininterval=interval, disable=measures.rank() > 0) as progress:
+    with tqdm(
+        total=evaluations * len(x), unit="sample", mininterval=interval, disable=distributed.rank() > 0
+    ) as progress:
         attacks = _Attacks(model, x, y, seed, batch, progress)
         clean = measures.shared(lambda xs, ys: measures.correct(model, xs, ys, batch), x, y)
         curve = {0.0: clean}

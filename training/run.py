@@ -19,13 +19,13 @@ from typing import Any
 
 import tomli_w
 import torch
-from torch import nn
+from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
 import scorematch
-from scorematch import AutoAttack
+from scorematch import PGD, AutoAttack
 from scorematch.posteriors import Posterior
-from training import checkpoint, config, data, measures, models, posteriors, toy
+from training import checkpoint, config, data, distributed, measures, models, posteriors, toy
 from training.config import RunSettings
 from training.data import Data
 from training.errors import InputError, Interrupted, run_program
@@ -45,7 +45,12 @@ def main(arguments: list[str]) -> None:
     if settings.deterministic:
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
-    device = config.resolve_device(settings.device)
+    device = distributed.device_of_this_process(config.resolve_device(settings.device))
+    with distributed.processes(device):
+        run(settings, device)
+
+
+def run(settings: RunSettings, device: torch.device) -> None:
     loaded = data.load(settings.data_settings).to(device)
     if settings.autoattack != "none" and settings.autoattack_samples > len(loaded.x_test):
         raise InputError(
@@ -57,11 +62,12 @@ def main(arguments: list[str]) -> None:
 
     given = read_posterior(settings, settings.posterior_from) if settings.posterior_from else None
 
-    out = prepare_folder(settings)
+    out = shared_folder(settings)
     if (out / "summary.json").exists():
-        (out / STATE).unlink(missing_ok=True)
-        print(f"{out} is finished already")
-        print_table(json.loads((out / "summary.json").read_text()))
+        if distributed.rank() == 0:
+            (out / STATE).unlink(missing_ok=True)
+            print(f"{out} is finished already")
+            print_table(json.loads((out / "summary.json").read_text()))
         return
     try:
         train_and_evaluate(settings, loaded, model, given, out)
@@ -73,18 +79,35 @@ def main(arguments: list[str]) -> None:
         ) from None
 
 
+def shared_folder(settings: RunSettings) -> Path:
+    """The folder of the run, made by the first process of those that share it."""
+    out: Path | str = ""
+    if distributed.rank() == 0:
+        try:
+            out = prepare_folder(settings)
+        except InputError as error:
+            out = str(error)
+    out = distributed.from_first(out)
+    if isinstance(out, str):
+        raise InputError(out)
+    return out
+
+
 def prepare_folder(settings: RunSettings) -> Path:
     """The folder of the run, with its config.toml. An earlier run in it is continued only if asked for."""
     if settings.resume is not None:
         return settings.resume
     out = settings.out or fresh_folder(settings)
+    config_of_run = tomli_w.dumps(config.as_table(settings))
     if (out / "config.toml").exists():
+        if distributed.restarts() and (out / "config.toml").read_text() == config_of_run:
+            return out
         raise InputError(f"out: {out} holds a run already, give --resume {out} or another folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"out: {out} cannot be made ({error.strerror})") from None
-    checkpoint.write_atomically(out / "config.toml", tomli_w.dumps(config.as_table(settings)))
+    checkpoint.write_atomically(out / "config.toml", config_of_run)
     return out
 
 
@@ -103,10 +126,20 @@ def train_and_evaluate(
     settings: RunSettings, loaded: Data, model: nn.Module, given: dict[str, Any] | None, out: Path
 ) -> None:
     sizes = ", ".join(f"{count} {name}" for name, count in loaded.sizes.items())
-    print(f"{settings.objective} ({settings.divergence}) on {settings.data}: {sizes}; {settings.model}; folder {out}")
-    sys.stdout.flush()
+    first = distributed.rank() == 0
+    if first:
+        print(
+            f"{settings.objective} ({settings.divergence}) on {settings.data}: {sizes}; {settings.model}; folder {out}"
+        )
+        sys.stdout.flush()
     begin = time.perf_counter()
-    posterior = get_posterior(settings, loaded, given, out) if settings.objective == "score_direct" else None
+    posterior = None
+    if settings.objective == "score_direct":
+        if not first:
+            distributed.barrier()  # the first process trains it, the others read its file
+        posterior = get_posterior(settings, loaded, given, out)
+        if first:
+            distributed.barrier()
     posterior_seconds = time.perf_counter() - begin
 
     torch.manual_seed(settings.seed + 1)  # a posterior trained before draws from the global generator, one loaded not
@@ -116,6 +149,7 @@ def train_and_evaluate(
     else:
         trainer.save()
     trainer.fit()
+    distributed.barrier()
 
     begin = time.perf_counter()
     epoch = trainer.epoch
@@ -146,12 +180,15 @@ def train_and_evaluate(
         "threads": settings.threads,
         "torch": torch.__version__,
         "scorematch": scorematch.__version__,
+        "processes": distributed.world_size(),
         "commit": commit(),
     }
-    checkpoint.write_json(out / "summary.json", summary)
-    (out / STATE).unlink(missing_ok=True)
-    print_table(summary)
-    print(f"everything is in {out}")
+    if first:
+        checkpoint.write_json(out / "summary.json", summary)
+        for left in out.glob(f"{STATE}*"):
+            left.unlink()
+        print_table(summary)
+        print(f"everything is in {out}")
 
 
 def read_posterior(settings: RunSettings, path: Path) -> dict[str, Any]:
@@ -160,6 +197,10 @@ def read_posterior(settings: RunSettings, path: Path) -> dict[str, Any]:
     kind = saved["settings"].get("name")
     if kind != settings.posterior:
         raise InputError(f"posterior_from: {path} holds a {kind}, expected {settings.posterior}")
+    for name in ("data", "limit"):  # they decide its scale; files from before they were recorded do not say
+        value, expected = saved["settings"].get(name), getattr(settings, name)
+        if value not in (None, expected):
+            raise InputError(f"posterior_from: {path} is of {name} {value!r}, expected {expected!r} as in this run")
     return saved["network"]
 
 
@@ -179,7 +220,8 @@ def get_posterior(settings: RunSettings, loaded: Data, given: dict[str, Any] | N
     except ValueError as error:
         raise InputError(f"posterior_settings: {error}") from None
     if not path.exists():
-        checkpoint.save(path, epoch=0, settings=config.plain(settings.posterior_settings), network=posterior)
+        about = {**config.plain(settings.posterior_settings), "data": settings.data, "limit": settings.limit}
+        checkpoint.save(path, epoch=0, settings=about, network=posterior)
     return posterior
 
 
@@ -198,8 +240,10 @@ def measure(
         "clean_acc": curve[0]["acc"],
         "clean_interval": measures.wilson(int(clean.sum()), len(x)),
     }
+    interval = 0.1 if sys.stderr.isatty() else 30.0
+    hidden = distributed.rank() > 0
     with tqdm(
-        total=len(radii) * len(x), desc="evaluate", unit="sample", mininterval=0.1 if sys.stderr.isatty() else 30.0
+        total=len(radii) * len(x), desc="evaluate", unit="sample", mininterval=interval, disable=hidden
     ) as progress:
         for eps in radii:
             attack = measures.pgd(
@@ -209,24 +253,34 @@ def measure(
                 losses=settings.eval_losses,
             )
             start = generator(settings.seed, "evaluation", x.device)
-            robust = measures.robust(network, x, y, attack, start, progress)
+
+            def under_attack(xs: Tensor, ys: Tensor, attack: PGD = attack, start: Generator = start) -> Tensor:
+                return measures.robust(network, xs, ys, attack, start, progress)
+
+            robust = measures.shared(under_attack, x, y)
             curve.append({"eps": eps, "acc": measures.per_cent(robust)})
             if eps == settings.eps:
                 results["pgd_acc"] = curve[-1]["acc"]
                 results["pgd_interval"] = measures.wilson(int(robust.sum()), len(x))
-    checkpoint.write_json(out / "curve.json", curve)
+    write_json(out / "curve.json", curve)
 
     if loaded.name == "toy":
         results |= toy.robust_errors(network)
-        checkpoint.write_json(out / "toy.json", toy.curves(network))
+        write_json(out / "toy.json", toy.curves(network))
     if posterior is not None:
         if loaded.name != "toy":
             paths = measures.posteriors_along_attack(
                 network, posterior, x[:PATH_SAMPLES], y[:PATH_SAMPLES], threat_model, settings.steps
             )
-            checkpoint.write_json(out / "paths.json", paths)
+            write_json(out / "paths.json", paths)
         results |= posteriors.audit(posterior, x, y, threat_model, steps=settings.eval_steps, seed=settings.seed)
     return results | attack_with_ensemble(settings, loaded, network, out)
+
+
+def write_json(path: Path, value: object) -> None:
+    """By the first process alone."""
+    if distributed.rank() == 0:
+        checkpoint.write_json(path, value)
 
 
 def attack_with_ensemble(settings: RunSettings, loaded: Data, network: nn.Module, out: Path) -> dict[str, Any]:

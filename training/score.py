@@ -1,7 +1,7 @@
 """Train the score network of a data set, sample from it and audit it: ``python -m training.score --data digits``.
 
-Writes into its folder: posterior.pt (for ``training.run --posterior-from``), score.json, samples.png and samples.npz
-(the format of generated data: ``image`` uint8, ``label``) or, on the toy, scores.png.
+Writes into its folder: posterior.pt (for ``training.run`` and ``training.generate``), score.json, samples.png and
+samples.npz (the format of generated data: ``image`` uint8, ``label``) or, on the toy, scores.png.
 """
 
 import sys
@@ -24,7 +24,9 @@ from training.errors import InputError, run_program
 from training.posteriors import PosteriorSettings
 
 SIGMAS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.8)  # noise levels of the audit, in input units
-RECOGNISER_EPOCHS = 40
+CHUNK = 1000  # samples drawn, or distances computed, at a time
+ROWS = 20  # classes shown in samples.png
+AUDITED = 2000  # points of each split in the audit of the denoising loss and of the distances
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,13 @@ class ScoreSettings:
     """What to train and how much to sample."""
 
     data: DataName = "digits"  # data set
+    data_root: Path | None = None  # folder with the files of CIFAR or SVHN; None is $SCOREMATCH_DATA
+    download: bool = False  # let torchvision download them into that folder where they are missing
+    limit: int = 0  # number of training points to keep, class-balanced on images; 0 keeps all
     samples: int = 1000  # samples to draw, spread evenly over the classes
     steps_per_level: int = 10  # Langevin steps at each of the noise levels
     levels: int = 20  # noise levels of the sampler, falling geometrically
+    judge_epochs: int = 40  # training of the classifier that is to recognise the samples
     seed: int = 0  # decides initialisation, batches, noise and samples
     threads: int = 0  # CPU threads; 0 is all available
     device: str = "auto"  # torch device; auto is cuda where there is one
@@ -46,6 +52,8 @@ RANGES: dict[str, config.Check] = {
     "samples": (lambda v: v >= 10, "at least 10"),
     "steps_per_level": (lambda v: v >= 1, "at least 1"),
     "levels": (lambda v: v >= 2, "at least 2"),
+    "judge_epochs": (lambda v: v >= 1, "at least 1"),
+    "limit": config.RANGES["limit"],
     "seed": config.RANGES["seed"],
     "threads": config.RANGES["threads"],
 }
@@ -64,32 +72,39 @@ def main(arguments: list[str]) -> None:
         raise InputError(f"posterior_settings.name: {settings.posterior_settings.name!r}, allowed: score_network")
     device = config.resolve_device(settings.device)
     torch.set_num_threads(config.resolve_threads(settings.threads))
-    loaded = data.load(DataSettings(settings.data)).to(device)
+    source = DataSettings(settings.data, settings.limit, root=settings.data_root, download=settings.download)
+    loaded = data.load(source).to(device)
+    if settings.samples < loaded.num_classes:
+        raise InputError(f"samples: {settings.samples}, allowed: at least {loaded.num_classes}, one of each class")
     out = settings.out or Path("runs") / f"score-{settings.data}-seed{settings.seed}"
     if (out / "score.json").exists():
         raise InputError(f"out: {out} holds a score network already, give another folder")
     out.mkdir(parents=True, exist_ok=True)
 
     begin = time.perf_counter()
-    posterior = posteriors.build(settings.posterior_settings, loaded, seed=settings.seed, device=device)
+    resolved = settings.posterior_settings.resolved(settings.data)
+    try:
+        posterior = posteriors.build(resolved, loaded, seed=settings.seed, device=device)
+    except ValueError as error:
+        raise InputError(f"posterior_settings: {error}") from None
     assert isinstance(posterior, ScoreNetwork)
     result: dict[str, Any] = {
         "data": settings.data,
         "seed": settings.seed,
-        "posterior_settings": config.plain(settings.posterior_settings.resolved(settings.data)),
+        "limit": settings.limit,
+        "posterior_settings": config.plain(resolved),
         "train_seconds": time.perf_counter() - begin,
         "split": loaded.sizes,
         "denoising_error": denoising_errors(posterior.denoiser, loaded, settings.seed),
     }
-    checkpoint.save(
-        out / "posterior.pt", epoch=0, settings=config.plain(settings.posterior_settings), network=posterior
-    )
+    saved = {**config.plain(resolved), "data": settings.data, "limit": settings.limit}
+    checkpoint.save(out / "posterior.pt", epoch=0, settings=saved, network=posterior)
     if settings.data == "toy":
         result["oracle"] = toy_errors(posterior.denoiser)
         plot_toy(posterior).savefig(out / "scores.png", dpi=150)
     else:
         x, y = draw(posterior.denoiser, loaded, settings)
-        result["samples"] = recognise(x, y, loaded, settings.seed)
+        result["samples"] = recognise(x, y, loaded, settings)
         save_samples(x, y, loaded, out)
     checkpoint.write_json(out / "score.json", result)
     print_result(result, out)
@@ -103,10 +118,11 @@ def denoising_errors(denoiser: Denoiser, loaded: Data, seed: int) -> list[dict[s
     for sigma in SIGMAS:
         row = {"sigma": sigma}
         for part in ("train", "validation"):
-            x, y = getattr(loaded, f"x_{part}")[:2000], getattr(loaded, f"y_{part}")[:2000]
+            x, y = getattr(loaded, f"x_{part}")[:AUDITED], getattr(loaded, f"y_{part}")[:AUDITED]
             noise = torch.empty_like(x).normal_(generator=generator)
             level = torch.full((len(x),), sigma, dtype=x.dtype, device=x.device)
-            row[part] = matching.denoising(denoiser, x, y, level, noise).mean().item()
+            chunks = zip(*(tensor.split(CHUNK // 4) for tensor in (x, y, level, noise)), strict=True)
+            row[part] = torch.cat([matching.denoising(denoiser, *chunk) for chunk in chunks]).mean().item()
         rows.append(row)
     return rows
 
@@ -118,18 +134,22 @@ def draw(denoiser: Denoiser, loaded: Data, settings: ScoreSettings) -> tuple[Ten
     resolved = settings.posterior_settings.resolved(settings.data)
     assert resolved.sigma_min is not None
     assert resolved.sigma_max is not None
-    x = sampling.annealed_langevin(
-        denoiser,
-        (settings.samples, *loaded.input_shape),
-        sigmas=sampling.noise_levels(resolved.sigma_max, resolved.sigma_min, settings.levels),
-        class_labels=y,
-        steps_per_level=settings.steps_per_level,
-        generator=torch.Generator(device).manual_seed(settings.seed),
-    )
-    return x.clamp(loaded.lower, loaded.upper), y
+    generator = torch.Generator(device).manual_seed(settings.seed)
+    parts = [
+        sampling.annealed_langevin(
+            denoiser,
+            (len(labels), *loaded.input_shape),
+            sigmas=sampling.noise_levels(resolved.sigma_max, resolved.sigma_min, settings.levels),
+            class_labels=labels,
+            steps_per_level=settings.steps_per_level,
+            generator=generator,
+        )
+        for labels in y.split(CHUNK)
+    ]
+    return torch.cat(parts).clamp(loaded.lower, loaded.upper), y
 
 
-def recognise(x: Tensor, y: Tensor, loaded: Data, seed: int) -> dict[str, float]:
+def recognise(x: Tensor, y: Tensor, loaded: Data, settings: ScoreSettings) -> dict[str, float]:
     """Are the samples of their class, and are they new?
 
     A classifier that is trained on validation and test images alone, which the score network has not seen, names the
@@ -137,8 +157,8 @@ def recognise(x: Tensor, y: Tensor, loaded: Data, seed: int) -> dict[str, float]
     beside that of the held-out images: copies would be much nearer.
     """
     held_out = torch.cat([loaded.x_validation, loaded.x_test]), torch.cat([loaded.y_validation, loaded.y_test])
-    judge = train_recogniser(*held_out, loaded, seed)
-    nearest, real = (nearest_distance(points, loaded.x_train) for points in (x, held_out[0]))
+    judge = train_recogniser(*held_out, loaded, settings)
+    nearest, real = (nearest_distance(points, loaded.x_train) for points in (x, held_out[0][:AUDITED]))
     return {
         "recognised": measures.per_cent(measures.correct(judge, x, y)),
         "training_images_recognised": measures.per_cent(measures.correct(judge, loaded.x_train, loaded.y_train)),
@@ -149,12 +169,12 @@ def recognise(x: Tensor, y: Tensor, loaded: Data, seed: int) -> dict[str, float]
     }
 
 
-def train_recogniser(x: Tensor, y: Tensor, loaded: Data, seed: int) -> nn.Module:
-    torch.manual_seed(seed)
+def train_recogniser(x: Tensor, y: Tensor, loaded: Data, settings: ScoreSettings) -> nn.Module:
+    torch.manual_seed(settings.seed)
     model = models.build("digits_cnn", loaded.input_shape, loaded.num_classes).to(x.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(RECOGNISER_EPOCHS):
+    generator = torch.Generator().manual_seed(settings.seed)
+    for _ in range(settings.judge_epochs):
         for index in torch.randperm(len(x), generator=generator).split(64):
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(x[index]), y[index]).backward()
@@ -164,22 +184,30 @@ def train_recogniser(x: Tensor, y: Tensor, loaded: Data, seed: int) -> nn.Module
 
 def nearest_distance(x: Tensor, points: Tensor) -> Tensor:
     """Euclidean distance of each x [N, …] to the nearest of ``points`` [M, …], [N]."""
-    return torch.cdist(x.flatten(1), points.flatten(1)).amin(dim=1)
+    chunks = x.flatten(1).split(CHUNK)
+    return torch.cat([torch.cdist(chunk, points.flatten(1)).amin(dim=1) for chunk in chunks])
+
+
+def pixels(x: Tensor, loaded: Data) -> np.ndarray:
+    """x [N, C, H, W] as uint8 [N, H, W, C]."""
+    scaled = 255 * (x - loaded.lower) / (loaded.upper - loaded.lower)
+    return scaled.round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def save_samples(x: Tensor, y: Tensor, loaded: Data, out: Path) -> None:
     """samples.npz, and a grid with one row a class beside the nearest training image of its first sample."""
-    pixels = (255 * (x - loaded.lower) / (loaded.upper - loaded.lower)).round().byte().cpu()
-    np.savez_compressed(out / "samples.npz", image=pixels.permute(0, 2, 3, 1).numpy(), label=y.cpu().numpy())
-    columns = min(12, len(x) // loaded.num_classes)
-    figure = Figure(figsize=(0.55 * (columns + 1.6), 0.55 * loaded.num_classes + 0.5), layout="constrained")
-    axes = figure.subplots(loaded.num_classes, columns + 1, gridspec_kw={"wspace": 0.02, "hspace": 0.02})
-    for label in range(loaded.num_classes):
-        chosen = x[y == label][:columns].cpu()
-        closest = torch.cdist(chosen[:1].flatten(1), loaded.x_train.flatten(1).cpu()).argmin()
-        for column, image in enumerate([*chosen, loaded.x_train[closest].cpu()]):
+    images = pixels(x, loaded)
+    np.savez_compressed(out / "samples.npz", image=images, label=y.cpu().numpy())
+    columns, rows = min(12, len(x) // loaded.num_classes), min(ROWS, loaded.num_classes)
+    figure = Figure(figsize=(0.55 * (columns + 1.6), 0.55 * rows + 0.5), layout="constrained")
+    axes = figure.subplots(rows, columns + 1, gridspec_kw={"wspace": 0.02, "hspace": 0.02})
+    for label in range(rows):
+        chosen = x[y == label][:columns]
+        closest = torch.cdist(chosen[:1].flatten(1), loaded.x_train.flatten(1)).argmin()
+        shown = pixels(torch.cat([chosen, loaded.x_train[closest][None]]), loaded)
+        for column, image in enumerate(shown):
             axis = axes[label][column]
-            axis.imshow(image.squeeze(0), cmap="gray_r", vmin=loaded.lower, vmax=loaded.upper)
+            axis.imshow(image, cmap="gray_r", vmin=0, vmax=255)  # the colour map is for images of one channel
             axis.set_xticks([])
             axis.set_yticks([])
             for spine in axis.spines.values():

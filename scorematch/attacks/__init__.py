@@ -5,6 +5,7 @@ from .autoattack import AutoAttack
 from .fab import FAB
 from .inspection import AutoAttackWarning
 from .pgd import PGD, ascend
+from .single_step import single_step
 from .square import Square
 
-__all__ = ["APGD", "FAB", "PGD", "AutoAttack", "AutoAttackWarning", "Square", "ascend"]
+__all__ = ["APGD", "FAB", "PGD", "AutoAttack", "AutoAttackWarning", "Square", "ascend", "single_step"]

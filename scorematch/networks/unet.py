@@ -19,6 +19,7 @@ class UNetBackbone(nn.Module):
         multipliers: channels of each resolution as multiples of ``width``; H and W must be divisible by
             2 ** (len(multipliers) − 1).
         flash_attention: use PyTorch's fused attention.
+        pooled: average the output over the pixels: [N, outputs], for a noise-conditional classifier.
     """
 
     def __init__(
@@ -29,6 +30,7 @@ class UNetBackbone(nn.Module):
         width: int = 64,
         multipliers: Sequence[int] = (1, 2, 4),
         flash_attention: bool = False,
+        pooled: bool = False,
     ) -> None:
         super().__init__()
         from denoising_diffusion_pytorch import Unet  # imports much; only image backbones pay for it
@@ -36,7 +38,8 @@ class UNetBackbone(nn.Module):
         self.unet: nn.Module = Unet(
             width, channels=channels, out_dim=outputs, dim_mults=tuple(multipliers), flash_attn=flash_attention
         )
+        self.pooled = pooled
 
     def forward(self, x: Tensor, noise: Tensor) -> Tensor:
         output: Tensor = self.unet(x, NOISE_SCALE * (noise + 2.0))
-        return output
+        return output.mean((2, 3)) if self.pooled else output

@@ -344,7 +344,7 @@ def test_score_step_is_what_the_posterior_pulls_back_with() -> None:
         ("pgd_at", {"clip_form": "both"}, "clip_form must be one of total, robust, threshold, got 'both'"),
         ("pgd_at", {"clip_form": "threshold", "clip": -1.0}, "clip must not be negative"),
         ("pgd_at", {"attack_mode": "test"}, "attack_mode must be one of eval, train, frozen, got 'test'"),
-        ("pgd_at", {"start": "corner"}, "start must be one of uniform, gaussian, got 'corner'"),
+        ("pgd_at", {"start": "corner"}, "start must be one of uniform, gaussian, or a tensor like x, got 'corner'"),
         ("trades", {"beta": -1.0}, "beta must not be negative, got -1.0"),
         ("trades", {"beta": math.nan}, "beta must not be negative, got nan"),
     ],

@@ -1,3 +1,4 @@
+import errno
 import os
 import pickle
 from pathlib import Path
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 
 from training import checkpoint
-from training.errors import InputError
+from training.errors import InputError, StopError
 
 
 def save(path: Path, network: nn.Module) -> None:
@@ -30,12 +31,13 @@ def test_a_failure_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch
     before = path.read_bytes()
 
     def fail(descriptor: int) -> None:
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(StopError, match=r"a\.pt cannot be written \(No space left on device\); the file"):
         save(path, nn.Linear(200, 200))
     assert path.read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.pt"]
 
 
 @pytest.mark.parametrize("kind", ["missing", "text", "cut", "foreign"])

@@ -2,6 +2,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.io import loadmat
 from sklearn.datasets import load_digits
 
 from training import data as data_module
 from training import toy
 from training.augmentation import augmented, flipped, shifted
+from training.config import tomllib
 from training.data import CIFAR, CIFAR_VALIDATION, FORMATS, ROOT_VARIABLE, Data, DataSettings, load
 from training.errors import InputError
 
@@ -93,40 +96,13 @@ def test_toy_oracle_labels_are_calibrated() -> None:
 TRAIN, TEST = 5 * 240, 50  # of the synthetic CIFAR
 
 
-def write(path: Path, content: dict[str, Any]) -> list[str]:
-    """A pickle as the official files are, and its entry in torchvision's list of checksums."""
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(pickle.dumps(content, protocol=2))
-    return [path.name, hashlib.md5(path.read_bytes()).hexdigest()]
-
-
 @pytest.fixture(params=["cifar10", "cifar100"])
-def cifar(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Path]:
-    """Name and root of noise in the official format, with checksums of its own."""
-    name = request.param
-    kind, (_, num_classes) = CIFAR[name], FORMATS[name]
-    random = np.random.default_rng(0)
-    folder = tmp_path / "data" / kind.base_folder
-    folder.parent.mkdir()
-
-    def part(count: int, first: int) -> dict[str, Any]:
-        labels = [int(label) for label in (first + np.arange(count)) % num_classes]
-        return {
-            "data": random.integers(0, 256, (count, 3072), dtype=np.uint8),
-            "labels" if name == "cifar10" else "fine_labels": labels,
-        }
-
-    names = [entry[0] for entry in kind.train_list]
-    size = TRAIN // len(names)
-    lists = {
-        "train_list": [write(folder / file, part(size, size * i)) for i, file in enumerate(names)],
-        "test_list": [write(folder / kind.test_list[0][0], part(TEST, 0))],
-    }
-    file, digest = write(folder / kind.meta["filename"], {kind.meta["key"]: [str(i) for i in range(num_classes)]})
-    lists["meta"] = {**kind.meta, "filename": file, "md5": digest}  # type: ignore[assignment]
-    monkeypatch.setitem(data_module.CIFAR, name, type(kind.__name__, (kind,), lists))
+def cifar(
+    request: pytest.FixtureRequest, synthetic: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> tuple[str, Path]:
+    """Name and root of coloured noise in the official format."""
     monkeypatch.delenv(ROOT_VARIABLE, raising=False)
-    return name, folder.parent
+    return request.param, synthetic(request.param)
 
 
 def raw(root: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -197,6 +173,77 @@ def test_damaged_cifar_is_one_clear_line(cifar: tuple[str, Path], damage: Callab
     with pytest.raises(InputError, match=f"data_root: .*holds no intact {name}, expected the official files") as caught:
         load(DataSettings(name, root=root))
     assert "\n" not in str(caught.value)
+    what, files = {
+        altered: ("altered", r"(data_batch_2|train)"),
+        removed: ("missing", "test"),
+        emptied: ("missing", "(data_batch_1, data_batch_2|train, )"),
+    }[damage]
+    assert re.search(rf"\({what}: {files}", str(caught.value))
+
+
+def rewritten(root: Path, name: str, monkeypatch: pytest.MonkeyPatch, change: Callable[[bytes], bytes]) -> None:
+    """Change the test file, and its checksum with it: what only the content can tell."""
+    kind = data_module.CIFAR[name]
+    path = root / kind.base_folder / kind.test_list[0][0]
+    path.write_bytes(change(path.read_bytes()))
+    monkeypatch.setattr(kind, "test_list", [[path.name, hashlib.md5(path.read_bytes()).hexdigest()]])
+
+
+def pickled(**changes: Any) -> Callable[[bytes], bytes]:
+    """A change of the values in a pickled batch."""
+    return lambda content: pickle.dumps({**pickle.loads(content), **changes}, protocol=2)
+
+
+@pytest.mark.parametrize("cifar", ["cifar10"], indirect=True)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda content: content[: len(content) // 2],
+            "holds no intact cifar10, expected the official files .*truncated",
+        ),
+        (lambda content: b"", "holds no intact cifar10, expected the official files .*Ran out of input"),
+        (lambda content: pickle.dumps([1, 2]), "holds no intact cifar10, expected the official files"),
+        (pickled(labels=[0] * 49 + [10]), "holds labels from 0 to 10, cifar10 has 0 to 9"),
+        (pickled(labels=[-1] * 50), "holds labels from -1 to -1, cifar10 has 0 to 9"),
+        (pickled(labels=[0] * 49), r"images \[50, 32, 32, 3\] with 49 labels, cifar10 has uint8 \[N, 32, 32, 3\]"),
+        (pickled(data=np.zeros((50, 3072))), r"holds torch.float64 images .*, cifar10 has uint8"),
+    ],
+)
+def test_cifar_of_another_content_is_one_clear_line(
+    cifar: tuple[str, Path], change: Callable[[bytes], bytes], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, root = cifar
+    rewritten(root, name, monkeypatch, change)
+    with pytest.raises(InputError, match=f"data_root: .*{message}") as caught:
+        load(DataSettings(name, root=root))
+    assert "\n" not in str(caught.value)
+
+
+def test_svhn(synthetic: Callable[[str], Path]) -> None:
+    root = synthetic("svhn")
+    data = load(DataSettings("svhn", root=root))
+    assert data.sizes == {"train": 1100 - CIFAR_VALIDATION, "validation": CIFAR_VALIDATION, "test": 40}
+    assert (data.input_shape, data.num_classes) == FORMATS["svhn"]
+    assert data.y_validation[:11].tolist() == [*range(10), 0]  # the files say 10 for the digit 0
+    x = loadmat(root / "test_32x32.mat")["X"]  # [H, W, C, N]
+    assert torch.equal(data.x_test, torch.from_numpy(x.transpose(3, 2, 0, 1)).float() / 255)
+    limited = load(DataSettings("svhn", root=root, limit=20))
+    assert torch.bincount(limited.y_train).tolist() == [2] * 10
+    (root / "test_32x32.mat").write_bytes(b"")
+    with pytest.raises(InputError, match=r"holds no intact svhn, expected .* \(altered: test_32x32.mat\)"):
+        load(DataSettings("svhn", root=root))
+    (root / "train_32x32.mat").unlink()
+    with pytest.raises(InputError, match=r"missing: train_32x32.mat; altered: test_32x32.mat"):
+        load(DataSettings("svhn", root=root))
+
+
+def test_training_on_svhn(synthetic: Callable[[str], Path], call: Any, tiny: list[str], tmp_path: Path) -> None:
+    options = ["--data", "svhn", "--data-root", synthetic("svhn"), "--model", "wrn-10-1", *tiny]
+    ending = call("run", "--objective", "standard", *options, "--epochs", "1", "--limit", "70", "--out", "here")
+    assert ending.status == 0, ending
+    settings = tomllib.loads((tmp_path / "here" / "config.toml").read_text())
+    assert (settings["eps"], settings["flip"], settings["shift"]) == (8 / 255, False, 4)
 
 
 @pytest.mark.parametrize("cifar", ["cifar10"], indirect=True)

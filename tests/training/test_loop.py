@@ -83,7 +83,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_epoch(tmp_path:
     broken.resume()
     with torch.no_grad():
         next(broken.model.parameters()).fill_(torch.nan)
-    with pytest.raises(StopError, match=r"not finite in epoch 2.*checkpoint\.pt keeps the last good epoch \(1\)"):
+    with pytest.raises(StopError, match=r"not finite in epoch 2.*checkpoint\.pt keeps .* \(epoch 1\)"):
         broken.fit()
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     assert checkpoint.load(tmp_path / "checkpoint.pt")["epoch"] == 1

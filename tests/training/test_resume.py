@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -18,7 +19,7 @@ from training import checkpoint, run
 from training.errors import run_program
 
 OPTIONS = (
-    "--objective pgd_at --model digits_cnn_bn --epochs 6 --limit 60 --batch-size 10 --steps 3 --validation-steps 1 "
+    "--objective pgd_at --model digits_cnn_bn --epochs 30 --limit 60 --batch-size 10 --steps 3 --validation-steps 1 "
     "--shift 1 --averaging 0.5 --eval-steps 1 --eval-restarts 1 --curve-points 0 --autoattack none --threads 1"
 )
 
@@ -75,19 +76,28 @@ def test_killed_runs_end_with_the_same_bits(
     process.join()
     assert process.exitcode == 0, (tmp_path / "log.txt").read_text()
 
-    moments = random.Random(0)
-    kills = 0
-    for epochs in (0, 2, 5):
-        process = start(["--resume", str(out)] if kills else [*OPTIONS.split(), "--out", str(out)])
-        wait_until(lambda epochs=epochs: progress(out) >= epochs)
-        time.sleep(moments.uniform(0.0, 0.1))
-        process.kill()
+    # By SIGKILL, after which a run goes on from its last checkpoint, or SIGTERM, upon which it writes one.
+    draw = random.Random(0)
+    kills, within_an_epoch = 0, 0
+    while kills < 20:
+        begun = (out / "config.toml").exists()
+        process = start(["--resume", str(out)] if begun else [*OPTIONS.split(), "--out", str(out)])
+        before = progress(out)
+        wait_until(lambda before=before, process=process: progress(out) > before or not process.is_alive())
+        time.sleep(draw.uniform(0.0, 0.4))
+        number = draw.choice([signal.SIGKILL, signal.SIGTERM])
+        (process.kill if number == signal.SIGKILL else process.terminate)()
         process.join()
-        kills += process.exitcode == -signal.SIGKILL
+        if process.exitcode == 0:  # it came through: once more from the start
+            shutil.rmtree(out)
+            continue
+        kills += 1
+        assert process.exitcode == (-signal.SIGKILL if number == signal.SIGKILL else 1)
+        within_an_epoch += torch.load(out / "checkpoint.pt", weights_only=True)["training"]["step"] > 0
     process = start(["--resume", str(out)])
     process.join()
     assert process.exitcode == 0, (tmp_path / "log.txt").read_text()
-    assert kills >= 2
+    assert within_an_epoch >= 5
 
     weights, lines, summary = final(whole)
     weights_of_parts, lines_of_parts, summary_of_parts = final(out)

@@ -80,6 +80,14 @@ def test_direct_on_the_digits(
     assert ending.status == 0, ending
     assert finished(tmp_path / "there")["pgd_acc"] == summary["pgd_acc"]
 
+    # the scale of its network comes from the data it saw
+    ending = call(
+        "run", *options, *tiny, "--limit", "90", "--posterior-from", "here/posterior.pt", "--out", "elsewhere"
+    )
+    assert ending.status == 2
+    assert "posterior_from: here/posterior.pt is of limit 100, expected 90 as in this run" in ending.err
+    assert not Path("elsewhere").exists()
+
 
 def test_a_resumed_direct_run_keeps_its_posterior(
     call: Any, tiny: list[str], small_posterior: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

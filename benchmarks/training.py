@@ -1,0 +1,125 @@
+"""Seconds a step of training takes, with each switch for speed alone and all together, in one run.
+
+    python -m benchmarks.training --data cifar10 --data-root DIR --model wrn-10-2 --objectives pgd_at trades --threads 2
+
+Every variant trains the same network on the same batches; rounds of all variants follow each other, and the median of
+the rounds counts, so that a machine that slows down slows all. Printed and, with --out, written as JSON.
+"""
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.kernels import device_name
+from training import command_line, config, data, models
+from training.data import DataName, DataSettings
+from training.errors import run_program
+from training.loop import Trainer
+
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "plain": ("--no-channels-last", "--no-fused"),
+    "fused optimiser": ("--no-channels-last", "--fused"),
+    "channels_last": ("--channels-last", "--no-fused"),
+    "both": ("--channels-last", "--fused"),
+    "compiled": ("--channels-last", "--fused", "--compile"),
+    "bfloat16": ("--channels-last", "--fused", "--precision", "bfloat16"),
+    "tf32": ("--channels-last", "--fused", "--precision", "tf32"),
+    "bfloat16, compiled": ("--channels-last", "--fused", "--precision", "bfloat16", "--compile"),
+}
+
+
+@dataclass(frozen=True)
+class BenchmarkSettings:
+    """What to time."""
+
+    data: DataName = "cifar10"  # data set
+    data_root: Path | None = None  # folder of CIFAR's official files; None is $SCOREMATCH_DATA
+    model: str = "wrn-10-2"  # architecture
+    objectives: tuple[Literal["standard", "pgd_at", "trades"], ...] = ("pgd_at",)  # what to train
+    variants: tuple[str, ...] = ("plain", "fused optimiser", "channels_last", "both")  # among those of the source
+    batch: int = 128  # samples a step
+    steps: int = 4  # timed steps of a round
+    rounds: int = 3  # rounds, after one that is not counted
+    attack_steps: int = 10  # steps of the attack
+    threads: int = 2  # CPU threads
+    device: str = "cpu"  # torch device
+    out: Path | None = None  # JSON file to write
+
+
+def main(arguments: list[str]) -> None:
+    settings = command_line.parse(
+        BenchmarkSettings,
+        arguments,
+        program="python -m benchmarks.training",
+        description="Time the steps of training, with each switch for speed.",
+    )
+    torch.set_num_threads(settings.threads)
+    loaded = data.load(DataSettings(settings.data, root=settings.data_root)).to(torch.device(settings.device))
+    lines = []
+    with tempfile.TemporaryDirectory() as folder:
+        for objective in settings.objectives:
+            trainers = {name: trainer(settings, objective, name, loaded, Path(folder)) for name in settings.variants}
+            seconds: dict[str, list[float]] = {name: [] for name in trainers}
+            index = torch.arange(settings.batch, device=loaded.x_train.device)
+            for number in tqdm(range(settings.rounds + 1), desc=objective, unit="round"):
+                for name, run in trainers.items():
+                    taken = time_of(run, index, settings.steps if number else 1)
+                    if number:
+                        seconds[name].append(taken)
+            for name, values in seconds.items():
+                median = statistics.median(values)
+                lines.append(
+                    {
+                        "objective": objective,
+                        "variant": name,
+                        "seconds_per_step": round(median, 4),
+                        "samples_per_second": round(settings.batch / median, 1),
+                        "seconds_per_epoch": round(median * trainers[name].steps_per_epoch, 1),
+                        "times_plain": round(statistics.median(seconds[settings.variants[0]]) / median, 2),
+                    }
+                )
+                print(json.dumps(lines[-1]), flush=True)
+    if settings.out is not None:
+        head = {
+            "command": f"python -m benchmarks.training {' '.join(arguments)}",
+            "device": device_name(settings.device),
+            "threads": settings.threads,
+            "torch": torch.__version__,
+        }
+        settings.out.write_text(json.dumps({**head, "lines": lines}, indent=1) + "\n")
+
+
+def trainer(settings: BenchmarkSettings, objective: str, variant: str, loaded: data.Data, folder: Path) -> Trainer:
+    out = folder / f"{objective}-{variant}"
+    out.mkdir()
+    options = ["--objective", objective, "--data", settings.data, "--model", settings.model]
+    options += ["--batch-size", str(settings.batch), "--steps", str(settings.attack_steps)]
+    if settings.data_root is not None:
+        options += ["--data-root", str(settings.data_root)]
+    parsed = config.parse([*options, *VARIANTS[variant]])
+    torch.manual_seed(0)
+    model = models.build(settings.model, loaded.input_shape, loaded.num_classes)
+    return Trainer(parsed, loaded, model.to(loaded.x_train.device), None, out)
+
+
+def time_of(run: Trainer, index: torch.Tensor, steps: int) -> float:
+    """Seconds a step."""
+    device = index.device
+    begin = time.perf_counter()
+    for _ in range(steps):
+        run._step(index)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - begin) / steps
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

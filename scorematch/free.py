@@ -1,0 +1,107 @@
+"""Free adversarial training: one backward pass gives the gradients of the weights and of the input."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .divergences import check_kind
+from .objectives import Outcome
+from .ops.divergence import divergence as divergence_of
+from .ops.pgd_step import pgd_step
+from .threat_model import ThreatModel
+
+
+class FreeAttack:
+    """The perturbation of free adversarial training (Shafahi et al., NeurIPS 2019, Alg. 1).
+
+    A minibatch is trained on ``replays`` times in a row. Each backward pass moves the perturbation by one step along
+    the gradient that it leaves in the input; the perturbation is carried over to the next replay and to the next
+    minibatch, by position in the batch, and starts at 0::
+
+        for _ in range(free.replays):
+            outcome = free.step(model, x, y)
+            optimizer.zero_grad()
+            outcome.loss.mean().backward()  # moves the perturbation too
+            optimizer.step()
+
+    One replay costs what a step of standard training costs. The published schedule divides the number of epochs by
+    ``replays``, so that the number of weight updates is that of standard training: 96 epochs become 24 with 4 replays.
+    A schedule by steps counts weight updates: epochs × minibatches × replays.
+
+    Args:
+        threat_model: eps, norm and box.
+        replays: passes over one minibatch, at least 1.
+        divergence: name of D in the loss D(y ‖ q(x + δ)).
+        step_size: length of one step, in the units of the input; None is eps, as published.
+
+    Raises:
+        ValueError: an argument is outside its range.
+    """
+
+    def __init__(
+        self, threat_model: ThreatModel, replays: int = 4, divergence: str = "kl", *, step_size: float | None = None
+    ) -> None:
+        check_kind(divergence)
+        if replays < 1:
+            raise ValueError(f"replays must be at least 1, got {replays}")
+        if step_size is not None and not (step_size > 0.0 and math.isfinite(step_size)):
+            raise ValueError(f"step_size must be positive and finite, or None for eps, got {step_size}")
+        self.threat_model = threat_model
+        self.replays = replays
+        self.divergence = divergence
+        self.step_size = threat_model.eps if step_size is None else step_size
+        self.perturbation: Tensor | None = None  # [largest N so far, …], inside the ball of radius eps around 0
+
+    def step(self, model: nn.Module, x: Tensor, y: Tensor) -> Outcome:
+        """The loss at x + δ; its backward pass, to be done once, moves δ.
+
+        Args:
+            model: maps [N, …] to logits [N, L], in the mode of training.
+            x: [N, …] inputs inside the box. A smaller batch than before uses the first N perturbations.
+            y: int64 [N] labels, or probabilities [N, L].
+
+        Raises:
+            ValueError: the samples have another shape than those before.
+        """
+        point = self.threat_model.project(x + self._held(x), x).requires_grad_()
+        point.register_hook(self._advance)
+        return Outcome(divergence_of(model(point), y, kind=self.divergence), point.detach(), {})
+
+    def _held(self, x: Tensor) -> Tensor:
+        """The first N perturbations; those of positions not met before are 0."""
+        held = x.new_zeros(0, *x.shape[1:]) if self.perturbation is None else self.perturbation
+        if held.shape[1:] != x.shape[1:]:
+            raise ValueError(f"x has samples of shape {list(x.shape[1:])}, the perturbation {list(held.shape[1:])}")
+        if len(held) < len(x):
+            held = torch.cat([held, x.new_zeros(len(x) - len(held), *x.shape[1:])])
+        self.perturbation = held
+        return held[: len(x)]
+
+    @torch.no_grad()
+    def _advance(self, gradient: Tensor) -> None:
+        assert self.perturbation is not None
+        moved = self.perturbation[: len(gradient)]
+        moved.copy_(
+            pgd_step(
+                moved,
+                gradient,
+                torch.zeros_like(moved),
+                norm=self.threat_model.norm,
+                step_size=self.step_size,
+                eps=self.threat_model.eps,
+                lower=-math.inf,
+                upper=math.inf,
+            )
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is carried over, for exact resumption."""
+        return {"perturbation": self.perturbation}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        held = state["perturbation"]
+        self.perturbation = None if held is None else held.clone()

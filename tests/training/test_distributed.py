@@ -1,0 +1,156 @@
+"""Several processes compute what one does; batch normalisation over processes; signals reach all of them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from training import checkpoint, distributed, run
+from training.errors import run_program
+
+OPTIONS = (
+    "--objective {objective} --model digits_cnn_bn --epochs 2 --limit 90 --batch-size 30 --steps 2 "
+    "--validation-steps 2 --shift 1 --averaging 0.9 --optimizer sgd --lr 0.05 --eval-steps 1 --eval-restarts 1 "
+    "--eval-losses ce --curve-points 2 --autoattack none --threads 1"
+)
+
+
+def torchrun(processes: int, *arguments: str) -> list[str]:
+    rendezvous = ["--standalone", "--nproc-per-node", str(processes)]
+    return [sys.executable, "-m", "torch.distributed.run", *rendezvous, "-m", *arguments]
+
+
+def in_processes(processes: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        torchrun(processes, "training.run", *arguments),
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("objective", "more"),
+    [
+        ("pgd_at", ["--attack-mode", "train"]),
+        ("pgd_at", ["--accumulate", "2"]),
+        # near x the gradient of TRADES is small, and rounding decides some of its signs: hence a start far from x
+        ("trades", ["--attack-start", "uniform"]),
+    ],
+)
+def test_two_processes_equal_one(objective: str, more: list[str], tmp_path: Path) -> None:
+    arguments = [*OPTIONS.format(objective=objective).split(), *more]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run_program(run.main, [*arguments, "--out", str(one)]) == 0
+    finished = in_processes(2, [*arguments, "--out", str(two)])
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count("everything is in") == 1, "one process speaks"
+
+    expected, actual = (checkpoint.load(out / "checkpoint.pt") for out in (one, two))
+    for part in ("model", "average"):
+        for name, value in expected["training"][part].items():
+            torch.testing.assert_close(actual["training"][part][name], value, rtol=0, atol=1e-5, msg=name)
+    summaries = [json.loads((out / "summary.json").read_text()) for out in (one, two)]
+    assert [summary["processes"] for summary in summaries] == [1, 2]
+    assert summaries[0]["clean_acc"] == pytest.approx(summaries[1]["clean_acc"], abs=0.5)
+    for first, second in zip(*(checkpoint.read_metrics(out / "metrics.jsonl") for out in (one, two)), strict=True):
+        assert first["loss"] == pytest.approx(second["loss"], abs=1e-5)
+        assert first["zero_gradient_share"] == pytest.approx(second["zero_gradient_share"], abs=1e-3)
+    # and one process goes on where two stopped, or says that there is nothing to do
+    assert run_program(run.main, ["--resume", str(two)]) == 0
+
+
+def test_a_signal_stops_all_processes_at_the_same_step(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    arguments = [*OPTIONS.format(objective="pgd_at").split(), "--epochs", "400", "--limit", "300", "--batch-size", "10"]
+    process = subprocess.Popen(
+        torchrun(2, "training.run", *arguments, "--validate-every", "400", "--out", str(out)),
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while len(checkpoint.read_metrics(out / "metrics.jsonl")) < 1 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.terminate()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "continue with" in errors
+    saved = checkpoint.load(out / "checkpoint.pt")
+    assert saved["training"]["step"] == 20, "the processes agree after every twentieth step of an epoch of thirty"
+
+
+def children(process: int) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc to find the processes of torchrun")
+def test_torchrun_restarts_a_run_where_it_was(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    arguments = [*OPTIONS.format(objective="pgd_at").split(), "--epochs", "12", "--out", str(out)]
+    command = torchrun(2, "training.run", *arguments)
+    command[3:3] = ["--max-restarts", "1", "--monitor-interval", "0.1"]
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while len(checkpoint.read_metrics(out / "metrics.jsonl")) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(children(process.pid)[-1], signal.SIGKILL)
+    printed, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, printed
+    assert in_processes(2, [*arguments[:-1], str(tmp_path / "whole")]).returncode == 0
+    expected, actual = (checkpoint.load(tmp_path / name / "checkpoint.pt") for name in ("whole", "run"))
+    for name, value in expected["training"]["model"].items():
+        assert torch.equal(actual["training"]["model"][name], value), name
+    assert [entry["epoch"] for entry in checkpoint.read_metrics(out / "metrics.jsonl")] == list(range(1, 13))
+
+
+def test_a_batch_too_small_for_the_processes_is_refused(tmp_path: Path) -> None:
+    arguments = OPTIONS.format(objective="pgd_at").replace("--limit 90", "--limit 91")
+    finished = in_processes(2, [*arguments.split(), "--out", str(tmp_path / "run")])
+    assert finished.returncode != 0
+    assert "batch_size: 30 of 91 samples leaves a batch of 1 for 2 processes" in finished.stderr
+
+
+def _batchnorm_of_a_share(rank: int, world: int, folder: Path, x: torch.Tensor, layer: nn.Module) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    mine = x[rank::world].clone().requires_grad_()
+    network = distributed.synchronise_batchnorm(nn.Sequential(layer))
+    y = network(mine)
+    (y**3).sum().backward()
+    weight, bias = (distributed.summed(p.grad) for p in network.parameters())
+    torch.save([y.detach(), mine.grad, weight, bias, *network.buffers()], folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("shape", [(7, 3), (7, 3, 4, 2)])
+def test_batchnorm_over_processes(shape: tuple[int, ...], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=torch.float64) + 2
+    layer = (nn.BatchNorm1d(3) if len(shape) == 2 else nn.BatchNorm2d(3)).double()
+    nn.init.normal_(layer.weight)
+    torch.multiprocessing.spawn(_batchnorm_of_a_share, (2, tmp_path, x, layer), nprocs=2)
+
+    whole = x.clone().requires_grad_()
+    y = layer(whole)
+    (y**3).sum().backward()
+    for rank in range(2):
+        actual = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        expected = [y.detach()[rank::2], whole.grad[rank::2], layer.weight.grad, layer.bias.grad, *layer.buffers()]
+        for given, wanted in zip(actual, expected, strict=True):
+            torch.testing.assert_close(given, wanted, rtol=0, atol=1e-10)

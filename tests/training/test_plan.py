@@ -1,0 +1,64 @@
+"""The counted cost of a run, against sums done by hand."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from training import models, plan
+from training.errors import run_program
+from training.plan import PlanSettings
+
+
+def forward_operations(name: str) -> int:
+    model = models.build(name, (3, 32, 32), 10).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.rand(1, 3, 32, 32))
+    return int(counter.get_total_flops())
+
+
+# Passes of 10 attack steps, in forward passes: each step is one forward and one backward pass to the input (of the same
+# cost); the loss one forward and two such backward passes, to inputs and weights; TRADES has two of these and one
+# forward pass for the clean prediction.
+@pytest.mark.parametrize(("objective", "passes"), [("standard", 3), ("pgd_at", 20 + 3), ("trades", 20 + 1 + 6)])
+def test_operations(objective: str, passes: int) -> None:
+    run = plan.run_settings(PlanSettings(recipe="cifar10", objective=objective, model="wrn-10-1"))  # type: ignore[arg-type]
+    cost = plan.plan(run, 48_976)
+    # the first layer has no backward pass to its input when its weights are trained on x itself
+    assert cost.operations == pytest.approx(passes * forward_operations("wrn-10-1"), rel=0.05)
+    assert cost.parameters == sum(p.numel() for p in models.build("wrn-10-1", (3, 32, 32), 10).parameters())
+    assert cost.steps == 383
+    assert cost.samples == 383 * 128
+    assert cost.state == 4 * cost.parameters * 3
+
+
+def test_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    def network(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 32 * 32, 10))
+
+    monkeypatch.setattr(models, "build", lambda name, shape, classes: network(shape, classes))
+    run = plan.run_settings(PlanSettings(recipe="cifar10", objective="standard", precision="float32"))
+    # kept: the input of the convolution, the output of ReLU (which the linear layer takes too), logits and less
+    floats = 3 * 32 * 32 + 8 * 32 * 32
+    assert plan.plan(run, 48_976).activations == pytest.approx(4 * floats, rel=0.02)
+
+
+def test_time(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = "--recipe cifar10 --model wrn-10-1 --epochs 10 --samples-per-second 1000 --gpus 2 --bandwidth 10"
+    assert run_program(plan.main, arguments.split()) == 0
+    printed = capsys.readouterr().out
+    assert "383 steps, 49024 samples" in printed
+    assert "24.5 s an epoch, 0.1 h in all" in printed  # 49,024 / 2,000, and 383 sums of a hundred thousand gradients
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--gpus 0", "gpus: 0 is out of range, allowed: above 0"),
+        ("--recipe toy", "recipe: toy is for toy, allowed: a recipe for images"),
+        ("--recipe none", "recipe: 'none' is unknown"),
+    ],
+)
+def test_bad_arguments(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_program(plan.main, arguments.split()) == 2
+    assert message in capsys.readouterr().err

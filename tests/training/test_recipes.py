@@ -1,0 +1,118 @@
+"""The recipes of the paper's tables: what they resolve to, and the commands that docs/recipes.md prints."""
+
+import shlex
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from training import config, models
+from training.config import RunSettings
+from training.optimisation import averaging_decay, build_optimizer, build_schedule
+
+TABLES = ("table1", "table2", "table3", "table3-cifar100", "table4-l2")
+PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "recipes.md"
+STEPS = 3  # an epoch here
+
+
+def recipe(name: str, *options: str) -> RunSettings:
+    objective = ("--objective", "pgd_at") if name == "table2" else ()
+    return config.parse(["--recipe", name, *objective, "--device", "cpu", "--dry-run", *options])
+
+
+def rates(settings: RunSettings) -> list[tuple[float, float]]:
+    """Rate and momentum of each epoch, constant in it."""
+    model = nn.Linear(2, 2)
+    optimizer = build_optimizer(settings, model)
+    schedule = build_schedule(settings, optimizer, STEPS)
+    seen = []
+    for _ in range(settings.epochs):
+        within = set()
+        for _ in range(STEPS):
+            group = optimizer.param_groups[0]
+            within.add((group["lr"], group["momentum"]))
+            optimizer.step()
+            schedule.step()
+        assert len(within) == 1
+        seen.append(within.pop())
+    return seen
+
+
+def commands(section: str) -> list[list[str]]:
+    """What the bash blocks of a section of the page would run."""
+    text = PAGE.read_text().split(f"\n## {section}")[1].split("\n## ")[0]
+    blocks = [part.split("```")[0] for part in text.split("```bash\n")[1:]]
+    script = "\n".join(['python() { echo "$@"; }', *blocks])
+    lines = subprocess.run(["bash", "-eu", "-c", script], check=True, capture_output=True, text=True).stdout
+    return [shlex.split(line) for line in lines.splitlines()]
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_models_build(name: str) -> None:
+    settings = recipe(name)
+    with torch.device("meta"):
+        model = models.build(settings.model, (3, 32, 32), 100 if settings.data == "cifar100" else 10)
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    assert parameters == pytest.approx({"table1": 11.17, "table2": 11.17}.get(name, 36.5), abs=0.1)
+    assert len(build_optimizer(settings, model).param_groups) == (1 if name in ("table1", "table2") else 2)
+
+
+@pytest.mark.parametrize("name", ["table1", "table2"])
+def test_basic_setting(name: str) -> None:
+    settings = recipe(name, "--lr", "0.05")
+    found = rates(settings)
+    assert [rate for rate, _ in found] == pytest.approx([0.05] * 100 + [0.005] * 5 + [0.0005] * 5)
+    assert {momentum for _, momentum in found} == {0.9}
+    assert (settings.batch_size, settings.steps, settings.weight_decay) == (128, 10, 5e-4)
+    assert settings.eps == pytest.approx(8 / 255)
+    assert settings.step_size == pytest.approx(2 / 255)
+    assert not settings.nesterov
+    assert settings.averaging == 0.0
+
+
+@pytest.mark.parametrize("name", ["table3", "table3-cifar100", "table4-l2"])
+def test_generated_data_setting(name: str) -> None:
+    settings = recipe(name)
+    found = rates(settings)
+    assert len(found) == 400
+    assert found[0] == pytest.approx((0.2 / 25, 0.95))
+    assert found[9] == pytest.approx((0.2, 0.85))  # 2.5 % of 400 epochs
+    assert found[-1] == pytest.approx((0.2 / 25e4, 0.95))
+    assert round(settings.original_share * settings.batch_size) == (205 if name == "table3-cifar100" else 154)
+    total = 400 * 98
+    decays = [averaging_decay(settings, step, total) for step in (1, 979, 980, 989, total)]
+    assert decays == pytest.approx([0.0, 0.0, 0.1, 10 / 19, 0.995])
+    assert (settings.objective, settings.divergence, settings.clip) == ("trades", "se", 0.0)
+    assert (settings.attack_mode, settings.label_smoothing) == ("frozen", 0.0)
+
+
+def test_l2_setting() -> None:
+    settings = recipe("table4-l2")
+    assert (settings.norm, settings.attack_start) == ("l2", "gaussian")
+    assert settings.eps == pytest.approx(128 / 255)
+    assert settings.step_size == pytest.approx(settings.eps / 5)
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ("Table 1", {"table1": 8 * 3}),
+        ("Table 2", {"table2": 6 * 5}),
+        ("Table 3", {"table3": 5, "table3-cifar100": 2}),
+        ("Table 4", {"table3": 4 + 1, "table3-cifar100": 4, "table4-l2": 2}),  # and the KL baseline
+        ("Cheaper", {"cifar10": 3, "table2": 1}),
+    ],
+)
+def test_the_commands_of_the_page_are_valid_and_different(section: str, expected: dict[str, int]) -> None:
+    found = commands(section)
+    resolved = []
+    for words in found:
+        assert words[:2] == ["-m", "training.run"]
+        resolved.append(config.parse([*words[2:], "--device", "cpu", "--dry-run"]))
+    assert Counter(settings.recipe for settings in resolved) == expected
+    for settings in resolved:
+        assert bool(settings.generated) == (settings.recipe in ("table3", "table3-cifar100", "table4-l2"))
+    assert len({str(config.as_table(settings)) for settings in resolved}) == len(found)

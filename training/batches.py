@@ -1,0 +1,71 @@
+"""What each step of an epoch is trained on: a shuffled order, augmented, generated images mixed in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Generator, Tensor
+
+from training.augmentation import augmented
+from training.config import RunSettings
+from training.data import Data
+from training.errors import InputError
+from training.generated import GeneratedImages, GeneratedStream
+from training.smoothing import smoothed
+
+
+class Batches:
+    """The batches of a run, whole ones: under torchrun every process makes the same and takes its share.
+
+    With generated images a batch holds ``original_share`` of original ones, and an epoch has as many steps as without,
+    so that it sees that share of the original images only (the published pipeline counts so).
+
+    Args:
+        settings: of the run.
+        data: its training images on the device of the run.
+        targets: int64 [N] labels, or probabilities [N, L].
+        order: decides the order of the samples; its state at the start of an epoch decides that epoch.
+        augmentation: randomness of shifts and mirrored images, on the device of the data.
+    """
+
+    def __init__(
+        self, settings: RunSettings, data: Data, targets: Tensor, order: Generator, augmentation: Generator
+    ) -> None:
+        self.settings = settings
+        self.x, self.targets = data.x_train, targets
+        self.num_classes = data.num_classes
+        self.order, self.augmentation = order, augmentation
+        self.format = torch.channels_last if settings.channels_last and self.x.dim() == 4 else torch.contiguous_format
+        self.steps = math.ceil(len(self.x) / settings.batch_size)
+        self.originals, self.stream = settings.batch_size, None
+        if settings.generated:
+            images = GeneratedImages(settings.generated, num_classes=data.num_classes, shape=data.input_shape)
+            self.stream = GeneratedStream(images, settings.seed)
+            self.originals = round(settings.original_share * settings.batch_size)
+            if self.originals * self.steps > len(self.x):
+                self.steps = len(self.x) // self.originals
+            if self.steps == 0:
+                raise InputError(
+                    f"batch_size: {self.originals} original images a step, allowed: up to the {len(self.x)} there are"
+                )
+
+    def epoch(self, first: int = 0) -> Iterator[Tensor]:
+        """The indices of the original samples of each step, from step ``first``; draws the order of the epoch."""
+        order = torch.randperm(len(self.x), generator=self.order).to(self.x.device)
+        for step in range(first, self.steps):
+            yield order[step * self.originals : (step + 1) * self.originals]
+
+    def batch(self, index: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Augmented images [n, …] and their targets, for the step number ``step`` of the whole run."""
+        x, targets = self.x[index], self.targets[index]
+        if self.stream is not None:
+            count = self.settings.batch_size - self.originals
+            images, labels = self.stream.draw(step * count, count)
+            more = images.to(x.device, non_blocking=True).permute(0, 3, 1, 2).to(x.dtype) / 255
+            x, targets = torch.cat([x, more]), torch.cat([targets, labels.to(x.device, non_blocking=True)])
+        if self.settings.label_smoothing:
+            targets = smoothed(targets, self.num_classes, self.settings.label_smoothing)
+        x = augmented(x, self.augmentation, shift=self.settings.shift, flip=self.settings.flip)
+        return x.contiguous(memory_format=self.format), targets

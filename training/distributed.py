@@ -1,0 +1,158 @@
+"""Several processes under torchrun, one device each: which one this is, and what they do together."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from training.errors import InputError
+
+PATIENCE = timedelta(hours=12)  # one process trains a posterior while the others wait
+
+
+def started_by_torchrun() -> bool:
+    return distributed.is_available() and "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def restarts() -> int:
+    """How often torchrun (``--max-restarts``) has started the processes again, after one had failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def device_of_this_process(device: torch.device) -> torch.device:
+    """``device``, but for each process of torchrun on a machine a GPU of its own."""
+    if not started_by_torchrun() or device.type != "cuda" or device.index is not None:
+        return device
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if rank >= torch.cuda.device_count():
+        raise InputError(
+            f"device: process {rank} of this machine finds {torch.cuda.device_count()} CUDA devices, allowed: at most "
+            "as many processes"
+        )
+    return torch.device("cuda", rank)
+
+
+@contextmanager
+def processes(device: torch.device) -> Iterator[None]:
+    """Join the other processes of torchrun, if it has started this one."""
+    if not started_by_torchrun():
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    store, rank, size = next(distributed.rendezvous("env://", timeout=PATIENCE))
+    # Processes that torchrun has started again must not find the addresses of those before them: with gloo they do.
+    store = distributed.PrefixStore(f"start {restarts()}", store)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def rank() -> int:
+    """The number of this process; 0 without torchrun."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def world_size() -> int:
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if world_size() > 1:
+        distributed.barrier()
+
+
+def from_first(value: Any) -> Any:
+    """What the first process has, a plain value."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    distributed.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def summed(values: Tensor) -> Tensor:
+    """The sum over the processes of a tensor that has no graph, in place."""
+    if world_size() > 1:
+        distributed.all_reduce(values)
+    return values
+
+
+class _Total(torch.autograd.Function):
+    """The sum of a tensor over the processes, and that of its gradients backward."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return summed(values.clone())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return summed(gradient.clone())
+
+
+class SyncBatchNorm(_BatchNorm):
+    """Batch normalisation over the samples of all processes, for any device (torch's own takes GPUs alone).
+
+    Input [N, C] or [N, C, …] in any process, with any N.
+    """
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        if x.dim() < 2:
+            raise ValueError(f"x must be [N, C, …], got {list(x.shape)}")
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check_input_dim(x)
+        if not self.training or world_size() == 1:
+            return super().forward(x)
+        axes = [0, *range(2, x.dim())]
+        shape = [1, -1, *[1] * (x.dim() - 2)]
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        count = wide.new_full((1,), x.numel() / x.shape[1])
+        # Two passes, as the variance from sums of squares loses digits.
+        total = _Total.apply(torch.cat([wide.sum(axes), count]))
+        mean, count = total[:-1] / total[-1], total[-1].detach()
+        centred = wide - mean.view(shape)
+        variance = _Total.apply(centred.square().sum(axes)) / count
+        if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
+            with torch.no_grad():
+                if self.num_batches_tracked is not None:
+                    self.num_batches_tracked.add_(1)
+                if self.momentum is None:
+                    assert self.num_batches_tracked is not None
+                    momentum: Any = 1.0 / self.num_batches_tracked
+                else:
+                    momentum = self.momentum
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+                unbiased = variance * (count / (count - 1))
+                self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
+        scale = torch.rsqrt(variance + self.eps)
+        if self.weight is not None:
+            scale = scale * self.weight
+        y = centred * scale.view(shape)
+        if self.bias is not None:
+            y = y + self.bias.view(shape)
+        return y.to(x.dtype)
+
+
+def synchronise_batchnorm(module: nn.Module) -> nn.Module:
+    """``module`` with its batch normalisation over all processes: torch's on GPUs, ours elsewhere."""
+    if next(module.parameters()).is_cuda:
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    if isinstance(module, _BatchNorm) and not isinstance(module, SyncBatchNorm):
+        new = SyncBatchNorm(module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats)
+        like = next(iter(module.state_dict().values()), torch.empty(0))
+        new.to(like).load_state_dict(module.state_dict())
+        return new.train(module.training)
+    for name, child in module.named_children():
+        if next(child.parameters(), None) is not None:
+            setattr(module, name, synchronise_batchnorm(child))
+    return module

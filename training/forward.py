@@ -1,0 +1,38 @@
+"""The network as the training loop calls it: in what precision, compiled or not."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Precision = Literal["float32", "tf32", "bfloat16"]
+
+
+class Forward(nn.Module):
+    """Calls a network under autocast and returns logits in float32, whatever the arithmetic within.
+
+    Weights, losses and gradients of the weights stay in float32; bfloat16 has its range of exponents, so that nothing
+    needs to be scaled.
+
+    Args:
+        network: maps x [N, …] to logits [N, L]. Its own modes, parameters and buffers are what attacks borrow.
+        precision: ``"float32"``, ``"tf32"`` (float32 with matrix products in TF32, on CUDA) or ``"bfloat16"``.
+        compile: run it by ``torch.compile``.
+    """
+
+    def __init__(self, network: nn.Module, precision: Precision = "float32", compile: bool = False) -> None:
+        super().__init__()
+        self.network = network
+        self.precision = precision
+        self._call = torch.compile(network) if compile else network
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.precision == "bfloat16":
+            with torch.autocast(x.device.type, torch.bfloat16):
+                return self._call(x).float()
+        return self._call(x)
+
+
+def set_tf32(precision: Precision) -> None:
+    """Let float32 products run in TF32 on CUDA if asked to, for this process."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
