@@ -14,7 +14,7 @@ BAD = {
     "option without value": ("run", "--objective standard --epochs", "--epochs"),
     "text for a number": ("run", "--objective standard --eps much", "--eps"),
     "unknown data": ("run", "--objective standard --data mnist", "'cifar10', 'cifar100'"),
-    "unknown recipe": ("run", "--objective standard --recipe none", "digits, toy"),
+    "unknown recipe": ("run", "--objective standard --recipe none", "digits, svhn"),
     "unknown model": ("run", "--objective standard --model resnet", "digits_cnn"),
     "model that cannot be imported": ("run", "--objective standard --model nowhere:model", "module:function"),
     "wide network of impossible depth": ("run", "--objective standard --model wrn-12-1", "6 n + 4"),
