@@ -25,15 +25,17 @@ from training.errors import run_program
 from training.loop import Trainer
 
 VARIANTS: dict[str, tuple[str, ...]] = {
-    "plain": ("--no-channels-last", "--no-fused"),
-    "fused optimiser": ("--no-channels-last", "--fused"),
-    "channels_last": ("--channels-last", "--no-fused"),
-    "both": ("--channels-last", "--fused"),
+    "plain": ("--no-channels-last", "--no-fused", "--no-fold"),
+    "fused optimiser": ("--no-channels-last", "--fused", "--no-fold"),
+    "channels_last": ("--channels-last", "--no-fused", "--no-fold"),
+    "folded": ("--no-channels-last", "--no-fused", "--fold"),
+    "all three": ("--channels-last", "--fused", "--fold"),
     "compiled": ("--channels-last", "--fused", "--compile"),
     "bfloat16": ("--channels-last", "--fused", "--precision", "bfloat16"),
     "tf32": ("--channels-last", "--fused", "--precision", "tf32"),
     "bfloat16, compiled": ("--channels-last", "--fused", "--precision", "bfloat16", "--compile"),
 }
+ON_A_CPU = ("plain", "fused optimiser", "channels_last", "folded", "all three")
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,13 @@ class BenchmarkSettings:
     data_root: Path | None = None  # folder of CIFAR's official files; None is $SCOREMATCH_DATA
     model: str = "wrn-10-2"  # architecture
     objectives: tuple[Literal["standard", "pgd_at", "trades"], ...] = ("pgd_at",)  # what to train
-    variants: tuple[str, ...] = ("plain", "fused optimiser", "channels_last", "both")  # among those of the source
+    variants: tuple[str, ...] = (
+        "plain",
+        "fused optimiser",
+        "channels_last",
+        "folded",
+        "all three",
+    )  # among those of the source
     batch: int = 128  # samples a step
     steps: int = 4  # timed steps of a round
     rounds: int = 3  # rounds, after one that is not counted

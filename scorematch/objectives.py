@@ -376,7 +376,7 @@ def first_iterate(
     with torch.no_grad():
         if start == "uniform":
             return threat_model.random_start(x, generator)
-        noise = torch.empty_like(x).normal_(generator=generator)
+        noise = torch.empty_like(x, memory_format=torch.contiguous_format).normal_(generator=generator)
         return threat_model.project(x + GAUSSIAN_START * noise, x)
 
 

@@ -63,9 +63,9 @@ class ThreatModel:
             generator: source of randomness on the device of x.
         """
         if self.norm == "linf":
-            noise = torch.empty_like(x).uniform_(-1.0, 1.0, generator=generator)
+            noise = _empty(x).uniform_(-1.0, 1.0, generator=generator)
             return random_start(x, noise, norm="linf", eps=self.eps, lower=self.lower, upper=self.upper)
-        noise = torch.empty_like(x).normal_(generator=generator)
+        noise = _empty(x).normal_(generator=generator)
         features = max(1, x[0].numel()) if x.shape[0] else 1
         radius = torch.rand(x.shape[0], generator=generator, dtype=x.dtype, device=x.device) ** (1.0 / features)
         return random_start(x, noise, norm="l2", eps=self.eps, lower=self.lower, upper=self.upper, radius=radius)
@@ -86,3 +86,8 @@ class ThreatModel:
     def project(self, x: Tensor, x0: Tensor) -> Tensor:
         """x [N, …] projected to the ball of x0, then clipped to the box."""
         return project(x, x0, norm=self.norm, eps=self.eps, lower=self.lower, upper=self.upper)
+
+
+def _empty(x: Tensor) -> Tensor:
+    """Space for noise like x, contiguous: the numbers must not depend on the memory format of x."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)

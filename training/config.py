@@ -106,6 +106,7 @@ class RunSettings:
     precision: Precision = "float32"  # of the network in training: tf32 and bfloat16 are for GPUs; losses are float32
     channels_last: bool = False  # memory format of images and weights in training: faster convolutions
     compile: bool = False  # train with torch.compile(model): compiles for minutes, then saves memory traffic
+    fold: bool = False  # attacks in eval mode: batch norm folded into the convolution before it
     accumulate: int = 1  # parts that a batch is cut into, for less memory; batch norm sees one part at a time
     sync_batchnorm: bool = True  # under torchrun: batch norm over the samples of all processes
 

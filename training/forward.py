@@ -5,6 +5,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from scorematch.folding import Folding
+
 Precision = Literal["float32", "tf32", "bfloat16"]
 
 
@@ -18,15 +20,29 @@ class Forward(nn.Module):
         network: maps x [N, …] to logits [N, L]. Its own modes, parameters and buffers are what attacks borrow.
         precision: ``"float32"``, ``"tf32"`` (float32 with matrix products in TF32, on CUDA) or ``"bfloat16"``.
         compile: run it by ``torch.compile``.
+        fold: fold batch norm into convolutions where the network is borrowed in eval mode, without gradients of the
+            weights; a compiled network is left to the compiler.
     """
 
-    def __init__(self, network: nn.Module, precision: Precision = "float32", compile: bool = False) -> None:
+    def __init__(
+        self, network: nn.Module, precision: Precision = "float32", compile: bool = False, fold: bool = False
+    ) -> None:
         super().__init__()
         self.network = network
         self.precision = precision
         self._call = torch.compile(network) if compile else network
+        self._folding = Folding(network) if fold and not compile else None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._folding is None or self.network.training or self._takes_gradients():
+            return self._logits(x)
+        with self._folding.applied():
+            return self._logits(x)
+
+    def _takes_gradients(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.network.parameters())
+
+    def _logits(self, x: Tensor) -> Tensor:
         if self.precision == "bfloat16":
             with torch.autocast(x.device.type, torch.bfloat16):
                 return self._call(x).float()

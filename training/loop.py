@@ -123,7 +123,7 @@ class Trainer:
         self._check_shares()
 
         self.threat_model = settings.threat_model(data.lower, data.upper)
-        self.forward = Forward(self.model, settings.precision, settings.compile)
+        self.forward = Forward(self.model, settings.precision, settings.compile, settings.fold)
         self.start = settings.attack_start or ("gaussian" if settings.objective == "trades" else "uniform")
         self.loss_of_step: nn.Module = LossOfStep(self.forward, bind_objective(settings, data, posterior))
         if self.world > 1:

@@ -87,3 +87,15 @@ def test_step_length_defaults_to_a_quarter_of_eps() -> None:
 def test_bad_input(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ThreatModel(**arguments)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_random_starts_do_not_depend_on_the_memory_format(norm: str) -> None:
+    x = torch.rand(4, 3, 5, 6)
+    threat_model = ThreatModel(norm, 0.1)
+    plain, arranged = (
+        threat_model.random_start(x.contiguous(memory_format=format), torch.Generator().manual_seed(1))
+        for format in (torch.contiguous_format, torch.channels_last)
+    )
+    torch.testing.assert_close(arranged, plain, rtol=0, atol=1e-7)
+    assert arranged.is_contiguous(memory_format=torch.channels_last)

@@ -126,3 +126,18 @@ def test_best_of_standard_training_is_chosen_by_clean_accuracy(tmp_path: Path) -
         run.epoch = epoch
         run._keep_best({"val_pgd_acc": robust, "val_acc": clean})
     assert checkpoint.load(tmp_path / "best.pt")["epoch"] == 2
+
+
+@pytest.mark.parametrize("objective", ["trades", "pgd_at --attack-mode eval"])
+def test_switches_for_speed_change_rounding_alone(objective: str, tmp_path: Path) -> None:
+    options = ["--objective", *objective.split(), "--attack-start", "uniform", "--optimizer", "sgd", "--lr", "0.05"]
+    # without shifts: where their zeros come in, gradients are so small that rounding decides their signs
+    options += ["--steps", "1", "--epochs", "1", "--shift", "0"]
+    plain = trainer(tmp_path / "plain", *options)
+    fast = trainer(tmp_path / "fast", *options, "--fold", "--fused", "--channels-last")
+    assert len(fast.forward._folding.pairs) == 3  # type: ignore[union-attr]
+    for run in (plain, fast):
+        run.save()
+        run.fit()
+    for name, value in plain.model.state_dict().items():
+        torch.testing.assert_close(fast.model.state_dict()[name], value, rtol=0, atol=1e-5, msg=name)

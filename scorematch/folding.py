@@ -1,0 +1,94 @@
+"""Batch normalisation folded into the convolution before it, while a model is in eval mode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+
+class Folding:
+    """Pairs of a convolution and the batch norm that alone takes its output, found by tracing the model.
+
+    A model that ``torch.fx`` cannot trace has no pairs; neither have modules that are called more than once.
+
+    Args:
+        model: any module; it is not changed.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.pairs: list[tuple[_ConvNd, _BatchNorm]] = []
+        self._folded: list[tuple[Tensor, Tensor]] = []
+        self._versions: tuple[int, ...] = ()
+        tracer = _Tracer()
+        try:
+            graph = tracer.trace(model)
+        except Exception:  # whatever a model's forward raises when it is given no values
+            return
+        modules = dict(model.named_modules())
+        called = [node.target for node in graph.nodes if node.op == "call_module"]
+        for node in graph.nodes:
+            if node.op != "call_module" or called.count(node.target) > 1 or not node.args:
+                continue
+            norm, source = modules[node.target], node.args[0]
+            if not isinstance(norm, _BatchNorm) or not norm.track_running_stats:
+                continue
+            if not isinstance(source, fx.Node) or source.op != "call_module" or called.count(source.target) > 1:
+                continue
+            conv = modules[str(source.target)]
+            if isinstance(conv, _ConvNd) and not conv.transposed and len(source.users) == 1:
+                self.pairs.append((conv, norm))
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within it the convolutions do what they and their batch norms did, and these do nothing.
+
+        For inference and for gradients in the input: the weights in force take no gradients.
+        """
+        self._refresh()
+        kept = [(conv._parameters["weight"], conv._parameters["bias"]) for conv, _ in self.pairs]
+        try:
+            for (conv, norm), (weight, bias) in zip(self.pairs, self._folded, strict=True):
+                conv._parameters["weight"], conv._parameters["bias"] = weight, bias  # type: ignore[assignment]
+                norm.forward = _identity  # type: ignore[assignment,method-assign]
+            yield
+        finally:
+            for (conv, norm), (old_weight, old_bias) in zip(self.pairs, kept, strict=True):
+                conv._parameters["weight"], conv._parameters["bias"] = old_weight, old_bias
+                norm.__dict__.pop("forward", None)
+
+    @torch.no_grad()
+    def _refresh(self) -> None:
+        """Fold anew if a weight or a statistic has changed since."""
+        tensors = [t for pair in self.pairs for module in pair for t in (*module.parameters(), *module.buffers())]
+        versions = (*map(id, tensors), *(t._version for t in tensors))
+        if versions == self._versions:
+            return
+        self._versions, self._folded = versions, []
+        for conv, norm in self.pairs:
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            scale = torch.rsqrt(norm.running_var + norm.eps)
+            if norm.weight is not None:
+                scale = scale * norm.weight
+            bias = -norm.running_mean if conv.bias is None else conv.bias - norm.running_mean
+            bias = bias * scale
+            if norm.bias is not None:
+                bias = bias + norm.bias
+            weight = conv.weight * scale.view(-1, *[1] * (conv.weight.dim() - 1))
+            self._folded.append((weight, bias))
+
+
+class _Tracer(fx.Tracer):
+    """Convolutions and batch norms are leaves, those of derived classes too."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, (_ConvNd, _BatchNorm)) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x

@@ -1,0 +1,97 @@
+"""Batch norm folded into convolutions: the same function, the model untouched."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from scorematch.folding import Folding
+
+
+class Net(nn.Module):
+    """A pair that folds; a convolution whose output goes two ways; a norm used twice; one before a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.conv2, self.norm2 = nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.conv3, self.conv4, self.norm3 = nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6)
+        self.conv5, self.norm5 = nn.Conv2d(6, 4, 3, groups=2), nn.BatchNorm2d(4, affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(self.conv1(x)).relu()
+        y = self.conv2(x)
+        y = y + self.norm2(y)
+        y = self.norm3(self.conv3(y)) + self.norm3(self.conv4(y))
+        return self.norm5(self.conv5(y)).flatten(1)
+
+
+@pytest.fixture
+def net() -> Net:
+    torch.manual_seed(0)
+    net = Net().double()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.3, 3)
+            if module.affine:
+                nn.init.normal_(module.weight)
+                nn.init.normal_(module.bias)
+    return net.eval()
+
+
+def test_pairs(net: Net) -> None:
+    assert Folding(net).pairs == [(net.conv1, net.norm1), (net.conv5, net.norm5)]
+
+
+def test_the_function_is_the_same_and_the_model_untouched(net: Net) -> None:
+    x = torch.rand(5, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    before = copy.deepcopy(net.state_dict())
+    folding = Folding(net)
+    expected = net(x)
+    (wanted,) = torch.autograd.grad(expected.square().sum(), x)
+    calls = []
+    with folding.applied():
+        hook = net.norm1.register_forward_hook(lambda module, inputs, output: calls.append(output is inputs[0]))
+        actual = net(x)
+        hook.remove()
+    assert calls == [True], "the batch norm was passed by"
+    (given,) = torch.autograd.grad(actual.square().sum(), x)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(given, wanted, rtol=1e-12, atol=1e-12)
+    assert torch.equal(net(x), expected)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert isinstance(net.conv1.weight, nn.Parameter)
+    assert net.conv1.bias is None
+
+
+def test_changed_weights_and_statistics_are_folded_anew(net: Net) -> None:
+    x = torch.rand(5, 3, 8, 8, dtype=torch.float64)
+    folding = Folding(net)
+    with folding.applied(), torch.no_grad():
+        first = net(x)
+    with torch.no_grad():
+        net.conv1.weight.mul_(2)
+    net.train()(x)
+    net.eval()
+    with folding.applied(), torch.no_grad():
+        second = net(x)
+    assert not torch.allclose(first, second)
+    torch.testing.assert_close(second, net(x), rtol=1e-12, atol=1e-12)
+
+
+def test_what_an_error_leaves(net: Net) -> None:
+    folding = Folding(net)
+    with pytest.raises(ValueError, match="within"), folding.applied():
+        raise ValueError("within")
+    assert isinstance(net.conv5.weight, nn.Parameter)
+    assert "forward" not in vars(net.norm5)
+
+
+def test_a_model_that_cannot_be_traced_has_no_pairs() -> None:
+    class Branches(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x if x.sum() > 0 else -x)
+
+    assert Folding(Branches()).pairs == []
