@@ -20,7 +20,7 @@ class Classifier:
         dtype: None computes as the model does; bfloat16 or float16 runs it under autocast. Logits come back in float32
             either way (float64 stays).
         on_pass: called with the number of samples after each pass, forward or backward.
-        chunk: samples that go through the model at once; None is all.
+        chunk: about how many samples go through the model at once, fewer than twice as many; None is all.
         channels_last: hand images to the model in this memory format.
     """
 
@@ -49,9 +49,9 @@ class Classifier:
             return self._model(x).float()
 
     def _parts(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """Tensors [N, …], cut alike."""
-        count = len(tensors[0])
-        return zip(*(t.split(self._chunk or max(count, 1)) for t in tensors), strict=True)
+        """Tensors [N, …], cut alike, into parts of equal size."""
+        count = max(len(tensors[0]) // self._chunk, 1) if self._chunk else 1
+        return zip(*(t.tensor_split(count) for t in tensors), strict=True)
 
     def logits(self, x: Tensor) -> Tensor:
         """[N, L], without a graph."""
@@ -145,7 +145,7 @@ def cache_chunk(model: Any, x: Tensor, cache: int = 1 << 20) -> int | None:
     Args:
         model: a module; anything else is not looked into.
         x: [N, …], N ≥ 1.
-        cache: bytes, the second-level cache of common processors.
+        cache: bytes, the second-level cache of a core of common processors.
 
     Returns:
         A power of two from 32, or None for whole batches.
@@ -166,7 +166,8 @@ def cache_chunk(model: Any, x: Tensor, cache: int = 1 << 20) -> int | None:
     finally:
         for hook in hooks:
             hook.remove()
-    return max(32, 1 << (max(cache // widest, 1).bit_length() - 1))
+    fit = max(cache * torch.get_num_threads() // widest, 1)  # each core has a cache of its own
+    return max(32, 1 << (fit.bit_length() - 1))
 
 
 @contextmanager
