@@ -44,12 +44,12 @@ class Batches:
             images = GeneratedImages(settings.generated, num_classes=data.num_classes, shape=data.input_shape)
             self.stream = GeneratedStream(images, settings.seed)
             self.originals = round(settings.original_share * settings.batch_size)
-            if self.originals * self.steps > len(self.x):
-                self.steps = len(self.x) // self.originals
-            if self.steps == 0:
+            if not 0 < self.originals < settings.batch_size or self.originals > len(self.x):
                 raise InputError(
-                    f"batch_size: {self.originals} original images a step, allowed: up to the {len(self.x)} there are"
+                    f"original_share: {settings.original_share:g} of a batch of {settings.batch_size} is "
+                    f"{self.originals} originals a step, allowed: at least 1, fewer than a batch and than the {len(self.x)} there are"
                 )
+            self.steps = min(self.steps, len(self.x) // self.originals)
 
     def epoch(self, first: int = 0) -> Iterator[Tensor]:
         """The indices of the original samples of each step, from step ``first``; draws the order of the epoch."""

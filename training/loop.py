@@ -249,6 +249,8 @@ class Trainer:
                 if "val_pgd_acc" in entry:
                     shown["val_pgd"] = f"{entry['val_pgd_acc']:.1f} %"
                 progress.set_postfix(shown, refresh=False)
+                if name_of_signal := self._agreed(signal(), due=False)[0]:
+                    raise Interrupted(name_of_signal)
         if curves is not None:
             curves.close()
 

@@ -83,3 +83,10 @@ def test_batches_mix_both_kinds_of_images(cifar10_root: Path, generated_files: l
     drawn = [(image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8).tobytes() for x in seen for image in x]
     assert set(drawn) <= known
     assert len(set(drawn)) == len(drawn) == 3 * 28, "no image twice before all have been seen"
+
+
+def test_a_share_that_leaves_no_original_image(call: Call, cifar10_root: Path, generated_files: list[Path]) -> None:
+    options = ["--recipe", "table3", "--model", "wrn-10-1", "--original-share", "0.01", *SMALL.split()]
+    ending = call("run", *options, "--data-root", cifar10_root, "--out", "run", "--generated", *generated_files)
+    assert ending.status == 2
+    assert "original_share: 0.01 of a batch of 32 is 0 originals a step, allowed: at least 1" in ending.err
