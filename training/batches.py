@@ -47,7 +47,8 @@ class Batches:
             if not 0 < self.originals < settings.batch_size or self.originals > len(self.x):
                 raise InputError(
                     f"original_share: {settings.original_share:g} of a batch of {settings.batch_size} is "
-                    f"{self.originals} originals a step, allowed: at least 1, fewer than a batch and than the {len(self.x)} there are"
+                    f"{self.originals} originals a step, allowed: at least 1, fewer than a batch, up to "
+                    f"the {len(self.x)} there are"
                 )
             self.steps = min(self.steps, len(self.x) // self.originals)
 
