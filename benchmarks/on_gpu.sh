@@ -24,7 +24,7 @@ if [ "$device" = cuda ]; then
 fi
 
 python setup.py build_ext --inplace
-python -m pytest -q tests/ops 2>&1 | tee "benchmarks/results/$device-tests.txt"
+python -m pytest -q tests/ops tests/library/test_graphs.py 2>&1 | tee "benchmarks/results/$device-tests.txt"
 python -m benchmarks.kernels --device "$device" "$@" | tee "benchmarks/results/$device-table.txt"
 
 if [ -n "${MODEL:-}" ]; then
@@ -39,7 +39,7 @@ if [ -n "${DATA_ROOT:-}" ]; then
   networks=(wrn-10-1)
   steps=1
   if [ "$device" = cuda ]; then
-    variants+=(tf32 bfloat16 compiled "bfloat16, compiled")
+    variants+=(tf32 bfloat16 compiled "bfloat16, compiled" graph "bfloat16, graph" "bfloat16, compiled, graph")
     networks=(preact-resnet-18-plain wrn-28-10-silu)
     steps=20
   fi

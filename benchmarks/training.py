@@ -34,7 +34,11 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "bfloat16": ("--channels-last", "--fused", "--precision", "bfloat16"),
     "tf32": ("--channels-last", "--fused", "--precision", "tf32"),
     "bfloat16, compiled": ("--channels-last", "--fused", "--precision", "bfloat16", "--compile"),
+    "graph": ("--channels-last", "--fused", "--fold", "--graph"),
+    "bfloat16, graph": ("--channels-last", "--fused", "--fold", "--precision", "bfloat16", "--graph"),
+    "bfloat16, compiled, graph": ("--channels-last", "--fused", "--precision", "bfloat16", "--compile", "--graph"),
 }
+BEFORE = 5  # steps before the first round: kernels are chosen, networks compiled, graphs recorded
 ON_A_CPU = ("plain", "fused optimiser", "channels_last", "folded", "all three")
 
 
@@ -46,13 +50,7 @@ class BenchmarkSettings:
     data_root: Path | None = None  # folder of CIFAR's official files; None is $SCOREMATCH_DATA
     model: str = "wrn-10-2"  # architecture
     objectives: tuple[Literal["standard", "pgd_at", "trades"], ...] = ("pgd_at",)  # what to train
-    variants: tuple[str, ...] = (
-        "plain",
-        "fused optimiser",
-        "channels_last",
-        "folded",
-        "all three",
-    )  # among those of the source
+    variants: tuple[str, ...] = ON_A_CPU  # names of VARIANTS
     batch: int = 128  # samples a step
     steps: int = 4  # timed steps of a round
     rounds: int = 3  # rounds, after one that is not counted
@@ -79,7 +77,7 @@ def main(arguments: list[str]) -> None:
             index = torch.arange(settings.batch, device=loaded.x_train.device)
             for number in tqdm(range(settings.rounds + 1), desc=objective, unit="round"):
                 for name, run in trainers.items():
-                    taken = time_of(run, index, settings.steps if number else 1)
+                    taken = time_of(run, index, settings.steps if number else BEFORE)
                     if number:
                         seconds[name].append(taken)
             for name, values in seconds.items():
@@ -112,7 +110,7 @@ def trainer(settings: BenchmarkSettings, objective: str, variant: str, loaded: d
     options += ["--batch-size", str(settings.batch), "--steps", str(settings.attack_steps)]
     if settings.data_root is not None:
         options += ["--data-root", str(settings.data_root)]
-    parsed = config.parse([*options, *VARIANTS[variant]])
+    parsed = config.parse([*options, *VARIANTS[variant], "--device", settings.device])
     torch.manual_seed(0)
     model = models.build(settings.model, loaded.input_shape, loaded.num_classes)
     return Trainer(parsed, loaded, model.to(loaded.x_train.device), None, out)

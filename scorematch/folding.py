@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -65,7 +65,8 @@ class Folding:
     def _refresh(self) -> None:
         """Fold anew if a weight or a statistic has changed since."""
         tensors = [t for pair in self.pairs for module in pair for t in (*module.parameters(), *module.buffers())]
-        versions = (*map(id, tensors), *(t._version for t in tensors))
+        # A CUDA graph has to fold by itself: what was folded before it was recorded is of those weights.
+        versions = (_recording(tensors), *map(id, tensors), *(t._version for t in tensors))
         if versions == self._versions:
             return
         self._versions, self._folded = versions, []
@@ -88,6 +89,11 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, (_ConvNd, _BatchNorm)) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _recording(tensors: Sequence[Tensor]) -> bool:
+    """Whether a CUDA graph is being recorded; only asked where there is a device."""
+    return bool(tensors) and tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _identity(x: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .attacks.pgd import ascend, input_gradient
 from .attacks.single_step import SINGLE_STEP, single_step, single_step_start
 from .divergences import check_kind, clip_bound
+from .graphs import Attack, AttackGraphs
 from .model_state import borrowed
 from .ops.divergence import divergence as divergence_of
 from .ops.logit_divergence import logit_divergence
@@ -96,6 +97,7 @@ def pgd_at(
     attack_mode: str = "train",
     start: str | Tensor = "uniform",
     weights: WeightPerturbation | None = None,
+    graphs: AttackGraphs | None = None,
     generator: torch.Generator | None = None,
 ) -> Outcome:
     """PGD adversarial training, Eq. (3) for KL and Eq. (5) for any other D.
@@ -115,22 +117,27 @@ def pgd_at(
         attack_mode: batch norm during the attack, see :func:`scorematch.model_state.borrowed`.
         start: ``"uniform"`` or ``"gaussian"`` (pgd), see :func:`first_iterate`, or the first iterate itself, [N, …].
         weights: adversarial weight perturbation, entered; the loss is taken at the weights it perturbs.
+        graphs: where given, the attack runs as a CUDA graph; keep it from call to call.
         generator: randomness of the start, on the device of x.
 
     Raises:
         ValueError: an argument is outside its range.
     """
     check_kind(divergence)
-    with borrowed(model, attack_mode):
-        gradient = _Watched(input_gradient(lambda x_adv: divergence_of(model(x_adv), y, kind=divergence)))
-        first = _start(x, threat_model, start, generator, attack)
-        x_adv = _attacked(x, gradient, threat_model, attack, steps, first)
+
+    def search(x: Tensor, y: Tensor, first: Tensor) -> dict[str, Tensor]:
+        with borrowed(model, attack_mode):
+            gradient = _Watched(input_gradient(lambda x_adv: divergence_of(model(x_adv), y, kind=divergence)))
+            return {"x_adv": _attacked(x, gradient, threat_model, attack, steps, first), **gradient.metrics()}
+
+    metrics = _found(graphs, search, x, y, _start(x, threat_model, start, generator, attack))
+    x_adv = metrics.pop("x_adv")
 
     def outcome() -> Outcome:
         logits = model(x_adv)
         bounds = _clipping(clip, clip_form, divergence, logits.shape[1])
         clip_at = bounds.of_total + bounds.of_robust
-        return Outcome(divergence_of(logits, y, kind=divergence, clip=clip_at), x_adv, gradient.metrics())
+        return Outcome(divergence_of(logits, y, kind=divergence, clip=clip_at), x_adv, metrics)
 
     return _perturbing(weights, outcome)
 
@@ -150,6 +157,7 @@ def trades(
     attack_mode: str = "eval",
     start: str | Tensor = "gaussian",
     weights: WeightPerturbation | None = None,
+    graphs: AttackGraphs | None = None,
     generator: torch.Generator | None = None,
 ) -> Outcome:
     """TRADES, Eq. (21): D(y ‖ q(x)) + β max_{x'} D(q(x) ‖ q(x')), with the gradient through both arguments of D.
@@ -167,12 +175,16 @@ def trades(
     check_kind(divergence)
     if not beta >= 0.0:
         raise ValueError(f"beta must not be negative, got {beta}")
-    with borrowed(model, attack_mode):
-        with torch.no_grad():
-            clean = model(x)
-        gradient = _Watched(input_gradient(lambda x_adv: logit_divergence(model(x_adv), clean, kind=divergence)))
-        first = _start(x, threat_model, start, generator, attack)
-        x_adv = _attacked(x, gradient, threat_model, attack, steps, first)
+
+    def search(x: Tensor, first: Tensor) -> dict[str, Tensor]:
+        with borrowed(model, attack_mode):
+            with torch.no_grad():
+                clean = model(x)
+            gradient = _Watched(input_gradient(lambda x_adv: logit_divergence(model(x_adv), clean, kind=divergence)))
+            return {"x_adv": _attacked(x, gradient, threat_model, attack, steps, first), **gradient.metrics()}
+
+    found = _found(graphs, search, x, _start(x, threat_model, start, generator, attack))
+    x_adv = found.pop("x_adv")
 
     def outcome() -> Outcome:
         logits = model(x)
@@ -182,7 +194,7 @@ def trades(
         loss = natural + beta * robust
         if bounds.of_total:
             loss = torch.relu(loss - bounds.of_total)
-        metrics = {"natural": natural.detach().mean(), "robust": robust.detach().mean(), **gradient.metrics()}
+        metrics = {"natural": natural.detach().mean(), "robust": robust.detach().mean(), **found}
         return Outcome(loss, x_adv, metrics)
 
     return _perturbing(weights, outcome)
@@ -203,6 +215,7 @@ def score_direct(
     attack_mode: str = "train",
     start: str | Tensor = "uniform",
     weights: WeightPerturbation | None = None,
+    graphs: AttackGraphs | None = None,
     generator: torch.Generator | None = None,
 ) -> Outcome:
     """Direct minimisation of SCORE, Eq. (4) for KL and Eq. (6) for any other D: max_{x'} D(p(·|x') ‖ q(x')).
@@ -226,18 +239,23 @@ def score_direct(
         ValueError: an argument is outside its range.
     """
     check_kind(divergence)
-    trace = posterior.trace(x, y)
-    ascent = _DirectAscent(model, trace, divergence, literal=posterior.centering == "network")
-    with borrowed(model, attack_mode):
-        first = _start(x, threat_model, start, generator, attack)
-        x_adv = _attacked(x, ascent.gradient, threat_model, attack, steps, first)
-        trace.move(x_adv)
+
+    def search(x: Tensor, y: Tensor, first: Tensor) -> dict[str, Tensor]:
+        trace = posterior.trace(x, y)
+        ascent = _DirectAscent(model, trace, divergence, literal=posterior.centering == "network")
+        with borrowed(model, attack_mode):
+            x_adv = _attacked(x, ascent.gradient, threat_model, attack, steps, first)
+            trace.move(x_adv)
+        return {"x_adv": x_adv, "log_p": trace.log_p, **ascent.metrics()}
+
+    metrics = _found(graphs, search, x, y, _start(x, threat_model, start, generator, attack))
+    x_adv, log_p = metrics.pop("x_adv"), metrics.pop("log_p")
 
     def outcome() -> Outcome:
         logits = model(x_adv)
         bounds = _clipping(clip, clip_form, divergence, logits.shape[1])
         clip_at = bounds.of_total + bounds.of_robust
-        return Outcome(logit_divergence(logits, trace.log_p, kind=divergence, clip=clip_at), x_adv, ascent.metrics())
+        return Outcome(logit_divergence(logits, log_p, kind=divergence, clip=clip_at), x_adv, metrics)
 
     return _perturbing(weights, outcome)
 
@@ -332,6 +350,10 @@ def _attacked(
     if attack == "pgd":
         return ascend(x, gradient, threat_model, steps=steps, start=first)
     return single_step(x, gradient, threat_model, attack=attack, start=first)
+
+
+def _found(graphs: AttackGraphs | None, search: Attack, *inputs: Tensor) -> dict[str, Tensor]:
+    return search(*inputs) if graphs is None else graphs(search, *inputs)
 
 
 def _perturbing(weights: WeightPerturbation | None, outcome: Callable[[], Outcome]) -> Outcome:

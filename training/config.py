@@ -56,7 +56,7 @@ class RunSettings:
     flip: bool = False  # augmentation: mirror half of the training images, left to right
     generated: tuple[Path, ...] = ()  # files of generated images mixed into each batch (.npz, see docs/data.md)
     original_share: float = 0.3  # share of original images in a batch, where generated ones are given
-    model: str = "digits_cnn"  # classifier: a name of training.models, or module:function of your own
+    model: str = "digits_cnn"  # classifier: a name of training.models, timm:NAME, or module:function of your own
 
     # Threat model and the attack during training
     norm: Literal["linf", "l2"] = "linf"  # norm of the perturbation, over all features of a sample
@@ -106,6 +106,7 @@ class RunSettings:
     precision: Precision = "float32"  # of the network in training: tf32 and bfloat16 are for GPUs; losses are float32
     channels_last: bool = False  # memory format of images and weights in training: faster convolutions
     compile: bool = False  # train with torch.compile(model): compiles for minutes, then saves memory traffic
+    graph: bool = False  # on CUDA: the whole attack of a step as one CUDA graph
     fold: bool = False  # attacks in eval mode: batch norm folded into the convolution before it
     accumulate: int = 1  # parts that a batch is cut into, for less memory; batch norm sees one part at a time
     sync_batchnorm: bool = True  # under torchrun: batch norm over the samples of all processes
@@ -231,7 +232,9 @@ def validate(settings: RunSettings) -> None:
         raise InputError(f"accumulate: {settings.accumulate} parts, allowed: 1 to batch_size = {settings.batch_size}")
     if settings.generated and settings.data in ("toy", "digits"):
         raise InputError(f"generated: given on {settings.data}, allowed on cifar10, cifar100 and svhn")
-    resolve_device(settings.device)
+    device = resolve_device(settings.device)
+    if settings.graph and device.type != "cuda":
+        raise InputError(f"graph: True on {device}, allowed: on a CUDA device")
 
 
 def _validate_optimisation(settings: RunSettings) -> None:
@@ -264,6 +267,7 @@ NOT_WITH_FREE = (
     ("clip", 0.0),
     ("awp", 0.0),
     ("accumulate", 1),
+    ("graph", False),
 )
 
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from scorematch import objectives
 from scorematch.free import FreeAttack
+from scorematch.graphs import AttackGraphs
 from scorematch.objectives import Outcome, first_iterate
 from scorematch.posteriors import Posterior
 from scorematch.weight_perturbation import WeightPerturbation
@@ -47,7 +48,9 @@ def generator(seed: int, purpose: str, device: torch.device | str = "cpu") -> Ge
     return Generator(device).manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
 
 
-def bind_objective(settings: RunSettings, data: Data, posterior: Posterior | None) -> StepObjective:
+def bind_objective(
+    settings: RunSettings, data: Data, posterior: Posterior | None, graphs: AttackGraphs | None = None
+) -> StepObjective:
     """The objective of a run as a function of (model, x, y, first iterate of the attack, weight perturbation)."""
     if settings.objective == "standard":
         return lambda model, x, y, start, weights: objectives.standard(model, x, y, divergence=settings.divergence)
@@ -58,6 +61,7 @@ def bind_objective(settings: RunSettings, data: Data, posterior: Posterior | Non
         "steps": settings.steps,
         "clip": settings.clip,
         "clip_form": settings.clip_form,
+        "graphs": graphs,
     }
     if settings.attack_mode is not None:
         attack["attack_mode"] = settings.attack_mode
@@ -125,7 +129,14 @@ class Trainer:
         self.threat_model = settings.threat_model(data.lower, data.upper)
         self.forward = Forward(self.model, settings.precision, settings.compile, settings.fold)
         self.start = settings.attack_start or ("gaussian" if settings.objective == "trades" else "uniform")
-        self.loss_of_step: nn.Module = LossOfStep(self.forward, bind_objective(settings, data, posterior))
+        attack_mode = settings.attack_mode or ("eval" if settings.objective == "trades" else "train")
+        if settings.graph and self.world > 1 and settings.sync_batchnorm and attack_mode != "eval":
+            raise InputError(
+                f"graph: True in {self.world} processes, whose attack in {attack_mode} mode synchronises batch norm, "
+                "allowed: with --no-sync-batchnorm or --attack-mode eval"
+            )
+        graphs = AttackGraphs() if settings.graph else None
+        self.loss_of_step: nn.Module = LossOfStep(self.forward, bind_objective(settings, data, posterior, graphs))
         if self.world > 1:
             self.loss_of_step = DistributedDataParallel(
                 self.loss_of_step, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True

@@ -1,8 +1,12 @@
-"""Small models and mixtures that the tests share."""
+"""Small models and mixtures that the tests share, and a CUDA graph that runs on the CPU."""
 
+from collections.abc import Callable
+
+import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from scorematch import graphs
 from scorematch.posteriors import GaussianMixture
 
 
@@ -32,3 +36,25 @@ def log_posterior(mixture: GaussianMixture, x: torch.Tensor) -> torch.Tensor:
     normal = torch.distributions.MultivariateNormal(mixture.means, mixture.covariances)
     log_components = normal.log_prob(x.flatten(1)[:, None, None, :]) + mixture.log_weights
     return log_components.logsumexp(-1).log_softmax(-1)
+
+
+class Replayed:
+    """What a recording of :mod:`scorematch.graphs` promises: the first call once more, on memory of its own."""
+
+    made = 0
+
+    def __init__(self, attack: Callable[..., dict[str, Tensor]], inputs: tuple[Tensor, ...]) -> None:
+        Replayed.made += 1
+        self.attack, self.inputs = attack, [value.clone() for value in inputs]
+
+    def replay(self, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        for own, given in zip(self.inputs, inputs, strict=True):
+            own.copy_(given)
+        return self.attack(*self.inputs)
+
+
+def replays_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attacks on the CPU may be recorded; ``Replayed.made`` counts how many were."""
+    monkeypatch.setattr(graphs, "_Recording", Replayed)
+    monkeypatch.setattr(Replayed, "made", 0)
+    monkeypatch.setattr(graphs.AttackGraphs, "_check", staticmethod(lambda inputs: None))

@@ -90,3 +90,13 @@ def test_a_share_that_leaves_no_original_image(call: Call, cifar10_root: Path, g
     ending = call("run", *options, "--data-root", cifar10_root, "--out", "run", "--generated", *generated_files)
     assert ending.status == 2
     assert "original_share: 0.01 of a batch of 32 is 0 originals a step, allowed: at least 1" in ending.err
+
+
+def test_a_network_of_timm(call: Call, cifar10_root: Path, tmp_path: Path) -> None:
+    """Trained, saved, read again and attacked by its name."""
+    out = tmp_path / "run"
+    options = "--objective trades --data cifar10 --model timm:test_resnet --steps 2 --epochs 4"
+    trained(call, cifar10_root, out, *options.split())
+    attack = "--attack autoattack --version fast --limit 8"
+    ending = call("evaluate", "--run", out, "--data-root", cifar10_root, *attack.split())
+    assert ending.status == 0, ending.err

@@ -1,13 +1,15 @@
 """One training loop: exact resumption, and the stop at a loss that is not finite."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from library_models import Replayed, replays_on_the_cpu
 
-from training import checkpoint, config, data, models
-from training.errors import Interrupted, StopError
+from training import checkpoint, config, data, distributed, models, posteriors
+from training.errors import InputError, Interrupted, StopError
 from training.loop import PURPOSES, Trainer, generator
 
 OPTIONS = (
@@ -16,13 +18,16 @@ OPTIONS = (
 )
 
 
-def trainer(out: Path, *options: str) -> Trainer:
+def trainer(out: Path, *options: str, graph: bool = False) -> Trainer:
     out.mkdir(exist_ok=True)
     torch.set_num_threads(1)
-    settings = config.parse([*OPTIONS.split(), *options])
+    settings = dataclasses.replace(config.parse([*OPTIONS.split(), *options]), graph=graph)
     loaded = data.load(settings.data_settings)
+    posterior = None
+    if settings.objective == "score_direct":
+        posterior = posteriors.build(settings.posterior_settings, loaded, seed=settings.seed, progress=False)
     torch.manual_seed(settings.seed)
-    return Trainer(settings, loaded, models.build(settings.model, loaded.input_shape, 10), None, out)
+    return Trainer(settings, loaded, models.build(settings.model, loaded.input_shape, 10), posterior, out)
 
 
 def metrics(out: Path) -> list[dict]:
@@ -141,3 +146,31 @@ def test_switches_for_speed_change_rounding_alone(objective: str, tmp_path: Path
         run.fit()
     for name, value in plain.model.state_dict().items():
         torch.testing.assert_close(fast.model.state_dict()[name], value, rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--objective pgd_at --averaging 0.9 --batchnorm-momentum 0.1 --batchnorm-first",
+        "--objective trades --fold --awp 0.01 --label-smoothing 0.1",
+        "--objective trades --attack n_fgsm --accumulate 2",
+        "--objective score_direct --posterior kernel_density",
+    ],
+)
+def test_recorded_attacks_train_to_the_same_bits(options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU a recording repeats the call that it was made from, whatever has changed since."""
+    arguments = [*options.split(), "--epochs", "3"]
+    plain = trainer(tmp_path / "plain", *arguments)
+    recorded = trainer(tmp_path / "recorded", *arguments, graph=True)
+    replays_on_the_cpu(monkeypatch)
+    for run in (plain, recorded):
+        run.fit()
+    assert Replayed.made > 0
+    for name, value in plain.model.state_dict().items():
+        assert torch.equal(recorded.model.state_dict()[name], value), name
+
+
+def test_a_graph_does_not_communicate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    with pytest.raises(InputError, match=r"graph: True in 2 processes, whose attack in train mode synchronises"):
+        trainer(tmp_path / "run", "--objective", "pgd_at", graph=True)

@@ -1,5 +1,6 @@
 """The classifiers for 32×32 images: the keys of published weights, initialisation, normalisation, names."""
 
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -176,13 +177,29 @@ def test_other_inputs_are_refused(name: str) -> None:
         ("wrn-12-2", "depth 12, allowed: 6 n"),
         ("wrn-4-2", "depth 4, allowed: 6 n"),
         ("wrn-10-0", "width 0"),
-        ("wrn-28-10-gelu", r"allowed: .*wrn-D-W\[-silu\] with D = 6 n \+ 4, module:function"),
+        ("wrn-28-10-gelu", r"allowed: .*wrn-D-W\[-silu\] with D = 6 n \+ 4, timm:NAME, module:function"),
         ("preact-resnet-50", r"allowed: .*preact-resnet-18-silu"),
+        ("timm:resnet180", r"'timm:resnet180' is unknown, allowed: .*timm:resnet18, .*timm.list_models"),
+        ("timm:inception_v3", r"timm:inception_v3 cannot be built for \[3, 32, 32\] inputs"),
     ],
 )
 def test_unknown_names_list_what_is_allowed(name: str, told: str) -> None:
     with pytest.raises(InputError, match=told):
         build(name)
+
+
+@pytest.mark.parametrize(("name", "patches"), [("timm:test_resnet", None), ("timm:test_vit", 4)])
+def test_networks_of_timm(name: str, patches: int | None) -> None:
+    model = build(name, num_classes=7)
+    assert model(torch.rand(2, 3, 32, 32)).shape == (2, 7)
+    if patches is not None:
+        assert model.patch_embed.num_patches == patches, "built for images of 32 × 32, in patches of 16 × 16"
+
+
+def test_without_timm_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(InputError, match="model: timm:resnet18 needs timm, which is not installed: pip install timm"):
+        build("timm:resnet18")
 
 
 @pytest.mark.parametrize("name", ["wrn-10-1", "wrn-10-1-silu"])

@@ -326,6 +326,7 @@ def test_smoothing_refuses(y: torch.Tensor, classes: int, amount: float, message
         ("--objective standard --awp 0.005", "awp: 0.005 with standard training"),
         ("--attack n_fgsm --attack-start uniform", "attack_start: 'uniform' with n_fgsm, which has its own"),
         ("--objective trades --free-replays 4", "free_replays: 4 with trades, allowed: with pgd_at"),
+        ("--graph --device cpu", "graph: True on cpu, allowed: on a CUDA device"),
         ("--free-replays 4 --clip 0.4", "clip: 0.4 with free_replays, allowed: 0.0"),
         ("--free-replays 4 --attack fgsm_rs", "attack: 'fgsm_rs' with free_replays, allowed: 'pgd'"),
         ("--data toy --label-smoothing 0.1", "label_smoothing: 0.1 with the toy"),

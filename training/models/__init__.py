@@ -1,4 +1,4 @@
-"""The registry of classifiers: a name, or ``module:function`` for one of your own.
+"""The registry of classifiers: a name, ``timm:NAME``, or ``module:function`` for one of your own.
 
 A builder takes the shape of one input and the number of classes and returns a module from inputs [N, ...] to logits
 [N, L].
@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from training.errors import InputError, unknown_name
-from training.models import wide_resnet
+from training.models import from_timm, wide_resnet
 from training.models.preact_resnet import preact_resnet_18, preact_resnet_18_silu
 from training.models.resnet import plain_preact_resnet_18, resnet_18
 from training.models.small import digits_cnn, digits_cnn_bn, toy_mlp
@@ -34,7 +34,7 @@ def build(name: str, input_shape: tuple[int, ...], num_classes: int) -> nn.Modul
     """The classifier called ``name``, freshly initialised from torch's global generator."""
     builder = _builder(name)
     if builder is None:
-        raise unknown_name("model", name, [*MODELS, wide_resnet.PATTERN, "module:function"])
+        raise unknown_name("model", name, [*MODELS, wide_resnet.PATTERN, "timm:NAME", "module:function"])
     model = builder(input_shape, num_classes)
     if not isinstance(model, nn.Module):
         raise InputError(f"model: {name} returned {type(model).__name__}, it must return a torch.nn.Module")
@@ -42,6 +42,8 @@ def build(name: str, input_shape: tuple[int, ...], num_classes: int) -> nn.Modul
 
 
 def _builder(name: str) -> Builder | None:
+    if name.startswith(from_timm.PREFIX):
+        return functools.partial(from_timm.timm_model, name.removeprefix(from_timm.PREFIX))
     if ":" in name:
         return imported(name)
     if wide_resnet.NAME.fullmatch(name):

@@ -1,0 +1,98 @@
+"""Attacks as CUDA graphs: the same training; on the CPU with a recording that replays the recorded call."""
+
+import copy
+
+import pytest
+import torch
+from library_models import Replayed, replays_on_the_cpu, small_cnn
+from torch import Tensor, nn
+
+from scorematch import ThreatModel, objectives
+from scorematch.folding import Folding
+from scorematch.graphs import AttackGraphs
+from scorematch.posteriors import KernelDensity
+
+SIZES = (8, 8, 5, 8, 8, 8, 5, 8)  # batches of two shapes: 8 is recorded at its fourth, 5 never
+
+
+def train(name: str, attack_graphs: AttackGraphs | None, device: str, attack_mode: str) -> tuple[list, dict]:
+    """Losses, attacked points and metrics of some steps, and the weights after them."""
+    model = small_cnn(batch_norm=True).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    generator = torch.Generator(device).manual_seed(0)
+    settings: dict = {"threat_model": ThreatModel("linf", 0.1), "steps": 3, "attack_mode": attack_mode}
+    if name == "score_direct":
+        points = torch.rand(10, 1, 8, 8, generator=torch.Generator().manual_seed(2))
+        settings["posterior"] = KernelDensity(points, torch.arange(10), num_classes=10, sigma=1.0).to(device)
+    data, seen = torch.Generator().manual_seed(1), []
+    for size in SIZES:
+        x = torch.rand(size, 1, 8, 8, generator=data).to(device)
+        y = torch.randint(10, (size,), generator=data).to(device)
+        model.train()
+        optimizer.zero_grad()
+        outcome = objectives.OBJECTIVES[name](model, x, y, graphs=attack_graphs, generator=generator, **settings)
+        outcome.loss.mean().backward()
+        optimizer.step()
+        seen.append((outcome.loss.detach(), outcome.x_adv, outcome.metrics))
+    return seen, model.state_dict()
+
+
+@pytest.mark.parametrize("attack_mode", ["eval", "train", "frozen"])
+@pytest.mark.parametrize("name", ["pgd_at", "trades", "score_direct"])
+def test_a_recorded_attack_reads_nothing_but_its_inputs_and_the_model(
+    name: str, attack_mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Labels, clean logits, the path of a posterior: whatever the first call had closed over would show."""
+    expected = train(name, None, "cpu", attack_mode)
+    replays_on_the_cpu(monkeypatch)
+    actual = train(name, AttackGraphs(), "cpu", attack_mode)
+    assert Replayed.made == 1
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("attack_mode", ["eval", "train", "frozen"])
+@pytest.mark.parametrize("name", ["pgd_at", "trades", "score_direct"])
+def test_a_graph_trains_as_without_one(name: str, attack_mode: str) -> None:
+    expected = train(name, None, "cuda", attack_mode)
+    actual = train(name, AttackGraphs(), "cuda", attack_mode)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_graph_folds_by_itself() -> None:
+    """Weights that change after the recording are those that a replay uses."""
+    model = small_cnn(batch_norm=True).cuda().eval().requires_grad_(False)
+    folding = Folding(model)
+
+    def attack(x: Tensor) -> dict[str, Tensor]:
+        with folding.applied(), torch.no_grad():
+            return {"logits": model(x)}
+
+    attack_graphs, x = AttackGraphs(warmup=1), torch.rand(4, 1, 8, 8, device="cuda")
+    for _ in range(4):
+        model[0].weight.mul_(1.5)
+        torch.testing.assert_close(attack_graphs(attack, x)["logits"], model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_folding_while_a_graph_is_recorded_does_not_reuse_what_was_folded_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = small_cnn(batch_norm=True).eval()
+    folding = Folding(model)
+    kept: list[nn.Parameter] = []
+    for recording in (False, False, True, True, False):
+        monkeypatch.setattr("scorematch.folding._recording", lambda tensors, recording=recording: recording)
+        with folding.applied():
+            kept.append(model[0].weight)
+    assert kept[0] is kept[1], "unchanged weights are folded once"
+    assert kept[1] is not kept[2], "a recording folds by itself"
+    assert kept[2] is kept[3], "once"
+    assert kept[3] is not kept[4], "what was folded in a recording has no values until it is replayed"
+
+
+def test_bad_input() -> None:
+    with pytest.raises(ValueError, match="warmup must be at least 1, got 0"):
+        AttackGraphs(warmup=0)
+    with pytest.raises(ValueError, match="AttackGraphs records CUDA kernels, got an input on cpu"):
+        AttackGraphs()(copy.copy, torch.zeros(1))
