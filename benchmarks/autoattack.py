@@ -6,7 +6,8 @@
 Each attack runs on the samples that still stand after those before it (by the official package's verdicts): ours with
 the official stream of random numbers, ours with numbers of its own, and the official one, so that each line compares
 the same work. ``--individual`` starts every attack from all correctly classified samples instead. Where the official
-package is not installed, ours with its stream is what the others are compared with.
+package is not installed, the first of ours is what the others are compared with. ``--seeds 0 1 2`` instead runs all
+attacks in one go with each of these seeds: how much chance there is in either package.
 
 Printed and, with --out, written as JSON: how many stand after each attack, where the verdicts differ, seconds.
 """
@@ -15,7 +16,7 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,9 +29,10 @@ from scorematch import AutoAttack
 from scorematch.attacks.autoattack import VERSIONS
 from training import command_line, data, measures
 from training.data import DataName, DataSettings
-from training.errors import run_program
+from training.errors import InputError, run_program
 from training.models import loading
 
+Run = Callable[[Tensor, Tensor], Tensor]
 INSTALL = "pip install git+https://github.com/fra31/auto-attack"
 
 
@@ -47,9 +49,11 @@ class BenchmarkSettings:
     samples: int = 0  # the first so many test images; 0 is all
     batch: int = 250  # samples at a time
     seed: int = 0  # of the random numbers
+    seeds: tuple[int, ...] = ()  # all attacks in one go with each of these, instead of one attack after the other
     threads: int = 1  # CPU threads
     individual: bool = False  # every attack on all correctly classified samples
     attacks: tuple[str, ...] = VERSIONS["standard"]  # which attacks, in order
+    reference_stream: bool = True  # run ours with the official stream of random numbers
     own_stream: bool = True  # also run ours with its own random numbers
     search_dtype: Literal["none", "bfloat16", "float16"] = "none"  # also run ours with a search in this precision
     compile: bool = False  # also run ours with a compiled model
@@ -79,41 +83,50 @@ def main(arguments: list[str]) -> None:
     x, y = loaded.x_test[:count].to(device), loaded.y_test[:count].to(device)
     model = loading.load(settings.model_from, model=settings.model, data=settings.data, device=device)
 
-    def ours(name: str, **options: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    def ours(names: Sequence[str], seed: int, **options: Any) -> Run:
         adversary = AutoAttack(
-            model, settings.norm, settings.eps, settings.seed, False, [name], version="custom", **options
+            model, settings.norm, settings.eps, seed, False, list(names), version="custom", **options
         )
         return lambda xs, ys: adversary.run_standard_evaluation(xs, ys, bs=settings.batch)
 
-    def theirs(name: str, package: type) -> Callable[[Tensor, Tensor], Tensor]:
+    def theirs(names: Sequence[str], seed: int, package: type) -> Run:
         adversary = package(
-            model, settings.norm, settings.eps, settings.seed, False, [name], version="custom", device=device
+            model, settings.norm, settings.eps, seed, False, list(names), version="custom", device=device
         )
         adversary.apgd.n_restarts = adversary.fab.n_restarts = 1
         return lambda xs, ys: adversary.run_standard_evaluation(xs, ys, bs=settings.batch)
 
-    variants: dict[str, dict[str, Any]] = {"reference stream": {"rng": "reference"}}
+    variants: dict[str, dict[str, Any]] = {}
+    if settings.reference_stream:
+        variants["reference stream"] = {"rng": "reference"}
     if settings.own_stream:
         variants["own stream"] = {}
     if settings.search_dtype != "none":
         variants[settings.search_dtype] = {"search_dtype": getattr(torch, settings.search_dtype)}
     if settings.compile:
         variants["compiled"] = {"compile": True}
+    if not variants:
+        raise InputError("own_stream: False without reference_stream, allowed: one of them at least")
     official = official_class()
     if official is None:
         print(f"without the official package, which is not installed: {INSTALL}")
-    baseline = "official" if official is not None else "reference stream"
+    baseline = "official" if official is not None else next(iter(variants))
+
+    def runs_of(names: Sequence[str], seed: int) -> dict[str, Run]:
+        runs = {label: ours(names, seed, **options) for label, options in variants.items()}
+        return runs if official is None else {**runs, "official": theirs(names, seed, official)}
 
     alive = measures.correct(model, x, y, settings.batch).nonzero().squeeze(1)
     clean, lines = len(alive), []
     print(f"{settings.model_from}, {settings.norm} {settings.eps:g}: {clean} of {count} correct", flush=True)
-    for name in settings.attacks:
+    rounds = [((name,), settings.seed) for name in settings.attacks]
+    if settings.seeds:
+        rounds = [(settings.attacks, seed) for seed in settings.seeds]
+    for names, seed in rounds:
         xs, ys = x[alive], y[alive]
-        line: dict[str, Any] = {"attack": name, "before": len(alive)}
+        line: dict[str, Any] = {"attack": ", ".join(names), "seed": seed, "before": len(alive)}
         verdicts = {}
-        runs = {label: ours(name, **options) for label, options in variants.items()}
-        if official is not None:
-            runs["official"] = theirs(name, official)
+        runs = runs_of(names, seed)
         for label, run in runs.items():
             begin = time.perf_counter()
             x_adv = run(xs, ys)
@@ -124,7 +137,7 @@ def main(arguments: list[str]) -> None:
             line[label]["differ"] = alive[verdict != verdicts[baseline]].tolist()
         lines.append(line)
         print(json.dumps(line), flush=True)
-        if not settings.individual:
+        if not (settings.individual or settings.seeds):
             alive = alive[verdicts[baseline]]
     total = {label: round(sum(line[label]["seconds"] for line in lines), 1) for label in runs}
     ratios = {label: round(total[baseline] / seconds, 2) for label, seconds in total.items()}

@@ -6,23 +6,25 @@ Every variant trains the same network on the same batches; rounds of all variant
 the rounds counts, so that a machine that slows down slows all. Printed and, with --out, written as JSON.
 """
 
+import dataclasses
 import json
 import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 from tqdm import tqdm
 
 from benchmarks.kernels import device_name
-from training import command_line, config, data, models
+from training import command_line, config, data, models, posteriors
+from training.config import Objective, Posterior
 from training.data import DataName, DataSettings
 from training.errors import run_program
 from training.loop import Trainer
+from training.posteriors import PosteriorSettings
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "plain": ("--no-channels-last", "--no-fused", "--no-fold"),
@@ -49,7 +51,9 @@ class BenchmarkSettings:
     data: DataName = "cifar10"  # data set
     data_root: Path | None = None  # folder of CIFAR's official files; None is $SCOREMATCH_DATA
     model: str = "wrn-10-2"  # architecture
-    objectives: tuple[Literal["standard", "pgd_at", "trades"], ...] = ("pgd_at",)  # what to train
+    objectives: tuple[Objective, ...] = ("pgd_at",)  # what to train
+    posterior: Posterior = "score_network"  # of score_direct
+    posterior_settings: PosteriorSettings = field(default_factory=PosteriorSettings)  # its networks stay untrained
     variants: tuple[str, ...] = ON_A_CPU  # names of VARIANTS
     batch: int = 128  # samples a step
     steps: int = 4  # timed steps of a round
@@ -89,7 +93,7 @@ def main(arguments: list[str]) -> None:
                         "seconds_per_step": round(median, 4),
                         "samples_per_second": round(settings.batch / median, 1),
                         "seconds_per_epoch": round(median * trainers[name].steps_per_epoch, 1),
-                        "times_plain": round(statistics.median(seconds[settings.variants[0]]) / median, 2),
+                        "times_first": round(statistics.median(seconds[settings.variants[0]]) / median, 2),
                     }
                 )
                 print(json.dumps(lines[-1]), flush=True)
@@ -111,9 +115,13 @@ def trainer(settings: BenchmarkSettings, objective: str, variant: str, loaded: d
     if settings.data_root is not None:
         options += ["--data-root", str(settings.data_root)]
     parsed = config.parse([*options, *VARIANTS[variant], "--device", settings.device])
+    posterior = None
+    if objective == "score_direct":
+        named = dataclasses.replace(settings.posterior_settings, name=settings.posterior, steps=1)
+        posterior = posteriors.build(named, loaded, seed=0, device=loaded.x_train.device, progress=False)
     torch.manual_seed(0)
     model = models.build(settings.model, loaded.input_shape, loaded.num_classes)
-    return Trainer(parsed, loaded, model.to(loaded.x_train.device), None, out)
+    return Trainer(parsed, loaded, model.to(loaded.x_train.device), posterior, out)
 
 
 def time_of(run: Trainer, index: torch.Tensor, steps: int) -> float:
