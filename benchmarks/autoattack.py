@@ -9,6 +9,9 @@ the same work. ``--individual`` starts every attack from all correctly classifie
 package is not installed, the first of ours is what the others are compared with. ``--seeds 0 1 2`` instead runs all
 attacks in one go with each of these seeds: how much chance there is in either package.
 
+Under ``torchrun --standalone --nproc-per-node 2`` ours shares the samples out to two processes of ``--threads``
+threads, and the official package, which cannot, has the threads of both in one.
+
 Printed and, with --out, written as JSON: how many stand after each attack, where the verdicts differ, seconds.
 """
 
@@ -27,7 +30,7 @@ from torch import Tensor
 from benchmarks.kernels import device_name
 from scorematch import AutoAttack
 from scorematch.attacks.autoattack import VERSIONS
-from training import command_line, data, measures
+from training import command_line, data, distributed, measures
 from training.data import DataName, DataSettings
 from training.errors import InputError, run_program
 from training.models import loading
@@ -76,8 +79,14 @@ def main(arguments: list[str]) -> None:
         program="python -m benchmarks.autoattack",
         description="Compare AutoAttack with the official package: verdicts and seconds.",
     )
+    device = distributed.device_of_this_process(torch.device(settings.device))
+    with distributed.processes(device):
+        compare(settings, arguments, device)
+
+
+def compare(settings: BenchmarkSettings, arguments: list[str], device: torch.device) -> None:
+    first, world = distributed.rank() == 0, distributed.world_size()
     torch.set_num_threads(settings.threads)
-    device = torch.device(settings.device)
     loaded = data.load(DataSettings(settings.data, root=settings.data_root))
     count = settings.samples or len(loaded.x_test)
     x, y = loaded.x_test[:count].to(device), loaded.y_test[:count].to(device)
@@ -97,7 +106,7 @@ def main(arguments: list[str]) -> None:
         return lambda xs, ys: adversary.run_standard_evaluation(xs, ys, bs=settings.batch)
 
     variants: dict[str, dict[str, Any]] = {}
-    if settings.reference_stream:
+    if settings.reference_stream and world == 1:  # one stream for all samples cannot be shared out
         variants["reference stream"] = {"rng": "reference"}
     if settings.own_stream:
         variants["own stream"] = {}
@@ -108,7 +117,7 @@ def main(arguments: list[str]) -> None:
     if not variants:
         raise InputError("own_stream: False without reference_stream, allowed: one of them at least")
     official = official_class()
-    if official is None:
+    if official is None and first:
         print(f"without the official package, which is not installed: {INSTALL}")
     baseline = "official" if official is not None else next(iter(variants))
 
@@ -118,7 +127,8 @@ def main(arguments: list[str]) -> None:
 
     alive = measures.correct(model, x, y, settings.batch).nonzero().squeeze(1)
     clean, lines = len(alive), []
-    print(f"{settings.model_from}, {settings.norm} {settings.eps:g}: {clean} of {count} correct", flush=True)
+    if first:
+        print(f"{settings.model_from}, {settings.norm} {settings.eps:g}: {clean} of {count} correct", flush=True)
     rounds = [((name,), settings.seed) for name in settings.attacks]
     if settings.seeds:
         rounds = [(settings.attacks, seed) for seed in settings.seeds]
@@ -128,17 +138,26 @@ def main(arguments: list[str]) -> None:
         verdicts = {}
         runs = runs_of(names, seed)
         for label, run in runs.items():
+            distributed.barrier()
             begin = time.perf_counter()
-            x_adv = run(xs, ys)
+            if label != "official":
+                x_adv = run(xs, ys)
+            elif first:  # its verdicts alone count
+                torch.set_num_threads(world * settings.threads)
+                x_adv = run(xs, ys)
+                torch.set_num_threads(settings.threads)
             seconds = time.perf_counter() - begin
-            verdicts[label] = measures.correct(model, x_adv, ys, settings.batch)
+            verdicts[label] = distributed.from_first(measures.correct(model, x_adv, ys, settings.batch))
             line[label] = {"stand": int(verdicts[label].sum()), "seconds": round(seconds, 2)}
         for label, verdict in verdicts.items():
             line[label]["differ"] = alive[verdict != verdicts[baseline]].tolist()
         lines.append(line)
-        print(json.dumps(line), flush=True)
+        if first:
+            print(json.dumps(line), flush=True)
         if not (settings.individual or settings.seeds):
             alive = alive[verdicts[baseline]]
+    if not first:
+        return
     total = {label: round(sum(line[label]["seconds"] for line in lines), 1) for label in runs}
     ratios = {label: round(total[baseline] / seconds, 2) for label, seconds in total.items()}
     print(f"seconds {total}; times as fast as {baseline} {ratios}")
@@ -148,6 +167,7 @@ def main(arguments: list[str]) -> None:
                 {
                     "command": f"python -m benchmarks.autoattack {' '.join(arguments)}",
                     "device": device_name(settings.device),
+                    "processes": world,
                     "threads": settings.threads,
                     "torch": torch.__version__,
                     "samples": count,
