@@ -16,6 +16,7 @@ Printed and, with --out, written as JSON: how many stand after each attack, wher
 """
 
 import json
+import shlex
 import sys
 import time
 import warnings
@@ -162,10 +163,11 @@ def compare(settings: BenchmarkSettings, arguments: list[str], device: torch.dev
     ratios = {label: round(total[baseline] / seconds, 2) for label, seconds in total.items()}
     print(f"seconds {total}; times as fast as {baseline} {ratios}")
     if settings.out is not None:
+        launcher = "python" if world == 1 else f"torchrun --standalone --nproc-per-node {world}"
         settings.out.write_text(
             json.dumps(
                 {
-                    "command": f"python -m benchmarks.autoattack {' '.join(arguments)}",
+                    "command": f"{launcher} -m benchmarks.autoattack {shlex.join(arguments)}",
                     "device": device_name(settings.device),
                     "processes": world,
                     "threads": settings.threads,

@@ -8,6 +8,7 @@ the rounds counts, so that a machine that slows down slows all. Printed and, wit
 
 import dataclasses
 import json
+import shlex
 import statistics
 import sys
 import tempfile
@@ -99,7 +100,7 @@ def main(arguments: list[str]) -> None:
                 print(json.dumps(lines[-1]), flush=True)
     if settings.out is not None:
         head = {
-            "command": f"python -m benchmarks.training {' '.join(arguments)}",
+            "command": f"python -m benchmarks.training {shlex.join(arguments)}",
             "device": device_name(settings.device),
             "threads": settings.threads,
             "torch": torch.__version__,
