@@ -59,13 +59,17 @@ def probabilities(logits: Tensor, tolerance: float = 1e-5) -> str | None:
 
 
 def zero_gradients(classifier: Classifier, x: Tensor, y: Tensor) -> str | None:
-    """Whether gradients vanish at x [N, …]."""
+    """Whether gradients vanish at points of x [N, …] that are classified correctly.
+
+    At others they may: the DLR loss is 1 wherever y has the third largest logit.
+    """
     shares = []
     for name, loss in (("cross-entropy", cross_entropy), ("DLR", dlr_loss)):
-        gradient = classifier.gradient(x, loss, y)[2]
-        zeros = int((gradient.flatten(1).abs().amax(1) == 0).sum())
+        logits, _, gradient = classifier.gradient(x, loss, y)
+        correct = logits.argmax(1) == y
+        zeros = int((gradient.flatten(1).abs().amax(1)[correct] == 0).sum())
         if zeros:
-            shares.append(f"{name}: {zeros} of {len(x)}")
+            shares.append(f"{name}: {zeros} of {int(correct.sum())}")
     if shares:
         return f"points with zero gradient ({', '.join(shares)}): attacks by gradients may fail for that reason alone"
     return None

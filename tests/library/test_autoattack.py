@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from scorematch import AutoAttack
 from scorematch.attacks import AutoAttackWarning, inspection
+from scorematch.attacks.classifier import Classifier
+from scorematch.attacks.losses import dlr_loss
 from scorematch.intervals import wilson
 
 EPS = {"Linf": 0.03, "L2": 0.2}
@@ -277,6 +279,16 @@ def test_randomised_model_with_rand() -> None:
         warnings.simplefilter("error", AutoAttackWarning)
         rand.run_standard_evaluation(x, y)
     assert rand.report["robust_accuracy"] < rand.report["clean_accuracy"]
+
+
+def test_points_that_are_wrong_already_raise_no_doubt() -> None:
+    """Where the true class has the third largest logit the DLR loss is constant."""
+    model, x, _ = data()
+    model, x = model.float(), x.float()
+    third = model(x).topk(3).indices[:, 2]
+    classifier = Classifier(model)
+    assert not classifier.gradient(x, dlr_loss, third)[2].any()
+    assert inspection.zero_gradients(classifier, x, third) is None
 
 
 @pytest.mark.parametrize(
