@@ -116,7 +116,7 @@ def compare(settings: BenchmarkSettings, arguments: list[str], device: torch.dev
     if settings.compile:
         variants["compiled"] = {"compile": True}
     if not variants:
-        raise InputError("own_stream: False without reference_stream, allowed: one of them at least")
+        raise InputError("own_stream: False leaves nothing to run, allowed: with reference_stream in one process")
     official = official_class()
     if official is None and first:
         print(f"without the official package, which is not installed: {INSTALL}")

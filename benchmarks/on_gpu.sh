@@ -7,6 +7,7 @@
 # With a trained model it also times AutoAttack, beside the official package where that is installed:
 #
 #     MODEL=runs/NAME/best.pt DATA=cifar10 DATA_ROOT=FOLDER EPS=0.03137 SAMPLES=1000 bash benchmarks/on_gpu.sh
+#
 # With CIFAR-10 it times training, every switch by itself, and with SECONDS_TO_TRAIN it trains a row of Table 2 for that
 # long, going on where the call before it stopped:
 #

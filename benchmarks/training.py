@@ -58,7 +58,7 @@ class BenchmarkSettings:
     variants: tuple[str, ...] = ON_A_CPU  # names of VARIANTS
     batch: int = 128  # samples a step
     steps: int = 4  # timed steps of a round
-    rounds: int = 3  # rounds, after one that is not counted
+    rounds: int = 3  # rounds, after one of BEFORE steps that is not counted
     attack_steps: int = 10  # steps of the attack
     threads: int = 2  # CPU threads
     device: str = "cpu"  # torch device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -32,7 +33,7 @@ class AttackGraphs:
         if warmup < 1:
             raise ValueError(f"warmup must be at least 1, got {warmup}")
         self.warmup = warmup
-        self._calls: dict[tuple[object, ...], int] = {}
+        self._calls: Counter[tuple[object, ...]] = Counter()
         self._recordings: dict[tuple[object, ...], _Recording] = {}
 
     def __call__(self, attack: Attack, *inputs: Tensor) -> dict[str, Tensor]:
@@ -45,7 +46,7 @@ class AttackGraphs:
         self._check(inputs)
         key = tuple((value.shape, value.stride(), value.dtype, value.device) for value in inputs)
         if key not in self._recordings:
-            self._calls[key] = self._calls.get(key, 0) + 1
+            self._calls[key] += 1
             if self._calls[key] <= self.warmup:
                 return attack(*inputs)
             self._recordings[key] = _Recording(attack, inputs)

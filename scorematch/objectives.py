@@ -14,6 +14,7 @@ q = softmax of the model, y the label (or a distribution over labels), p a data 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -421,3 +422,9 @@ OBJECTIVES: dict[str, Callable[..., Outcome]] = {
     "trades": trades,
     "score_direct": score_direct,
 }
+
+
+def default_of(objective: str, argument: str) -> str | None:
+    """What an objective of :data:`OBJECTIVES` takes for an argument that is not given; None where it has no such."""
+    parameter = inspect.signature(OBJECTIVES[objective]).parameters.get(argument)
+    return None if parameter is None else parameter.default

@@ -128,8 +128,8 @@ class Trainer:
 
         self.threat_model = settings.threat_model(data.lower, data.upper)
         self.forward = Forward(self.model, settings.precision, settings.compile, settings.fold)
-        self.start = settings.attack_start or ("gaussian" if settings.objective == "trades" else "uniform")
-        attack_mode = settings.attack_mode or ("eval" if settings.objective == "trades" else "train")
+        self.start = settings.attack_start or objectives.default_of(settings.objective, "start")
+        attack_mode = settings.attack_mode or objectives.default_of(settings.objective, "attack_mode")
         if settings.graph and self.world > 1 and settings.sync_batchnorm and attack_mode != "eval":
             raise InputError(
                 f"graph: True in {self.world} processes, whose attack in {attack_mode} mode synchronises batch norm, "
@@ -315,6 +315,7 @@ class Trainer:
             return self._replays(self.free, x, targets)
         start = None
         if settings.objective != "standard":
+            assert self.start is not None
             start = first_iterate(x, self.threat_model, self.start, self.generators["attack"], settings.attack)
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
