@@ -14,7 +14,8 @@ from torch.nn.modules.conv import _ConvNd
 class Folding:
     """Pairs of a convolution and the batch norm that alone takes its output, found by tracing the model.
 
-    A model that ``torch.fx`` cannot trace has no pairs; neither have modules that are called more than once.
+    A model that ``torch.fx`` cannot trace has no pairs; neither have modules that are called more than once. What tests
+    values, such as the shape of its input, cannot be traced unless it is a function under ``torch.fx.wrap``.
 
     Args:
         model: any module; it is not changed.
@@ -40,7 +41,10 @@ class Folding:
             if not isinstance(source, fx.Node) or source.op != "call_module" or called.count(source.target) > 1:
                 continue
             conv = modules[str(source.target)]
-            if isinstance(conv, _ConvNd) and not conv.transposed and len(source.users) == 1:
+            # A weight that is computed anew at each call (weight norm) is no parameter that could be replaced.
+            if not isinstance(conv, _ConvNd) or conv._parameters.get("weight") is None:
+                continue
+            if not conv.transposed and len(source.users) == 1:
                 self.pairs.append((conv, norm))
 
     @contextmanager

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..folding import Folding
 from ..intervals import wilson
 from ..model_state import borrowed
 from ..threat_model import ThreatModel
 from . import inspection
 from .apgd import APGD
-from .classifier import Classifier, cache_chunk, channels_last_works, full_precision
+from .classifier import Classifier, cache_chunk, channels_last_works, folding_that_works, full_precision
 from .evaluation_state import Cost, EvaluationState, digest
 from .fab import FAB, distance
 from .inspection import AutoAttackWarning
@@ -289,6 +290,7 @@ class _Evaluation:
         if self.state_path is not None and self.world > 1:
             self.state_path = self.state_path.with_name(f"{self.state_path.name}.rank{self.rank}of{self.world}")
         self.warnings: list[str] = []
+        self.folding: Folding | None = None
         self.last_save = time.monotonic()
         self.last_tick = time.perf_counter()
         self.progress: tqdm | None = None
@@ -455,6 +457,10 @@ class _Evaluation:
         channels_last = channels_last_works(self.model, few)
         self.search = Classifier(model, self.settings.search_dtype, self._tick, chunk, channels_last)
         self.verify = Classifier(self.model, None, self._tick, chunk)
+        # Rounding decides some steps of an attack: what is compared with the official package computes as it does.
+        # A randomised model may take another path than the one that was traced.
+        if self.settings.rng == "keyed" and self.settings.version != "rand" and not self.settings.compile:
+            self.folding = folding_that_works(self.model, few)
         self._account("clean")
         for samples in self._pending(-1).split(self.bs):
             x, y = self._batch(samples)
@@ -502,15 +508,16 @@ class _Evaluation:
                     "search": self._resumed_search(samples[rows.cpu()]),
                     "pause": self._pause(samples[rows.cpu()]),
                 }
-            points, wrong = stage.attack.run_part(
-                self.search,
-                x[rows],
-                y[rows],
-                samples.to(self.device)[rows],
-                part,
-                noise or KeyedNoise(self.seed, stage.attack.name, part),
-                **options,
-            )
+            with self.folding.applied() if self.folding is not None else nullcontext():
+                points, wrong = stage.attack.run_part(
+                    self.search,
+                    x[rows],
+                    y[rows],
+                    samples.to(self.device)[rows],
+                    part,
+                    noise or KeyedNoise(self.seed, stage.attack.name, part),
+                    **options,
+                )
             state.search = None
             with full_precision():
                 logits = self.verify.logits(points)

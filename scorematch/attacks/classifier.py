@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..folding import Folding
+
 Loss = Callable[..., Tensor]  # (logits [N, L], labels [N], …) to [N]
 
 
@@ -134,6 +136,30 @@ def channels_last_works(model: Any, x: Tensor) -> bool:
             given = model(in_channels_last(x[:2]))
         except RuntimeError:
             return False
+    return _same(given, expected)
+
+
+def folding_that_works(model: Any, x: Tensor) -> Folding | None:
+    """What folds the batch norms of a model; None where there is none to fold or the model then computes otherwise.
+
+    Args:
+        model: a module in eval mode; anything else is not looked into.
+        x: [N, …], N ≥ 1.
+    """
+    if not isinstance(model, nn.Module):
+        return None
+    folding = Folding(model)
+    if not folding.pairs:
+        return None
+    with torch.no_grad():
+        expected = model(x)
+        with folding.applied():
+            given = model(x)
+    return folding if _same(given, expected) else None
+
+
+def _same(given: Tensor, expected: Tensor) -> bool:
+    """Whether logits agree but for rounding."""
     return torch.allclose(given, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from scorematch import ThreatModel
 from scorematch.attacks import APGD, FAB, Square
-from scorematch.attacks.classifier import Classifier, cache_chunk, channels_last_works
+from scorematch.attacks.classifier import Classifier, cache_chunk, channels_last_works, folding_that_works
 from scorematch.attacks.losses import dlr_loss, margin_loss, ranked_targets, targeted_dlr_loss
 from scorematch.attacks.randomness import KeyedNoise, ReferenceNoise
 from scorematch.attacks.square import l2_pattern
@@ -322,6 +322,35 @@ def test_models_that_cannot_take_channels_last() -> None:
     assert not channels_last_works(Reads(), x)
     assert not channels_last_works(lambda x: x.flatten(1), x)
     assert not channels_last_works(nn.Flatten(), torch.rand(3, 5))
+
+
+def test_folding_that_works() -> None:
+    x = torch.rand(3, 1, 8, 8)
+    model = small_cnn(batch_norm=True).eval()
+    folding = folding_that_works(model, x)
+    assert folding is not None
+    assert folding.pairs == [(model[0], model[1])]
+    assert folding_that_works(small_cnn().eval(), x) is None
+    assert folding_that_works(model.forward, x) is None
+
+
+def test_a_model_that_folding_would_change_is_not_folded() -> None:
+    class Path(nn.Module):
+        """Doubles what its convolution returns in every call but the first, the one that is traced."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls = 0
+            self.model = small_cnn(batch_norm=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            between = self.model[0](x)
+            return self.model[2:](self.model[1](between if self.calls == 1 else 2 * between))
+
+    path = Path().eval()
+    path.model[1].running_mean.fill_(0.5)
+    assert folding_that_works(path, torch.rand(3, 1, 8, 8)) is None
 
 
 def test_class_gradients() -> None:

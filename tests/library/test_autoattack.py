@@ -14,7 +14,7 @@ from library_models import small_cnn
 from torch import Tensor, nn
 
 from scorematch import AutoAttack
-from scorematch.attacks import AutoAttackWarning, inspection
+from scorematch.attacks import APGD, AutoAttackWarning, inspection
 from scorematch.attacks.classifier import Classifier
 from scorematch.attacks.losses import dlr_loss
 from scorematch.intervals import wilson
@@ -328,6 +328,41 @@ def test_square_that_finds_what_gradients_did_not_is_warned_of() -> None:
     with pytest.warns(AutoAttackWarning, match="Square lowered the robust accuracy by"):
         attack(rounded, eps=0.1).run_standard_evaluation(x, rounded(x).argmax(1))
     assert inspection.masking(0.5, 0.499) is None
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_batch_norm_is_folded_in_the_search_alone(norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, y = data(batch_norm=True)
+    nn.init.uniform_(model[1].running_var, 0.5, 2)
+    y[2:] = model(x[2:]).argmax(1)
+    calls = []  # (whether within a search, whether the batch norm is passed by)
+    searching = False
+    apgd_part = APGD.run_part
+
+    def run_part(*arguments):
+        nonlocal searching
+        searching = True
+        result = apgd_part(*arguments)
+        searching = False
+        return result
+
+    monkeypatch.setattr(APGD, "run_part", run_part)
+    hook = model[1].register_forward_hook(lambda module, inputs, output: calls.append((searching, output is inputs[0])))
+    fast = attack(model, norm, version="fast")
+    fast.run_standard_evaluation(x, y)
+    begun = calls.index((True, True))  # the model is looked at before
+    assert set(calls[begun:]) == {(True, True), (False, False)}
+    for options in ({"rng": "reference", "version": "fast"}, {"version": "rand"}):
+        calls.clear()
+        attack(model, norm, **options).run_standard_evaluation(x, y)
+        assert set(calls) == {(True, False), (False, False)}, options
+    hook.remove()
+    folded = attack(model, norm)
+    expected = folded.run_standard_evaluation(x, y)
+    monkeypatch.setattr("scorematch.attacks.autoattack.folding_that_works", lambda model, x: None)
+    unfolded = attack(model, norm)
+    torch.testing.assert_close(unfolded.run_standard_evaluation(x, y), expected, rtol=0, atol=1e-6)
+    assert 0 < folded.report["robust_accuracy"] < folded.report["clean_accuracy"]
 
 
 def test_only_confirmed_successes_of_a_search_in_low_precision_count() -> None:

@@ -1,12 +1,18 @@
 """Batch norm folded into convolutions: the same function, the model untouched."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from scorematch.folding import Folding
+
+
+@fx.wrap
+def positive(x: Tensor) -> Tensor:
+    return x if x.sum() > 0 else -x
 
 
 class Net(nn.Module):
@@ -94,4 +100,21 @@ def test_a_model_that_cannot_be_traced_has_no_pairs() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x if x.sum() > 0 else -x)
 
+    class Wrapped(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(positive(x))
+
     assert Folding(Branches()).pairs == []
+    assert len(Folding(Wrapped()).pairs) == 2
+
+
+@pytest.mark.parametrize("normed", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+def test_weights_that_are_computed_are_left_alone(net: Net, normed: Callable[[nn.Module], nn.Module]) -> None:
+    normed(net.conv1)
+    x = torch.rand(5, 3, 8, 8, dtype=torch.float64)
+    expected = net(x)
+    folding = Folding(net)
+    assert folding.pairs == [(net.conv5, net.norm5)]
+    with folding.applied():
+        torch.testing.assert_close(net(x), expected, rtol=1e-12, atol=1e-12)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from scorematch.folding import Folding
 from training import models
 from training.errors import InputError
 from training.models.cifar import IMAGE_SHAPE, STATISTICS
@@ -49,6 +50,20 @@ def test_entries_and_parameters_of_published_weights(name: str, entries: int, mi
     model = on_meta(name)
     assert len(model.state_dict()) == entries
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "pairs"),
+    [
+        ("wrn-10-1", 3),
+        ("wrn-28-10-silu", 13),
+        ("preact-resnet-18", 8),
+        ("preact-resnet-18-plain", 8),
+        ("resnet-18", 20),
+    ],
+)
+def test_batch_norm_behind_a_convolution_folds(name: str, pairs: int) -> None:
+    assert len(Folding(on_meta(name)).pairs) == pairs
 
 
 def test_keys_of_the_wide_resnet() -> None:

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from training.errors import InputError
@@ -24,6 +24,12 @@ def check_images(name: str, input_shape: tuple[int, ...]) -> None:
         raise InputError(f"model: {name} takes images {allowed}, the data has inputs of shape {list(input_shape)}")
 
 
+@fx.wrap  # a test of values ends tracing, and with it the folding of batch norm
+def check_batch(x: Tensor) -> None:
+    if x.ndim != 4 or tuple(x.shape[1:]) != IMAGE_SHAPE:
+        raise ValueError(f"x has shape {list(x.shape)}, expected [N, 3, 32, 32]")
+
+
 class ImageClassifier(nn.Module):
     """Images [N, 3, 32, 32] in [0, 1] to logits [N, L]; attacks see the pixels, the network normalises them itself."""
 
@@ -38,8 +44,7 @@ class ImageClassifier(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
     def normalised(self, x: Tensor) -> Tensor:
-        if x.ndim != 4 or tuple(x.shape[1:]) != IMAGE_SHAPE:
-            raise ValueError(f"x has shape {list(x.shape)}, expected [N, 3, 32, 32]")
+        check_batch(x)
         return (x - self.mean) / self.std
 
 
