@@ -4,6 +4,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from scorematch.folding import Folding
 
@@ -38,6 +39,12 @@ class Forward(nn.Module):
             return self._logits(x)
         with self._folding.applied():
             return self._logits(x)
+
+    @property
+    def folds_nothing(self) -> bool:
+        """Whether folding was asked for, and of the batch norms that there are none can be folded."""
+        norms = any(isinstance(module, _BatchNorm) for module in self.network.modules())
+        return norms and self._folding is not None and not self._folding.pairs
 
     def _takes_gradients(self) -> bool:
         return any(parameter.requires_grad for parameter in self.network.parameters())

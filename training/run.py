@@ -144,6 +144,8 @@ def train_and_evaluate(
 
     torch.manual_seed(settings.seed + 1)  # a posterior trained before draws from the global generator, one loaded not
     trainer = Trainer(settings, loaded, model, posterior, out)
+    if first and trainer.forward.folds_nothing:
+        print(f"fold: torch.fx finds no batch norm behind a convolution in {settings.model}, nothing is folded")
     if (out / "checkpoint.pt").exists():
         trainer.resume()
     else:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +229,31 @@ def test_a_model_of_ones_own(call: Any, tiny: list[str], tmp_path: Path, monkeyp
     monkeypatch.syspath_prepend(tmp_path)
     ending = call("run", "--objective", "standard", "--model", "mine:linear", *tiny, "--out", "here")
     assert ending.status == 0, ending
+
+
+@pytest.mark.parametrize(("test", "said"), [("if x.sum() > -1:", True), ("if self.head.bias is not None:", False)])
+def test_folding_that_finds_nothing_says_so(
+    call: Any, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, test: str, said: bool
+) -> None:
+    """A test of the input cannot be traced, one of the module itself can."""
+    (tmp_path / "with_a_test.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self, input_shape, num_classes):\n"
+        "        super().__init__()\n"
+        "        self.conv, self.norm = nn.Conv2d(1, 4, 8), nn.BatchNorm2d(4)\n"
+        "        self.head = nn.Linear(4, num_classes)\n"
+        "    def forward(self, x):\n"
+        f"        {test}\n"
+        "            x = self.norm(self.conv(x))\n"
+        "        return self.head(x.flatten(1))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "with_a_test", raising=False)
+    options = ["--objective", "trades", "--model", "with_a_test:Net", "--fold", *tiny, "--out", "here"]
+    ending = call("run", *options)
+    assert ending.status == 0, ending
+    assert ("nothing is folded" in ending.out) == said
 
 
 def test_evaluate_prints_intervals_and_takes_another_threat_model(call: Any, tiny: list[str], tmp_path: Path) -> None:
