@@ -1,5 +1,6 @@
 """How a program ends: 0 done, 2 bad arguments or input (one line on stderr), 1 anything else."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -56,6 +57,11 @@ def run_program(program: Callable[[list[str]], None], arguments: Sequence[str] |
         signal.signal(number, _interrupt)
     try:
         program(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails again as it flushes
+        print("stopped: standard output is closed", file=sys.stderr)
+        return 1
     except InputError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -61,7 +61,8 @@ class AutoAttack:
     but for rounding, depend neither on ``bs`` nor on the number of devices nor on which other samples survive. A sample
     that has fallen is not attacked further, so the point returned is misclassified but not the one of highest loss.
     And the file at ``state_path`` resumes an interrupted evaluation where it was, with the same verdicts, in the middle
-    of an attack too.
+    of an attack too. With these numbers the search, not the check of what it finds, folds batch norm into convolutions,
+    but for ``version="rand"`` and ``compile``.
 
     Under ``torchrun`` (an initialised ``torch.distributed``) every rank attacks its share of the samples and all return
     the same whole result.

@@ -93,6 +93,16 @@ def test_the_program_itself_ends_with_that_status(tmp_path: Path) -> None:
     assert ending.stderr == "error: eps: 0.0 is out of range, allowed: a finite number above 0\n"
 
 
+def test_output_that_nobody_reads() -> None:
+    command = [sys.executable, "-m", "training.run", "--objective", "standard", "--dry-run"]
+    root = Path(__file__).resolve().parents[2]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=root, text=True, **pipes) as process:  # type: ignore[call-overload]
+        process.stdout.close()
+        told = process.stderr.read()
+    assert (process.returncode, told) == (1, "stopped: standard output is closed\n")
+
+
 @pytest.mark.parametrize("program", ["run", "evaluate", "compare"])
 def test_help_explains_the_options(program: str, call: Any, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
