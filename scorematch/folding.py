@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 
 class Folding:
@@ -77,15 +78,10 @@ class Folding:
         for conv, norm in self.pairs:
             assert norm.running_mean is not None
             assert norm.running_var is not None
-            scale = torch.rsqrt(norm.running_var + norm.eps)
-            if norm.weight is not None:
-                scale = scale * norm.weight
-            bias = -norm.running_mean if conv.bias is None else conv.bias - norm.running_mean
-            bias = bias * scale
-            if norm.bias is not None:
-                bias = bias + norm.bias
-            weight = conv.weight * scale.view(-1, *[1] * (conv.weight.dim() - 1))
-            self._folded.append((weight, bias))
+            weight, bias = fuse_conv_bn_weights(
+                conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+            )
+            self._folded.append((weight.detach(), bias.detach()))
 
 
 class _Tracer(fx.Tracer):

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..folding import Folding
 from ..intervals import wilson
 from ..model_state import borrowed
 from ..threat_model import ThreatModel
@@ -291,7 +290,6 @@ class _Evaluation:
         if self.state_path is not None and self.world > 1:
             self.state_path = self.state_path.with_name(f"{self.state_path.name}.rank{self.rank}of{self.world}")
         self.warnings: list[str] = []
-        self.folding: Folding | None = None
         self.last_save = time.monotonic()
         self.last_tick = time.perf_counter()
         self.progress: tqdm | None = None
@@ -460,8 +458,8 @@ class _Evaluation:
         self.verify = Classifier(self.model, None, self._tick, chunk)
         # Rounding decides some steps of an attack: what is compared with the official package computes as it does.
         # A randomised model may take another path than the one that was traced.
-        if self.settings.rng == "keyed" and self.settings.version != "rand" and not self.settings.compile:
-            self.folding = folding_that_works(self.model, few)
+        folds = self.settings.rng == "keyed" and self.settings.version != "rand" and not self.settings.compile
+        self.folding = folding_that_works(self.model, few) if folds else None
         self._account("clean")
         for samples in self._pending(-1).split(self.bs):
             x, y = self._batch(samples)

@@ -66,6 +66,17 @@ def test_batch_norm_behind_a_convolution_folds(name: str, pairs: int) -> None:
     assert len(Folding(on_meta(name)).pairs) == pairs
 
 
+@pytest.mark.parametrize("name", ["wrn-10-1", "preact-resnet-18", "resnet-18"])
+def test_folded_networks_return_the_same_logits(name: str) -> None:
+    torch.manual_seed(0)
+    model, x = build(name).double(), torch.rand(4, *IMAGE_SHAPE, dtype=torch.float64)
+    with torch.no_grad():
+        model.train()(x)  # statistics other than 0 and 1
+        expected = model.eval()(x)
+        with Folding(model).applied():
+            torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-9)
+
+
 def test_keys_of_the_wide_resnet() -> None:
     expected = ["init_conv.weight"]
     for group in range(3):
