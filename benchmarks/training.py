@@ -93,7 +93,7 @@ def main(arguments: list[str]) -> None:
                         "variant": name,
                         "seconds_per_step": round(median, 4),
                         "samples_per_second": round(settings.batch / median, 1),
-                        "seconds_per_epoch": round(median * trainers[name].steps_per_epoch, 1),
+                        "seconds_per_epoch": round(median * trainers[name].course.steps, 1),
                         "times_first": round(statistics.median(seconds[settings.variants[0]]) / median, 2),
                     }
                 )

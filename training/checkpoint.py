@@ -4,13 +4,15 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from training.errors import InputError, StopError
 
@@ -51,12 +53,81 @@ def write_json(path: Path, value: object) -> None:
     write_atomically(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def save(path: Path, *, epoch: int, settings: dict[str, Any], network: nn.Module, **rest: Any) -> None:
-    """Save a run's state. ``network`` is the one to evaluate (the averaged one where there is averaging)."""
+def save(path: Path, *, epoch: int, settings: dict[str, Any], network: dict[str, Tensor], **rest: Any) -> None:
+    """Save a run's state. ``network`` is the state dict to evaluate (of averaged weights where there are such)."""
     buffer = io.BytesIO()
-    state = {"format": FORMAT, "epoch": epoch, "settings": settings, "network": network.state_dict(), **rest}
-    torch.save(state, buffer)
+    torch.save({"format": FORMAT, "epoch": epoch, "settings": settings, "network": network, **rest}, buffer)
     write_atomically(path, buffer.getvalue())
+
+
+class Writer:
+    """Saves in a thread of its own, one file after the other, so that training need not wait for the disk.
+
+    What is handed over is copied first, on a GPU without waiting for it: later steps do not change what is written. At
+    most one file waits: who hands over another one waits until it is written.
+    """
+
+    def __init__(self) -> None:
+        self._thread: ThreadPoolExecutor | None = None
+        self._pending: list[Future[None]] = []
+
+    def save(self, path: Path, **state: Any) -> None:
+        """:func:`save`, later."""
+        copied, ready = copied_to_host(state)
+
+        def write() -> None:
+            ready()
+            save(path, **copied)
+
+        self._hand_over(write)
+
+    def keep_copy(self, path: Path, epoch: int, count: int) -> None:
+        """:func:`keep_copy`, after what was handed over before."""
+        if count:
+            self._hand_over(lambda: keep_copy(path, epoch, count))
+
+    def wait(self) -> None:
+        """Wait until everything is written.
+
+        Raises:
+            StopError: a file could not be written.
+        """
+        pending, self._pending = self._pending, []
+        errors = [error for future in pending if (error := future.exception()) is not None]
+        if errors:
+            raise errors[0]
+
+    def _hand_over(self, work: Callable[[], None]) -> None:
+        while self._pending and (len(self._pending) > 1 or self._pending[0].done()):
+            self._pending.pop(0).result()
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
+        self._pending.append(self._thread.submit(work))
+
+
+def copied_to_host(state: Any) -> tuple[Any, Callable[[], None]]:
+    """A copy of a nested state on the CPU, and a function that waits until it is complete.
+
+    Tensors of a GPU go to pinned memory behind the work that is queued there, and nothing waits for it meanwhile.
+    """
+    event: torch.cuda.Event | None = None
+
+    def copied(value: Any) -> Any:
+        nonlocal event
+        if not isinstance(value, Tensor):
+            return value
+        if not value.is_cuda:
+            return value.detach().clone()
+        target = torch.empty_like(value, device="cpu", pin_memory=True)
+        target.copy_(value.detach(), non_blocking=True)
+        event = event or torch.cuda.Event()
+        return target
+
+    copies = pytree.tree_map(copied, state)
+    if event is None:
+        return copies, lambda: None
+    event.record()
+    return copies, event.synchronize
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:

@@ -127,7 +127,8 @@ class RunSettings:
     autoattack_compile: bool = False  # AutoAttack searches with torch.compile(model)
 
     # The run itself
-    save_minutes: float = 15.0  # minutes between checkpoints within an epoch; each epoch ends with one
+    save_every: int = 1  # epochs between checkpoints; the last epoch always ends with one
+    save_minutes: float = 15.0  # minutes between checkpoints within an epoch
     keep_last: int = 0  # how many checkpoints of earlier epochs stay, as epoch-NNNN.pt
     seed: int = 0  # decides initialisation, data order, augmentation and attacks; never the split
     deterministic: bool = False  # refuse operations without a deterministic implementation (CPU runs are exact anyway)
@@ -185,6 +186,7 @@ RANGES: dict[str, Check] = {
     "averaging_warmup": (lambda v: 0 <= v < 1, "0 up to but not including 1"),
     "batchnorm_momentum": (lambda v: v is None or 0 < v <= 1, "above 0, at most 1, or None for the model's own"),
     "accumulate": (lambda v: v >= 1, "at least 1"),
+    "save_every": (lambda v: v >= 1, "at least 1"),
     "save_minutes": (_positive, "a finite number above 0"),
     "keep_last": (lambda v: v >= 0, "0 or a number of checkpoints"),
     "validate_every": (lambda v: v >= 1, "at least 1"),

@@ -1,9 +1,7 @@
-"""The training loop: one step after the other, checkpoints, and exact resumption from them."""
+"""The training of a classifier: what a step is, what is validated, and what a checkpoint holds."""
 
 import functools
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,8 +10,6 @@ import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from scorematch import objectives
 from scorematch.free import FreeAttack
@@ -21,11 +17,12 @@ from scorematch.graphs import AttackGraphs
 from scorematch.objectives import Outcome, first_iterate
 from scorematch.posteriors import Posterior
 from scorematch.weight_perturbation import WeightPerturbation
-from training import checkpoint, distributed, measures, toy
+from training import distributed, measures, toy
 from training.batches import Batches
 from training.config import RunSettings, as_table
 from training.data import Data
-from training.errors import InputError, Interrupted, StopError, interrupts_deferred
+from training.engine import Course, Engine
+from training.errors import InputError
 from training.forward import Forward, set_tf32
 from training.optimisation import (
     batchnorm_momentum,
@@ -37,7 +34,6 @@ from training.optimisation import (
 
 # Each purpose draws from a generator of its own, so that a longer attack does not change the order of the data.
 PURPOSES = ("order", "augmentation", "attack", "validation", "evaluation")
-STEPS_BETWEEN_CHECKS = 20  # a check reads the loss and thereby waits for the device
 
 StepObjective = Callable[[nn.Module, Tensor, Tensor, Tensor | None, WeightPerturbation | None], Outcome]
 
@@ -83,6 +79,19 @@ def add_metrics(sums: dict[str, Tensor], outcome: Outcome) -> None:
         sums[name] = sums.get(name, torch.zeros_like(value.detach())) + value.detach() * len(outcome.loss)
 
 
+def course(settings: RunSettings, steps: int) -> Course:
+    return Course(
+        name=f"train {settings.objective}",
+        epochs=settings.epochs,
+        steps=steps,
+        validate_every=settings.validate_every,
+        save_every=settings.save_every,
+        save_minutes=settings.save_minutes,
+        keep_last=settings.keep_last,
+        lr_hint=f"; try a smaller --lr (now {settings.lr:g})",
+    )
+
+
 class LossOfStep(nn.Module):
     """An objective as a module: DistributedDataParallel then sees one forward and one backward pass a step, and the
     passes of the attack, which runs inside without parameter gradients, synchronise nothing."""
@@ -95,8 +104,8 @@ class LossOfStep(nn.Module):
         return self.objective(self.model, x, y, start, weights)
 
 
-class Trainer:
-    """All state of a run between two steps. ``fit`` trains to the last epoch; ``resume`` first goes back to one.
+class Trainer(Engine):
+    """Training of a classifier.
 
     Under torchrun each process has a Trainer. All make the same batches and random starts, and take every
     ``world_size``-th sample of them: what is computed does not depend, but for rounding, on the number of processes.
@@ -105,15 +114,11 @@ class Trainer:
     def __init__(
         self, settings: RunSettings, data: Data, model: nn.Module, posterior: Posterior | None, out: Path
     ) -> None:
-        self.settings, self.data, self.out = settings, data, out
-        self.rank, self.world = distributed.rank(), distributed.world_size()
+        self.settings, self.data = settings, data
         device = data.x_train.device
         set_tf32(settings.precision)
         if settings.channels_last and len(data.input_shape) == 3:
             model = model.to(memory_format=torch.channels_last)
-        self.model = model
-        if self.world > 1 and settings.sync_batchnorm:
-            self.model = distributed.synchronise_batchnorm(model)
         self.generators = {
             "order": generator(settings.seed, "order"),
             "augmentation": generator(settings.seed, "augmentation", device),
@@ -123,8 +128,11 @@ class Trainer:
         use_labels = data.p_train is None or settings.objective == "score_direct"
         targets: Tensor = data.y_train if use_labels else data.p_train  # type: ignore[assignment]
         self.batches = Batches(settings, data, targets, self.generators["order"], self.generators["augmentation"])
-        self.steps_per_epoch = self.batches.steps
+        super().__init__(course(settings, self.batches.steps), device, out)
         self._check_shares()
+        self.model = model
+        if self.world > 1 and settings.sync_batchnorm:
+            self.model = distributed.synchronise_batchnorm(model)
 
         self.threat_model = settings.threat_model(data.lower, data.upper)
         self.forward = Forward(self.model, settings.precision, settings.compile, settings.fold)
@@ -147,15 +155,11 @@ class Trainer:
             if self.world > 1:
                 raise InputError(f"free_replays: {settings.free_replays} in {self.world} processes, allowed: in one")
             self.free = FreeAttack(self.threat_model, settings.free_replays, settings.divergence)
-        updates = self.steps_per_epoch * (settings.free_replays or 1)
+        updates = self.course.steps * (settings.free_replays or 1)
         self.schedule = build_schedule(settings, self.optimizer, updates)
         self.average = build_average(settings, self.model, settings.epochs * updates)
-        self.epoch = 0  # complete ones
-        self.step = 0  # of the epoch under way
-        self.sums: dict[str, Tensor] = {}  # of each metric over the samples of that epoch
-        self.seconds = 0.0  # spent on that epoch
+        self.lr = settings.lr  # of the last step
         self.start_of_epoch = self.generators["order"].get_state()
-        self.best: dict[str, float] = {}
 
     def _check_shares(self) -> None:
         """Every process needs a sample of every part of every batch."""
@@ -173,12 +177,22 @@ class Trainer:
         """The classifier to evaluate."""
         return self.model if self.average is None else self.average.module
 
-    def resume(self) -> None:
-        """Go back to the last checkpoint, bit for bit."""
-        path = self.out / "checkpoint.pt"
-        state = checkpoint.load(path, self.data.x_train.device)
-        saved = state["training"]
-        checkpoint.load_weights(self.network, state, path)
+    def description(self) -> dict[str, Any]:
+        return {"settings": as_table(self.settings), "network": self.network.state_dict()}
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "generators": {purpose: g.get_state() for purpose, g in self.generators.items()},
+            "start_of_epoch": self.start_of_epoch if self.step else self.generators["order"].get_state(),
+            "lr": self.lr,
+            "free": None if self.free is None else self.free.state_dict(),
+        }
+
+    def load_state(self, saved: dict[str, Any]) -> None:
         self.model.load_state_dict(saved["model"])
         if self.average is not None:
             self.average.load_state_dict(saved["average"])
@@ -186,131 +200,28 @@ class Trainer:
         self.schedule.load_state_dict(saved["schedule"])
         for purpose, generator_state in saved["generators"].items():
             self.generators[purpose].set_state(generator_state.cpu())
-        torch.set_rng_state(saved["torch_rng"].cpu())
-        self.epoch, self.best = state["epoch"], saved["best"]
-        # Checkpoints from before there were any within an epoch do not have these.
-        self.step, self.sums, self.seconds = (saved.get(k, v) for k, v in (("step", 0), ("sums", {}), ("seconds", 0.0)))
         if self.free is not None:
             self.free.load_state_dict(saved["free"])
         self.start_of_epoch = saved.get("start_of_epoch", saved["generators"]["order"]).cpu()
+        self.lr = saved.get("lr", self.lr)
 
-    def save(self) -> None:
-        training = {
-            "model": self.model.state_dict(),
-            "average": None if self.average is None else self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "generators": {purpose: g.get_state() for purpose, g in self.generators.items()},
-            "torch_rng": torch.get_rng_state(),
-            "best": self.best,
-            "step": self.step,
-            "sums": self.sums,
-            "seconds": self.seconds,
-            "start_of_epoch": self.start_of_epoch,
-            "free": None if self.free is None else self.free.state_dict(),
-        }
-        self._write("checkpoint.pt", training=training)
-
-    def _write(self, name: str, **rest: Any) -> None:
-        """By the first process; all have the same weights."""
-        if self.rank == 0:
-            settings = as_table(self.settings)
-            checkpoint.save(self.out / name, epoch=self.epoch, settings=settings, network=self.network, **rest)
-
-    def fit(self) -> None:
-        """Train to the last epoch.
-
-        SIGINT and SIGTERM wait for the end of a step; then a checkpoint is written.
-
-        Raises:
-            Interrupted: there was such a signal.
-            StopError: the loss is not finite.
-        """
-        log = checkpoint.MetricsLog(self.out / "metrics.jsonl", self.epoch) if self.rank == 0 else None
-        curves = SummaryWriter(self.out / "tensorboard", purge_step=self.epoch + 1) if self.rank == 0 else None
-        epochs = self.settings.epochs
-        with (
-            interrupts_deferred() as signal,
-            tqdm(
-                total=epochs * self.steps_per_epoch,
-                initial=self.epoch * self.steps_per_epoch + self.step,
-                desc=f"train {self.settings.objective}",
-                unit="step",
-                mininterval=0.1 if sys.stderr.isatty() else 30.0,
-                disable=self.rank != 0,
-            ) as progress,
-        ):
-            while self.epoch < epochs:
-                entry = self._epoch(progress, signal)
-                self.epoch += 1
-                self.step, self.sums, self.seconds = 0, {}, 0.0
-                self.start_of_epoch = self.generators["order"].get_state()
-                if self.epoch % self.settings.validate_every == 0 or self.epoch == epochs:
-                    entry |= self._validate()
-                    self._keep_best(entry)
-                entry = {"epoch": self.epoch, **entry}
-                if log is not None and curves is not None:
-                    log.append(entry)
-                    for name, value in entry.items():
-                        curves.add_scalar(name, value, self.epoch)
-                self.save()
-                if self.rank == 0:
-                    checkpoint.keep_copy(self.out / "checkpoint.pt", self.epoch, self.settings.keep_last)
-                shown = {"epoch": f"{self.epoch}/{epochs}", "loss": f"{entry['loss']:.4f}"}
-                if "val_pgd_acc" in entry:
-                    shown["val_pgd"] = f"{entry['val_pgd_acc']:.1f} %"
-                progress.set_postfix(shown, refresh=False)
-                if name_of_signal := self._agreed(signal(), due=False)[0]:
-                    raise Interrupted(name_of_signal)
-        if curves is not None:
-            curves.close()
-
-    def _epoch(self, progress: tqdm, signal: Callable[[], str | None]) -> dict[str, float]:
-        """One pass over the training data, or what is left of it; the means of its metrics over the samples."""
-        begin = time.perf_counter() - self.seconds
-        last_save = time.monotonic()
-        if self.step:
+    def steps_from(self, first: int) -> Iterator[dict[str, Tensor]]:
+        if first:
             self.generators["order"].set_state(self.start_of_epoch)
-        for index in self.batches.epoch(self.step):
-            for name, value in self._step(index).items():
-                self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value
-            self.step += 1
-            self.seconds = time.perf_counter() - begin
-            progress.update()
-            if self.step % STEPS_BETWEEN_CHECKS == 0:
-                self._check()
-            if self.step == self.steps_per_epoch:
-                break
-            # Several processes see a signal, or the time pass, at different steps: then they have to agree.
-            if self.world == 1 or self.step % STEPS_BETWEEN_CHECKS == 0:
-                due = time.monotonic() - last_save >= 60 * self.settings.save_minutes
-                name_of_signal, due = self._agreed(signal(), due)
-                if name_of_signal or due:
-                    self._check()
-                    self.save()
-                    last_save = time.monotonic()
-                if name_of_signal:
-                    raise Interrupted(name_of_signal)
-        self._check()
-        sums = {name: distributed.summed(total.clone()).item() for name, total in self.sums.items()}
-        count = sums.pop("samples")
-        means = {name: total / count for name, total in sums.items()}
-        return {**means, "lr": float(self.schedule.get_last_lr()[0]), "seconds": time.perf_counter() - begin}
+        else:
+            self.start_of_epoch = self.generators["order"].get_state()
+        for index in self.batches.epoch(first):
+            yield self._step(index)
 
-    def _agreed(self, signal: str | None, due: bool) -> tuple[str | None, bool]:
-        if self.world == 1:
-            return signal, due
-        flags = torch.tensor([signal is not None, due], dtype=torch.int32, device=self.data.x_train.device)
-        interrupted, saving = distributed.summed(flags).tolist()
-        return (signal or "SIGTERM") if interrupted else None, bool(saving)
+    def epoch_metrics(self) -> dict[str, float]:
+        return {"lr": self.lr}
 
     def _step(self, index: Tensor) -> dict[str, Tensor]:
         """One step on the samples ``index`` (and the generated ones that belong to it); the sums of its metrics."""
         settings = self.settings
-        step = self.epoch * self.steps_per_epoch + self.step
-        x, targets = self.batches.batch(index, step)
+        x, targets = self.batches.batch(index, self.steps_done)
         self.model.train()
-        self._set_batchnorm(step)
+        self._set_batchnorm(self.steps_done)
         if self.free is not None:
             return self._replays(self.free, x, targets)
         start = None
@@ -345,6 +256,7 @@ class Trainer:
         return sums
 
     def _update(self) -> None:
+        self.lr = float(self.schedule.get_last_lr()[0])
         self.optimizer.step()
         self.schedule.step()
         if self.average is not None:
@@ -368,16 +280,7 @@ class Trainer:
     def _dense(self, values: Tensor) -> Tensor:
         return values.contiguous(memory_format=self.batches.format) if values.dim() == 4 else values.contiguous()
 
-    def _check(self) -> None:
-        """A sum is finite only if every loss in it was."""
-        total = distributed.summed(self.sums["loss"].clone())
-        if not torch.isfinite(total):
-            raise StopError(
-                f"the loss is not finite in epoch {self.epoch + 1}; {self.out / 'checkpoint.pt'} keeps the last good "
-                f"checkpoint (epoch {self.epoch}); try a smaller --lr (now {self.settings.lr:g})"
-            )
-
-    def _validate(self) -> dict[str, float]:
+    def validate(self) -> dict[str, float]:
         """Clean and robust accuracy on the validation split, per cent, always from the same random starts."""
         settings, data = self.settings, self.data
         x, y = data.x_validation, data.y_validation
@@ -395,12 +298,17 @@ class Trainer:
         }
         return values | (toy.robust_errors(self.network) if data.name == "toy" else {})
 
-    def _keep_best(self, entry: dict[str, float]) -> None:
-        """best.pt: highest robust validation accuracy, then highest clean one, then the later epoch.
+    def is_best(self, entry: dict[str, float]) -> bool:
+        """Highest robust validation accuracy, then highest clean one, then the later epoch.
 
         Standard training is ranked by clean accuracy first: its robust accuracy is highest before it has learned much.
         """
         order = ("val_acc", "val_pgd_acc") if self.settings.objective == "standard" else ("val_pgd_acc", "val_acc")
-        if [entry[key] for key in order] >= [self.best.get(key, -1.0) for key in order]:
+        better = [entry[key] for key in order] >= [self.best.get(key, -1.0) for key in order]
+        if better:
             self.best = {"epoch": self.epoch, **{key: entry[key] for key in order}}
-            self._write("best.pt")
+        return better
+
+    def _shown(self, entry: dict[str, float]) -> dict[str, str]:
+        robust = {"val_pgd": f"{entry['val_pgd_acc']:.1f} %"} if "val_pgd_acc" in entry else {}
+        return super()._shown(entry) | robust

@@ -150,6 +150,7 @@ def train_and_evaluate(
         trainer.resume()
     else:
         trainer.save()
+        trainer.written()
     trainer.fit()
     distributed.barrier()
 
@@ -165,7 +166,7 @@ def train_and_evaluate(
         **{key: getattr(settings, key) for key in ("objective", "divergence", "data", "model", "norm", "eps", "seed")},
         "posterior": settings.posterior if posterior is not None else None,
         "epochs": settings.epochs,
-        "steps": settings.epochs * trainer.steps_per_epoch,
+        "steps": settings.epochs * trainer.course.steps,
         "limit": settings.limit,
         "split": {"seed": loaded.split_seed, **loaded.sizes},
         "selection": settings.selection,
@@ -223,7 +224,7 @@ def get_posterior(settings: RunSettings, loaded: Data, given: dict[str, Any] | N
         raise InputError(f"posterior_settings: {error}") from None
     if not path.exists():
         about = {**config.plain(settings.posterior_settings), "data": settings.data, "limit": settings.limit}
-        checkpoint.save(path, epoch=0, settings=about, network=posterior)
+        checkpoint.save(path, epoch=0, settings=about, network=posterior.state_dict())
     return posterior
 
 

@@ -98,7 +98,7 @@ def main(arguments: list[str]) -> None:
         "denoising_error": denoising_errors(posterior.denoiser, loaded, settings.seed),
     }
     saved = {**config.plain(resolved), "data": settings.data, "limit": settings.limit}
-    checkpoint.save(out / "posterior.pt", epoch=0, settings=saved, network=posterior)
+    checkpoint.save(out / "posterior.pt", epoch=0, settings=saved, network=posterior.state_dict())
     if settings.data == "toy":
         result["oracle"] = toy_errors(posterior.denoiser)
         plot_toy(posterior).savefig(out / "scores.png", dpi=150)

@@ -1,6 +1,8 @@
+import contextlib
 import errno
 import os
 import pickle
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,9 @@ from training.errors import InputError, StopError
 
 
 def save(path: Path, network: nn.Module) -> None:
-    checkpoint.save(path, epoch=3, settings={"model": "linear"}, network=network, training={"best": {"epoch": 2}})
+    checkpoint.save(
+        path, epoch=3, settings={"model": "linear"}, network=network.state_dict(), training={"best": {"epoch": 2}}
+    )
 
 
 def test_what_was_saved_comes_back(tmp_path: Path) -> None:
@@ -83,3 +87,40 @@ def test_metrics_keep_complete_lines_up_to_an_epoch(tmp_path: Path) -> None:
     assert [entry["epoch"] for entry in checkpoint.read_metrics(path)] == [1, 2, 3]
     checkpoint.MetricsLog(path, last_epoch=2).append({"epoch": 3})
     assert path.read_text() == '{"epoch": 1}\n{"epoch": 2}\n{"epoch": 3}\n'
+
+
+def test_a_writer_saves_what_it_was_given_whatever_happens_to_it_afterwards(tmp_path, monkeypatch):
+    begun, go_on = threading.Event(), threading.Event()
+    save = checkpoint.save
+
+    def held(*arguments, **state):
+        begun.set()
+        assert go_on.wait(60)
+        save(*arguments, **state)
+
+    monkeypatch.setattr(checkpoint, "save", held)
+    weights = {"w": torch.zeros(3)}
+    writer = checkpoint.Writer()
+    writer.save(tmp_path / "a.pt", epoch=1, settings={}, network=weights, training={"nested": [weights["w"]]})
+    assert begun.wait(60)
+    weights["w"].fill_(1)  # training goes on while the file is being written
+    writer.keep_copy(tmp_path / "a.pt", 1, 2)
+    go_on.set()
+    writer.wait()
+    state = checkpoint.load(tmp_path / "a.pt")
+    assert torch.equal(state["network"]["w"], torch.zeros(3))
+    assert torch.equal(state["training"]["nested"][0], torch.zeros(3))
+    assert (tmp_path / "epoch-0001.pt").read_bytes() == (tmp_path / "a.pt").read_bytes()
+
+
+def test_a_writer_reports_a_file_that_cannot_be_written(tmp_path):
+    writer = checkpoint.Writer()
+    writer.save(tmp_path / "missing" / "a.pt", epoch=1, settings={}, network={})
+    with pytest.raises(StopError, match=r"a\.pt cannot be written"):
+        writer.wait()
+    writer.wait()  # once is enough
+    for _ in range(4):  # and who hands over the next ones hears of it too
+        with contextlib.suppress(StopError):
+            writer.save(tmp_path / "missing" / "a.pt", epoch=1, settings={}, network={})
+    with pytest.raises(StopError):
+        writer.wait()

@@ -42,7 +42,7 @@ def assert_same(one: nn.Module, other: nn.Module) -> None:
 
 
 def run_state(path: Path, trained: nn.Module, **settings: object) -> Path:
-    checkpoint.save(path, epoch=1, settings=settings, network=trained)
+    checkpoint.save(path, epoch=1, settings=settings, network=trained.state_dict())
     return path
 
 

@@ -59,7 +59,8 @@ def final(out: Path) -> tuple[dict, list[dict], dict]:
 
 def without_times(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: without_times(inner) for key, inner in value.items() if "seconds" not in key}
+        measured = ("seconds", "samples_per_second", "memory_gib")
+        return {key: without_times(inner) for key, inner in value.items() if not key.endswith(measured)}
     return [without_times(inner) for inner in value] if isinstance(value, list) else value
 
 

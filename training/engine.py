@@ -1,0 +1,265 @@
+"""What every training shares: epochs of steps, checkpoints, signals, logs, and exact resumption.
+
+A training derives from :class:`Engine` and says what a step is, what a validation measures and what its state is
+(:class:`training.loop.Trainer`). The engine calls it; it never looks inside.
+"""
+
+import resource
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from training import checkpoint, distributed
+from training.errors import InputError, Interrupted, StopError, interrupts_deferred
+
+STEPS_BETWEEN_CHECKS = 20  # a check reads the loss and thereby waits for the device
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Course:
+    """How long a training lasts, and when it validates and saves."""
+
+    name: str  # shown beside the progress bar
+    epochs: int
+    steps: int  # steps of an epoch
+    validate_every: int = 1  # epochs between validations; the last epoch is always validated
+    save_every: int = 1  # epochs between checkpoints; the last epoch always ends with one
+    save_minutes: float = 15.0  # minutes between checkpoints within an epoch
+    keep_last: int = 0  # how many checkpoints of earlier epochs stay, as epoch-NNNN.pt
+    lr_hint: str = ""  # ends the message about a loss that is not finite
+
+
+class Engine(ABC):
+    """All state of a training between two steps. ``fit`` trains to the last epoch; ``resume`` first goes back to one.
+
+    Under torchrun every process has an engine. They call the same methods in the same order; the first one writes files
+    and speaks.
+
+    Args:
+        course: how long, and when to save.
+        device: where the training runs.
+        out: folder of checkpoint.pt, best.pt, metrics.jsonl and tensorboard/.
+    """
+
+    def __init__(self, course: Course, device: torch.device, out: Path) -> None:
+        self.course, self.device, self.out = course, device, out
+        self.rank, self.world = distributed.rank(), distributed.world_size()
+        self.epoch = 0  # complete ones
+        self.step = 0  # of the epoch under way
+        self.sums: dict[str, Tensor] = {}  # of each metric over the samples of that epoch
+        self.seconds = 0.0  # spent on that epoch
+        self.best: dict[str, float] = {}
+        self._writer = checkpoint.Writer()
+        self._saved_epoch = 0  # of the last checkpoint
+
+    # What a training says of itself.
+
+    @abstractmethod
+    def steps_from(self, first: int) -> Iterator[dict[str, Tensor]]:
+        """Take the steps of an epoch from number ``first`` on, one each time the iterator is advanced.
+
+        Yields the sums of the metrics of a step over its samples in this process, tensors on the device; ``loss`` and
+        ``samples`` are among them.
+        """
+
+    @abstractmethod
+    def epoch_metrics(self) -> dict[str, float]:
+        """What is known at the end of an epoch without looking at the data, such as the learning rate."""
+
+    @abstractmethod
+    def validate(self) -> dict[str, float]:
+        """Measures on the validation split, logged under their names."""
+
+    @abstractmethod
+    def is_best(self, entry: dict[str, float]) -> bool:
+        """Whether the epoch with these logged values is the best so far; it then becomes best.pt."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """All that decides how the training goes on, in tensors and plain values."""
+
+    @abstractmethod
+    def load_state(self, saved: dict[str, Any]) -> None:
+        """Go back to a :meth:`state`."""
+
+    @abstractmethod
+    def description(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the state: ``settings``, a table, and ``network``, a state dict."""
+
+    # What the engine does with it.
+
+    @property
+    def steps_done(self) -> int:
+        """Steps of the whole training before the one under way."""
+        return self.epoch * self.course.steps + self.step
+
+    def resume(self) -> None:
+        """Go back to the last checkpoint, bit for bit."""
+        state = checkpoint.load(self.out / "checkpoint.pt", self.device)
+        saved = state["training"]
+        try:
+            self.load_state(saved)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{self.out / 'checkpoint.pt'}: its weights do not fit this run ({reason})") from None
+        torch.set_rng_state(saved["torch_rng"].cpu())
+        self.epoch, self.best = state["epoch"], saved["best"]
+        # Checkpoints from before there were any within an epoch do not have these.
+        self.step, self.sums, self.seconds = (saved.get(k, v) for k, v in (("step", 0), ("sums", {}), ("seconds", 0.0)))
+        self._saved_epoch = self.epoch
+
+    def save(self) -> None:
+        """Hand the state over to be written as checkpoint.pt; training may go on at once."""
+        training = self.state() | {
+            "torch_rng": torch.get_rng_state(),
+            "best": self.best,
+            "step": self.step,
+            "sums": self.sums,
+            "seconds": self.seconds,
+        }
+        self._write("checkpoint.pt", training=training)
+        self._saved_epoch = self.epoch
+
+    def _write(self, name: str, **rest: Any) -> None:
+        """By the first process; all have the same weights."""
+        if self.rank == 0:
+            self._writer.save(self.out / name, epoch=self.epoch, **self.description(), **rest)
+
+    def written(self) -> None:
+        """Wait until every file that was handed over lies on the disk.
+
+        Raises:
+            StopError: one of them cannot be written.
+        """
+        self._writer.wait()
+
+    def fit(self) -> None:
+        """Train to the last epoch.
+
+        SIGINT and SIGTERM wait for the end of a step; then a checkpoint is written.
+
+        Raises:
+            Interrupted: there was such a signal.
+            StopError: the loss is not finite, or a file cannot be written.
+        """
+        try:
+            self._fit()
+        finally:
+            self.written()
+
+    def _fit(self) -> None:
+        log = checkpoint.MetricsLog(self.out / "metrics.jsonl", self.epoch) if self.rank == 0 else None
+        curves = SummaryWriter(self.out / "tensorboard", purge_step=self.epoch + 1) if self.rank == 0 else None
+        course = self.course
+        with (
+            interrupts_deferred() as signal,
+            tqdm(
+                total=course.epochs * course.steps,
+                initial=self.steps_done,
+                desc=course.name,
+                unit="step",
+                mininterval=0.1 if sys.stderr.isatty() else 30.0,
+                disable=self.rank != 0,
+            ) as progress,
+        ):
+            while self.epoch < course.epochs:
+                entry = self._epoch(progress, signal)
+                self.epoch += 1
+                self.step, self.sums, self.seconds = 0, {}, 0.0
+                last = self.epoch == course.epochs
+                if self.epoch % course.validate_every == 0 or last:
+                    entry |= self.validate()
+                    self.keep_best(entry)
+                entry = {"epoch": self.epoch, **entry}
+                if log is not None and curves is not None:
+                    log.append(entry)
+                    for name, value in entry.items():
+                        curves.add_scalar(name, value, self.epoch)
+                name_of_signal = self._agreed(signal(), due=False)[0]
+                if self.epoch % course.save_every == 0 or last or name_of_signal:
+                    self.save()
+                    if self.rank == 0:
+                        self._writer.keep_copy(self.out / "checkpoint.pt", self.epoch, course.keep_last)
+                progress.set_postfix(self._shown(entry), refresh=False)
+                if name_of_signal:
+                    raise Interrupted(name_of_signal)
+        if curves is not None:
+            curves.close()
+
+    def _shown(self, entry: dict[str, float]) -> dict[str, str]:
+        return {"epoch": f"{self.epoch}/{self.course.epochs}", "loss": f"{entry['loss']:.4f}"}
+
+    def keep_best(self, entry: dict[str, float]) -> None:
+        if self.is_best(entry):
+            self._write("best.pt")
+
+    def _epoch(self, progress: tqdm, signal: Callable[[], str | None]) -> dict[str, float]:
+        """One pass over the steps of an epoch, or what is left of it; the means of its metrics over the samples."""
+        begin = time.perf_counter() - self.seconds
+        last_save = time.monotonic()
+        for values in self.steps_from(self.step):
+            for name, value in values.items():
+                self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value
+            self.step += 1
+            self.seconds = time.perf_counter() - begin
+            progress.update()
+            if self.step % STEPS_BETWEEN_CHECKS == 0:
+                self._check()
+            if self.step == self.course.steps:
+                break
+            # Several processes see a signal, or the time pass, at different steps: then they have to agree.
+            if self.world == 1 or self.step % STEPS_BETWEEN_CHECKS == 0:
+                due = time.monotonic() - last_save >= 60 * self.course.save_minutes
+                name_of_signal, due = self._agreed(signal(), due)
+                if name_of_signal or due:
+                    self._check()
+                    self.save()
+                    last_save = time.monotonic()
+                if name_of_signal:
+                    raise Interrupted(name_of_signal)
+        self._check()
+        sums = {name: distributed.summed(total.clone()).item() for name, total in self.sums.items()}
+        count = sums.pop("samples")
+        means = {name: total / count for name, total in sums.items()}
+        seconds = time.perf_counter() - begin
+        return {
+            **means,
+            **self.epoch_metrics(),
+            "seconds": seconds,
+            "samples_per_second": count / seconds,
+            "memory_gib": peak_memory(self.device),
+        }
+
+    def _agreed(self, signal: str | None, due: bool) -> tuple[str | None, bool]:
+        if self.world == 1:
+            return signal, due
+        flags = torch.tensor([signal is not None, due], dtype=torch.int32, device=self.device)
+        interrupted, saving = distributed.summed(flags).tolist()
+        return (signal or "SIGTERM") if interrupted else None, bool(saving)
+
+    def _check(self) -> None:
+        """A sum is finite only if every loss in it was."""
+        total = distributed.summed(self.sums["loss"].clone())
+        if not torch.isfinite(total):
+            raise StopError(
+                f"the loss is not finite in epoch {self.epoch + 1}; {self.out / 'checkpoint.pt'} keeps the last good "
+                f"checkpoint (epoch {self._saved_epoch}){self.course.lr_hint}"
+            )
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory that this process has held so far, in GiB: on the GPU, or all of it where it runs on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
