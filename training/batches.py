@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Generator, Tensor
@@ -39,10 +40,11 @@ class Batches:
         self.order, self.augmentation = order, augmentation
         self.format = torch.channels_last if settings.channels_last and self.x.dim() == 4 else torch.contiguous_format
         self.steps = math.ceil(len(self.x) / settings.batch_size)
-        self.originals, self.stream = settings.batch_size, None
+        self.originals = settings.batch_size
+        self.stream: Prefetched | None = None
         if settings.generated:
             images = GeneratedImages(settings.generated, num_classes=data.num_classes, shape=data.input_shape)
-            self.stream = GeneratedStream(images, settings.seed)
+            self.stream = Prefetched(GeneratedStream(images, settings.seed), self.x.device)
             self.originals = round(settings.original_share * settings.batch_size)
             if not 0 < self.originals < settings.batch_size or self.originals > len(self.x):
                 raise InputError(
@@ -64,9 +66,41 @@ class Batches:
         if self.stream is not None:
             count = self.settings.batch_size - self.originals
             images, labels = self.stream.draw(step * count, count)
-            more = images.to(x.device, non_blocking=True).permute(0, 3, 1, 2).to(x.dtype) / 255
-            x, targets = torch.cat([x, more]), torch.cat([targets, labels.to(x.device, non_blocking=True)])
+            x = torch.cat([x, images.permute(0, 3, 1, 2).to(x.dtype) / 255])
+            targets = torch.cat([targets, labels])
         if self.settings.label_smoothing:
             targets = smoothed(targets, self.num_classes, self.settings.label_smoothing)
         x = augmented(x, self.augmentation, shift=self.settings.shift, flip=self.settings.flip)
         return x.contiguous(memory_format=self.format), targets
+
+
+class Prefetched:
+    """Generated images on the device of a run: while a step computes, those of the next one are read and sent.
+
+    Args:
+        stream: where they come from.
+        device: where they go.
+    """
+
+    def __init__(self, stream: GeneratedStream, device: torch.device) -> None:
+        self.stream, self.device = stream, device
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="generated images")
+        self._next: tuple[tuple[int, int], Future[tuple[Tensor, Tensor]]] | None = None
+
+    def draw(self, position: int, count: int) -> tuple[Tensor, Tensor]:
+        """Images uint8 [count, H, W, C] and labels int64 [count] at these positions of the stream, on the device."""
+        wanted, following = (position, count), (position + count, count)
+        pending, self._next = self._next, None
+        host = pending[1].result() if pending and pending[0] == wanted else self._read(*wanted)
+        self._next = following, self._thread.submit(self._read, *following)
+        images, labels = (values.to(self.device, non_blocking=True) for values in host)
+        return images, labels
+
+    def _read(self, position: int, count: int) -> tuple[Tensor, Tensor]:
+        images, labels = (sendable(values, self.device) for values in self.stream.draw(position, count))
+        return images, labels
+
+
+def sendable(values: Tensor, device: torch.device) -> Tensor:
+    """``values`` in memory from which a copy to ``device`` need not be waited for."""
+    return values.pin_memory() if device.type == "cuda" else values

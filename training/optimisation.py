@@ -1,8 +1,10 @@
 """Optimiser, learning-rate schedule, averaged weights and the momentum of batch norm, all from torch."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn, optim
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.optim import lr_scheduler
@@ -94,22 +96,52 @@ def averaging_decay(settings: RunSettings, step: int, total_steps: int) -> float
     return min(settings.averaging, (1 + since) / (10 + since)) if settings.averaging_ramp else settings.averaging
 
 
-def build_average(settings: RunSettings, model: nn.Module, total_steps: int) -> AveragedModel | None:
-    """The exponential average of weights and buffers, or None where ``averaging`` is 0.
+class WeightAverage(AveragedModel):
+    """The exponential average of weights and buffers, updated by one multi-tensor operation and without waiting.
 
-    Its own count of updates, in its state, decides the decay; the first update copies the weights, as torch does.
+    torch's own update copies its count of updates to the device of the weights each time, which waits for the device;
+    here the count stays on the CPU. Its state is that of :class:`torch.optim.swa_utils.AveragedModel`.
+
+    Args:
+        model: what is averaged; the first update copies it.
+        decay: of the update with a number, counted from 1.
+        average_buffers: average floating-point buffers too; others, and all of them otherwise, are the model's own.
+    """
+
+    def __init__(self, model: nn.Module, decay: Callable[[int], float], average_buffers: bool) -> None:
+        super().__init__(model, use_buffers=average_buffers)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        count = int(self.n_averaged) + 1
+        averages: list[Tensor] = list(self.module.parameters())
+        values: list[Tensor] = list(model.parameters())
+        copies: list[Tensor] = list(self.module.buffers())
+        originals: list[Tensor] = list(model.buffers())
+        if self.use_buffers:
+            averages += [buffer for buffer in copies if buffer.is_floating_point()]
+            values += [buffer for buffer in originals if buffer.is_floating_point()]
+            copies = [buffer for buffer in copies if not buffer.is_floating_point()]
+            originals = [buffer for buffer in originals if not buffer.is_floating_point()]
+        if count == 1:
+            torch._foreach_copy_(averages, values)
+        else:
+            get_ema_multi_avg_fn(self.decay(count))(averages, values, count)
+        if copies:
+            torch._foreach_copy_(copies, originals)
+        self.n_averaged.fill_(count)
+
+
+def build_average(settings: RunSettings, model: nn.Module, total_steps: int) -> WeightAverage | None:
+    """The average of a run, or None where ``averaging`` is 0.
+
     ``total_steps``, of the whole run, is what ``averaging_warmup`` is a share of.
     """
     if not settings.averaging:
         return None
-
-    def update(averages: Any, values: Any, count: Any) -> None:
-        # torch hands over a count on the device of the weights, which would have to be waited for.
-        decay = averaging_decay(settings, int(average.n_averaged) + 1, total_steps)
-        get_ema_multi_avg_fn(decay)(averages, values, count)
-
-    average = AveragedModel(model, multi_avg_fn=update, use_buffers=settings.averaging_buffers == "average")
-    return average
+    decay = functools.partial(averaging_decay, settings, total_steps=total_steps)
+    return WeightAverage(model, decay, settings.averaging_buffers == "average")
 
 
 def batchnorm_momentum(settings: RunSettings, step: int) -> float | None:

@@ -78,7 +78,9 @@ class Denoiser(nn.Module):
 
     def _heads(self, x: Tensor, sigma: Tensor | float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x − center, σ and √(σ² + σ_data²) shaped to broadcast against x, and F [N, L + 1, …]."""
-        noise = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(len(x))
+        # A tensor made of a number by as_tensor would be copied to a GPU, and waited for.
+        noise = sigma.to(x) if isinstance(sigma, Tensor) else x.new_full((1,), sigma)
+        noise = noise.expand(len(x))
         sigma_ = noise.reshape(-1, *[1] * (x.dim() - 1))
         total = (sigma_.square() + self.sigma_data**2).sqrt()
         centred = x - self.center.to(x.dtype)

@@ -41,7 +41,7 @@ def test_table2(call: Call, cifar10_root: Path, real_images: bool, tmp_path: Pat
     model = "--model wrn-10-1 --steps 3"
     assert trained(call, cifar10_root, tmp_path / "run", *options.split(), *model.split()) > learned(real_images)
     log = checkpoint.read_metrics(tmp_path / "run" / "metrics.jsonl")
-    assert [entry["lr"] for entry in log] == pytest.approx([0.05] * 5 + [0.005] + [0.0005] * 2)
+    assert [entry["lr"] for entry in log] == pytest.approx([0.05] * 6 + [0.005] + [0.0005]), "of the steps, not after"
 
 
 def test_table3_with_generated_images(
