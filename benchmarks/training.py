@@ -27,22 +27,42 @@ from training.errors import run_program
 from training.loop import Trainer
 from training.posteriors import PosteriorSettings
 
-VARIANTS: dict[str, tuple[str, ...]] = {
-    "plain": ("--no-channels-last", "--no-fused", "--no-fold"),
-    "fused optimiser": ("--no-channels-last", "--fused", "--no-fold"),
-    "channels_last": ("--channels-last", "--no-fused", "--no-fold"),
-    "folded": ("--no-channels-last", "--no-fused", "--fold"),
-    "all three": ("--channels-last", "--fused", "--fold"),
-    "compiled": ("--channels-last", "--fused", "--compile"),
-    "bfloat16": ("--channels-last", "--fused", "--precision", "bfloat16"),
-    "tf32": ("--channels-last", "--fused", "--precision", "tf32"),
-    "bfloat16, compiled": ("--channels-last", "--fused", "--precision", "bfloat16", "--compile"),
-    "graph": ("--channels-last", "--fused", "--fold", "--graph"),
-    "bfloat16, graph": ("--channels-last", "--fused", "--fold", "--precision", "bfloat16", "--graph"),
-    "bfloat16, compiled, graph": ("--channels-last", "--fused", "--precision", "bfloat16", "--compile", "--graph"),
+PLAIN = {
+    "channels-last": "False",
+    "fused": "False",
+    "fold": "False",
+    "precision": "float32",
+    "compile": "off",
+    "graph": "off",
+}
+USUAL = {**PLAIN, "channels-last": "True", "fused": "True"}
+FOLDED = {**USUAL, "fold": "True"}
+BFLOAT16 = {"precision": "bfloat16"}
+VARIANTS: dict[str, dict[str, str]] = {
+    "plain": PLAIN,
+    "fused optimiser": {**PLAIN, "fused": "True"},
+    "channels_last": {**PLAIN, "channels-last": "True"},
+    "folded": {**PLAIN, "fold": "True"},
+    "all three": FOLDED,
+    "all three, bfloat16": {**FOLDED, **BFLOAT16},
+    "auto": {**FOLDED, "precision": "auto", "compile": "auto", "graph": "auto"},
+    "compiled": {**USUAL, "compile": "on"},
+    "bfloat16": {**USUAL, **BFLOAT16},
+    "tf32": {**USUAL, "precision": "tf32"},
+    "bfloat16, compiled": {**USUAL, **BFLOAT16, "compile": "on"},
+    "graph": {**FOLDED, "graph": "on"},
+    "bfloat16, graph": {**FOLDED, **BFLOAT16, "graph": "on"},
+    "bfloat16, compiled, graph": {**USUAL, **BFLOAT16, "compile": "on", "graph": "on"},
 }
 BEFORE = 5  # steps before the first round: kernels are chosen, networks compiled, graphs recorded
-ON_A_CPU = ("plain", "fused optimiser", "channels_last", "folded", "all three")
+ON_A_CPU = ("plain", "fused optimiser", "channels_last", "folded", "all three", "all three, bfloat16")
+
+
+def options_of(variant: str) -> list[str]:
+    """The options of training.run that a variant stands for."""
+    switches = {"True": "--{}", "False": "--no-{}"}
+    pairs = ([switches[v].format(k)] if v in switches else [f"--{k}", v] for k, v in VARIANTS[variant].items())
+    return [option for pair in pairs for option in pair]
 
 
 @dataclass(frozen=True)
@@ -115,7 +135,7 @@ def trainer(settings: BenchmarkSettings, objective: str, variant: str, loaded: d
     options += ["--batch-size", str(settings.batch), "--steps", str(settings.attack_steps)]
     if settings.data_root is not None:
         options += ["--data-root", str(settings.data_root)]
-    parsed = config.parse([*options, *VARIANTS[variant], "--device", settings.device])
+    parsed = config.parse([*options, *options_of(variant), "--device", settings.device])
     posterior = None
     if objective == "score_direct":
         named = dataclasses.replace(settings.posterior_settings, name=settings.posterior, steps=1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .divergences import check_kind
-from .objectives import Outcome
+from .objectives import Outcome, accuracy
 from .ops.divergence import divergence as divergence_of
 from .ops.pgd_step import pgd_step
 from .threat_model import ThreatModel
@@ -69,7 +69,9 @@ class FreeAttack:
         """
         point = self.threat_model.project(x + self._held(x), x).requires_grad_()
         point.register_hook(self._advance)
-        return Outcome(divergence_of(model(point), y, kind=self.divergence), point.detach(), {})
+        logits = model(point)
+        loss = divergence_of(logits, y, kind=self.divergence)
+        return Outcome(loss, point.detach(), {"accuracy": accuracy(logits, y)})
 
     def _held(self, x: Tensor) -> Tensor:
         """The first N perturbations; those of positions not met before are 0."""

@@ -44,12 +44,19 @@ class Outcome(NamedTuple):
     Attributes:
         loss: [N], differentiable in the parameters of the model; the caller reduces it.
         x_adv: [N, …] the points at which the robust term was taken (x itself for ``standard``), without a graph.
-        metrics: named scalars (0-dim tensors, without a graph), for logging.
+        metrics: named scalars (0-dim tensors, without a graph), for logging. All objectives have ``accuracy``, the
+            share in [0, 1] of the samples that are classified as y at ``x_adv``, in the mode of training.
     """
 
     loss: Tensor
     x_adv: Tensor
     metrics: dict[str, Tensor]
+
+
+def accuracy(logits: Tensor, y: Tensor) -> Tensor:
+    """The share of logits [N, L] whose largest is that of y: int64 labels [N], or probabilities [N, L]."""
+    labels = y if y.dim() == 1 else y.argmax(1)
+    return (logits.detach().argmax(1) == labels).float().mean()
 
 
 class _Clip(NamedTuple):
@@ -81,7 +88,8 @@ def standard(model: nn.Module, x: Tensor, y: Tensor, *, divergence: str = "kl") 
         divergence: name of D, see :data:`scorematch.divergences.KINDS`.
     """
     check_kind(divergence)
-    return Outcome(divergence_of(model(x), y, kind=divergence), x, {})
+    logits = model(x)
+    return Outcome(divergence_of(logits, y, kind=divergence), x, {"accuracy": accuracy(logits, y)})
 
 
 def pgd_at(
@@ -138,7 +146,8 @@ def pgd_at(
         logits = model(x_adv)
         bounds = _clipping(clip, clip_form, divergence, logits.shape[1])
         clip_at = bounds.of_total + bounds.of_robust
-        return Outcome(divergence_of(logits, y, kind=divergence, clip=clip_at), x_adv, metrics)
+        loss = divergence_of(logits, y, kind=divergence, clip=clip_at)
+        return Outcome(loss, x_adv, {"accuracy": accuracy(logits, y), **metrics})
 
     return _perturbing(weights, outcome)
 
@@ -191,12 +200,13 @@ def trades(
         logits = model(x)
         bounds = _clipping(clip, clip_form, divergence, logits.shape[1])
         natural = divergence_of(logits, y, kind=divergence)
-        robust = logit_divergence(model(x_adv), logits, kind=divergence, clip=bounds.of_robust)
+        attacked = model(x_adv)
+        robust = logit_divergence(attacked, logits, kind=divergence, clip=bounds.of_robust)
         loss = natural + beta * robust
         if bounds.of_total:
             loss = torch.relu(loss - bounds.of_total)
-        metrics = {"natural": natural.detach().mean(), "robust": robust.detach().mean(), **found}
-        return Outcome(loss, x_adv, metrics)
+        terms = {"natural": natural.detach().mean(), "robust": robust.detach().mean()}
+        return Outcome(loss, x_adv, {"accuracy": accuracy(attacked, y), **terms, **found})
 
     return _perturbing(weights, outcome)
 
@@ -256,7 +266,8 @@ def score_direct(
         logits = model(x_adv)
         bounds = _clipping(clip, clip_form, divergence, logits.shape[1])
         clip_at = bounds.of_total + bounds.of_robust
-        return Outcome(logit_divergence(logits, log_p, kind=divergence, clip=clip_at), x_adv, metrics)
+        loss = logit_divergence(logits, log_p, kind=divergence, clip=clip_at)
+        return Outcome(loss, x_adv, {"accuracy": accuracy(logits, y), **metrics})
 
     return _perturbing(weights, outcome)
 

@@ -23,6 +23,21 @@ def parse(
     default: Settings | None = None,
 ) -> Settings:
     """The settings that ``arguments`` describe, over ``default``; ``--help`` prints the options and exits 0."""
+    parsed, unknown = parse_known(settings, arguments, program=program, description=description, default=default)
+    if unknown:
+        raise InputError(_unknown_option(unknown[0], program, settings))
+    return parsed
+
+
+def parse_known(
+    settings: type[Settings],
+    arguments: Sequence[str],
+    *,
+    program: str,
+    description: str,
+    default: Settings | None = None,
+) -> tuple[Settings, list[str]]:
+    """As :func:`parse`, with the arguments that are not among these settings, in order."""
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
@@ -38,9 +53,7 @@ def parse(
         if not end.code:
             raise
         raise InputError(_one_line(messages.getvalue())) from None
-    if unknown:
-        raise InputError(_unknown_option(unknown[0], program, settings))
-    return parsed
+    return parsed, list(unknown)
 
 
 def _one_line(box: str) -> str:

@@ -22,7 +22,7 @@ from scorematch.divergences import KINDS
 from training import command_line
 from training.data import DataName, DataSettings, ToyLabels
 from training.errors import InputError, unknown_name
-from training.forward import Precision
+from training.hardware import PrecisionWish, Switch
 from training.posteriors import PosteriorSettings
 
 if sys.version_info >= (3, 11):
@@ -102,11 +102,11 @@ class RunSettings:
     batchnorm_momentum: float | None = None  # weight of a new batch in running statistics; None is the model's own
     batchnorm_first: bool = False  # in the first step that weight is 1: the statistics start from the data
 
-    # Speed: none of these changes what is computed, but for rounding
-    precision: Precision = "float32"  # of the network in training: tf32 and bfloat16 are for GPUs; losses are float32
+    # Speed: none of these changes what is computed, but for rounding. auto is what is fastest on the hardware at hand
+    precision: PrecisionWish = "auto"  # of the network in training; losses and weights are float32
     channels_last: bool = False  # memory format of images and weights in training: faster convolutions
-    compile: bool = False  # train with torch.compile(model): compiles for minutes, then saves memory traffic
-    graph: bool = False  # on CUDA: the whole attack of a step as one CUDA graph
+    compile: Switch = "auto"  # train with torch.compile(model): compiles for minutes, then saves memory traffic
+    graph: Switch = "auto"  # on CUDA: the whole attack of a step as one CUDA graph
     fold: bool = False  # attacks in eval mode: batch norm folded into the convolution before it
     accumulate: int = 1  # parts that a batch is cut into, for less memory; batch norm sees one part at a time
     sync_batchnorm: bool = True  # under torchrun: batch norm over the samples of all processes
@@ -235,8 +235,10 @@ def validate(settings: RunSettings) -> None:
     if settings.generated and settings.data in ("toy", "digits"):
         raise InputError(f"generated: given on {settings.data}, allowed on cifar10, cifar100 and svhn")
     device = resolve_device(settings.device)
-    if settings.graph and device.type != "cuda":
-        raise InputError(f"graph: True on {device}, allowed: on a CUDA device")
+    if settings.graph == "on" and device.type != "cuda":
+        raise InputError(f"graph: 'on' on {device}, allowed: auto or off, or a CUDA device")
+    if settings.precision == "tf32" and device.type != "cuda":
+        raise InputError(f"precision: 'tf32' on {device}, allowed: auto, float32 or bfloat16, or a CUDA device")
 
 
 def _validate_optimisation(settings: RunSettings) -> None:
@@ -269,7 +271,6 @@ NOT_WITH_FREE = (
     ("clip", 0.0),
     ("awp", 0.0),
     ("accumulate", 1),
-    ("graph", False),
 )
 
 
@@ -278,6 +279,9 @@ def _validate_training_attack(settings: RunSettings) -> None:
         raise InputError(
             f"attack_start: {settings.attack_start!r} with {settings.attack}, which has its own, allowed: with pgd"
         )
+    if settings.graph == "on" and (settings.free_replays or settings.objective == "standard"):
+        what = "free_replays" if settings.free_replays else "standard training"
+        raise InputError(f"graph: 'on' with {what}, which has no attack to record, allowed: auto or off")
     if not settings.free_replays:
         return
     if settings.objective != "pgd_at":
@@ -403,6 +407,8 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
     if origin is typing.Annotated:
         return _typed(value, get_args(hint)[0], where)
     if origin is Literal:
+        if hint == Switch and isinstance(value, bool):  # as older runs saved it
+            value = "on" if value else "off"
         if value not in get_args(hint):
             raise unknown_name(where, value, get_args(hint))
         return value

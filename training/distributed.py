@@ -87,6 +87,19 @@ def summed(values: Tensor) -> Tensor:
     return values
 
 
+def interleaved(mine: Tensor) -> Tensor:
+    """The rows of a tensor of which each process has every n-th one, in order; the same in every process."""
+    world = world_size()
+    if world == 1:
+        return mine
+    parts: list[Any] = [None] * world
+    distributed.all_gather_object(parts, mine.cpu())
+    whole = torch.empty(sum(map(len, parts)), *mine.shape[1:], dtype=mine.dtype)
+    for number, part in enumerate(parts):
+        whole[number::world] = part
+    return whole.to(mine.device)
+
+
 class _Total(torch.autograd.Function):
     """The sum of a tensor over the processes, and that of its gradients backward."""
 

@@ -22,6 +22,7 @@ from training import checkpoint, distributed
 from training.errors import InputError, Interrupted, StopError, interrupts_deferred
 
 STEPS_BETWEEN_CHECKS = 20  # a check reads the loss and thereby waits for the device
+SETTLED = 5  # steps after which kernels have been chosen, networks compiled and graphs recorded
 GIB = 2**30
 
 
@@ -60,6 +61,7 @@ class Engine(ABC):
         self.seconds = 0.0  # spent on that epoch
         self.best: dict[str, float] = {}
         self._writer = checkpoint.Writer()
+        self._pace = _Pace()
         self._saved_epoch = 0  # of the last checkpoint
 
     # What a training says of itself.
@@ -215,6 +217,9 @@ class Engine(ABC):
             progress.update()
             if self.step % STEPS_BETWEEN_CHECKS == 0:
                 self._check()
+            report = self._pace.report(self, values["samples"])
+            if report and self.rank == 0:
+                progress.write(report)
             if self.step == self.course.steps:
                 break
             # Several processes see a signal, or the time pass, at different steps: then they have to agree.
@@ -255,6 +260,41 @@ class Engine(ABC):
                 f"the loss is not finite in epoch {self.epoch + 1}; {self.out / 'checkpoint.pt'} keeps the last good "
                 f"checkpoint (epoch {self._saved_epoch}){self.course.lr_hint}"
             )
+
+
+class _Pace:
+    """How fast the first steps of this process are, said once."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.begin = 0.0
+
+    def report(self, engine: Engine, samples: Tensor) -> str:
+        """After each step, with the number of its samples in this process; empty but for one step."""
+        self.steps += 1
+        if self.steps not in (SETTLED, SETTLED + STEPS_BETWEEN_CHECKS):
+            return ""
+        count = float(distributed.summed(samples.clone()))  # waits for the device
+        now = time.perf_counter()
+        if self.steps == SETTLED:
+            self.begin = now
+            return ""
+        seconds = (now - self.begin) / STEPS_BETWEEN_CHECKS
+        left = engine.course.epochs * engine.course.steps - engine.steps_done
+        return (
+            f"{count / seconds:.0f} samples/s, {peak_memory(engine.device):.1f} GiB of memory, "
+            f"{duration(left * seconds)} to the last step, validation not counted"
+        )
+
+
+def duration(seconds: float) -> str:
+    """So many seconds, to be read."""
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    return f"{days} d {hours} h" if days else f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def peak_memory(device: torch.device) -> float:

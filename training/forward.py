@@ -1,14 +1,11 @@
 """The network as the training loop calls it: in what precision, compiled or not."""
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from scorematch.folding import Folding
-
-Precision = Literal["float32", "tf32", "bfloat16"]
+from training.hardware import Precision, Speed
 
 
 class Forward(nn.Module):
@@ -56,6 +53,6 @@ class Forward(nn.Module):
         return self._call(x)
 
 
-def set_tf32(precision: Precision) -> None:
-    """Let float32 products run in TF32 on CUDA if asked to, for this process."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+def forward_at(speed: Speed, network: nn.Module) -> Forward:
+    """The network as ``speed`` says that it is called."""
+    return Forward(network, speed.precision, speed.compile, speed.fold)

@@ -17,13 +17,14 @@ from scorematch.graphs import AttackGraphs
 from scorematch.objectives import Outcome, first_iterate
 from scorematch.posteriors import Posterior
 from scorematch.weight_perturbation import WeightPerturbation
-from training import distributed, measures, toy
+from training import distributed, hardware, measures, toy
 from training.batches import Batches
 from training.config import RunSettings, as_table
 from training.data import Data
 from training.engine import Course, Engine
 from training.errors import InputError
-from training.forward import Forward, set_tf32
+from training.forward import forward_at
+from training.hardware import Hardware, Speed
 from training.optimisation import (
     batchnorm_momentum,
     build_average,
@@ -45,9 +46,15 @@ def generator(seed: int, purpose: str, device: torch.device | str = "cpu") -> Ge
 
 
 def bind_objective(
-    settings: RunSettings, data: Data, posterior: Posterior | None, graphs: AttackGraphs | None = None
+    settings: RunSettings,
+    data: Data,
+    posterior: Posterior | None,
+    graphs: AttackGraphs | None = None,
+    free: FreeAttack | None = None,
 ) -> StepObjective:
     """The objective of a run as a function of (model, x, y, first iterate of the attack, weight perturbation)."""
+    if free is not None:
+        return lambda model, x, y, start, weights: free.step(model, x, y)
     if settings.objective == "standard":
         return lambda model, x, y, start, weights: objectives.standard(model, x, y, divergence=settings.divergence)
     attack: dict[str, Any] = {
@@ -73,8 +80,10 @@ def bind_objective(
 
 
 def add_metrics(sums: dict[str, Tensor], outcome: Outcome) -> None:
-    """Add the loss, the metrics and the number of the samples of an outcome."""
-    values = {"loss": outcome.loss.detach().mean(), **outcome.metrics, "samples": torch.ones_like(outcome.loss[0])}
+    """Add the loss, the metrics and the number of the samples of an outcome; accuracies in per cent."""
+    metrics = dict(outcome.metrics)
+    metrics["train_attacked_acc"] = 100 * metrics.pop("accuracy")
+    values = {"loss": outcome.loss.detach().mean(), **metrics, "samples": torch.ones_like(outcome.loss[0])}
     for name, value in values.items():
         sums[name] = sums.get(name, torch.zeros_like(value.detach())) + value.detach() * len(outcome.loss)
 
@@ -89,6 +98,39 @@ def course(settings: RunSettings, steps: int) -> Course:
         save_minutes=settings.save_minutes,
         keep_last=settings.keep_last,
         lr_hint=f"; try a smaller --lr (now {settings.lr:g})",
+    )
+
+
+def speed_of(settings: RunSettings, device: Hardware, steps: int, processes: int = 1) -> Speed:
+    """How the network of a run is called on this hardware, with every ``auto`` decided.
+
+    Args:
+        settings: of the run.
+        device: what it runs on.
+        steps: of the whole run.
+        processes: those of torchrun.
+
+    Raises:
+        InputError: a graph is asked for, and the attack communicates, which no graph can.
+    """
+    searches = settings.objective != "standard" and not settings.free_replays
+    attack_steps = settings.free_replays or (settings.steps if searches else 0)
+    attack_mode = settings.attack_mode or (
+        objectives.default_of(settings.objective, "attack_mode") if searches else None
+    )
+    communicates = processes > 1 and settings.sync_batchnorm and attack_mode != "eval"
+    if settings.graph == "on" and communicates:
+        raise InputError(
+            f"graph: 'on' in {processes} processes, whose attack in {attack_mode} mode synchronises batch norm, "
+            "allowed: with --no-sync-batchnorm or --attack-mode eval"
+        )
+    return Speed(
+        precision=hardware.precision_of(settings.precision, device),
+        compile=hardware.compiles(settings.compile, device, steps * (attack_steps + 1)),
+        graph=hardware.records(settings.graph, device, possible=searches and not communicates),
+        fold=settings.fold,
+        channels_last=settings.channels_last,
+        fused=settings.fused,
     )
 
 
@@ -116,7 +158,6 @@ class Trainer(Engine):
     ) -> None:
         self.settings, self.data = settings, data
         device = data.x_train.device
-        set_tf32(settings.precision)
         if settings.channels_last and len(data.input_shape) == 3:
             model = model.to(memory_format=torch.channels_last)
         self.generators = {
@@ -135,31 +176,35 @@ class Trainer(Engine):
             self.model = distributed.synchronise_batchnorm(model)
 
         self.threat_model = settings.threat_model(data.lower, data.upper)
-        self.forward = Forward(self.model, settings.precision, settings.compile, settings.fold)
+        self.speed = speed_of(
+            settings, hardware.hardware_of(device), self.course.epochs * self.course.steps, self.world
+        )
+        hardware.prepare(device, self.speed.precision, deterministic=settings.deterministic)
+        self.forward = forward_at(self.speed, self.model)
         self.start = settings.attack_start or objectives.default_of(settings.objective, "start")
-        attack_mode = settings.attack_mode or objectives.default_of(settings.objective, "attack_mode")
-        if settings.graph and self.world > 1 and settings.sync_batchnorm and attack_mode != "eval":
-            raise InputError(
-                f"graph: True in {self.world} processes, whose attack in {attack_mode} mode synchronises batch norm, "
-                "allowed: with --no-sync-batchnorm or --attack-mode eval"
-            )
-        graphs = AttackGraphs() if settings.graph else None
-        self.loss_of_step: nn.Module = LossOfStep(self.forward, bind_objective(settings, data, posterior, graphs))
+        self.free: FreeAttack | None = None
+        if settings.free_replays:
+            self.free = FreeAttack(self.threat_model, settings.free_replays, settings.divergence)
+        graphs = AttackGraphs() if self.speed.graph else None
+        objective = bind_objective(settings, data, posterior, graphs, self.free)
+        self.loss_of_step: nn.Module = LossOfStep(self.forward, objective)
         if self.world > 1:
             self.loss_of_step = DistributedDataParallel(
                 self.loss_of_step, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
             )
         self.optimizer = build_optimizer(settings, self.model)
-        self.free: FreeAttack | None = None
-        if settings.free_replays:
-            if self.world > 1:
-                raise InputError(f"free_replays: {settings.free_replays} in {self.world} processes, allowed: in one")
-            self.free = FreeAttack(self.threat_model, settings.free_replays, settings.divergence)
         updates = self.course.steps * (settings.free_replays or 1)
         self.schedule = build_schedule(settings, self.optimizer, updates)
         self.average = build_average(settings, self.model, settings.epochs * updates)
+        self.search = self._fast_path()
         self.lr = settings.lr  # of the last step
         self.start_of_epoch = self.generators["order"].get_state()
+
+    def _fast_path(self) -> nn.Module | None:
+        """The network to evaluate, called as in training, where that differs from calling it as it is."""
+        if self.speed.precision == "float32" and not self.speed.compile:
+            return None
+        return forward_at(self.speed, self.network)
 
     def _check_shares(self) -> None:
         """Every process needs a sample of every part of every batch."""
@@ -189,7 +234,7 @@ class Trainer(Engine):
             "generators": {purpose: g.get_state() for purpose, g in self.generators.items()},
             "start_of_epoch": self.start_of_epoch if self.step else self.generators["order"].get_state(),
             "lr": self.lr,
-            "free": None if self.free is None else self.free.state_dict(),
+            "free": self._free_state(),
         }
 
     def load_state(self, saved: dict[str, Any]) -> None:
@@ -201,9 +246,16 @@ class Trainer(Engine):
         for purpose, generator_state in saved["generators"].items():
             self.generators[purpose].set_state(generator_state.cpu())
         if self.free is not None:
-            self.free.load_state_dict(saved["free"])
+            held = saved["free"]["perturbation"]  # of the whole batch: the number of processes may have changed
+            self.free.load_state_dict({"perturbation": None if held is None else held[self.rank :: self.world]})
         self.start_of_epoch = saved.get("start_of_epoch", saved["generators"]["order"]).cpu()
         self.lr = saved.get("lr", self.lr)
+
+    def _free_state(self) -> dict[str, Any] | None:
+        if self.free is None:
+            return None
+        held = self.free.state_dict()["perturbation"]
+        return {"perturbation": None if held is None else distributed.interleaved(held)}
 
     def steps_from(self, first: int) -> Iterator[dict[str, Tensor]]:
         if first:
@@ -214,7 +266,8 @@ class Trainer(Engine):
             yield self._step(index)
 
     def epoch_metrics(self) -> dict[str, float]:
-        return {"lr": self.lr}
+        weights = torch.nn.utils.get_total_norm(list(self.model.parameters()))
+        return {"lr": self.lr, "weight_norm": float(weights)}
 
     def _step(self, index: Tensor) -> dict[str, Tensor]:
         """One step on the samples ``index`` (and the generated ones that belong to it); the sums of its metrics."""
@@ -222,14 +275,25 @@ class Trainer(Engine):
         x, targets = self.batches.batch(index, self.steps_done)
         self.model.train()
         self._set_batchnorm(self.steps_done)
-        if self.free is not None:
-            return self._replays(self.free, x, targets)
         start = None
-        if settings.objective != "standard":
+        if settings.objective != "standard" and self.free is None:
             assert self.start is not None
             start = first_iterate(x, self.threat_model, self.start, self.generators["attack"], settings.attack)
-        self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
+        for _ in range(settings.free_replays or 1):  # free adversarial training: each time an update
+            self.optimizer.zero_grad(set_to_none=True)
+            counted = self._accumulated(x, targets, start, sums)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+            sums["gradient_norm"] = sums.get("gradient_norm", torch.zeros_like(norm)) + norm * counted
+            self._update()
+        return sums
+
+    def _accumulated(self, x: Tensor, targets: Tensor, start: Tensor | None, sums: dict[str, Tensor]) -> int:
+        """The gradient of the mean loss over a batch, in parts; adds to the sums of the metrics.
+
+        Returns the number of samples of this process.
+        """
+        settings, counted = self.settings, 0
         for part in range(settings.accumulate):
             share = slice(self.rank * settings.accumulate + part, None, self.world * settings.accumulate)
             mine = None if start is None else self._dense(start[share])
@@ -241,19 +305,8 @@ class Trainer(Engine):
                 whole = len(outcome.loss) == len(x)
                 (outcome.loss.mean() if whole else outcome.loss.sum() * (self.world / len(x))).backward()
             add_metrics(sums, outcome)
-        self._update()
-        return sums
-
-    def _replays(self, free: FreeAttack, x: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Free adversarial training: a minibatch several times in a row, each time an update."""
-        sums: dict[str, Tensor] = {}
-        for _ in range(free.replays):
-            outcome = free.step(self.forward, x, targets)
-            self.optimizer.zero_grad(set_to_none=True)
-            outcome.loss.mean().backward()
-            self._update()
-            add_metrics(sums, outcome)
-        return sums
+            counted += len(outcome.loss)
+        return counted
 
     def _update(self) -> None:
         self.lr = float(self.schedule.get_last_lr()[0])
@@ -281,7 +334,10 @@ class Trainer(Engine):
         return values.contiguous(memory_format=self.batches.format) if values.dim() == 4 else values.contiguous()
 
     def validate(self) -> dict[str, float]:
-        """Clean and robust accuracy on the validation split, per cent, always from the same random starts."""
+        """Clean and robust accuracy on the validation split, per cent, always from the same random starts.
+
+        Beside them the clean accuracy on as many training images, not augmented.
+        """
         settings, data = self.settings, self.data
         x, y = data.x_validation, data.y_validation
         attack = measures.pgd(
@@ -290,9 +346,12 @@ class Trainer(Engine):
         start = generator(settings.seed, "validation", x.device)
 
         def robust(x: Tensor, y: Tensor) -> Tensor:
-            return measures.robust(self.network, x, y, attack, start)
+            return measures.robust(self.network, x, y, attack, start, search=self.search)
 
         values = {
+            "train_acc": measures.per_cent(
+                measures.correct(self.network, data.x_train[: len(x)], data.y_train[: len(x)])
+            ),
             "val_acc": measures.per_cent(measures.correct(self.network, x, y)),
             "val_pgd_acc": measures.per_cent(measures.shared(robust, x, y)),
         }

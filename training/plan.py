@@ -1,13 +1,14 @@
 """What a run at scale costs: ``python -m training.plan``, from counted operations and a measured speed.
 
-    python -m training.plan --recipe table4 --model wrn-70-16-silu --samples-per-second 900 --gpus 8
+    python -m training.plan --gpus 8 --recipe table3 --model wrn-70-16-silu --beta 3
+    python -m training.plan --gpus 8 --samples-per-second 900 --recipe table3 --model wrn-70-16-silu
 
-Nothing is trained and no data is read: one step runs on fake tensors, which have shapes and no values. Counted are the
+It takes the options of training.run beside its own, and plans the run that they would launch on that hardware. Nothing
+is trained and no data is read: one step runs on fake tensors, which have shapes and no values. Counted are the
 floating-point operations of convolutions and matrix products, and the bytes that automatic differentiation keeps from
 the forward to the backward pass. The speed of a GPU is not guessed: give what benchmarks.training measured on it.
 """
 
-import dataclasses
 import sys
 from dataclasses import dataclass
 from typing import Literal
@@ -18,29 +19,26 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from scorematch import ThreatModel, objectives
-from training import command_line, config, models
+from training import command_line, config, hardware, models
 from training.config import RunSettings
 from training.data import FORMATS
 from training.errors import InputError, run_program
 from training.forward import Forward
+from training.hardware import Speed
+from training.loop import speed_of
 
 TRAINING_IMAGES = {"cifar10": 48_976, "cifar100": 48_976, "svhn": 72_233, "digits": 1_150}  # without validation
 GIB = 2**30
-COUNTED = 2  # samples of the counted step; more only scales it
+COUNTED = 2  # samples of the counted step, and of a second one twice as many: what both keep is no sample's
 
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """A run, and the machines it is to run on."""
+    """The machines that a run is to run on; its own settings are the options of training.run."""
 
-    recipe: str = "cifar10"  # name in training/recipes, or path of a TOML file
-    objective: Literal["standard", "pgd_at", "trades"] | None = None  # None is the recipe's own, or pgd_at
-    model: str | None = None  # architecture; None is the recipe's own
-    batch_size: int | None = None  # samples a step, over all GPUs; None is the recipe's own
-    epochs: int | None = None  # None is the recipe's own
-    precision: Literal["float32", "tf32", "bfloat16"] = "bfloat16"  # of the network in training
     gpus: int = 1  # in all, on however many nodes
-    samples_per_second: float | None = None  # of one GPU, for this model and objective, as benchmarks.training prints
+    hardware: Literal["gpu", "cpu"] = "gpu"  # gpu: of the kind that multiplies bfloat16; cpu: this machine
+    samples_per_second: float | None = None  # of one GPU, for this model and objective, as training.run prints
     bandwidth: float | None = None  # GB/s between two GPUs (the slowest link of the ring), for the sum of gradients
     train_images: int | None = None  # original training images; None is those of the data set
 
@@ -55,55 +53,58 @@ class Plan:
     state: int  # bytes of weights, gradients, momentum and averaged weights
     samples: int  # one epoch
     steps: int  # one epoch
+    speed: Speed  # how the network is called
 
 
 def main(arguments: list[str]) -> None:
-    settings = command_line.parse(
+    settings, rest = command_line.parse_known(
         PlanSettings,
         arguments,
         program="python -m training.plan",
-        description="Count what a run costs, and how long it takes at a measured speed.",
+        description="Count what a run costs, and how long it takes at a measured speed. Takes every option of "
+        "training.run beside these.",
+        default=PlanSettings(),
     )
-    for name in ("gpus", "samples_per_second", "bandwidth", "batch_size", "epochs", "train_images"):
+    for name in ("gpus", "samples_per_second", "bandwidth", "train_images"):
         value = getattr(settings, name)
         if value is not None and not value > 0:
             raise InputError(f"{name}: {value} is out of range, allowed: above 0")
-    run = run_settings(settings)
+    run = config.parse(rest)
+    if run.objective == "score_direct":
+        raise InputError(
+            "objective: 'score_direct', whose cost depends on its posterior, allowed: standard, pgd_at and trades; "
+            "python -m benchmarks.training measures it"
+        )
     if run.data not in TRAINING_IMAGES:
-        raise InputError(f"recipe: {settings.recipe} is for {run.data}, allowed: a recipe for images")
-    show(settings, run, plan(run, settings.train_images or TRAINING_IMAGES[run.data]))
+        raise InputError(f"data: {run.data!r}, allowed: {', '.join(TRAINING_IMAGES)}")
+    cost = plan(run, settings.train_images or TRAINING_IMAGES[run.data], settings)
+    show(settings, run, cost)
 
 
-def run_settings(settings: PlanSettings) -> RunSettings:
-    changes = {
-        name: value
-        for name in ("model", "batch_size", "epochs", "objective", "precision")
-        if (value := getattr(settings, name)) is not None
-    }
-    run = dataclasses.replace(config.from_recipes(None, settings.recipe), **changes)
-    return run if run.objective in ("standard", "trades") else dataclasses.replace(run, objective="pgd_at")
-
-
-def plan(run: RunSettings, train_images: int) -> Plan:
-    """Count one step of ``run``."""
+def plan(run: RunSettings, train_images: int, settings: PlanSettings) -> Plan:
+    """Count one step of ``run`` as it would be launched on that hardware."""
+    steps = -(-train_images // run.batch_size)
+    device = hardware.GPU if settings.hardware == "gpu" else hardware.hardware_of(torch.device("cpu"))
+    speed = speed_of(run, device, run.epochs * steps, settings.gpus)
     shape, num_classes = FORMATS[run.data]
     with FakeTensorMode():
         model = models.build(run.model, shape, num_classes)
         parameters = sum(p.numel() for p in model.parameters())
-        x = torch.rand(COUNTED, *shape)
-        y = torch.zeros(COUNTED, dtype=torch.int64)
-        forward = Forward(model, run.precision)
-        with FlopCounterMode(display=False) as counter:
-            activations = _step(run, forward, x, y)
+        forward = Forward(model, speed.precision)
+        kept = []
+        for count in (COUNTED, 2 * COUNTED):
+            x, y = torch.rand(count, *shape), torch.zeros(count, dtype=torch.int64)
+            with FlopCounterMode(display=False) as counter:
+                kept.append(_step(run, forward, x, y))
     copies = 2 + (run.optimizer == "sgd" and run.momentum > 0) + 2 * (run.optimizer == "adam") + (run.averaging > 0)
-    steps = -(-train_images // run.batch_size)
     return Plan(
         parameters,
-        counter.get_total_flops() // COUNTED,
-        activations // COUNTED,
+        counter.get_total_flops() // (2 * COUNTED),
+        (kept[1] - kept[0]) // COUNTED,
         4 * parameters * copies,
         steps * run.batch_size,
         steps,
+        speed,
     )
 
 
@@ -153,7 +154,8 @@ def _attacked(run: RunSettings, model: nn.Module, x: Tensor, y: Tensor, threat_m
 def show(settings: PlanSettings, run: RunSettings, cost: Plan) -> None:
     share = -(-run.batch_size // settings.gpus)
     epoch = cost.samples * cost.operations
-    print(f"{run.objective} ({run.divergence}), {run.model}, {run.data}, {run.precision}, batch {run.batch_size}")
+    print(f"{run.objective} ({run.divergence}), {run.model}, {run.data}, batch {run.batch_size}")
+    print(f"as it would run on {'GPUs' if settings.hardware == 'gpu' else 'this CPU'}: {cost.speed}")
     rows = [
         ("parameters", f"{cost.parameters / 1e6:.1f} M"),
         ("operations a sample and step", f"{cost.operations / 1e9:.1f} GFLOP, attack of {run.steps} steps"),
@@ -172,7 +174,7 @@ def show(settings: PlanSettings, run: RunSettings, cost: Plan) -> None:
             seconds += cost.steps * ring
         hours = run.epochs * seconds / 3600
         rows.append(
-            (f"on {settings.gpus} GPUs", f"{seconds:.1f} s an epoch, {hours:.1f} h in all, evaluation not counted")
+            (f"on {settings.gpus} of them", f"{seconds:.1f} s an epoch, {hours:.1f} h in all, evaluation not counted")
         )
     width = max(len(name) for name, _ in rows)
     for name, value in rows:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 import scorematch
 from scorematch import PGD, AutoAttack
 from scorematch.posteriors import Posterior
-from training import checkpoint, config, data, distributed, measures, models, posteriors, toy
+from training import checkpoint, config, data, distributed, hardware, measures, models, posteriors, toy
 from training.config import RunSettings
 from training.data import Data
 from training.errors import InputError, Interrupted, run_program
@@ -44,7 +44,6 @@ def main(arguments: list[str]) -> None:
     torch.set_num_threads(settings.threads)
     if settings.deterministic:
         torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
     device = distributed.device_of_this_process(config.resolve_device(settings.device))
     with distributed.processes(device):
         run(settings, device)
@@ -144,6 +143,9 @@ def train_and_evaluate(
 
     torch.manual_seed(settings.seed + 1)  # a posterior trained before draws from the global generator, one loaded not
     trainer = Trainer(settings, loaded, model, posterior, out)
+    if first:
+        print(f"{trainer.speed}; {hardware.parameters_of(model)}; {settings.threads} CPU threads")
+        sys.stdout.flush()
     if first and trainer.forward.folds_nothing:
         print(f"fold: torch.fx finds no batch norm behind a convolution in {settings.model}, nothing is folded")
     if (out / "checkpoint.pt").exists():
@@ -161,7 +163,7 @@ def train_and_evaluate(
         checkpoint.load_weights(trainer.network, state, out / "best.pt")
         epoch = state["epoch"]
     log = checkpoint.read_metrics(out / "metrics.jsonl")
-    results = measure(settings, loaded, trainer.network, posterior, out)
+    results = measure(settings, loaded, trainer.network, posterior, out, search=trainer.search)
     summary = {
         **{key: getattr(settings, key) for key in ("objective", "divergence", "data", "model", "norm", "eps", "seed")},
         "posterior": settings.posterior if posterior is not None else None,
@@ -180,6 +182,7 @@ def train_and_evaluate(
         "posterior_seconds": posterior_seconds,
         "eval_seconds": time.perf_counter() - begin,
         "device": str(loaded.x_train.device),
+        "speed": str(trainer.speed),
         "threads": settings.threads,
         "torch": torch.__version__,
         "scorematch": scorematch.__version__,
@@ -229,9 +232,17 @@ def get_posterior(settings: RunSettings, loaded: Data, given: dict[str, Any] | N
 
 
 def measure(
-    settings: RunSettings, loaded: Data, network: nn.Module, posterior: Posterior | None, out: Path
+    settings: RunSettings,
+    loaded: Data,
+    network: nn.Module,
+    posterior: Posterior | None,
+    out: Path,
+    search: nn.Module | None = None,
 ) -> dict[str, Any]:
-    """The final numbers, on the test split. Writes curve.json, paths.json and toy.json where they apply."""
+    """The final numbers, on the test split. Writes curve.json, paths.json and toy.json where they apply.
+
+    ``search`` is the network made faster, see :func:`training.measures.robust`.
+    """
     x, y = loaded.x_test, loaded.y_test
     threat_model = settings.threat_model(loaded.lower, loaded.upper)
     half = settings.curve_points // 2
@@ -258,7 +269,7 @@ def measure(
             start = generator(settings.seed, "evaluation", x.device)
 
             def under_attack(xs: Tensor, ys: Tensor, attack: PGD = attack, start: Generator = start) -> Tensor:
-                return measures.robust(network, xs, ys, attack, start, progress)
+                return measures.robust(network, xs, ys, attack, start, progress, search=search)
 
             robust = measures.shared(under_attack, x, y)
             curve.append({"eps": eps, "acc": measures.per_cent(robust)})

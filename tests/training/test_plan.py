@@ -5,9 +5,14 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from training import models, plan
+from training import config, hardware, models, plan
+from training.config import RunSettings
 from training.errors import run_program
 from training.plan import PlanSettings
+
+
+def parsed(options: str) -> RunSettings:
+    return config.parse(options.split())
 
 
 def forward_operations(name: str) -> int:
@@ -22,8 +27,8 @@ def forward_operations(name: str) -> int:
 # forward pass for the clean prediction.
 @pytest.mark.parametrize(("objective", "passes"), [("standard", 3), ("pgd_at", 20 + 3), ("trades", 20 + 1 + 6)])
 def test_operations(objective: str, passes: int) -> None:
-    run = plan.run_settings(PlanSettings(recipe="cifar10", objective=objective, model="wrn-10-1"))  # type: ignore[arg-type]
-    cost = plan.plan(run, 48_976)
+    run = parsed(f"--recipe cifar10 --objective {objective} --model wrn-10-1")
+    cost = plan.plan(run, 48_976, PlanSettings())
     # the first layer has no backward pass to its input when its weights are trained on x itself
     assert cost.operations == pytest.approx(passes * forward_operations("wrn-10-1"), rel=0.05)
     assert cost.parameters == sum(p.numel() for p in models.build("wrn-10-1", (3, 32, 32), 10).parameters())
@@ -37,14 +42,15 @@ def test_activations(monkeypatch: pytest.MonkeyPatch) -> None:
         return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 32 * 32, 10))
 
     monkeypatch.setattr(models, "build", lambda name, shape, classes: network(shape, classes))
-    run = plan.run_settings(PlanSettings(recipe="cifar10", objective="standard", precision="float32"))
+    run = parsed("--recipe cifar10 --objective standard --precision float32")
     # kept: the input of the convolution, the output of ReLU (which the linear layer takes too), logits and less
     floats = 3 * 32 * 32 + 8 * 32 * 32
-    assert plan.plan(run, 48_976).activations == pytest.approx(4 * floats, rel=0.02)
+    assert plan.plan(run, 48_976, PlanSettings()).activations == pytest.approx(4 * floats, rel=0.02)
 
 
 def test_time(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = "--recipe cifar10 --model wrn-10-1 --epochs 10 --samples-per-second 1000 --gpus 2 --bandwidth 10"
+    machines = "--samples-per-second 1000 --gpus 2 --bandwidth 10"
+    arguments = f"--recipe cifar10 --objective pgd_at --model wrn-10-1 --epochs 10 {machines}"
     assert run_program(plan.main, arguments.split()) == 0
     printed = capsys.readouterr().out
     assert "383 steps, 49024 samples" in printed
@@ -55,10 +61,25 @@ def test_time(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "message"),
     [
         ("--gpus 0", "gpus: 0 is out of range, allowed: above 0"),
-        ("--recipe toy", "recipe: toy is for toy, allowed: a recipe for images"),
+        ("--recipe toy --objective standard", "data: 'toy', allowed: cifar10, cifar100, svhn, digits"),
+        ("--recipe cifar10 --objective score_direct", "whose cost depends on its posterior"),
+        ("--recipe table3 --betta 3", "--betta: unknown option, did you mean --beta"),
         ("--recipe none", "recipe: 'none' is unknown"),
     ],
 )
 def test_bad_arguments(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_program(plan.main, arguments.split()) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_plan_is_of_the_run_that_would_be_launched() -> None:
+    run = parsed("--recipe table2 --objective pgd_at --epochs 50")
+    on_gpus = plan.plan(run, 48_976, PlanSettings(gpus=8)).speed
+    assert (on_gpus.precision, on_gpus.compile, on_gpus.graph) == ("bfloat16", True, True)
+    here = plan.plan(run, 48_976, PlanSettings(hardware="cpu")).speed
+    assert here.precision == hardware.precision_of("auto", hardware.hardware_of(torch.device("cpu")))
+    assert not here.graph
+    as_told = parsed("--recipe table2 --objective pgd_at --precision float32 --compile off --graph off")
+    told = plan.plan(as_told, 48_976, PlanSettings(gpus=8)).speed
+    assert (told.precision, told.compile, told.graph) == ("float32", False, False)
+    assert plan.plan(as_told, 48_976, PlanSettings()).activations > plan.plan(run, 48_976, PlanSettings()).activations
