@@ -1,0 +1,68 @@
+"""Programs that a signal hits at a chosen point of their work: the same point on a slow machine and on a fast one."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from scorematch.attacks.classifier import Classifier
+from training import checkpoint, run
+from training.engine import Engine
+from training.errors import run_program
+from training.loop import Trainer
+
+
+class Hit(NamedTuple):
+    """``number`` reaches the process just before the call ``count``, from 1, of a point of :data:`POINTS`."""
+
+    point: str
+    count: int
+    number: int = signal.SIGKILL
+
+
+POINTS: dict[str, tuple[Any, str]] = {
+    "step": (Trainer, "_step"),
+    "validation": (Trainer, "validate"),
+    "log": (checkpoint.MetricsLog, "append"),
+    "save": (Engine, "save"),
+    "replace": (os, "replace"),  # a file is written in full and not yet in its place; in a thread of its own
+    "pass": (Classifier, "_logits"),  # of the network, in AutoAttack
+}
+
+
+def arm(hit: Hit) -> None:
+    """From now on ``hit`` happens in this process."""
+    owner, name = POINTS[hit.point]
+    original: Callable[..., Any] = getattr(owner, name)
+    calls = 0
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == hit.count:
+            os.kill(os.getpid(), hit.number)
+            if hit.number == signal.SIGKILL:
+                time.sleep(60)  # the signal may take a moment, and nothing must happen until then
+        return original(*arguments, **options)
+
+    setattr(owner, name, counted)
+
+
+def program(arguments: list[str], log: Path, hit: Hit | None) -> None:
+    """``training.run`` in this process, which writes into ``log``."""
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    if hit is not None:
+        arm(hit)
+    sys.exit(run_program(run.main, arguments))
+
+
+if __name__ == "__main__":  # under torchrun: killing.py RANK STEP, then the options of training.run
+    rank, step, *options = sys.argv[1:]
+    if os.environ["RANK"] == rank and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        arm(Hit("step", int(step)))
+    sys.exit(run_program(run.main, options))
