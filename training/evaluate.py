@@ -26,9 +26,11 @@ from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
 from scorematch import AutoAttack, ThreatModel
-from training import checkpoint, command_line, config, data, distributed, measures, models, obfuscation
+from training import checkpoint, command_line, config, data, distributed, hardware, measures, models, obfuscation
 from training.data import Data, DataName
 from training.errors import InputError, Interrupted, run_program
+from training.forward import Forward
+from training.hardware import PrecisionWish
 from training.models import loading
 
 OFFICIAL = "pip install git+https://github.com/fra31/auto-attack"
@@ -39,6 +41,7 @@ USES = {
     "steps": ("pgd", "obfuscation"),
     "restarts": ("pgd", "obfuscation"),
     "losses": ("pgd", "obfuscation"),
+    "precision": ("pgd",),
     "engine": ("autoattack",),
     "version": ("autoattack",),
     "rng": ("autoattack",),
@@ -75,6 +78,8 @@ class EvaluateSettings:
     steps: int = 40  # PGD: steps per restart
     restarts: int | None = None  # PGD: random starts per loss; None is 2, and 5 for obfuscation
     losses: tuple[str, ...] = ("ce", "margin")  # what PGD ascends; a sample must withstand all
+    # pgd: what it searches in; every verdict is float32. None is the run's, or auto: what is fastest here
+    precision: PrecisionWish | None = None
     engine: Literal["native", "official"] = "native"  # AutoAttack of scorematch, or of the official package
     version: Literal["standard", "plus", "rand", "fast"] = (
         "standard"  # AutoAttack: its attacks; fast is apgd-ce, apgd-t
@@ -162,7 +167,7 @@ def evaluate(settings: EvaluateSettings, device: torch.device) -> None:
             subject.model, x, y, threat_model, other=other, **_pgd_options(settings), batch=settings.batch
         )
     else:
-        results |= clean_and_pgd(settings, subject.model, threat_model, x, y)
+        results |= clean_and_pgd(settings, subject, threat_model, x, y)
     results["seconds"] = time.perf_counter() - begin
     if first:
         report(settings, results)
@@ -181,8 +186,9 @@ def report(settings: EvaluateSettings, results: dict[str, Any]) -> None:
 
 
 def clean_and_pgd(
-    settings: EvaluateSettings, model: nn.Module, threat_model: ThreatModel | None, x: Tensor, y: Tensor
+    settings: EvaluateSettings, subject: Subject, threat_model: ThreatModel | None, x: Tensor, y: Tensor
 ) -> dict[str, Any]:
+    model = subject.model
     masks = {"clean": measures.shared(lambda xs, ys: measures.correct(model, xs, ys, settings.batch), x, y)}
     options: dict[str, Any] = {}
     if settings.attack == "pgd":
@@ -190,12 +196,16 @@ def clean_and_pgd(
         options = _pgd_options(settings)
         seed = options.pop("seed")
         attack = measures.pgd(threat_model, **options)
+        wish = settings.precision or (subject.run.precision if subject.run else "auto")
+        precision = hardware.precision_of(wish, hardware.hardware_of(x.device))
+        hardware.prepare(x.device, precision, deterministic=False)
+        search = None if precision == "float32" else Forward(model, precision)
         hidden = not sys.stderr.isatty() or distributed.rank() > 0
-        with tqdm(total=len(x), desc="pgd", unit="sample", disable=hidden) as progress:
+        with tqdm(total=measures.share_of(len(x)), desc="pgd", unit="sample", disable=hidden) as progress:
 
             def robust(xs: Tensor, ys: Tensor) -> Tensor:
                 start = Generator(x.device).manual_seed(seed + distributed.rank())
-                return measures.robust(model, xs, ys, attack, start, progress, settings.batch)
+                return measures.robust(model, xs, ys, attack, start, progress, settings.batch, search)
 
             masks["pgd"] = measures.shared(robust, x, y)
     accuracies: dict[str, Any] = {}

@@ -82,6 +82,11 @@ def autoattack(
     return adversary.report
 
 
+def share_of(count: int) -> int:
+    """How many of ``count`` samples :func:`shared` gives to this process."""
+    return len(range(distributed.rank(), count, distributed.world_size()))
+
+
 def shared(measure: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
     """The verdicts [N] bool of ``measure`` on x [N, ...] and y [N], the samples dealt out to the ranks of torchrun.
 

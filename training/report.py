@@ -274,9 +274,13 @@ def gradient_section(comparison: Comparison) -> list[str]:
         )
         items.append(f"<li><b>{html.escape(entry['label'])}</b>: {shown}.{verdict}</li>")
     audits = [
-        [entry["label"], interval(entry["posterior_clean_acc"]), interval(entry["posterior_robust_acc"])]
+        [
+            entry["label"],
+            interval(entry["posterior_clean_acc"]) if "posterior_clean_acc" in entry else "the labels",
+            interval(entry["posterior_robust_acc"]),
+        ]
         for entry in comparison["aggregate"].values()
-        if "posterior_clean_acc" in entry
+        if "posterior_robust_acc" in entry
     ]
     if not items:
         return []

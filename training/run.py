@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import scorematch
 from scorematch import PGD, AutoAttack
-from scorematch.posteriors import Posterior
+from scorematch.posteriors import Posterior, ScoreNetwork
 from training import checkpoint, config, data, distributed, hardware, measures, models, posteriors, toy
 from training.config import RunSettings
 from training.data import Data
@@ -32,6 +32,7 @@ from training.errors import InputError, Interrupted, run_program
 from training.loop import Trainer, generator
 
 STATE = "autoattack.pt"  # how far AutoAttack has come
+AUDITED = 500  # test samples on which the posterior is attacked itself
 PATH_SAMPLES = 4  # test samples whose posteriors are followed along an attack, for the report
 
 
@@ -257,7 +258,11 @@ def measure(
     interval = 0.1 if sys.stderr.isatty() else 30.0
     hidden = distributed.rank() > 0
     with tqdm(
-        total=len(radii) * len(x), desc="evaluate", unit="sample", mininterval=interval, disable=hidden
+        total=len(radii) * measures.share_of(len(x)),
+        desc="evaluate",
+        unit="sample",
+        mininterval=interval,
+        disable=hidden,
     ) as progress:
         for eps in radii:
             attack = measures.pgd(
@@ -287,7 +292,11 @@ def measure(
                 network, posterior, x[:PATH_SAMPLES], y[:PATH_SAMPLES], threat_model, settings.steps
             )
             write_json(out / "paths.json", paths)
-        results |= posteriors.audit(posterior, x, y, threat_model, steps=settings.eval_steps, seed=settings.seed)
+        few = x[:AUDITED], y[:AUDITED]
+        results |= posteriors.audit(posterior, *few, threat_model, steps=settings.eval_steps, seed=settings.seed)
+        results["posterior_samples"] = len(few[0])
+        if isinstance(posterior, ScoreNetwork) and posterior.anchor is None:
+            results["posterior_clean_acc"] = None  # the labels themselves
     return results | attack_with_ensemble(settings, loaded, network, out)
 
 
@@ -361,8 +370,12 @@ def print_table(summary: dict[str, Any]) -> None:
             ("data gradient / model gradient", f"{100 * summary['data_gradient_ratio']:.2f} %"),
             ("step signs it changes", f"{100 * summary['sign_change_share']:.2f} %"),
         ]
-    if "posterior_clean_acc" in summary:
-        shown = f"{summary['posterior_clean_acc']:.1f} % clean, {summary['posterior_robust_acc']:.1f} % attacked itself"
+    if "posterior_robust_acc" in summary:
+        clean = summary["posterior_clean_acc"]
+        shown = "anchored at the labels" if clean is None else f"{clean:.1f} % clean"
+        shown += f", {summary['posterior_robust_acc']:.1f} % attacked itself"
+        if "posterior_samples" in summary:
+            shown += f" ({summary['posterior_samples']} samples)"
         rows.append(("the posterior's own accuracy", shown))
     seconds = (
         f"{summary['posterior_seconds']:.0f} s posterior, {summary['train_seconds']:.0f} s training, "

@@ -56,6 +56,7 @@ def test_two_processes_equal_one(objective: str, more: list[str], tmp_path: Path
     finished = in_processes(2, [*arguments, "--out", str(two)])
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.count("everything is in") == 1, "one process speaks"
+    assert "evaluate: 100%" in finished.stderr
 
     expected, actual = (checkpoint.load(out / "checkpoint.pt") for out in (one, two))
     for part in ("model", "average"):

@@ -308,3 +308,18 @@ def test_verdicts_come_back_in_the_order_of_the_samples(trained: Path) -> None:
         measures.shared(lambda xs, ys: measures.correct(model, xs, ys), x, y), measures.correct(model, x, y)
     )
     assert measures.shared(lambda xs, ys: pytest.fail("called without samples"), x[:0], y[:0]).tolist() == []
+
+
+def test_pgd_searches_in_a_low_precision_and_judges_in_full(call: Any, trained: Path, tmp_path: Path) -> None:
+    attack = ["--attack", "pgd", "--steps", "5", "--restarts", "1", "--limit", "100"]
+    found = {}
+    for precision in ("float32", "bfloat16"):
+        out = tmp_path / f"{precision}.json"
+        ending = call("evaluate", "--run", trained, *attack, "--precision", precision, "--out", out)
+        assert ending.status == 0, ending.err
+        found[precision] = json.loads(out.read_text())
+    assert found["bfloat16"]["clean_acc"] == found["float32"]["clean_acc"]
+    assert found["bfloat16"]["pgd_acc"] == pytest.approx(found["float32"]["pgd_acc"], abs=3)
+    ending = call("evaluate", "--run", trained, "--attack", "autoattack", "--precision", "bfloat16")
+    assert ending.status == 2
+    assert "precision: is for --attack pgd" in ending.err

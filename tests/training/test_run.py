@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from scorematch.attacks import AutoAttackWarning
-from training import checkpoint, posteriors
+from training import checkpoint, posteriors, run
 from training.errors import Interrupted
 from training.loop import Trainer
 
@@ -266,3 +266,29 @@ def test_evaluate_prints_intervals_and_takes_another_threat_model(call: Any, tin
     missing = call("evaluate", "--run", "here", *attack, "--norm", "l2")
     assert missing.status == 2
     assert "eps: none given" in missing.err
+
+
+def test_a_posterior_anchored_at_labels_has_no_clean_accuracy(
+    call: Any, tiny: list[str], small_posterior: list[str], tmp_path: Path
+) -> None:
+    """It is given the labels there: 100 % says nothing."""
+    anchor = ["--posterior-settings.anchor", "label"]
+    ending = call("run", "--objective", "score_direct", *anchor, *small_posterior, *tiny, "--out", "here")
+    assert ending.status == 0, ending.err
+    summary = finished(tmp_path / "here")
+    assert summary["posterior_clean_acc"] is None
+    assert 0 <= summary["posterior_robust_acc"] <= 100
+    assert "anchored at the labels, " in ending.out
+    assert f"({summary['posterior_samples']} samples)" in ending.out
+
+
+def test_the_audit_of_a_posterior_takes_few_samples(
+    call: Any, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "AUDITED", 20)
+    ending = call("run", "--objective", "score_direct", "--posterior", "kernel_density", *tiny, "--out", "here")
+    assert ending.status == 0, ending.err
+    summary = finished(tmp_path / "here")
+    assert summary["posterior_samples"] == 20
+    assert 100 * summary["posterior_robust_acc"] % 500 == 0, "of twenty"
+    assert "% clean, " in ending.out
