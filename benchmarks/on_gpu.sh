@@ -1,62 +1,85 @@
 #!/usr/bin/env bash
-# On a machine with a GPU: builds the kernels for it, runs the operator tests on it, times the kernels, and leaves the
-# results in benchmarks/results/. Without one it does the same on the CPU, to try the script.
+# What a first hour on a GPU is for, in parts that are meant to end within eight minutes; checks before timings:
 #
-#     bash benchmarks/on_gpu.sh [options of benchmarks.kernels]
+#     bash benchmarks/on_gpu.sh PART [OPTIONS]
 #
-# With a trained model it also times AutoAttack, beside the official package where that is installed:
+#   build       the kernels, for the GPU at hand
+#   checks      every test that is parametrised over the device, graphs and waits among them
+#   kernels     each operator beside eager PyTorch and torch.compile; OPTIONS of benchmarks.kernels
+#   training    seconds a step of ResNet-18 with PGD-10, every switch by itself
+#   large       the same for WRN-28-10 and WRN-70-16, bfloat16 alone
+#   autoattack  beside the official package where it is installed; MODEL and EPS name the network
+#   table2      a row of Table 2, for SECONDS_TO_TRAIN (default 400); the next call goes on
 #
-#     MODEL=runs/NAME/best.pt DATA=cifar10 DATA_ROOT=FOLDER EPS=0.03137 SAMPLES=1000 bash benchmarks/on_gpu.sh
-#
-# With CIFAR-10 it times training, every switch by itself, and with SECONDS_TO_TRAIN it trains a row of Table 2 for that
-# long, going on where the call before it stopped:
-#
-#     DATA_ROOT=FOLDER SECONDS_TO_TRAIN=500 bash benchmarks/on_gpu.sh
+# DATA_ROOT names the folder of CIFAR-10 for training, large, autoattack and table2. Without a GPU every part runs on
+# the CPU, smaller, to try it. Results are left in benchmarks/results/, named after the device.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD"
-mkdir -p benchmarks/results
-
+part="${1:-}"
+shift || true
+results=benchmarks/results
+mkdir -p "$results"
+usage() {
+  sed -n '2,17s/^# \{0,1\}//p' "$0"
+  exit 2
+}
+case "$part" in
+build | checks | kernels) ;;
+training | large | autoattack | table2) : "${DATA_ROOT:?folder of CIFAR-10}" ;;
+*) usage ;;
+esac
 device=$(python -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")')
-echo "device: $device"
-if [ "$device" = cuda ]; then
-  nvidia-smi --query-gpu=name,driver_version,compute_cap --format=csv | tee "benchmarks/results/$device-device.txt"
-  export SCOREMATCH_CUDA=1
-fi
+on_device=(--data cifar10 --data-root "${DATA_ROOT:-}" --device "$device")
+echo "part: $part, device: $device"
 
-python setup.py build_ext --inplace
-python -m pytest -q tests/ops tests/library/test_graphs.py 2>&1 | tee "benchmarks/results/$device-tests.txt"
-python -m benchmarks.kernels --device "$device" "$@" | tee "benchmarks/results/$device-table.txt"
-
-if [ -n "${MODEL:-}" ]; then
-  python -m benchmarks.autoattack --model-from "$MODEL" --data "${DATA:-cifar10}" ${DATA_ROOT:+--data-root "$DATA_ROOT"} \
-    --eps "${EPS:?radius of the perturbation}" --samples "${SAMPLES:-1000}" --batch 500 --device "$device" \
-    --compile --search-dtype bfloat16 --out "benchmarks/results/$device-autoattack.json"
-fi
-
-if [ -n "${DATA_ROOT:-}" ]; then
-  on_device=(--data cifar10 --data-root "$DATA_ROOT" --device "$device")
-  variants=(plain "fused optimiser" channels_last folded "all three")
-  networks=(wrn-10-1)
-  steps=1
+case "$part" in
+build)
   if [ "$device" = cuda ]; then
-    variants+=(tf32 bfloat16 compiled "bfloat16, compiled" graph "bfloat16, graph" "bfloat16, compiled, graph")
-    networks=(preact-resnet-18-plain wrn-28-10-silu)
-    steps=20
+    nvidia-smi --query-gpu=name,driver_version,compute_cap --format=csv | tee "$results/$device-device.txt"
+    export SCOREMATCH_CUDA=1
+  fi
+  python setup.py build_ext --inplace
+  ;;
+checks)
+  python -m pytest -q tests/ops tests/test_devices.py tests/library/test_graphs.py tests/training/test_waits.py \
+    tests/training/test_hardware.py "$@" 2>&1 | tee "$results/$device-tests.txt"
+  ;;
+kernels)
+  python -m benchmarks.kernels --device "$device" "$@" | tee "$results/$device-table.txt"
+  ;;
+training)
+  network=wrn-10-1 steps=1 rounds=2
+  variants=(plain channels_last "all three" "all three, bfloat16")
+  if [ "$device" = cuda ]; then
+    network=preact-resnet-18-plain steps=20 rounds=3
+    variants=(plain channels_last tf32 bfloat16 graph "bfloat16, graph" "bfloat16, compiled" "bfloat16, compiled, graph" auto)
+  fi
+  python -m benchmarks.training "${on_device[@]}" --model "$network" --objectives pgd_at trades --steps "$steps" \
+    --rounds "$rounds" --variants "${variants[@]}" --out "$results/$device-training-$network.json" "$@"
+  ;;
+large)
+  networks=(wrn-10-1-silu) batch=8 steps=1 variants=(bfloat16)
+  if [ "$device" = cuda ]; then
+    networks=(wrn-28-10-silu wrn-70-16-silu) batch=64 steps=5 variants=(bfloat16 "bfloat16, graph")
   fi
   for network in "${networks[@]}"; do
-    python -m benchmarks.training "${on_device[@]}" --model "$network" --objectives pgd_at trades --steps "$steps" \
-      --variants "${variants[@]}" --out "benchmarks/results/$device-training-$network.json"
+    python -m benchmarks.training "${on_device[@]}" --model "$network" --objectives trades --batch "$batch" \
+      --steps "$steps" --rounds 2 --variants "${variants[@]}" --out "$results/$device-training-$network.json" "$@"
   done
-fi
-
-if [ -n "${SECONDS_TO_TRAIN:-}" ]; then
+  ;;
+autoattack)
+  python -m benchmarks.autoattack --model-from "${MODEL:?weights, such as runs/NAME/best.pt}" "${on_device[@]}" \
+    --eps "${EPS:?radius of the perturbation}" --samples "${SAMPLES:-1000}" --batch 500 --search-dtype bfloat16 \
+    --out "$results/$device-autoattack.json" "$@"
+  ;;
+table2)
   run=runs/table2-pgd_at-se-clip
-  if [ -e "$run/config.toml" ]; then
-    options=(--resume "$run")
-  else
+  options=(--resume "$run")
+  if [ ! -e "$run/config.toml" ]; then
     options=(--recipe table2 --objective pgd_at --divergence se --clip 0.4 --lr 0.05 --validation-losses se)
-    options+=(--data-root "${DATA_ROOT:?folder of CIFAR-10}" --device "$device" --precision bfloat16 --out "$run")
+    options+=("${on_device[@]}" --out "$run" "$@")
   fi
-  timeout --signal TERM "$SECONDS_TO_TRAIN" python -m training.run "${options[@]}" || true # it says how to go on
-fi
+  timeout --signal TERM "${SECONDS_TO_TRAIN:-400}" python -m training.run "${options[@]}" || true # it says how to go on
+  ;;
+esac
