@@ -141,7 +141,7 @@ def trainer(settings: BenchmarkSettings, objective: str, variant: str, loaded: d
         named = dataclasses.replace(settings.posterior_settings, name=settings.posterior, steps=1)
         posterior = posteriors.build(named, loaded, seed=0, device=loaded.x_train.device, progress=False)
     torch.manual_seed(0)
-    model = models.build(settings.model, loaded.input_shape, loaded.num_classes)
+    model = models.build(settings.model, loaded.input_shape, loaded.num_classes, loaded.statistics)
     return Trainer(parsed, loaded, model.to(loaded.x_train.device), posterior, out)
 
 

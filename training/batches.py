@@ -69,7 +69,8 @@ class Batches:
             x = torch.cat([x, images.permute(0, 3, 1, 2).to(x.dtype) / 255])
             targets = torch.cat([targets, labels])
         if self.settings.label_smoothing:
-            targets = smoothed(targets, self.num_classes, self.settings.label_smoothing)
+            settings = self.settings
+            targets = smoothed(targets, self.num_classes, settings.label_smoothing, settings.label_smoothing_over)
         x = augmented(x, self.augmentation, shift=self.settings.shift, flip=self.settings.flip)
         return x.contiguous(memory_format=self.format), targets
 

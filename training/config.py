@@ -24,6 +24,7 @@ from training.data import DataName, DataSettings, ToyLabels
 from training.errors import InputError, unknown_name
 from training.hardware import PrecisionWish, Switch
 from training.posteriors import PosteriorSettings
+from training.smoothing import Spread
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -72,7 +73,8 @@ class RunSettings:
     beta: float = 4.0  # TRADES: weight of the robust term
     clip: float = 0.0  # clipping threshold c; 0 turns clipping off
     clip_form: ClipForm = "total"  # what is clipped: relu(total - bound(c)), relu(robust term - bound(c) or - c)
-    label_smoothing: float = 0.0  # probability that a target gives to the other classes together
+    label_smoothing: float = 0.0  # probability that a target spreads over the classes
+    label_smoothing_over: Spread = "all"  # among all classes (torch, the published code), or among the others alone
     awp: float = 0.0  # adversarial weight perturbation: its length relative to the norm of the weights; 0 turns it off
     awp_warmup: int = 0  # epochs before the first with adversarial weight perturbation
     posterior: Posterior = "score_network"  # score_direct: the estimate of p_d(y|x'); oracle exists on the toy only

@@ -41,6 +41,16 @@ FORMATS: dict[str, tuple[tuple[int, ...], int]] = {
 }
 
 
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation of each channel
+
+# What published weights for these data sets expect; networks normalise with them.
+STATISTICS: dict[str, Statistics] = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "svhn": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+
+
 @dataclass(frozen=True)
 class DataSettings:
     """Which data set, and how much of it."""
@@ -66,6 +76,7 @@ class Data:
     y_test: Tensor
     lower: float = 0.0  # the smallest and the largest value that a feature may take
     upper: float = 1.0
+    statistics: Statistics | None = None  # of the channels, which classifiers normalise with; None: as they are
     p_train: Tensor | None = None  # [N, L] p_d(y|x) at the training points, where it is known and asked for
     split_seed: int = SPLIT_SEED
 
@@ -199,7 +210,8 @@ def _pixels(images: Tensor) -> Tensor:
 def _assembled(name: str, num_classes: int, parts: Sequence[tuple[Tensor, Tensor]]) -> Data:
     """A data set from its training, validation and test pairs."""
     (x_train, y_train), (x_validation, y_validation), (x_test, y_test) = parts
-    return Data(name, num_classes, x_train, y_train, x_validation, y_validation, x_test, y_test)
+    parts_of_data = (x_train, y_train, x_validation, y_validation, x_test, y_test)
+    return Data(name, num_classes, *parts_of_data, statistics=STATISTICS.get(name))
 
 
 def _limited(settings: DataSettings, num_classes: int, available: int) -> bool:

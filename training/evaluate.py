@@ -298,7 +298,8 @@ def restore(path: Path, device: torch.device, data_root: Path | None = None) -> 
     if data_root is not None:
         settings = dataclasses.replace(settings, data_root=data_root)
     loaded = data.load(settings.data_settings).to(device)
-    model = models.build(settings.model, loaded.input_shape, loaded.num_classes).to(device)
+    statistics = loading.statistics_of(state, settings.data)
+    model = models.build(settings.model, loaded.input_shape, loaded.num_classes, statistics).to(device)
     checkpoint.load_weights(model, state, path)
     return Subject(str(path), model.eval(), loaded, settings)
 

@@ -223,7 +223,11 @@ class Trainer(Engine):
         return self.model if self.average is None else self.average.module
 
     def description(self) -> dict[str, Any]:
-        return {"settings": as_table(self.settings), "network": self.network.state_dict()}
+        return {
+            "settings": as_table(self.settings),
+            "network": self.network.state_dict(),
+            "statistics": self.data.statistics,
+        }
 
     def state(self) -> dict[str, Any]:
         return {

@@ -58,7 +58,7 @@ def run(settings: RunSettings, device: torch.device) -> None:
             f"{len(loaded.x_test)} test samples"
         )
     torch.manual_seed(settings.seed)
-    model = models.build(settings.model, loaded.input_shape, loaded.num_classes).to(device)
+    model = models.build(settings.model, loaded.input_shape, loaded.num_classes, loaded.statistics).to(device)
 
     given = read_posterior(settings, settings.posterior_from) if settings.posterior_from else None
 

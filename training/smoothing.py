@@ -1,17 +1,28 @@
 """Label smoothing, as targets."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+Spread = Literal["all", "others"]
 
-def smoothed(y: Tensor, num_classes: int, amount: float) -> Tensor:
-    """Labels as probabilities: 1 − ``amount`` for the label, the rest shared out equally among the other classes.
+
+def smoothed(y: Tensor, num_classes: int, amount: float, over: Spread = "all") -> Tensor:
+    """Labels as probabilities.
+
+    Two conventions are in use. With ``amount`` .1 and ten classes the label gets
+
+    - ``"all"``: .91, every other class .01: the amount is shared out among all classes, the label among them. So does
+      torch (``cross_entropy(label_smoothing=…)``), and with it the published code of the paper.
+    - ``"others"``: .90, every other class .0111: the amount is what the other classes get together.
 
     Args:
         y: int64 [N] labels.
         num_classes: L, at least 2.
         amount: in [0, 1).
+        over: which classes share the amount.
 
     Returns:
         [N, L] float32, rows that sum to 1.
@@ -26,4 +37,6 @@ def smoothed(y: Tensor, num_classes: int, amount: float) -> Tensor:
     if not 0.0 <= amount < 1.0:
         raise ValueError(f"amount must lie in [0, 1), got {amount}")
     one_hot = functional.one_hot(y, num_classes).float()
+    if over == "all":
+        return one_hot * (1.0 - amount) + amount / num_classes
     return one_hot * (1.0 - amount) + (1.0 - one_hot) * (amount / (num_classes - 1))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from training import checkpoint, models
+from training.data import STATISTICS
 from training.errors import InputError
 from training.models.cifar import IMAGE_SHAPE
 from training.models.loading import export, load
@@ -16,9 +17,10 @@ from training.models.loading import export, load
 Weights = dict[str, Tensor]
 
 
-def network(name: str = "wrn-10-1-silu", num_classes: int = 10) -> nn.Module:
+def network(name: str = "wrn-10-1-silu", num_classes: int = 10, data: str | None = None) -> nn.Module:
     torch.manual_seed(7)
-    model = models.build(name, IMAGE_SHAPE, num_classes)
+    data = data or ("cifar100" if num_classes == 100 else "cifar10")
+    model = models.build(name, IMAGE_SHAPE, num_classes, STATISTICS[data])
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             assert module.running_mean is not None
@@ -203,3 +205,27 @@ def test_export_is_a_bare_state_dict_that_loads_again(tmp_path: Path) -> None:
     content = torch.load(tmp_path / "exported.pt", weights_only=True)
     assert list(content) == list(expected.state_dict())
     assert_same(load(tmp_path / "exported.pt", model="wrn-10-1-silu"), expected)
+
+
+@pytest.mark.parametrize(("data", "classes"), [("cifar10", 10), ("cifar100", 100), ("svhn", 10)])
+def test_published_weights_are_normalised_as_their_data_set(data: str, classes: int, tmp_path: Path) -> None:
+    """The published layout holds no statistics: the network that trained there used those of its data."""
+    published = network("wrn-10-1-silu", classes, data)
+    path = saved(tmp_path / "weights.pt", {"model_state_dict": prefixed(published.state_dict(), "module.0.")})
+    assert_same(load(path, model="wrn-10-1-silu", data=data), published)
+
+
+@pytest.mark.parametrize("statistics", [((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)), None])
+def test_a_checkpoint_keeps_its_statistics(statistics: Any, tmp_path: Path) -> None:
+    trained = models.build("wrn-10-1", IMAGE_SHAPE, 10, statistics).eval()
+    path, settings = tmp_path / "best.pt", {"model": "wrn-10-1", "data": "svhn"}
+    checkpoint.save(path, epoch=1, settings=settings, network=trained.state_dict(), statistics=statistics)
+    assert_same(load(path), trained)
+
+
+@pytest.mark.parametrize(("data", "classes"), [("svhn", 10), ("cifar100", 100)])
+def test_checkpoints_from_before_statistics_were_saved_keep_what_they_were_trained_with(
+    data: str, classes: int, tmp_path: Path
+) -> None:
+    trained = network("wrn-10-1", classes)
+    assert_same(load(run_state(tmp_path / "best.pt", trained, model="wrn-10-1", data=data)), trained)

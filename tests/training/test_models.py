@@ -9,8 +9,9 @@ from torch import nn
 
 from scorematch.folding import Folding
 from training import models
+from training.data import STATISTICS
 from training.errors import InputError
-from training.models.cifar import IMAGE_SHAPE, STATISTICS
+from training.models.cifar import IMAGE_SHAPE
 
 SMALL = [
     "wrn-10-1",
@@ -23,8 +24,8 @@ SMALL = [
 BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
-def build(name: str, num_classes: int = 10) -> nn.Module:
-    return models.build(name, IMAGE_SHAPE, num_classes)
+def build(name: str, num_classes: int = 10, data: str = "cifar10") -> nn.Module:
+    return models.build(name, IMAGE_SHAPE, num_classes, STATISTICS[data])
 
 
 def on_meta(name: str) -> nn.Module:
@@ -122,6 +123,8 @@ def test_momentum_of_batch_norm(name: str, momentum: float) -> None:
 def test_convolutions_start_from_a_normal_distribution_of_variance_2_over_k2_outputs(name: str) -> None:
     torch.manual_seed(0)
     for module in build(name).modules():
+        if isinstance(module, nn.Linear):
+            assert not module.bias.any()
         if isinstance(module, nn.Conv2d) and module.weight.numel() > 1000:
             weight = module.weight.detach()
             k = module.kernel_size[0]
@@ -131,16 +134,24 @@ def test_convolutions_start_from_a_normal_distribution_of_variance_2_over_k2_out
 
 
 @pytest.mark.parametrize(
-    ("name", "num_classes"), [("wrn-10-1", 10), ("wrn-10-1", 100), ("preact-resnet-18-plain", 100)]
+    ("data", "mean_and_deviation"),
+    [
+        ("cifar10", ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))),
+        ("cifar100", ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))),
+        ("svhn", ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))),
+    ],
 )
-def test_pixels_are_normalised_inside_and_the_statistics_are_not_saved(name: str, num_classes: int) -> None:
-    model = build(name, num_classes).eval()
-    stem = model.init_conv if name.startswith("wrn") else model.conv1
+@pytest.mark.parametrize("name", ["wrn-10-1", "preact-resnet-18", "preact-resnet-18-plain"])
+def test_pixels_are_normalised_as_published_and_the_statistics_are_no_weights(
+    name: str, data: str, mean_and_deviation: tuple[tuple[float, ...], tuple[float, ...]]
+) -> None:
+    model = build(name, 100 if data == "cifar100" else 10, data).eval()
+    stem = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
     seen = []
     stem.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
     x = torch.rand(2, *IMAGE_SHAPE)
     model(x)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in STATISTICS[num_classes])
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in mean_and_deviation)
     torch.testing.assert_close(seen[0], (x - mean) / std)
     assert not {"mean", "std"} & set(model.state_dict())
 

@@ -292,8 +292,24 @@ def test_batch_norm_momentum_without_batch_norm_is_an_error() -> None:
 def test_smoothed_labels() -> None:
     y = torch.tensor([2, 0])
     expected = torch.tensor([[0.05, 0.05, 0.9], [0.9, 0.05, 0.05]])
-    torch.testing.assert_close(smoothed(y, 3, 0.1), expected)
-    assert torch.equal(smoothed(y, 3, 0.0), torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]))
+    torch.testing.assert_close(smoothed(y, 3, 0.1, "others"), expected)
+    for over in ("all", "others"):
+        assert torch.equal(smoothed(y, 3, 0.0, over), torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]))
+
+
+def test_smoothing_is_that_of_torch_and_of_the_published_code() -> None:
+    """.91 and .01 for an amount of .1 over ten classes."""
+    y, logits = torch.arange(10), torch.randn(10, 10, generator=torch.Generator().manual_seed(0))
+    targets = smoothed(y, 10, 0.1)
+    torch.testing.assert_close(targets[0], torch.tensor([0.91] + [0.01] * 9))
+    expected = nn.functional.cross_entropy(logits, y, label_smoothing=0.1)
+    torch.testing.assert_close(nn.functional.cross_entropy(logits, targets), expected)
+    # the other convention is the same at nine tenths of the amount
+    torch.testing.assert_close(smoothed(y, 10, 0.09, "others"), targets)
+
+
+def test_runs_smooth_as_published() -> None:
+    assert settings(label_smoothing=0.1).label_smoothing_over == "all"
 
 
 @pytest.mark.parametrize(

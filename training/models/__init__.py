@@ -11,8 +11,10 @@ from typing import Any
 
 from torch import nn
 
+from training.data import Statistics
 from training.errors import InputError, unknown_name
 from training.models import from_timm, wide_resnet
+from training.models.cifar import ImageClassifier
 from training.models.preact_resnet import preact_resnet_18, preact_resnet_18_silu
 from training.models.resnet import plain_preact_resnet_18, resnet_18
 from training.models.small import digits_cnn, digits_cnn_bn, toy_mlp
@@ -30,14 +32,23 @@ MODELS: dict[str, Builder] = {
 }
 
 
-def build(name: str, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    """The classifier called ``name``, freshly initialised from torch's global generator."""
+def build(name: str, input_shape: tuple[int, ...], num_classes: int, statistics: Statistics | None = None) -> nn.Module:
+    """The classifier called ``name``, freshly initialised from torch's global generator.
+
+    Args:
+        name: of the registry, ``timm:NAME`` or ``module:function``.
+        input_shape: shape of one input.
+        num_classes: L.
+        statistics: of the data set, for architectures of this package that normalise; None leaves the pixels alone.
+    """
     builder = _builder(name)
     if builder is None:
         raise unknown_name("model", name, [*MODELS, wide_resnet.PATTERN, "timm:NAME", "module:function"])
     model = builder(input_shape, num_classes)
     if not isinstance(model, nn.Module):
         raise InputError(f"model: {name} returned {type(model).__name__}, it must return a torch.nn.Module")
+    if isinstance(model, ImageClassifier) and model.normalises and statistics is not None:
+        model.set_statistics(statistics)
     return model
 
 

@@ -6,16 +6,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
+from training.data import Statistics
 from training.errors import InputError
 
 IMAGE_SHAPE = (3, 32, 32)
-# Mean and standard deviation of each channel, by the number of classes: CIFAR-10 and CIFAR-100 as published weights
-# of this field expect them. Any other number of classes takes those of CIFAR-10.
-STATISTICS = {
-    10: ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
-    100: ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-}
-NO_STATISTICS = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
 def check_images(name: str, input_shape: tuple[int, ...]) -> None:
@@ -31,17 +25,26 @@ def check_batch(x: Tensor) -> None:
 
 
 class ImageClassifier(nn.Module):
-    """Images [N, 3, 32, 32] in [0, 1] to logits [N, L]; attacks see the pixels, the network normalises them itself."""
+    """Images [N, 3, 32, 32] in [0, 1] to logits [N, L]; attacks see the pixels, the network normalises them itself.
+
+    The statistics belong to the data set: :func:`training.models.build` sets them, and a checkpoint keeps them. Until
+    then they are 0 and 1.
+    """
 
     mean: Tensor
     std: Tensor
+    normalises = True  # whether this architecture normalises at all, as it is published
 
-    def __init__(self, num_classes: int, *, normalise: bool = True) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        mean, std = STATISTICS.get(num_classes, STATISTICS[10]) if normalise else NO_STATISTICS
         # Published state dicts do not hold them.
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.zeros(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.ones(3, 1, 1), persistent=False)
+
+    def set_statistics(self, statistics: Statistics) -> None:
+        """Normalise with this mean and this standard deviation of each channel."""
+        for buffer, values in zip((self.mean, self.std), statistics, strict=True):
+            buffer.copy_(torch.tensor(values).view(3, 1, 1))
 
     def normalised(self, x: Tensor) -> Tensor:
         check_batch(x)
@@ -63,8 +66,10 @@ def activation(silu: bool) -> nn.Module:
 
 
 def initialise(network: nn.Module) -> None:
-    """Convolutions from N(0, 2 / (k² outputs)); everything else keeps torch's own initialisation."""
+    """Convolutions from N(0, 2 / (k² outputs)), no bias at first, the rest as torch does it: as published."""
     for module in network.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
         if isinstance(module, nn.Conv2d):
             deviation = math.sqrt(2 / (math.prod(module.kernel_size) * module.out_channels))
             nn.init.normal_(module.weight, 0.0, deviation)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from training import checkpoint, data, models
+from training.data import STATISTICS, Statistics
 from training.errors import InputError, unknown_name
 
 # Where a file keeps its weights: SCORE's pipeline (averaged ones first), RobustBench.
@@ -58,7 +59,9 @@ def load(
     elif state.get("format") == checkpoint.FORMAT:
         network = _from_run(state, Path(source), model, shape, classes)
     else:
-        network = _from_weights(_weights(state, Path(source)), Path(source), model, shape, classes)
+        # Published weights expect the statistics of their data set.
+        statistics = STATISTICS.get(data or ("cifar100" if classes == 100 else "cifar10"))
+        network = _from_weights(_weights(state, Path(source)), Path(source), model, shape, classes, statistics)
     return network.to(device).eval()
 
 
@@ -119,15 +122,34 @@ def _from_run(
     if data_format(settings["data"]) != (input_shape, num_classes):
         wanted = f"{num_classes} classes of inputs {list(input_shape)}"
         raise InputError(f"model_from: {path} was trained on {settings['data']}, expected a classifier for {wanted}")
-    return _fitted(models.build(own, input_shape, num_classes), state["network"], path, own)
+    statistics = statistics_of(state, settings["data"])
+    return _fitted(models.build(own, input_shape, num_classes, statistics), state["network"], path, own)
+
+
+def statistics_of(state: dict[str, Any], data_name: str) -> Statistics | None:
+    """What the classifier of a checkpoint normalises its input with.
+
+    Checkpoints from before this was saved have networks that normalise as for CIFAR, on SVHN too.
+    """
+    if "statistics" not in state:
+        return STATISTICS["cifar100" if data_format(data_name)[1] == 100 else "cifar10"]
+    if state["statistics"] is None:
+        return None
+    mean, deviation = state["statistics"]
+    return tuple(mean), tuple(deviation)
 
 
 def _from_weights(
-    weights: Mapping[str, Tensor], path: Path, model: str | None, input_shape: tuple[int, ...], num_classes: int
+    weights: Mapping[str, Tensor],
+    path: Path,
+    model: str | None,
+    input_shape: tuple[int, ...],
+    num_classes: int,
+    statistics: Statistics | None,
 ) -> nn.Module:
     """The classifier of a bare state dict."""
     name = _architecture(weights, model, num_classes, path)
-    return _fitted(models.build(name, input_shape, num_classes), weights, path, name)
+    return _fitted(models.build(name, input_shape, num_classes, statistics), weights, path, name)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -35,12 +35,12 @@ class PreActResNet(ImageClassifier):
     """Images [N, 3, 32, 32] in [0, 1] to logits [N, L], 18 layers.
 
     Args:
-        num_classes: L; it also picks the statistics of the normalisation.
+        num_classes: L.
         silu: SiLU instead of ReLU.
     """
 
     def __init__(self, num_classes: int, *, silu: bool = False) -> None:
-        super().__init__(num_classes)
+        super().__init__()
 
         def group(inputs: int, outputs: int, stride: int) -> nn.Sequential:
             return nn.Sequential(Block(inputs, outputs, stride, silu), Block(outputs, outputs, 1, silu))

@@ -62,8 +62,10 @@ def group(block: Callable[[int, int, int], nn.Module], inputs: int, outputs: int
 class ResNet(ImageClassifier):
     """Images [N, 3, 32, 32] in [0, 1] to logits [N, L], 18 layers, ReLU, no normalisation of the pixels."""
 
+    normalises = False
+
     def __init__(self, num_classes: int) -> None:
-        super().__init__(num_classes, normalise=False)
+        super().__init__()
         self.conv1 = conv3x3(3, 64)
         self.bn1 = nn.BatchNorm2d(64)
         self.layer1 = group(BasicBlock, 64, 64, 1)
@@ -86,7 +88,7 @@ class PlainPreActResNet(ImageClassifier):
     """
 
     def __init__(self, num_classes: int) -> None:
-        super().__init__(num_classes)
+        super().__init__()
         self.conv1 = conv3x3(3, 64)
         self.layer1 = group(PreActBlock, 64, 64, 1)
         self.layer2 = group(PreActBlock, 64, 128, 2)

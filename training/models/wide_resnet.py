@@ -54,12 +54,12 @@ class WideResNet(ImageClassifier):
     Args:
         depth: convolutions on the longest path, 6 n + 4.
         width: factor of the channels 16, 32, 64 of the three groups.
-        num_classes: L; it also picks the statistics of the normalisation.
+        num_classes: L.
         silu: SiLU instead of ReLU.
     """
 
     def __init__(self, depth: int, width: int, num_classes: int, *, silu: bool = False) -> None:
-        super().__init__(num_classes)
+        super().__init__()
         blocks = (depth - 4) // 6
         channels = [16, 16 * width, 32 * width, 64 * width]
         self.init_conv = SameConv2d(3, channels[0])
