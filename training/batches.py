@@ -16,6 +16,21 @@ from training.errors import InputError
 from training.generated import GeneratedImages, GeneratedStream
 from training.smoothing import smoothed
 
+ORIGINAL_SHARE = 0.3  # of a batch with generated images
+
+
+def originals_of_batch(settings: RunSettings) -> int:
+    """How many original images a batch has."""
+    share = (settings.original_share or ORIGINAL_SHARE) if settings.generated else 1.0
+    return round(share * settings.batch_size)
+
+
+def steps_of_epoch(settings: RunSettings, images: int) -> int:
+    """The batches of an epoch over so many original images, of which none is seen twice."""
+    steps = settings.steps_per_epoch or math.ceil(images / settings.batch_size)
+    possible = images // originals_of_batch(settings) if settings.generated else math.ceil(images / settings.batch_size)
+    return min(steps, possible)
+
 
 class Batches:
     """The batches of a run, whole ones: under torchrun every process makes the same and takes its share.
@@ -39,20 +54,19 @@ class Batches:
         self.num_classes = data.num_classes
         self.order, self.augmentation = order, augmentation
         self.format = torch.channels_last if settings.channels_last and self.x.dim() == 4 else torch.contiguous_format
-        self.steps = math.ceil(len(self.x) / settings.batch_size)
         self.originals = settings.batch_size
         self.stream: Prefetched | None = None
         if settings.generated:
             images = GeneratedImages(settings.generated, num_classes=data.num_classes, shape=data.input_shape)
             self.stream = Prefetched(GeneratedStream(images, settings.seed), self.x.device)
-            self.originals = round(settings.original_share * settings.batch_size)
+            self.originals = originals_of_batch(settings)
             if not 0 < self.originals < settings.batch_size or self.originals > len(self.x):
+                share = settings.original_share or ORIGINAL_SHARE
                 raise InputError(
-                    f"original_share: {settings.original_share:g} of a batch of {settings.batch_size} is "
-                    f"{self.originals} originals a step, allowed: at least 1, fewer than a batch, up to "
-                    f"the {len(self.x)} there are"
+                    f"original_share: {share:g} of a batch of {settings.batch_size} is {self.originals} originals a "
+                    f"step, allowed: at least 1, fewer than a batch, up to the {len(self.x)} there are"
                 )
-            self.steps = min(self.steps, len(self.x) // self.originals)
+        self.steps = steps_of_epoch(settings, len(self.x))
 
     def epoch(self, first: int = 0) -> Iterator[Tensor]:
         """The indices of the original samples of each step, from step ``first``; draws the order of the epoch."""

@@ -43,7 +43,9 @@ DEFAULT_OBJECTIVES = {
     "toy": ("standard", "pgd_at:kl", "score_direct:oracle", "score_direct:score_network"),
     "cifar10": ("standard", "pgd_at:kl", "pgd_at:se", "trades:kl", "trades:se"),
     "cifar100": ("standard", "pgd_at:kl", "pgd_at:se", "trades:kl", "trades:se"),
+    "svhn": ("standard", "pgd_at:kl", "pgd_at:se", "trades:kl", "trades:se"),
 }
+GENERATED = "generated"  # part of an entry's name
 ROOT = Path(__file__).resolve().parent.parent
 POLL_SECONDS = 0.5
 LOG_LINES = 5  # of a failed run, shown
@@ -54,7 +56,9 @@ class CompareSettings:
     """Which objectives to compare, on what, and how often."""
 
     data: DataName = "digits"  # data set
-    objectives: tuple[str, ...] = ()  # OBJECTIVE[:DIVERGENCE][:POSTERIOR], such as trades:se; none: the usual ones
+    # OBJECTIVE[:DIVERGENCE][:POSTERIOR][:generated], such as trades:se; none: the usual ones
+    objectives: tuple[str, ...] = ()
+    generated: tuple[Path, ...] = ()  # files of generated images, for the entries with :generated
     seeds: tuple[int, ...] = (0, 1, 2)  # one run of each objective a seed; the split is always the same
     out: Path | None = None  # folder of the comparison; None is runs/compare-DATA
     jobs: int = 0  # runs side by side, one CPU thread each; 0 is the number of cores
@@ -68,6 +72,7 @@ class Entry(NamedTuple):
     objective: str
     divergence: str
     posterior: str | None
+    generated: bool = False  # trained on generated images too
 
     @property
     def family(self) -> str:
@@ -82,7 +87,7 @@ class Entry(NamedTuple):
             words.pop()
         if self.posterior:
             words = [words[0], report.POSTERIOR_NAMES[self.posterior], *([] if self.divergence == "kl" else words[1:])]
-        return " ".join(words)
+        return " ".join(words) + (", generated data too" if self.generated else "")
 
 
 class Job(NamedTuple):
@@ -104,10 +109,13 @@ class Job(NamedTuple):
 
 
 def parse_entry(name: str) -> Entry:
-    """``OBJECTIVE[:DIVERGENCE][:POSTERIOR]``, the parts after the first in any order."""
+    """``OBJECTIVE[:DIVERGENCE][:POSTERIOR][:generated]``, the parts after the first in any order."""
     objective, *parts = name.split(":")
     if objective not in get_args(Objective):
-        raise unknown_name("objectives", name, [f"{o}[:DIVERGENCE][:POSTERIOR]" for o in get_args(Objective)])
+        form = "[:DIVERGENCE][:POSTERIOR][:generated]"
+        raise unknown_name("objectives", name, [f"{o}{form}" for o in get_args(Objective)])
+    generated = GENERATED in parts
+    parts = [part for part in parts if part != GENERATED]
     divergence, posterior = "kl", "score_network" if objective == "score_direct" else None
     for part in parts:
         if part in KINDS:
@@ -115,14 +123,26 @@ def parse_entry(name: str) -> Entry:
         elif part in get_args(Posterior) and objective == "score_direct":
             posterior = part
         else:
-            allowed = [*KINDS, *(get_args(Posterior) if objective == "score_direct" else ())]
+            allowed = [*KINDS, *(get_args(Posterior) if objective == "score_direct" else ()), GENERATED]
             raise unknown_name(f"objectives: {name}", part, allowed)
-    return Entry(name, objective, divergence, posterior)
+    return Entry(name, objective, divergence, posterior, generated)
+
+
+def usual_objectives(settings: CompareSettings) -> list[str]:
+    """What is compared where nothing is named; with generated images the surrogates, without them and with them."""
+    usual = DEFAULT_OBJECTIVES[settings.data]
+    if not settings.generated:
+        return list(usual)
+    surrogates = [name for name in usual if name.startswith(("pgd_at", "trades"))]
+    return [full for name in surrogates for full in (name, f"{name}:{GENERATED}")]
 
 
 def plan(settings: CompareSettings, options: Sequence[str], out: Path, jobs: int) -> list[Job]:
     """All runs, seed by seed, each checked by the parser of training.run before the first one starts."""
-    entries = [parse_entry(name) for name in settings.objectives or DEFAULT_OBJECTIVES[settings.data]]
+    entries = [parse_entry(name) for name in settings.objectives or usual_objectives(settings)]
+    if any(entry.generated for entry in entries) != bool(settings.generated):
+        given = "no file given" if not settings.generated else f"{settings.generated[0]} given, but no entry uses it"
+        raise InputError(f"generated: {given}, expected --generated FILE and entries such as pgd_at:kl:{GENERATED}")
     if len({entry.name for entry in entries}) < len(entries):
         raise InputError(f"objectives: {' '.join(settings.objectives)} names one twice, each may stand once")
     planned = []
@@ -132,6 +152,8 @@ def plan(settings: CompareSettings, options: Sequence[str], out: Path, jobs: int
             arguments = ["--objective", entry.objective, "--divergence", entry.divergence, "--data", settings.data]
             if entry.posterior:
                 arguments += ["--posterior", entry.posterior]
+            if entry.generated:
+                arguments += ["--generated", *map(str, settings.generated)]
             arguments += ["--seed", str(seed), "--out", str(folder)]
             if jobs > 1:
                 arguments += ["--threads", "1"]

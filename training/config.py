@@ -56,7 +56,9 @@ class RunSettings:
     shift: int = 0  # augmentation: random shift of the training images by up to this many pixels; 0 turns it off
     flip: bool = False  # augmentation: mirror half of the training images, left to right
     generated: tuple[Path, ...] = ()  # files of generated images mixed into each batch (.npz, see docs/data.md)
-    original_share: float = 0.3  # share of original images in a batch, where generated ones are given
+    original_share: float | None = None  # share of original images in a batch with generated ones; None is .3
+    originals_only: bool = False  # train a recipe that has such a share without generated images
+    validation_size: int | None = None  # CIFAR, SVHN: first training images, kept to validate; None: 1,024; 0: none
     model: str = "digits_cnn"  # classifier: a name of training.models, timm:NAME, or module:function of your own
 
     # Threat model and the attack during training
@@ -83,6 +85,8 @@ class RunSettings:
 
     # Optimisation
     epochs: int = 40  # passes over the training data
+    # batches of an epoch; None is one pass. With generated images: as many as the originals would fill by themselves
+    steps_per_epoch: int | None = None
     batch_size: int = 64  # samples a step
     optimizer: Literal["sgd", "adam"] = "adam"  # both from torch
     fused: bool = False  # torch's fused kernel of the optimiser
@@ -143,7 +147,7 @@ class RunSettings:
 
     @property
     def data_settings(self) -> DataSettings:
-        return DataSettings(self.data, self.limit, self.toy_labels, self.data_root, self.download)
+        return DataSettings(self.data, self.limit, self.toy_labels, self.data_root, self.download, self.validation_size)
 
     def threat_model(self, lower: float, upper: float) -> ThreatModel:
         return ThreatModel(self.norm, self.eps, self.step_size, lower, upper)
@@ -166,7 +170,9 @@ RANGES: dict[str, Check] = {
     "divergence": (lambda v: v in KINDS, ", ".join(KINDS)),
     "limit": (lambda v: v >= 0, "0 (all) or a number of points"),
     "shift": (lambda v: 0 <= v <= 4, "0 to 4 pixels"),
-    "original_share": (lambda v: 0 < v < 1, "between 0 and 1, exclusive"),
+    "original_share": (lambda v: v is None or 0 < v < 1, "between 0 and 1, exclusive"),
+    "validation_size": (lambda v: v is None or v >= 0, "0 (none) or a number of images"),
+    "steps_per_epoch": (lambda v: v is None or v >= 1, "at least 1"),
     "eps": (_positive, "a finite number above 0"),
     "step_size": (lambda v: v is None or _positive(v), "a finite number above 0, or None for eps / 4"),
     "free_replays": (lambda v: v >= 0, "0 (off) or a number of passes"),
@@ -234,13 +240,28 @@ def validate(settings: RunSettings) -> None:
         raise InputError(f"autoattack: {settings.autoattack!r} on the toy, which has no images, allowed: none")
     if settings.accumulate > settings.batch_size:
         raise InputError(f"accumulate: {settings.accumulate} parts, allowed: 1 to batch_size = {settings.batch_size}")
-    if settings.generated and settings.data in ("toy", "digits"):
-        raise InputError(f"generated: given on {settings.data}, allowed on cifar10, cifar100 and svhn")
+    _validate_images(settings)
     device = resolve_device(settings.device)
     if settings.graph == "on" and device.type != "cuda":
         raise InputError(f"graph: 'on' on {device}, allowed: auto or off, or a CUDA device")
     if settings.precision == "tf32" and device.type != "cuda":
         raise InputError(f"precision: 'tf32' on {device}, allowed: auto, float32 or bfloat16, or a CUDA device")
+
+
+def _validate_images(settings: RunSettings) -> None:
+    if settings.generated and settings.data == "toy":
+        raise InputError("generated: given on the toy, which has no images, allowed: on data sets of images")
+    if settings.generated and settings.originals_only:
+        raise InputError(f"originals_only: True with generated = {settings.generated[0]}, allowed: one of the two")
+    if settings.original_share is not None and not settings.generated and not settings.originals_only:
+        raise InputError(
+            f"generated: none given, but original_share is {settings.original_share:g}: the rest of each batch is for "
+            "generated images; give --generated FILE (docs/data.md), or --originals-only to train without"
+        )
+    if settings.validation_size == 0 and settings.selection == "best":
+        raise InputError(
+            "selection: 'best' with validation_size 0, which leaves nothing to select on, allowed: --selection last"
+        )
 
 
 def _validate_optimisation(settings: RunSettings) -> None:
@@ -381,7 +402,9 @@ def typed_values(table: dict[str, Any], where: str) -> dict[str, Any]:
 
 def from_table(table: dict[str, Any], where: str) -> RunSettings:
     """The settings that a run saved, in its config.toml or in a checkpoint."""
-    values = {"autoattack": "none", **typed_values(table, where)}  # runs from before AutoAttack do not name it
+    # Runs from before these were settings do not name them.
+    before = {"autoattack": "none", "originals_only": not table.get("generated")}
+    values = {**before, **typed_values(table, where)}
     nested = _construct(PosteriorSettings, values.pop("posterior_settings", {}), f"{where}: posterior_settings")
     try:
         settings = RunSettings(**values, posterior_settings=nested)

@@ -60,6 +60,7 @@ class DataSettings:
     toy_labels: ToyLabels = "oracle"  # targets on the toy: p_d(y|x) or the sampled labels
     root: Path | None = None  # folder with cifar-10-batches-py, cifar-100-python or *_32x32.mat; None: $SCOREMATCH_DATA
     download: bool = False  # let torchvision download the data set into that folder where it is missing
+    validation_size: int | None = None  # CIFAR and SVHN: first training images, which validate; None is 1,024
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,9 @@ def load(settings: DataSettings) -> Data:
     """The data set that ``settings`` names, on the CPU."""
     if settings.name in CIFAR or settings.name in HOUSE_NUMBERS:
         return _of_files(settings)
+    if settings.validation_size is not None:
+        given = f"{settings.validation_size} on {settings.name}, whose split is fixed"
+        raise InputError(f"validation_size: {given}, allowed on {', '.join([*CIFAR, *HOUSE_NUMBERS])}")
     if settings.name == "digits":
         data = _digits()
     elif settings.name == "toy":
@@ -136,13 +140,19 @@ def _toy(labels: ToyLabels) -> Data:
 
 
 def _of_files(settings: DataSettings) -> Data:
-    """CIFAR or SVHN in [0, 1]: the first 1,024 training images validate.
+    """CIFAR or SVHN in [0, 1]: the first 1,024 training images validate, or as many as asked for.
 
     48,976 images of CIFAR-10 and CIFAR-100 train and 10,000 test, 72,233 and 26,032 of SVHN.
     """
     x, y = _part(settings, train=True)
-    validation = (_pixels(x[:CIFAR_VALIDATION]), y[:CIFAR_VALIDATION])
-    x, y = x[CIFAR_VALIDATION:], y[CIFAR_VALIDATION:]
+    kept = CIFAR_VALIDATION if settings.validation_size is None else settings.validation_size
+    if kept > len(x) - FORMATS[settings.name][1]:
+        raise InputError(
+            f"validation_size: {kept} of {len(x)} images, allowed: 0 to {len(x) - FORMATS[settings.name][1]} on "
+            f"{settings.name}"
+        )
+    validation = (_pixels(x[:kept]), y[:kept])
+    x, y = x[kept:], y[kept:]
     num_classes = FORMATS[settings.name][1]
     if _limited(settings, num_classes, len(x)):
         index = _balanced(y, settings.limit)

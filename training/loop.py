@@ -344,6 +344,8 @@ class Trainer(Engine):
         """
         settings, data = self.settings, self.data
         x, y = data.x_validation, data.y_validation
+        if not len(x):
+            return {}
         attack = measures.pgd(
             self.threat_model, steps=settings.validation_steps, restarts=1, losses=settings.validation_losses
         )
@@ -367,6 +369,8 @@ class Trainer(Engine):
         Standard training is ranked by clean accuracy first: its robust accuracy is highest before it has learned much.
         """
         order = ("val_acc", "val_pgd_acc") if self.settings.objective == "standard" else ("val_pgd_acc", "val_acc")
+        if not len(self.data.x_validation):
+            return False
         better = [entry[key] for key in order] >= [self.best.get(key, -1.0) for key in order]
         if better:
             self.best = {"epoch": self.epoch, **{key: entry[key] for key in order}}

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scorematch import ThreatModel, objectives
 from training import command_line, config, hardware, models
+from training.batches import steps_of_epoch
 from training.config import RunSettings
 from training.data import FORMATS
 from training.errors import InputError, run_program
@@ -69,6 +70,8 @@ def main(arguments: list[str]) -> None:
         value = getattr(settings, name)
         if value is not None and not value > 0:
             raise InputError(f"{name}: {value} is out of range, allowed: above 0")
+    if not {"--generated", "--originals-only"} & {option.split("=")[0] for option in rest}:
+        rest = [*rest, "--originals-only"]  # a batch of generated images costs the same, and no file is needed
     run = config.parse(rest)
     if run.objective == "score_direct":
         raise InputError(
@@ -83,7 +86,7 @@ def main(arguments: list[str]) -> None:
 
 def plan(run: RunSettings, train_images: int, settings: PlanSettings) -> Plan:
     """Count one step of ``run`` as it would be launched on that hardware."""
-    steps = -(-train_images // run.batch_size)
+    steps = run.steps_per_epoch or steps_of_epoch(run, train_images)
     device = hardware.GPU if settings.hardware == "gpu" else hardware.hardware_of(torch.device("cpu"))
     speed = speed_of(run, device, run.epochs * steps, settings.gpus)
     shape, num_classes = FORMATS[run.data]

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import CIFAR_TEST, CIFAR_TRAIN
 
 from training import checkpoint, config, data
 from training.batches import Batches
@@ -48,6 +49,7 @@ def test_table3_with_generated_images(
     call: Call, cifar10_root: Path, generated_files: list[Path], real_images: bool, tmp_path: Path
 ) -> None:
     options = "--recipe table3 --model wrn-10-1-silu --steps 2 --epochs 8 --warmup 0.3 --averaging 0.8 --lr 0.05"
+    options += " --steps-per-epoch 5"
     out = tmp_path / "run"
     clean = trained(call, cifar10_root, out, *options.split(), "--generated", *generated_files)
     assert real_images or clean > learned(real_images), "the generated images are noise: only with the like"
@@ -60,7 +62,8 @@ def test_table3_with_generated_images(
 def test_batches_mix_both_kinds_of_images(cifar10_root: Path, generated_files: list[Path]) -> None:
     settings = config.parse(
         [
-            *["--recipe", "table3", "--batch-size", "40", "--limit", "100", "--shift", "0", "--no-flip", "--data-root"],
+            *["--recipe", "table3", "--batch-size", "40", "--limit", "100", "--shift", "0", "--no-flip"],
+            *["--steps-per-epoch", "None", "--data-root"],
             *map(str, [cifar10_root, "--generated", *generated_files]),
         ]
     )
@@ -100,3 +103,42 @@ def test_a_network_of_timm(call: Call, cifar10_root: Path, tmp_path: Path) -> No
     attack = "--attack autoattack --version fast --limit 8"
     ending = call("evaluate", "--run", out, "--data-root", cifar10_root, *attack.split())
     assert ending.status == 0, ending.err
+
+
+def test_a_recipe_with_generated_images_is_refused_without_them(call: Call, cifar10_root: Path) -> None:
+    options = ["--recipe", "table3", "--model", "wrn-10-1", *SMALL.split(), "--data-root", cifar10_root, "--out", "run"]
+    ending = call("run", *options)
+    assert ending.status == 2
+    assert "generated: none given, but original_share is 0.3" in ending.err
+    assert "--originals-only to train without" in ending.err
+    assert not Path("run").exists()
+
+
+def test_a_recipe_with_generated_images_trained_without_them(call: Call, cifar10_root: Path) -> None:
+    options = ["--recipe", "table3", "--model", "wrn-10-1", *SMALL.split(), "--data-root", cifar10_root, "--out", "run"]
+    ending = call("run", *options, "--originals-only", "--epochs", "1", "--steps", "1", "--steps-per-epoch", "3")
+    assert ending.status == 0, ending.err
+    assert json.loads(Path("run/summary.json").read_text())["steps"] == 3
+    assert call("evaluate", "--run", "run", "--attack", "clean", "--data-root", cifar10_root).status == 0
+
+
+def test_training_on_all_images(call: Call, synthetic: Callable[[str], Path]) -> None:
+    """``--validation-size 0``: nothing to select on, so the last epoch counts."""
+    root = synthetic("cifar10")
+    options = ["--data", "cifar10", "--objective", "pgd_at", "--model", "wrn-10-1", "--steps", "1", "--epochs", "1"]
+    options += ["--validation-size", "0", "--batch-size", "300", "--autoattack", "none", "--curve-points", "0"]
+    options += ["--eval-steps", "1", "--eval-restarts", "1", "--threads", "1", "--data-root", root, "--out", "run"]
+    ending = call("run", *options)
+    assert ending.status == 2
+    assert "selection: 'best' with validation_size 0" in ending.err
+    ending = call("run", *options, "--selection", "last")
+    assert ending.status == 0, ending.err
+    summary = json.loads(Path("run/summary.json").read_text())
+    assert summary["split"] == {"seed": 0, "train": CIFAR_TRAIN, "validation": 0, "test": CIFAR_TEST}
+    assert (summary["best_epoch"], summary["steps"]) == (None, 4)
+    assert not Path("run/best.pt").exists()
+    ending = call("run", *options[:-2], "--validation-size", "1195", "--dry-run")
+    assert ending.status == 0
+    ending = call("run", *options[:-2], "--validation-size", "1195", "--out", "other")
+    assert ending.status == 2
+    assert "validation_size: 1195 of 1200 images, allowed: 0 to 1190 on cifar10" in ending.err

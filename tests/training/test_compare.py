@@ -5,9 +5,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from training import compare, measures, report
+from training import checkpoint, compare, generated, measures, report
 from training.errors import InputError
 
 RUNS = ["--objectives", "pgd_at:se", "score_direct:kernel_density", "--seeds", "0", "1", "--out", "here"]
@@ -78,6 +79,31 @@ def test_runs_from_before_autoattack(call: Any, tiny: list[str], tmp_path: Path)
     assert "AutoAttack:" not in (tmp_path / "here" / "report.html").read_text()
 
 
+def test_with_generated_images_and_without(call: Any, tiny: list[str], tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 1), np.uint8)
+    generated.save(tmp_path / "more.npz", images, np.arange(60) % 10)
+    arguments = ["--objectives", "pgd_at:kl", "pgd_at:kl:generated", "--seeds", "0", "--out", "here"]
+    ending = call("compare", *arguments, "--generated", "more.npz", "--", *tiny)
+    assert ending.status == 0, ending.err
+    comparison = json.loads((tmp_path / "here" / "compare.json").read_text())
+    folders = [Path(comparison["runs"][name][0]["folder"]) for name in ("pgd_at:kl", "pgd_at:kl:generated")]
+    losses = [checkpoint.read_metrics(folder / "metrics.jsonl")[0]["loss"] for folder in folders]
+    assert losses[0] != losses[1]
+    assert comparison["settings"]["pgd_at:kl:generated"]["generated"] == ["more.npz"]
+    assert "PGD-AT KL, generated data too" in (tmp_path / "here" / "report.html").read_text()
+    assert "2 are finished" in call("compare", *arguments, "--generated", "more.npz", "--", *tiny).out
+    for wrong in (["--objectives", "pgd_at:generated"], ["--objectives", "pgd_at", "--generated", "more.npz"]):
+        ending = call("compare", *wrong, "--seeds", "0", "--out", "other", "--", *tiny)
+        assert ending.status == 2
+        assert "expected --generated FILE and entries such as pgd_at:kl:generated" in ending.err
+
+
+def test_the_usual_objectives_with_generated_images() -> None:
+    names = compare.usual_objectives(compare.CompareSettings(generated=(Path("more.npz"),)))
+    assert names[:2] == ["pgd_at:kl", "pgd_at:kl:generated"]
+    assert len(names) == 8
+
+
 def test_a_comparison_on_the_toy(call: Any, tiny: list[str], tmp_path: Path) -> None:
     ending = call("compare", "--data", "toy", "--objectives", "standard", "--seeds", "0", "--out", "here", "--", *tiny)
     assert ending.status == 0, ending
@@ -106,7 +132,9 @@ def test_a_failed_run_is_reported_with_the_end_of_its_log(call: Any, tiny: list[
     ],
 )
 def test_names_of_objectives(name: str, expected: tuple) -> None:
-    assert compare.parse_entry(name)[1:] == expected
+    assert compare.parse_entry(name)[1:4] == expected
+    entry = compare.parse_entry(f"{name}:generated")
+    assert (entry[1:4], entry.generated) == (expected, True)
 
 
 def test_a_label_for_each_of_the_usual_objectives() -> None:

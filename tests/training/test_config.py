@@ -26,7 +26,7 @@ def test_command_line_goes_before_recipe_before_the_data_sets_recipe_before_defa
 
 def test_every_recipe_that_comes_with_the_package_is_valid() -> None:
     for path in config.RECIPES.glob("*.toml"):
-        config.parse([*STANDARD, "--recipe", path.stem])
+        config.parse([*STANDARD, "--recipe", path.stem, "--originals-only"])
 
 
 def test_unknown_key_of_a_recipe_names_it_and_the_allowed_ones(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_an_attack_that_communicates_is_not_recorded() -> None:
 
 @pytest.mark.parametrize("recipe", ["table1", "table2 --objective trades", "table3", "table3-cifar100", "table4-l2"])
 def test_the_recipes_of_the_paper_record_their_attack_in_several_processes(recipe: str) -> None:
-    settings = config.parse(f"--recipe {recipe}".split())
+    settings = config.parse(f"--recipe {recipe} --originals-only".split())
     assert settings.sync_batchnorm is False, "as published"
     assert speed_of(settings, GPU, LONG, 8).graph is True
 

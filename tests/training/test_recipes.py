@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from training import config, models
+from training.batches import originals_of_batch, steps_of_epoch
 from training.config import RunSettings
 from training.optimisation import averaging_decay, build_optimizer, build_schedule
 
@@ -20,7 +21,8 @@ STEPS = 3  # an epoch here
 
 def recipe(name: str, *options: str) -> RunSettings:
     objective = ("--objective", "pgd_at") if name == "table2" else ()
-    return config.parse(["--recipe", name, *objective, "--device", "cpu", "--dry-run", *options])
+    files = () if name in ("table1", "table2") else ("--generated", "1m.npz")
+    return config.parse(["--recipe", name, *objective, *files, "--device", "cpu", "--dry-run", *options])
 
 
 def rates(settings: RunSettings) -> list[tuple[float, float]]:
@@ -81,7 +83,7 @@ def test_generated_data_setting(name: str) -> None:
     assert found[0] == pytest.approx((0.2 / 25, 0.95))
     assert found[9] == pytest.approx((0.2, 0.85))  # 2.5 % of 400 epochs
     assert found[-1] == pytest.approx((0.2 / 25e4, 0.95))
-    assert round(settings.original_share * settings.batch_size) == (205 if name == "table3-cifar100" else 154)
+    assert originals_of_batch(settings) == (205 if name == "table3-cifar100" else 154)
     total = 400 * 98
     decays = [averaging_decay(settings, step, total) for step in (1, 979, 980, 989, total)]
     assert decays == pytest.approx([0.0, 0.0, 0.1, 10 / 19, 0.995])
@@ -116,3 +118,15 @@ def test_the_commands_of_the_page_are_valid_and_different(section: str, expected
     for settings in resolved:
         assert bool(settings.generated) == (settings.recipe in ("table3", "table3-cifar100", "table4-l2"))
     assert len({str(config.as_table(settings)) for settings in resolved}) == len(found)
+
+
+def test_the_kl_baseline_is_the_published_command() -> None:
+    (words,) = [words for words in commands("Table 4") if "kl" in words]
+    settings = config.parse([*words[2:], "--device", "cpu", "--dry-run"])
+    assert (settings.divergence, settings.beta, settings.label_smoothing) == ("kl", 5.0, 0.1)
+    assert settings.label_smoothing_over == "all"
+
+
+@pytest.mark.parametrize("name", ["table3", "table3-cifar100", "table4-l2"])
+def test_an_epoch_has_the_published_number_of_steps(name: str) -> None:
+    assert steps_of_epoch(recipe(name), 48_976) == steps_of_epoch(recipe(name), 50_000) == 98
