@@ -139,7 +139,7 @@ def trainer(settings: BenchmarkSettings, objective: str, variant: str, loaded: d
     posterior = None
     if objective == "score_direct":
         named = dataclasses.replace(settings.posterior_settings, name=settings.posterior, steps=1)
-        posterior = posteriors.build(named, loaded, seed=0, device=loaded.x_train.device, progress=False)
+        posterior = posteriors.build(named, loaded, seed=0, device=loaded.x_train.device, folder=out)
     torch.manual_seed(0)
     model = models.build(settings.model, loaded.input_shape, loaded.num_classes, loaded.statistics)
     return Trainer(parsed, loaded, model.to(loaded.x_train.device), posterior, out)

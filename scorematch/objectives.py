@@ -15,7 +15,7 @@ q = softmax of the model, y the label (or a distribution over labels), p a data 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -139,7 +139,7 @@ def pgd_at(
             gradient = _Watched(input_gradient(lambda x_adv: divergence_of(model(x_adv), y, kind=divergence)))
             return {"x_adv": _attacked(x, gradient, threat_model, attack, steps, first), **gradient.metrics()}
 
-    metrics = _found(graphs, search, x, y, _start(x, threat_model, start, generator, attack))
+    metrics = _found(graphs, search, [model], x, y, _start(x, threat_model, start, generator, attack))
     x_adv = metrics.pop("x_adv")
 
     def outcome() -> Outcome:
@@ -193,7 +193,7 @@ def trades(
             gradient = _Watched(input_gradient(lambda x_adv: logit_divergence(model(x_adv), clean, kind=divergence)))
             return {"x_adv": _attacked(x, gradient, threat_model, attack, steps, first), **gradient.metrics()}
 
-    found = _found(graphs, search, x, _start(x, threat_model, start, generator, attack))
+    found = _found(graphs, search, [model], x, _start(x, threat_model, start, generator, attack))
     x_adv = found.pop("x_adv")
 
     def outcome() -> Outcome:
@@ -259,7 +259,7 @@ def score_direct(
             trace.move(x_adv)
         return {"x_adv": x_adv, "log_p": trace.log_p, **ascent.metrics()}
 
-    metrics = _found(graphs, search, x, y, _start(x, threat_model, start, generator, attack))
+    metrics = _found(graphs, search, [model, posterior], x, y, _start(x, threat_model, start, generator, attack))
     x_adv, log_p = metrics.pop("x_adv"), metrics.pop("log_p")
 
     def outcome() -> Outcome:
@@ -364,8 +364,10 @@ def _attacked(
     return single_step(x, gradient, threat_model, attack=attack, start=first)
 
 
-def _found(graphs: AttackGraphs | None, search: Attack, *inputs: Tensor) -> dict[str, Tensor]:
-    return search(*inputs) if graphs is None else graphs(search, *inputs)
+def _found(
+    graphs: AttackGraphs | None, search: Attack, modules: Sequence[object], *inputs: Tensor
+) -> dict[str, Tensor]:
+    return search(*inputs) if graphs is None else graphs(search, *inputs, modules=modules)
 
 
 def _perturbing(weights: WeightPerturbation | None, outcome: Callable[[], Outcome]) -> Outcome:

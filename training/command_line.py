@@ -56,6 +56,17 @@ def parse_known(
     return parsed, list(unknown)
 
 
+def value_of(arguments: Sequence[str], name: str) -> str | None:
+    """The value of ``--name value`` or ``--name=value``, looked up before the other options are known."""
+    value = None
+    for position, argument in enumerate(arguments):
+        if argument == f"--{name}" and position + 1 < len(arguments):
+            value = arguments[position + 1]
+        elif argument.startswith(f"--{name}="):
+            value = argument.split("=", 1)[1]
+    return value
+
+
 def _one_line(box: str) -> str:
     """The message inside tyro's box: its lines between the title and the first rule."""
     body = re.split(r"│ ─+", box.split("╮", 1)[-1])[0]

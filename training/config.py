@@ -334,10 +334,10 @@ def resolve_threads(threads: int) -> int:
 
 def parse(arguments: Sequence[str]) -> RunSettings:
     """The settings of a run from its command line. ``--resume DIR`` starts from DIR/config.toml and changes nothing."""
-    resume = _option(arguments, "resume")
+    resume = command_line.value_of(arguments, "resume")
     if resume is not None:
         return _resumed(Path(resume), arguments)
-    default = from_recipes(_option(arguments, "data"), _option(arguments, "recipe"))
+    default = from_recipes(command_line.value_of(arguments, "data"), command_line.value_of(arguments, "recipe"))
     settings = _with_posterior(_parse(arguments, default))
     validate(settings)
     return settings
@@ -351,17 +351,6 @@ def _parse(arguments: Sequence[str], default: RunSettings) -> RunSettings:
         description="Train one classifier with one objective and measure its robustness.",
         default=default,
     )
-
-
-def _option(arguments: Sequence[str], name: str) -> str | None:
-    """The value of ``--name value`` or ``--name=value``, looked up before the other options are known."""
-    value = None
-    for position, argument in enumerate(arguments):
-        if argument == f"--{name}" and position + 1 < len(arguments):
-            value = arguments[position + 1]
-        elif argument.startswith(f"--{name}="):
-            value = argument.split("=", 1)[1]
-    return value
 
 
 def from_recipes(data: str | None, recipe: str | None) -> RunSettings:

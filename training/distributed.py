@@ -1,9 +1,10 @@
 """Several processes under torchrun, one device each: which one this is, and what they do together."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,6 +79,20 @@ def from_first(value: Any) -> Any:
     values = [value]
     distributed.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def by_first(function: Callable[[], Path]) -> Path:
+    """The path that ``function`` returns in the first process, in all of them; its InputError likewise."""
+    found: Path | str = ""
+    if rank() == 0:
+        try:
+            found = function()
+        except InputError as error:
+            found = str(error)
+    found = from_first(found)
+    if isinstance(found, str):
+        raise InputError(found)
+    return found
 
 
 def summed(values: Tensor) -> Tensor:

@@ -33,11 +33,20 @@ class Course:
     name: str  # shown beside the progress bar
     epochs: int
     steps: int  # steps of an epoch
+    total: int | None = None  # steps in all, where the last epoch is shorter
     validate_every: int = 1  # epochs between validations; the last epoch is always validated
     save_every: int = 1  # epochs between checkpoints; the last epoch always ends with one
     save_minutes: float = 15.0  # minutes between checkpoints within an epoch
     keep_last: int = 0  # how many checkpoints of earlier epochs stay, as epoch-NNNN.pt
     lr_hint: str = ""  # ends the message about a loss that is not finite
+
+    @property
+    def all_steps(self) -> int:
+        return self.total or self.epochs * self.steps
+
+    def steps_of(self, epoch: int) -> int:
+        """Steps of an epoch, which is counted from 0."""
+        return min(self.steps, self.all_steps - epoch * self.steps)
 
 
 class Engine(ABC):
@@ -103,7 +112,7 @@ class Engine(ABC):
     @property
     def steps_done(self) -> int:
         """Steps of the whole training before the one under way."""
-        return self.epoch * self.course.steps + self.step
+        return min(self.epoch * self.course.steps, self.course.all_steps) + self.step
 
     def resume(self) -> None:
         """Go back to the last checkpoint, bit for bit."""
@@ -166,7 +175,7 @@ class Engine(ABC):
         with (
             interrupts_deferred() as signal,
             tqdm(
-                total=course.epochs * course.steps,
+                total=course.all_steps,
                 initial=self.steps_done,
                 desc=course.name,
                 unit="step",
@@ -220,7 +229,7 @@ class Engine(ABC):
             report = self._pace.report(self, values["samples"])
             if report and self.rank == 0:
                 progress.write(report)
-            if self.step == self.course.steps:
+            if self.step == self.course.steps_of(self.epoch):
                 break
             # Several processes see a signal, or the time pass, at different steps: then they have to agree.
             if self.world == 1 or self.step % STEPS_BETWEEN_CHECKS == 0:
@@ -280,7 +289,7 @@ class _Pace:
             self.begin = now
             return ""
         seconds = (now - self.begin) / STEPS_BETWEEN_CHECKS
-        left = engine.course.epochs * engine.course.steps - engine.steps_done
+        left = engine.course.all_steps - engine.steps_done
         return (
             f"{count / seconds:.0f} samples/s, {peak_memory(engine.device):.1f} GiB of memory, "
             f"{duration(left * seconds)} to the last step, validation not counted"

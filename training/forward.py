@@ -1,4 +1,4 @@
-"""The network as the training loop calls it: in what precision, compiled or not."""
+"""A network as training calls it: in what precision, compiled or not."""
 
 import torch
 from torch import Tensor, nn
@@ -9,13 +9,14 @@ from training.hardware import Precision, Speed
 
 
 class Forward(nn.Module):
-    """Calls a network under autocast and returns logits in float32, whatever the arithmetic within.
+    """Calls a network under autocast and returns its outputs in float32, whatever the arithmetic within.
 
     Weights, losses and gradients of the weights stay in float32; bfloat16 has its range of exponents, so that nothing
     needs to be scaled.
 
     Args:
-        network: maps x [N, …] to logits [N, L]. Its own modes, parameters and buffers are what attacks borrow.
+        network: a classifier, from x [N, …] to logits [N, L], or a backbone with further inputs. Its own modes,
+            parameters and buffers are what attacks borrow.
         precision: ``"float32"``, ``"tf32"`` (float32 with matrix products in TF32, on CUDA) or ``"bfloat16"``.
         compile: run it by ``torch.compile``.
         fold: fold batch norm into convolutions where the network is borrowed in eval mode, without gradients of the
@@ -31,11 +32,11 @@ class Forward(nn.Module):
         self._call = torch.compile(network) if compile else network
         self._folding = Folding(network) if fold and not compile else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *more: Tensor) -> Tensor:
         if self._folding is None or self.network.training or self._takes_gradients():
-            return self._logits(x)
+            return self._outputs(x, *more)
         with self._folding.applied():
-            return self._logits(x)
+            return self._outputs(x, *more)
 
     @property
     def folds_nothing(self) -> bool:
@@ -46,11 +47,12 @@ class Forward(nn.Module):
     def _takes_gradients(self) -> bool:
         return any(parameter.requires_grad for parameter in self.network.parameters())
 
-    def _logits(self, x: Tensor) -> Tensor:
+    def _outputs(self, *inputs: Tensor) -> Tensor:
         if self.precision == "bfloat16":
-            with torch.autocast(x.device.type, torch.bfloat16):
-                return self._call(x).float()
-        return self._call(x)
+            # No weight is used twice in a pass, and a cast that is kept must not get into a recorded graph.
+            with torch.autocast(inputs[0].device.type, torch.bfloat16, cache_enabled=False):
+                return self._call(*inputs).float()
+        return self._call(*inputs)
 
 
 def forward_at(speed: Speed, network: nn.Module) -> Forward:

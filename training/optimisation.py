@@ -1,15 +1,14 @@
 """Optimiser, learning-rate schedule, averaged weights and the momentum of batch norm, all from torch."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn, optim
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.optim import lr_scheduler
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from scorematch.averaging import WeightAverage
 from training.config import RunSettings
 from training.errors import InputError
 
@@ -94,43 +93,6 @@ def averaging_decay(settings: RunSettings, step: int, total_steps: int) -> float
     if since < 0:
         return 0.0
     return min(settings.averaging, (1 + since) / (10 + since)) if settings.averaging_ramp else settings.averaging
-
-
-class WeightAverage(AveragedModel):
-    """The exponential average of weights and buffers, updated by one multi-tensor operation and without waiting.
-
-    torch's own update copies its count of updates to the device of the weights each time, which waits for the device;
-    here the count stays on the CPU. Its state is that of :class:`torch.optim.swa_utils.AveragedModel`.
-
-    Args:
-        model: what is averaged; the first update copies it.
-        decay: of the update with a number, counted from 1.
-        average_buffers: average floating-point buffers too; others, and all of them otherwise, are the model's own.
-    """
-
-    def __init__(self, model: nn.Module, decay: Callable[[int], float], average_buffers: bool) -> None:
-        super().__init__(model, use_buffers=average_buffers)
-        self.decay = decay
-
-    @torch.no_grad()
-    def update_parameters(self, model: nn.Module) -> None:
-        count = int(self.n_averaged) + 1
-        averages: list[Tensor] = list(self.module.parameters())
-        values: list[Tensor] = list(model.parameters())
-        copies: list[Tensor] = list(self.module.buffers())
-        originals: list[Tensor] = list(model.buffers())
-        if self.use_buffers:
-            averages += [buffer for buffer in copies if buffer.is_floating_point()]
-            values += [buffer for buffer in originals if buffer.is_floating_point()]
-            copies = [buffer for buffer in copies if not buffer.is_floating_point()]
-            originals = [buffer for buffer in originals if not buffer.is_floating_point()]
-        if count == 1:
-            torch._foreach_copy_(averages, values)
-        else:
-            get_ema_multi_avg_fn(self.decay(count))(averages, values, count)
-        if copies:
-            torch._foreach_copy_(copies, originals)
-        self.n_averaged.fill_(count)
 
 
 def build_average(settings: RunSettings, model: nn.Module, total_steps: int) -> WeightAverage | None:

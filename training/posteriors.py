@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 import tyro
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from scorematch import audit as scorematch_audit
-from scorematch.matching import Fit, fit_classifier, fit_denoiser
-from scorematch.networks import ConvBackbone, Denoiser, MLPBackbone, UNetBackbone
+from scorematch import augmentation
+from scorematch.matching import ClassificationLoss, DenoisingLoss, DistillationLoss, Fit, MatchingLoss
+from scorematch.matching.fit import Augment
+from scorematch.networks import ConvBackbone, Denoiser, EmbeddedDenoiser, MLPBackbone, UNetBackbone
 from scorematch.posteriors import KernelDensity, NoiseConditionalClassifier, Posterior, ScoreNetwork
 from scorematch.posteriors.base import PointwisePosterior
 from scorematch.threat_model import ThreatModel
-from training import toy
+from training import checkpoint, scores, toy
+from training.errors import InputError
+from training.forward import Forward
+from training.hardware import Speed
 
 POSTERIORS = ("score_network", "kernel_density", "noise_conditional_classifier", "oracle")
 
@@ -34,6 +40,10 @@ class DataLike(Protocol):
     def x_train(self) -> Tensor: ...
     @property
     def y_train(self) -> Tensor: ...
+    @property
+    def x_validation(self) -> Tensor: ...
+    @property
+    def y_validation(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -47,14 +57,33 @@ class PosteriorSettings:
     smoothing: float | None = None  # score_network: probability that a label anchor spreads over the other classes
     centering: Literal["posterior", "network"] = "posterior"  # score_network: how the unconditional score is removed
     nodes: int = 1  # score_network: trapezoid segments of the path integral in each step
+    linear: bool = False  # score_network: read the scores at the clean point alone, once for a whole attack
+    top_k: int | None = None  # score_network by embedding: classes whose scores are evaluated, the most probable ones
     network: Literal["mlp", "conv", "unet"] | None = None  # backbone of the score network and of the classifier
     width: int | None = None  # hidden features or channels of that backbone
     depth: int | None = None  # residual blocks of that backbone (mlp and conv)
+    patch: int = 1  # conv: rows and columns of pixels that become channels of one; 2 works at half the resolution
+    multipliers: tuple[int, ...] = (1, 2, 4)  # unet: channels at each resolution, as multiples of the width
+    dropout: float = 0.0  # probability of dropping a hidden feature while training
+    # score network: all classes from one evaluation, one head each; or told the class, one evaluation each
+    classes: Literal["heads", "embedding"] = "heads"
+    teacher: Path | None = None  # posterior.pt with a score network that this one imitates, instead of the data
     steps: int | None = None  # optimiser steps of its training
     batch_size: int | None = None  # clean samples a step of its training
     lr: float | None = None  # peak learning rate of its training
-    sigma_min: float | None = None  # smallest noise level of its training, in input units
-    sigma_max: float | None = None  # largest noise level of its training, in input units
+    warm_up: float = 0.05  # share of the steps in which the learning rate rises to its peak
+    schedule: Literal["cosine", "constant"] = "cosine"  # whether it falls afterwards
+    noise: Literal["log_uniform", "log_normal"] = "log_uniform"  # how ln σ is drawn in its training
+    sigma_min: float | None = None  # smallest noise level, in input units: of a log_uniform training, and of sampling
+    sigma_max: float | None = None  # largest noise level, likewise
+    noise_mean: float = -1.2 - math.log(2)  # log_normal: mean of ln σ, σ in input units
+    noise_deviation: float = 1.2  # log_normal: standard deviation of ln σ
+    averaging: float = 0.998  # decay of the average of its weights, from a quarter of the steps on; 0 turns it off
+    half_life: float = 0.0  # instead: samples after which a weight counts half, at most 5 % of those seen; 0 is off
+    weight_decay: float = 0.0  # of its training
+    mirror: bool | None = None  # mirror training images left to right, every second one
+    # probability of each geometric transformation of a training image that the network is told of; 0 turns them off
+    augment: float = 0.0
     likelihood_weight: float = 0.0  # classifier: weight of denoising likelihood score matching; 0 turns it off
     max_points: int | None = None  # kernel_density: training points kept (a random subset); None keeps all
 
@@ -65,10 +94,29 @@ class PosteriorSettings:
             value = getattr(self, field)
             if value is not None and not 0.0 < value < float("inf"):
                 raise ValueError(f"{field}: {value!r} is out of range, allowed: a finite number above 0")
-        for field in ("nodes", "width", "depth", "steps", "batch_size", "max_points"):
+        for field in ("nodes", "width", "depth", "steps", "batch_size", "max_points", "top_k", "patch"):
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise ValueError(f"{field}: {value!r} is out of range, allowed: at least 1")
+        if not self.multipliers or min(self.multipliers) < 1:
+            raise ValueError(f"multipliers: {self.multipliers!r} is out of range, allowed: one or more numbers from 1")
+        for field in ("dropout", "warm_up", "averaging"):
+            if not 0.0 <= getattr(self, field) < 1.0:
+                raise ValueError(
+                    f"{field}: {getattr(self, field)!r} is out of range, allowed: 0 up to, not including, 1"
+                )
+        for field in ("half_life", "weight_decay"):
+            if not 0.0 <= getattr(self, field) < math.inf:
+                raise ValueError(f"{field}: {getattr(self, field)!r} is out of range, allowed: at least 0")
+        if not 0.0 <= self.augment <= 1.0:
+            raise ValueError(f"augment: {self.augment!r} is out of range, allowed: 0 to 1")
+        if not math.isfinite(self.noise_mean) or not 0.0 < self.noise_deviation < math.inf:
+            given = f"{self.noise_mean!r} and {self.noise_deviation!r} are"
+            raise ValueError(f"noise_mean, noise_deviation: {given} out of range, allowed: finite, the second above 0")
+        if self.top_k is not None and self.classes != "embedding":
+            raise ValueError(f"top_k: {self.top_k} with classes {self.classes!r}, allowed: with embedding")
+        if self.linear and self.nodes > 1:
+            raise ValueError(f"nodes: {self.nodes} with linear, which reads the scores once, allowed: 1")
         if self.smoothing is not None and not 0.0 < self.smoothing < 1.0:
             raise ValueError(f"smoothing: {self.smoothing!r} is out of range, allowed: between 0 and 1, exclusive")
         if not 0.0 <= self.likelihood_weight < float("inf"):
@@ -93,6 +141,7 @@ COMMON: dict[str, Any] = {
     "lr": 1e-3,
     "sigma_min": 0.05,
     "sigma_max": 1.0,
+    "mirror": False,
 }
 
 # Not tuned. A range of noise wide enough for sampling, so that one network serves the posterior and training.generate.
@@ -100,11 +149,12 @@ CIFAR: dict[str, dict[str, Any]] = {
     "any": {"sigma": 0.1, "width": 64, "steps": 50_000, "lr": 5e-4, "sigma_min": 0.01, "sigma_max": 10.0},
     "score_network": {"anchor": "classifier"},
 }
+MIRRORED: dict[str, dict[str, Any]] = {**CIFAR, "any": {**CIFAR["any"], "mirror": True}}
 
 # Tuned on validation data, but for CIFAR and SVHN; docs/results.md says how.
 TUNED: dict[str, dict[str, dict[str, Any]]] = {
-    "cifar10": CIFAR,
-    "cifar100": CIFAR,
+    "cifar10": MIRRORED,
+    "cifar100": MIRRORED,
     "svhn": CIFAR,
     "digits": {
         "any": {"network": "mlp", "width": 256, "depth": 3, "steps": 2000, "batch_size": 64, "lr": 2e-3},
@@ -136,35 +186,65 @@ def build(
     *,
     seed: int,
     device: torch.device | str = "cpu",
-    progress: bool = True,
     state: dict[str, Tensor] | None = None,
+    folder: Path | None = None,
+    speed: Speed | None = None,
+    save_minutes: float = 15.0,
+    about: dict[str, Any] | None = None,
 ) -> Posterior:
     """A data posterior estimated from the training set.
 
     Args:
         settings: which one, and its hyper-parameters.
-        data: the data set; only its training part is read.
+        data: the data set; its training part is learned from, its validation part shows how well.
         seed: decides initialisation, batches and noise.
         device: where the posterior lives and is trained.
-        progress: show a progress bar on stderr.
         state: ``state_dict()`` of a posterior that was built with the same settings: nothing is trained then.
+        folder: where trainings save, ``score-network`` and ``classifier`` below it; one that was interrupted goes on.
+        speed: how networks are called in training; None is in float32.
+        save_minutes: minutes between checkpoints between two looks at held-out data.
+        about: what checkpoints say beside the settings.
 
     Raises:
         ValueError: the settings do not fit the data.
+        InputError: a teacher cannot be read.
+        Interrupted: a signal came; the state is saved.
     """
     settings = settings.resolved(data.name)
-    x, y = data.x_train.to(device), data.y_train.to(device)
-    builder = _Builder(settings, x, y, data.num_classes, seed, progress, train=state is None)
     if settings.name == "oracle":
         if data.name != "toy":
             raise ValueError(f"posterior: 'oracle' on {data.name}, allowed: p_d(y|x) is known on the toy only")
         posterior: Posterior = toy.oracle()
     else:
+        x, y = data.x_train.to(device), data.y_train.to(device)
+        held_out = data.x_validation.to(device), data.y_validation.to(device)
+        builder = _Builder(settings, x, y, held_out, data.num_classes, seed)
+        if state is None:
+            if folder is None:
+                raise ValueError("folder: none given, a posterior that is trained saves into one")
+            builder.trains = _Trains(folder, speed or Speed(), save_minutes, about or {})
         posterior = getattr(builder, settings.name)()
     posterior = posterior.to(device)
     if state is not None:
         posterior.load_state_dict(state)
     return posterior
+
+
+def at_speed(posterior: Posterior, speed: Speed) -> Posterior:
+    """The same posterior with its networks called as ``speed`` says; it shares their weights."""
+    fast = copy.copy(posterior)
+    fast._modules = dict(posterior._modules)
+    if isinstance(fast, ScoreNetwork):
+        fast.denoiser = fast.denoiser.with_backbone(_called(fast.denoiser.backbone, speed))
+        if isinstance(fast.anchor, NoiseConditionalClassifier):
+            fast.anchor = at_speed(fast.anchor, speed)  # type: ignore[assignment]
+    elif isinstance(fast, NoiseConditionalClassifier) and isinstance(fast.network, _ScaledClassifier):
+        fast.network = fast.network.with_backbone(_called(fast.network.backbone, speed))
+    return fast
+
+
+def _called(backbone: nn.Module, speed: Speed) -> nn.Module:
+    return Forward(backbone, speed.precision, speed.compile)
 
 
 def audit(
@@ -192,26 +272,45 @@ class _ScaledClassifier(nn.Module):
         logits: Tensor = self.backbone((x - self.center) * scale, sigma.log() / 4)
         return logits
 
+    def with_backbone(self, backbone: nn.Module) -> _ScaledClassifier:
+        """This classifier with another backbone, and everything else shared with it."""
+        other = copy.copy(self)
+        other._modules = {**self._modules, "backbone": backbone}
+        return other
+
+
+@dataclass(frozen=True)
+class _Trains:
+    """How the networks of a posterior are trained."""
+
+    folder: Path
+    speed: Speed
+    save_minutes: float
+    about: dict[str, Any]
+
 
 class _Builder:
     """Builds and trains the networks of one data set; a method for each posterior, called by its name."""
+
+    trains: _Trains | None = None  # None leaves the networks as they are initialised
 
     def __init__(
         self,
         settings: PosteriorSettings,
         x: Tensor,
         y: Tensor,
+        held_out: tuple[Tensor, Tensor],
         num_classes: int,
         seed: int,
-        progress: bool,
-        *,
-        train: bool,
     ) -> None:
-        self.settings, self.x, self.y = settings, x, y
-        self.num_classes, self.seed, self.progress, self.train = num_classes, seed, progress, train
+        self.settings, self.x, self.y, self.held_out = settings, x, y, held_out
+        self.num_classes, self.seed = num_classes, seed
         self.shape = tuple(x.shape[1:])
         self.center = x.mean(0) if x.dim() == 2 else x.mean()
         self.sigma_data = float((x - self.center).square().mean().sqrt())
+        if len(self.shape) != 3 and (settings.mirror or settings.augment):
+            name = "mirror" if settings.mirror else "augment"
+            raise ValueError(f"{name}: {getattr(settings, name)} for inputs {list(self.shape)}, allowed: on images")
 
     @property
     def fit(self) -> Fit:
@@ -246,69 +345,116 @@ class _Builder:
             smoothing=s.smoothing or 0.1,
             centering=s.centering,
             nodes=s.nodes,
+            linear=s.linear,
+            top_k=s.top_k,
         )
 
     def noise_conditional_classifier(self) -> NoiseConditionalClassifier:
         self._seed(1)
         network = _ScaledClassifier(self._backbone(self.num_classes, pooled=True), self.center, self.sigma_data)
         network = network.to(self.x.device)
-        if self.train:
-            denoiser = self.denoiser() if self.settings.likelihood_weight else None
-            with self._bar("noise-conditional classifier") as step:
-                fit_classifier(
-                    network, self.x, self.y, self.fit, generator=self._generator(1), denoiser=denoiser, progress=step
-                )
+        if self.trains is not None:
+            weight = self.settings.likelihood_weight
+            called = network.with_backbone(_called(network.backbone, self.trains.speed))
+            loss = ClassificationLoss(called, weight, self.denoiser() if weight else None)
+            # It is not told how images were augmented, so that it must not be asked about those alone that were not.
+            self._train("classifier", network, loss, 1, self._mirror())
         return NoiseConditionalClassifier(network, num_classes=self.num_classes, sigma=self.sigma)
 
     def denoiser(self) -> Denoiser:
         """The score network of the data set."""
         self._seed(0)
-        channels = self.x.shape[1]
-        backbone = self._backbone((self.num_classes + 1) * channels, pooled=False)
-        denoiser = Denoiser(backbone, num_classes=self.num_classes, sigma_data=self.sigma_data, center=self.center).to(
-            self.x.device
-        )
-        if self.train:
-            with self._bar("score network") as step:
-                fit_denoiser(denoiser, self.x, self.y, self.fit, generator=self._generator(0), progress=step)
+        channels, s = self.x.shape[1], self.settings
+        told = augmentation.NonLeaking.conditions if s.augment else 0
+        common: dict[str, Any] = {
+            "num_classes": self.num_classes,
+            "sigma_data": self.sigma_data,
+            "center": self.center,
+        }
+        if s.classes == "embedding":
+            backbone = self._backbone(channels, pooled=False, conditions=self.num_classes + told)
+            denoiser: Denoiser = EmbeddedDenoiser(backbone, augmentations=told, **common)
+        else:
+            backbone = self._backbone((self.num_classes + 1) * channels, pooled=False, conditions=told)
+            denoiser = Denoiser(backbone, **common)
+        denoiser = denoiser.to(self.x.device)
+        if self.trains is not None:
+            called = denoiser.with_backbone(_called(denoiser.backbone, self.trains.speed))
+            loss: MatchingLoss = DenoisingLoss(called)
+            if s.teacher is not None:
+                loss = DistillationLoss(called, self._teacher(s.teacher, told))
+            mirror = s.mirror is True
+            augment = augmentation.NonLeaking(s.augment, mirrored=mirror) if s.augment else self._mirror()
+            self._train("score-network", denoiser, loss, 0, augment)
         return denoiser
 
-    def _backbone(self, outputs: int, *, pooled: bool) -> nn.Module:
-        kind, width, depth = self.settings.network, self.settings.width, self.settings.depth
+    def _mirror(self) -> Augment | None:
+        return augmentation.mirror if self.settings.mirror else None
+
+    def _train(self, name: str, network: nn.Module, loss: MatchingLoss, purpose: int, augment: Augment | None) -> None:
+        assert self.trains is not None
+        training = scores.Training(
+            self.x,
+            self.y,
+            *self.held_out,
+            fit=self.fit,
+            augment=augment,
+            seed=self.seed,
+            random_layers=self.settings.dropout > 0,
+            speed=self.trains.speed,
+            save_minutes=self.trains.save_minutes,
+            about=self.trains.about,
+        )
+        held_out = scores.denoising_loss if isinstance(network, Denoiser) else scores.classification_loss
+        generator = torch.Generator(self.x.device).manual_seed(1_000_003 * purpose + self.seed)
+        scores.train(
+            scores.ScoreTrainer(
+                name.replace("-", " "), network, loss, held_out, training, generator, self.trains.folder / name
+            )
+        )
+
+    def _teacher(self, path: Path, told: int) -> Denoiser:
+        """The score network in a posterior.pt of the same data."""
+        saved = checkpoint.load(path, self.x.device)
+        table = saved["settings"]
+        names = {field.name for field in dataclasses.fields(PosteriorSettings)}
+        known: dict[str, Any] = {key: value for key, value in table.items() if key in names}
+        known["multipliers"] = tuple(known.get("multipliers", PosteriorSettings.multipliers))
+        try:
+            settings = PosteriorSettings(**known)
+            if settings.name != "score_network":
+                raise ValueError(f"it holds a {settings.name}, expected a score_network")
+            builder = _Builder(settings, self.x, self.y, self.held_out, self.num_classes, self.seed)
+            posterior = builder.score_network().to(self.x.device)
+            posterior.load_state_dict(saved["network"])
+        except (ValueError, TypeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"posterior_settings.teacher: {path} is no teacher for this data ({reason})") from None
+        if told and not settings.augment:
+            raise InputError(
+                f"posterior_settings.augment: the teacher in {path} is not told of augmentation, allowed: 0"
+            )
+        return posterior.denoiser
+
+    def _backbone(self, outputs: int, *, pooled: bool, conditions: int = 0) -> nn.Module:
+        s = self.settings
+        kind, width, depth = s.network, s.width, s.depth
         assert width is not None
         assert depth is not None
+        more: dict[str, Any] = {"width": width, "dropout": s.dropout, "conditions": conditions}
         if kind == "mlp":
             features = 1 if pooled else self.x[0].numel() // self.x.shape[1]
-            return MLPBackbone(self.shape, outputs * features, width=width, depth=depth)
+            return MLPBackbone(self.shape, outputs * features, depth=depth, **more)
         if len(self.shape) != 3:
             raise ValueError(f"network: {kind!r} takes images [C, H, W], the data is {list(self.shape)}; allowed: mlp")
+        shrinks = s.patch if kind == "conv" else 2 ** (len(s.multipliers) - 1)
+        if any(size % shrinks for size in self.shape[1:]):
+            name = "patch" if kind == "conv" else "multipliers"
+            size = f"{self.shape[1]}x{self.shape[2]}"
+            raise ValueError(f"{name}: {getattr(s, name)} for images of {size}, which {shrinks} must divide")
         if kind == "conv":
-            return ConvBackbone(self.shape[0], outputs, width=width, depth=depth, pooled=pooled)
-        return UNetBackbone(self.shape[0], outputs, width=width, pooled=pooled)
+            return ConvBackbone(self.shape[0], outputs, depth=depth, pooled=pooled, patch=s.patch, **more)
+        return UNetBackbone(self.shape[0], outputs, multipliers=s.multipliers, pooled=pooled, **more)
 
     def _seed(self, purpose: int) -> None:
         torch.manual_seed(1_000_003 * purpose + self.seed)
-
-    def _generator(self, purpose: int) -> torch.Generator:
-        return torch.Generator(self.x.device).manual_seed(1_000_003 * purpose + self.seed)
-
-    def _bar(self, name: str) -> _Bar:
-        return _Bar(name, self.fit.steps, self.progress)
-
-
-class _Bar:
-    """A progress bar over the steps of a training, as the callback that it asks for."""
-
-    def __init__(self, name: str, steps: int, shown: bool) -> None:
-        self.bar = tqdm(total=steps, desc=name, unit="step", disable=not shown, mininterval=1.0)
-
-    def __enter__(self) -> Callable[[int, float], None]:
-        return self._update
-
-    def __exit__(self, *exception: object) -> None:
-        self.bar.close()
-
-    def _update(self, step: int, loss: float) -> None:
-        self.bar.update()
-        if step % 50 == 0:
-            self.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)

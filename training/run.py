@@ -5,8 +5,9 @@
     python -m training.run --resume runs/trades-se-1
 
 A run writes into its folder: config.toml, metrics.jsonl (one object an epoch), checkpoint.pt (last epoch), best.pt
-(best validation), posterior.pt (score_direct), tensorboard/, and at the end curve.json, paths.json, toy.json where they
-apply and, last of all, summary.json. autoattack.pt is there only while AutoAttack is on its way.
+(best validation), posterior.pt (score_direct; the trainings of its networks are in score-network/ and classifier/),
+tensorboard/, and at the end curve.json, paths.json, toy.json where they apply and, last of all, summary.json.
+autoattack.pt is there only while AutoAttack is on its way.
 """
 
 import dataclasses
@@ -29,6 +30,7 @@ from training import checkpoint, config, data, distributed, hardware, measures, 
 from training.config import RunSettings
 from training.data import Data
 from training.errors import InputError, Interrupted, run_program
+from training.hardware import Hardware, Speed
 from training.loop import Trainer, generator
 
 STATE = "autoattack.pt"  # how far AutoAttack has come
@@ -62,7 +64,7 @@ def run(settings: RunSettings, device: torch.device) -> None:
 
     given = read_posterior(settings, settings.posterior_from) if settings.posterior_from else None
 
-    out = shared_folder(settings)
+    out = distributed.by_first(lambda: prepare_folder(settings))
     if (out / "summary.json").exists():
         if distributed.rank() == 0:
             (out / STATE).unlink(missing_ok=True)
@@ -77,20 +79,6 @@ def run(settings: RunSettings, device: torch.device) -> None:
             f"{signal}, {last} of {settings.epochs} epochs are saved; continue with: "
             f"python -m training.run --resume {out}"
         ) from None
-
-
-def shared_folder(settings: RunSettings) -> Path:
-    """The folder of the run, made by the first process of those that share it."""
-    out: Path | str = ""
-    if distributed.rank() == 0:
-        try:
-            out = prepare_folder(settings)
-        except InputError as error:
-            out = str(error)
-    out = distributed.from_first(out)
-    if isinstance(out, str):
-        raise InputError(out)
-    return out
 
 
 def prepare_folder(settings: RunSettings) -> Path:
@@ -135,11 +123,7 @@ def train_and_evaluate(
     begin = time.perf_counter()
     posterior = None
     if settings.objective == "score_direct":
-        if not first:
-            distributed.barrier()  # the first process trains it, the others read its file
         posterior = get_posterior(settings, loaded, given, out)
-        if first:
-            distributed.barrier()
     posterior_seconds = time.perf_counter() - begin
 
     torch.manual_seed(settings.seed + 1)  # a posterior trained before draws from the global generator, one loaded not
@@ -215,21 +199,37 @@ def get_posterior(settings: RunSettings, loaded: Data, given: dict[str, Any] | N
     """The data posterior: the run's own posterior.pt, one given, or a new one, trained on the training split."""
     path = out / "posterior.pt"
     state = read_posterior(settings, path) if path.exists() else given
+    about = {**config.plain(settings.posterior_settings), "data": settings.data, "limit": settings.limit}
+    device = loaded.x_train.device
+    speed = speed_of_posterior(settings, hardware.hardware_of(device))
     try:
         posterior = posteriors.build(
             settings.posterior_settings,
             loaded,
             seed=settings.seed,
-            device=loaded.x_train.device,
-            progress=sys.stderr.isatty(),
+            device=device,
             state=state,
+            folder=out,
+            speed=speed,
+            save_minutes=settings.save_minutes,
+            about=about,
         )
     except ValueError as error:
         raise InputError(f"posterior_settings: {error}") from None
-    if not path.exists():
-        about = {**config.plain(settings.posterior_settings), "data": settings.data, "limit": settings.limit}
+    if not path.exists() and distributed.rank() == 0:
         checkpoint.save(path, epoch=0, settings=about, network=posterior.state_dict())
-    return posterior
+    distributed.barrier()
+    return posteriors.at_speed(posterior, speed)
+
+
+def speed_of_posterior(settings: RunSettings, device: Hardware) -> Speed:
+    """How the networks of the posterior are called, in their training and by the attacks of the run."""
+    steps = settings.posterior_settings.steps or 0
+    return Speed(
+        precision=hardware.precision_of(settings.precision, device),
+        compile=hardware.compiles(settings.compile, device, steps),
+        fused=settings.fused,
+    )
 
 
 def measure(

@@ -1,32 +1,44 @@
 """Train the score network of a data set, sample from it and audit it: ``python -m training.score --data digits``.
 
-Writes into its folder: posterior.pt (for ``training.run`` and ``training.generate``), score.json, samples.png and
-samples.npz (the format of generated data: ``image`` uint8, ``label``) or, on the toy, scores.png.
+    python -m training.score --data digits
+    python -m training.score --recipe cifar10-edm --data-root FOLDER --out runs/score
+    python -m training.score --resume runs/score
+
+Writes into its folder: config.toml, score-network/ and classifier/ (checkpoints, held-out losses and TensorBoard curves
+of the trainings), posterior.pt (for ``training.run`` and ``training.generate``), samples.png, samples.npz (the format
+of generated data: ``image`` uint8, ``label``) or, on the toy, scores.png and, last of all, score.json. ``torchrun``
+shares the training out.
 """
 
+import dataclasses
+import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import tomli_w
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 
-from scorematch import matching, sampling
+from scorematch import sampling
 from scorematch.networks import Denoiser
 from scorematch.posteriors import ScoreNetwork
-from training import checkpoint, command_line, config, data, measures, models, posteriors, toy
+from training import checkpoint, command_line, config, data, distributed, hardware, judge, posteriors, scores, toy
 from training.data import Data, DataName, DataSettings
-from training.errors import InputError, run_program
+from training.errors import InputError, Interrupted, run_program
+from training.hardware import PrecisionWish, Speed, Switch
 from training.posteriors import PosteriorSettings
 
-SIGMAS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.8)  # noise levels of the audit, in input units
-CHUNK = 1000  # samples drawn, or distances computed, at a time
+CHUNK = 500  # samples drawn at a time
 ROWS = 20  # classes shown in samples.png
-AUDITED = 2000  # points of each split in the audit of the denoising loss and of the distances
+AUDITED = 2000  # points of each split in the audit of the denoising loss
+RECIPES = config.RECIPES / "scores"
+SMALL = 256  # features of an image up to which the distance of pixels says which image is like another
 
 
 @dataclass(frozen=True)
@@ -37,22 +49,35 @@ class ScoreSettings:
     data_root: Path | None = None  # folder with the files of CIFAR or SVHN; None is $SCOREMATCH_DATA
     download: bool = False  # let torchvision download them into that folder where they are missing
     limit: int = 0  # number of training points to keep, class-balanced on images; 0 keeps all
-    samples: int = 1000  # samples to draw, spread evenly over the classes
-    steps_per_level: int = 10  # Langevin steps at each of the noise levels
+    recipe: str | None = None  # file in training/recipes/scores, by its name without .toml, or a path
+    samples: int = 1000  # samples to draw, spread evenly over the classes; 0 draws none
+    # probability-flow ODE (Heun), or annealed Langevin dynamics; auto is heun for networks trained up to noise of ten
+    # times the spread of the data, from which it starts, and langevin for others
+    sampler: Literal["auto", "heun", "langevin"] = "auto"
     levels: int = 20  # noise levels of the sampler, falling geometrically
-    judge_epochs: int = 40  # training of the classifier that is to recognise the samples
+    steps_per_level: int = 10  # Langevin steps at each of them
+    judge_epochs: int | None = None  # training of the classifier that is to recognise the samples; None is by data set
+    # TorchScript module from uint8 [N, 3, H, W] to features [N, F]: the Fréchet distance is also measured in these
+    feature_network: Path | None = None
+    precision: PrecisionWish | None = None  # as in training.run; None is that of the data set's recipe
+    compile: Switch = "auto"  # torch.compile; auto on CUDA for trainings long enough
+    save_minutes: float = 15.0  # minutes between checkpoints between two looks at held-out data
+    deterministic: bool = False  # let torch use deterministic algorithms alone
     seed: int = 0  # decides initialisation, batches, noise and samples
     threads: int = 0  # CPU threads; 0 is all available
     device: str = "auto"  # torch device; auto is cuda where there is one
     out: Path | None = None  # folder; None is runs/score-DATA-seedSEED
+    resume: Path | None = None  # go on in this folder, with its settings
     posterior_settings: PosteriorSettings = field(default_factory=PosteriorSettings)
 
 
+NOT_SAVED = ("out", "resume", "recipe", "download")
 RANGES: dict[str, config.Check] = {
-    "samples": (lambda v: v >= 10, "at least 10"),
+    "samples": (lambda v: v == 0 or v >= 10, "0 (none), or at least 10"),
     "steps_per_level": (lambda v: v >= 1, "at least 1"),
     "levels": (lambda v: v >= 2, "at least 2"),
-    "judge_epochs": (lambda v: v >= 1, "at least 1"),
+    "judge_epochs": (lambda v: v is None or v >= 1, "at least 1"),
+    "save_minutes": config.RANGES["save_minutes"],
     "limit": config.RANGES["limit"],
     "seed": config.RANGES["seed"],
     "threads": config.RANGES["threads"],
@@ -60,132 +85,223 @@ RANGES: dict[str, config.Check] = {
 
 
 def main(arguments: list[str]) -> None:
+    settings = parse(arguments)
+    torch.set_num_threads(config.resolve_threads(settings.threads))
+    if settings.deterministic:
+        torch.use_deterministic_algorithms(True)
+    device = distributed.device_of_this_process(config.resolve_device(settings.device))
+    with distributed.processes(device):
+        run(settings, device)
+
+
+def parse(arguments: Sequence[str]) -> ScoreSettings:
+    """Defaults, then a recipe or the settings of the folder to resume, then options."""
+    folder = command_line.value_of(arguments, "resume")
+    recipe = command_line.value_of(arguments, "recipe")
+    default = ScoreSettings()
+    if folder is not None:
+        default = saved_settings(Path(folder) / "config.toml")
+    elif recipe is not None:
+        path = RECIPES / f"{recipe}.toml" if (RECIPES / f"{recipe}.toml").exists() else Path(recipe)
+        if not path.is_file():
+            names = sorted(found.stem for found in RECIPES.glob("*.toml"))
+            raise InputError(f"recipe: {recipe!r} is unknown, allowed: {', '.join(names)}, or the path of a file")
+        default = from_table(config.read_toml(path), str(path))
     settings = command_line.parse(
         ScoreSettings,
         arguments,
         program="python -m training.score",
         description="Train the score network of a data set, sample from it and audit it.",
-        default=ScoreSettings(),
+        default=default,
     )
+    if folder is not None:
+        for name, value in as_table(settings).items():
+            if value != as_table(default).get(name):
+                raise InputError(f"{name}: {value!r} contradicts {folder}, whose training keeps its settings")
+        settings = dataclasses.replace(settings, out=Path(folder), resume=Path(folder))
     config.check_ranges(settings, RANGES)
     if settings.posterior_settings.name != "score_network":
         raise InputError(f"posterior_settings.name: {settings.posterior_settings.name!r}, allowed: score_network")
-    device = config.resolve_device(settings.device)
-    torch.set_num_threads(config.resolve_threads(settings.threads))
+    return settings
+
+
+def saved_settings(path: Path) -> ScoreSettings:
+    if not path.is_file():
+        raise InputError(f"resume: {path.parent} holds no config.toml, expected the folder of an earlier call")
+    return from_table(config.read_toml(path), str(path))
+
+
+def from_table(table: dict[str, Any], where: str) -> ScoreSettings:
+    values = config.typed_table(table, ScoreSettings, where, exclude=NOT_SAVED)
+    nested = config.typed_table(values.pop("posterior_settings", {}), PosteriorSettings, f"{where}: posterior_settings")
+    try:
+        return ScoreSettings(**values, posterior_settings=PosteriorSettings(**nested))
+    except ValueError as error:
+        raise InputError(f"{where}: posterior_settings: {error}") from None
+
+
+def as_table(settings: ScoreSettings) -> dict[str, Any]:
+    return {name: value for name, value in config.plain(settings).items() if name not in NOT_SAVED}
+
+
+def run(settings: ScoreSettings, device: torch.device) -> None:
     source = DataSettings(settings.data, settings.limit, root=settings.data_root, download=settings.download)
     loaded = data.load(source).to(device)
-    if settings.samples < loaded.num_classes:
+    if 0 < settings.samples < loaded.num_classes:
         raise InputError(f"samples: {settings.samples}, allowed: at least {loaded.num_classes}, one of each class")
-    out = settings.out or Path("runs") / f"score-{settings.data}-seed{settings.seed}"
-    if (out / "score.json").exists():
-        raise InputError(f"out: {out} holds a score network already, give another folder")
-    out.mkdir(parents=True, exist_ok=True)
-
-    begin = time.perf_counter()
+    features = judge.load_features(settings.feature_network, device) if settings.feature_network else None
     resolved = settings.posterior_settings.resolved(settings.data)
+    out = distributed.by_first(lambda: prepare_folder(settings))
+    if (out / "score.json").exists():
+        if distributed.rank() == 0:
+            print(f"{out} is finished already")
+            print_result(json.loads((out / "score.json").read_text()), out)
+        return
+    speed = speed_of(settings, hardware.hardware_of(device))
+    hardware.prepare(device, speed.precision, deterministic=settings.deterministic)
     try:
-        posterior = posteriors.build(resolved, loaded, seed=settings.seed, device=device)
+        posterior, seconds = trained(settings, resolved, loaded, speed, out)
+    except Interrupted as signal:
+        raise Interrupted(f"{signal}; continue with: python -m training.score --resume {out}") from None
+    if distributed.rank() == 0:
+        report(settings, resolved, loaded, posterior, features, seconds, out)
+    distributed.barrier()
+
+
+def prepare_folder(settings: ScoreSettings) -> Path:
+    """The folder of the training, with its config.toml. What is in it is continued only if asked for."""
+    if settings.resume is not None:
+        return settings.resume
+    out = settings.out or Path("runs") / f"score-{settings.data}-seed{settings.seed}"
+    path, content = out / "config.toml", tomli_w.dumps(as_table(settings))
+    if (out / "score.json").exists() or (path.exists() and not distributed.restarts()):
+        raise InputError(f"out: {out} holds a score network already, give --resume {out} or another folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"out: {out} cannot be made ({error.strerror})") from None
+    checkpoint.write_atomically(path, content)
+    return out
+
+
+def speed_of(settings: ScoreSettings, device: hardware.Hardware) -> Speed:
+    """How the networks are called in their training."""
+    wish = settings.precision or config.from_recipes(settings.data, None).precision
+    steps = settings.posterior_settings.resolved(settings.data).steps or 0
+    return Speed(
+        precision=hardware.precision_of(wish, device),
+        compile=hardware.compiles(settings.compile, device, steps),
+        fused=device.kind == "cuda",
+    )
+
+
+def trained(
+    settings: ScoreSettings, resolved: PosteriorSettings, loaded: Data, speed: Speed, out: Path
+) -> tuple[ScoreNetwork, float]:
+    """The posterior with its networks trained, saved as posterior.pt, and the seconds that this took."""
+    about = {**config.plain(resolved), "data": settings.data, "limit": settings.limit}
+    if distributed.rank() == 0:
+        sizes = ", ".join(f"{count} {name}" for name, count in loaded.sizes.items())
+        print(f"score network of {settings.data}: {sizes}; {speed}; folder {out}")
+        sys.stdout.flush()
+    begin = time.perf_counter()
+    try:
+        posterior = posteriors.build(
+            resolved,
+            loaded,
+            seed=settings.seed,
+            device=loaded.x_train.device,
+            folder=out,
+            speed=speed,
+            save_minutes=settings.save_minutes,
+            about=about,
+        )
     except ValueError as error:
         raise InputError(f"posterior_settings: {error}") from None
     assert isinstance(posterior, ScoreNetwork)
+    if distributed.rank() == 0:
+        checkpoint.save(out / "posterior.pt", epoch=0, settings=about, network=posterior.state_dict())
+    return posterior, time.perf_counter() - begin
+
+
+def report(
+    settings: ScoreSettings,
+    resolved: PosteriorSettings,
+    loaded: Data,
+    posterior: ScoreNetwork,
+    features: judge.Features | None,
+    seconds: float,
+    out: Path,
+) -> None:
+    """What the score network has learned: score.json, and pictures."""
     result: dict[str, Any] = {
         "data": settings.data,
         "seed": settings.seed,
         "limit": settings.limit,
         "posterior_settings": config.plain(resolved),
-        "train_seconds": time.perf_counter() - begin,
+        "train_seconds": seconds,
         "split": loaded.sizes,
         "denoising_error": denoising_errors(posterior.denoiser, loaded, settings.seed),
     }
-    saved = {**config.plain(resolved), "data": settings.data, "limit": settings.limit}
-    checkpoint.save(out / "posterior.pt", epoch=0, settings=saved, network=posterior.state_dict())
     if settings.data == "toy":
         result["oracle"] = toy_errors(posterior.denoiser)
         plot_toy(posterior).savefig(out / "scores.png", dpi=150)
-    else:
-        x, y = draw(posterior.denoiser, loaded, settings)
-        result["samples"] = recognise(x, y, loaded, settings)
-        save_samples(x, y, loaded, out)
+    elif settings.samples:
+        sampler, options = sampler_of(settings, resolved, posterior.denoiser)
+        x, y = draw(posterior.denoiser, loaded, settings.samples, sampler, options, settings.seed)
+        network = judge.train(loaded, settings.judge_epochs, settings.seed)
+        result["samples"] = {"sampler": sampler, **judge.measure(network, x, y, loaded)}
+        if features is not None:
+            distances = judge.frechet_distances(features, x, loaded, settings.seed)
+            result["samples"] |= {f"feature_network_{name}": value for name, value in distances.items()}
+        like = (lambda images: images.flatten(1)) if x[0].numel() <= SMALL else judge.features_of(network)
+        save_samples(x, y, loaded, like, out)
     checkpoint.write_json(out / "score.json", result)
     print_result(result, out)
 
 
-@torch.no_grad()
 def denoising_errors(denoiser: Denoiser, loaded: Data, seed: int) -> list[dict[str, float]]:
     """Denoising loss at each noise level on training and on held-out points: their gap is memorisation."""
-    generator = torch.Generator(loaded.x_train.device).manual_seed(seed)
-    rows = []
-    for sigma in SIGMAS:
-        row = {"sigma": sigma}
-        for part in ("train", "validation"):
-            x, y = getattr(loaded, f"x_{part}")[:AUDITED], getattr(loaded, f"y_{part}")[:AUDITED]
-            noise = torch.empty_like(x).normal_(generator=generator)
-            level = torch.full((len(x),), sigma, dtype=x.dtype, device=x.device)
-            chunks = zip(*(tensor.split(CHUNK // 4) for tensor in (x, y, level, noise)), strict=True)
-            row[part] = torch.cat([matching.denoising(denoiser, *chunk) for chunk in chunks]).mean().item()
-        rows.append(row)
-    return rows
-
-
-def draw(denoiser: Denoiser, loaded: Data, settings: ScoreSettings) -> tuple[Tensor, Tensor]:
-    """Class-conditional samples by annealed Langevin dynamics, clipped to the box."""
-    device = loaded.x_train.device
-    y = torch.arange(settings.samples, device=device) % loaded.num_classes
-    resolved = settings.posterior_settings.resolved(settings.data)
-    assert resolved.sigma_min is not None
-    assert resolved.sigma_max is not None
-    generator = torch.Generator(device).manual_seed(settings.seed)
-    parts = [
-        sampling.annealed_langevin(
+    losses = {
+        part: scores.losses_by_level(
             denoiser,
-            (len(labels), *loaded.input_shape),
-            sigmas=sampling.noise_levels(resolved.sigma_max, resolved.sigma_min, settings.levels),
-            class_labels=labels,
-            steps_per_level=settings.steps_per_level,
-            generator=generator,
+            scores.denoising_loss,
+            getattr(loaded, f"x_{part}")[:AUDITED],
+            getattr(loaded, f"y_{part}")[:AUDITED],
+            seed,
         )
+        for part in ("train", "validation")
+    }
+    return [{"sigma": sigma, **{part: values[sigma] for part, values in losses.items()}} for sigma in scores.SIGMAS]
+
+
+def sampler_of(settings: ScoreSettings, resolved: PosteriorSettings, denoiser: Denoiser) -> tuple[str, dict[str, Any]]:
+    """The name of the sampler and its options."""
+    high, low = resolved.sigma_max, resolved.sigma_min
+    assert high is not None
+    assert low is not None
+    options: dict[str, Any] = {"sigmas": sampling.noise_levels(high, low, settings.levels)}
+    name = settings.sampler
+    if name == "auto":
+        name = "heun" if high >= 10 * denoiser.sigma_data else "langevin"
+    if name == "langevin":
+        options["steps_per_level"] = settings.steps_per_level
+    return name, options
+
+
+def draw(
+    denoiser: Denoiser, loaded: Data, samples: int, sampler: str, options: dict[str, Any], seed: int
+) -> tuple[Tensor, Tensor]:
+    """Class-conditional samples, clipped to the box."""
+    device = loaded.x_train.device
+    y = torch.arange(samples, device=device) % loaded.num_classes
+    generator = torch.Generator(device).manual_seed(seed)
+    function = sampling.heun if sampler == "heun" else sampling.annealed_langevin
+    parts = [
+        function(denoiser, (len(labels), *loaded.input_shape), class_labels=labels, generator=generator, **options)
         for labels in y.split(CHUNK)
     ]
     return torch.cat(parts).clamp(loaded.lower, loaded.upper), y
-
-
-def recognise(x: Tensor, y: Tensor, loaded: Data, settings: ScoreSettings) -> dict[str, float]:
-    """Are the samples of their class, and are they new?
-
-    A classifier that is trained on validation and test images alone, which the score network has not seen, names the
-    samples, and the training images for comparison. The distance of each sample to its nearest training image is set
-    beside that of the held-out images: copies would be much nearer.
-    """
-    held_out = torch.cat([loaded.x_validation, loaded.x_test]), torch.cat([loaded.y_validation, loaded.y_test])
-    judge = train_recogniser(*held_out, loaded, settings)
-    nearest, real = (nearest_distance(points, loaded.x_train) for points in (x, held_out[0][:AUDITED]))
-    return {
-        "recognised": measures.per_cent(measures.correct(judge, x, y)),
-        "training_images_recognised": measures.per_cent(measures.correct(judge, loaded.x_train, loaded.y_train)),
-        "count": float(len(x)),
-        "nearest_training_distance_median": nearest.median().item(),
-        "held_out_nearest_distance_median": real.median().item(),
-        "share_nearer_than_any_held_out": (nearest < real.min()).double().mean().item(),
-    }
-
-
-def train_recogniser(x: Tensor, y: Tensor, loaded: Data, settings: ScoreSettings) -> nn.Module:
-    torch.manual_seed(settings.seed)
-    model = models.build("digits_cnn", loaded.input_shape, loaded.num_classes).to(x.device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-    generator = torch.Generator().manual_seed(settings.seed)
-    for _ in range(settings.judge_epochs):
-        for index in torch.randperm(len(x), generator=generator).split(64):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x[index]), y[index]).backward()
-            optimizer.step()
-    return model.eval()
-
-
-def nearest_distance(x: Tensor, points: Tensor) -> Tensor:
-    """Euclidean distance of each x [N, …] to the nearest of ``points`` [M, …], [N]."""
-    chunks = x.flatten(1).split(CHUNK)
-    return torch.cat([torch.cdist(chunk, points.flatten(1)).amin(dim=1) for chunk in chunks])
 
 
 def pixels(x: Tensor, loaded: Data) -> np.ndarray:
@@ -194,16 +310,17 @@ def pixels(x: Tensor, loaded: Data) -> np.ndarray:
     return scaled.round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def save_samples(x: Tensor, y: Tensor, loaded: Data, out: Path) -> None:
-    """samples.npz, and a grid with one row a class beside the nearest training image of its first sample."""
+def save_samples(x: Tensor, y: Tensor, loaded: Data, like: judge.Features, out: Path) -> None:
+    """samples.npz, and a grid with one row a class beside the training image most like its first sample."""
     images = pixels(x, loaded)
     np.savez_compressed(out / "samples.npz", image=images, label=y.cpu().numpy())
     columns, rows = min(12, len(x) // loaded.num_classes), min(ROWS, loaded.num_classes)
     figure = Figure(figsize=(0.55 * (columns + 1.6), 0.55 * rows + 0.5), layout="constrained")
     axes = figure.subplots(rows, columns + 1, gridspec_kw={"wspace": 0.02, "hspace": 0.02})
+    of_training = like(loaded.x_train)
     for label in range(rows):
         chosen = x[y == label][:columns]
-        closest = torch.cdist(chosen[:1].flatten(1), loaded.x_train.flatten(1)).argmin()
+        closest = torch.cdist(like(chosen[:1]), of_training).argmin()
         shown = pixels(torch.cat([chosen, loaded.x_train[closest][None]]), loaded)
         for column, image in enumerate(shown):
             axis = axes[label][column]
@@ -213,7 +330,7 @@ def save_samples(x: Tensor, y: Tensor, loaded: Data, out: Path) -> None:
             for spine in axis.spines.values():
                 spine.set_edgecolor("#0072b2" if column == columns else "#dddddd")
         axes[label][0].set_ylabel(str(label), rotation=0, labelpad=10, va="center")
-    figure.suptitle("Samples by class; last column (blue): nearest training image of the first", fontsize=10)
+    figure.suptitle("Samples by class; last column (blue): the training image most like the first", fontsize=10)
     figure.savefig(out / "samples.png", dpi=150)
 
 
@@ -286,13 +403,7 @@ def print_result(result: dict[str, Any], out: Path) -> None:
                 f"{100 * row['relative_error_uniform']:.2f} % over x uniformly"
             )
     if "samples" in result:
-        s = result["samples"]
-        print(
-            f"{s['recognised']:.1f} % of {s['count']:.0f} samples are recognised by a held-out classifier "
-            f"({s['training_images_recognised']:.1f} % of the training images are); nearest training image at "
-            f"{s['nearest_training_distance_median']:.2f}, of held-out images "
-            f"{s['held_out_nearest_distance_median']:.2f}"
-        )
+        print(judge.sentences(result["samples"]))
     print(f"trained in {result['train_seconds']:.0f} s, written to {out}")
 
 

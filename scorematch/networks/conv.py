@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from .denoiser import NoiseEmbedding
 
 
 class ConvBackbone(nn.Module):
-    """Residual convolutions at full resolution, conditional on the noise level: (x [N, C, H, W], noise [N]) → output.
+    """Residual convolutions at one resolution, conditional on the noise level: (x [N, C, H, W], noise [N]) → output.
 
-    For images small enough (8×8 digits) that no down-sampling is needed: half of the blocks are dilated by two, and
-    the position of each pixel is an input.
+    For small images, or larger ones in patches. Half of the blocks are dilated by two, and the position of each pixel
+    is an input. There is nothing in it but convolutions, so that a CPU runs it many times as fast as a U-Net.
 
     Args:
         channels: C of the images.
@@ -21,7 +22,10 @@ class ConvBackbone(nn.Module):
         depth: residual blocks.
         pooled: average over the pixels before the last layer: [N, outputs], for a noise-conditional classifier;
             else [N, outputs, H, W], for a denoiser.
+        patch: pixels of this many rows and columns become channels of one, and the output pixels again: 1 works at full
+            resolution, 2 at half of it, where the same width costs a quarter and sees twice as far. Divides H and W.
         dropout: probability of dropping a hidden feature while training, in [0, 1).
+        conditions: K, where a third argument [N, K] is understood.
     """
 
     def __init__(
@@ -32,26 +36,30 @@ class ConvBackbone(nn.Module):
         width: int = 64,
         depth: int = 4,
         pooled: bool = False,
+        patch: int = 1,
         dropout: float = 0.0,
+        conditions: int = 0,
     ) -> None:
         super().__init__()
-        self.inlet = nn.Conv2d(channels + 2, width, 3, padding=1)
-        self.noise = NoiseEmbedding(width)
+        self.patch = patch
+        self.inlet = nn.Conv2d(channels * patch**2 + 2, width, 3, padding=1)
+        self.noise = NoiseEmbedding(width, conditions=conditions)
         self.blocks = nn.ModuleList(_Block(width, dilation=1 + i % 2, dropout=dropout) for i in range(depth))
         self.pooled = pooled
         self.outlet = nn.Sequential(nn.GroupNorm(8, width), nn.SiLU())
-        self.last: nn.Module = nn.Linear(width, outputs) if pooled else nn.Conv2d(width, outputs, 1)
+        self.last: nn.Module = nn.Linear(width, outputs) if pooled else nn.Conv2d(width, outputs * patch**2, 1)
 
-    def forward(self, x: Tensor, noise: Tensor) -> Tensor:
+    def forward(self, x: Tensor, noise: Tensor, conditions: Tensor | None = None) -> Tensor:
+        x = pixel_unshuffle(x, self.patch)
         rows = torch.linspace(-1.0, 1.0, x.shape[2], dtype=x.dtype, device=x.device)[:, None].expand(x.shape[2:])
         columns = torch.linspace(-1.0, 1.0, x.shape[3], dtype=x.dtype, device=x.device).expand(x.shape[2:])
         position = torch.stack([rows, columns]).expand(len(x), -1, -1, -1)
         h = self.inlet(torch.cat([x, position], 1))
-        embedding = self.noise(noise)[:, :, None, None]
+        embedding = self.noise(noise, conditions)[:, :, None, None]
         for block in self.blocks:
             h = block(h, embedding)
         h = self.outlet(h)
-        output: Tensor = self.last(h.mean((2, 3)) if self.pooled else h)
+        output: Tensor = self.last(h.mean((2, 3))) if self.pooled else pixel_shuffle(self.last(h), self.patch)
         return output
 
 

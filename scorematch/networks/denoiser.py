@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +20,8 @@ class Denoiser(nn.Module):
 
     Args:
         backbone: maps (x [N, …], c_noise [N]) to [N, H · C, …], where x is [N, C, …] and H = num_classes + 1: the
-            heads in the order of the classes, the unconditional one last.
+            heads in the order of the classes, the unconditional one last. In training a backbone may be told how x was
+            augmented, by a third argument [N, K].
         num_classes: L.
         center: mean of the data, a number or a tensor that broadcasts against x; subtracted before and added after.
         sigma_data: standard deviation of the data about ``center``, in input units; > 0.
@@ -49,19 +52,27 @@ class Denoiser(nn.Module):
             return heads[:, -1]
         return heads[torch.arange(len(x), device=x.device), class_labels]
 
-    def denoise_all(self, x: Tensor, sigma: Tensor | float) -> Tensor:
+    def denoise_all(self, x: Tensor, sigma: Tensor | float, conditions: Tensor | None = None) -> Tensor:
         """All heads, [N, L + 1, …]: D_1 … D_L, then the unconditional one."""
-        centred, sigma_, total, output = self._heads(x, sigma)
-        skip, scale = (self.sigma_data / total).square(), sigma_ * self.sigma_data / total
-        return (skip * centred + self.center.to(x.dtype))[:, None] + scale[:, None] * output
+        scaled, level = self._scaled(x, sigma)
+        return self._denoised(level, self._heads(scaled, level, conditions))
+
+    def denoise_pair(
+        self, x: Tensor, sigma: Tensor | float, class_labels: Tensor, conditions: Tensor | None = None
+    ) -> Tensor:
+        """D_y and D_∅, [N, 2, …], for labels int64 [N]: what a training asks for."""
+        heads = self.denoise_all(x, sigma, conditions)
+        return torch.stack([heads[torch.arange(len(x), device=x.device), class_labels], heads[:, -1]], 1)
 
     def all_scores(self, x: Tensor, sigma: Tensor | float) -> Tensor:
         """Scores of all heads at x, [N, L + 1, …]: ∇ₓ log p_σ(x|y) for each class, then ∇ₓ log p_σ(x)."""
-        return self._scores(x, sigma, self.num_classes + 1)
+        scaled, level = self._scaled(x, sigma)
+        return self._scores(level, self._heads(scaled, level))
 
     def class_scores(self, x: Tensor, sigma: Tensor | float) -> Tensor:
         """∇ₓ log p_σ(x|y) of every class at x, [N, L, …], contiguous."""
-        return self._scores(x, sigma, self.num_classes)
+        scaled, level = self._scaled(x, sigma)
+        return self._scores(level, self._heads(scaled, level)[:, : self.num_classes])
 
     def score(self, x: Tensor, sigma: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
         """∇ₓ log p_σ(x|y) [N, …] for labels int64 [N], or ∇ₓ log p_σ(x) without labels."""
@@ -70,38 +81,167 @@ class Denoiser(nn.Module):
             return scores[:, -1]
         return scores[torch.arange(len(x), device=x.device), class_labels]
 
-    def _scores(self, x: Tensor, sigma: Tensor | float, heads: int) -> Tensor:
-        # (D − x) / σ² with the preconditioning multiplied out, t² = σ² + σ_data²: −(x − c) / t² + F σ_data / (σ t)
-        centred, sigma_, total, output = self._heads(x, sigma)
-        base = -centred / total.square()
-        return torch.addcmul(base[:, None], (self.sigma_data / (sigma_ * total))[:, None], output[:, :heads])
+    def with_backbone(self, backbone: nn.Module) -> Denoiser:
+        """This denoiser with another backbone, such as a compiled one, and everything else shared with it."""
+        other = copy.copy(self)
+        other._modules = {**self._modules, "backbone": backbone}
+        return other
 
-    def _heads(self, x: Tensor, sigma: Tensor | float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x − center, σ and √(σ² + σ_data²) shaped to broadcast against x, and F [N, L + 1, …]."""
+    def _heads(self, scaled: Tensor, level: _Level, conditions: Tensor | None = None) -> Tensor:
+        """F of every head, [N, L + 1, …], at inputs of unit scale."""
+        more = () if conditions is None else (conditions,)
+        output: Tensor = self.backbone(scaled, level.noise, *more)
+        return output.reshape(len(scaled), self.num_classes + 1, *scaled.shape[1:])
+
+    def _scaled(self, x: Tensor, sigma: Tensor | float) -> tuple[Tensor, _Level]:
+        """The input of the backbone, and what its output is put together with."""
         # A tensor made of a number by as_tensor would be copied to a GPU, and waited for.
         noise = sigma.to(x) if isinstance(sigma, Tensor) else x.new_full((1,), sigma)
         noise = noise.expand(len(x))
         sigma_ = noise.reshape(-1, *[1] * (x.dim() - 1))
         total = (sigma_.square() + self.sigma_data**2).sqrt()
         centred = x - self.center.to(x.dtype)
-        output = self.backbone(centred / total, noise.log() / 4)
-        return centred, sigma_, total, output.reshape(len(x), self.num_classes + 1, *x.shape[1:])
+        return centred / total, _Level(centred, sigma_, total, noise.log() / 4)
+
+    def _denoised(self, level: _Level, output: Tensor) -> Tensor:
+        """D [N, H, …] of F [N, H, …]."""
+        skip, scale = (self.sigma_data / level.total).square(), level.sigma * self.sigma_data / level.total
+        return (skip * level.centred + self.center.to(output.dtype))[:, None] + scale[:, None] * output
+
+    def _scores(self, level: _Level, output: Tensor) -> Tensor:
+        """(D − x) / σ² [N, H, …] of F [N, H, …]."""
+        # with the preconditioning multiplied out, t² = σ² + σ_data²: −(x − c) / t² + F σ_data / (σ t)
+        base = -level.centred / level.total.square()
+        return torch.addcmul(base[:, None], (self.sigma_data / (level.sigma * level.total))[:, None], output)
+
+
+class _Level(NamedTuple):
+    """A batch at its noise levels."""
+
+    centred: Tensor  # [N, …] x − center
+    sigma: Tensor  # σ, shaped to broadcast against x
+    total: Tensor  # √(σ² + σ_data²), the same
+    noise: Tensor  # [N] c_noise = ln(σ) / 4
+
+
+class EmbeddedDenoiser(Denoiser):
+    """A denoiser whose backbone is told the class, and asked once for each class that is wanted.
+
+    The usual class-conditional network: all of its capacity serves one class at a time, at the price of L + 1
+    evaluations where those of all classes are needed. Use it for sampling, or as the teacher of a
+    :class:`Denoiser` (:func:`scorematch.matching.distillation`).
+
+    Args:
+        backbone: maps (x [N, C, …], c_noise [N], conditions [N, L + K]) to [N, C, …]. The first L conditions are the
+            one-hot class, all zero for none; the others say how x was augmented, zero for not at all.
+        num_classes: L.
+        augmentations: K.
+        center, sigma_data: as in :class:`Denoiser`.
+        chunk: evaluations at a time where all classes are asked for.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        num_classes: int,
+        sigma_data: float,
+        center: Tensor | float = 0.0,
+        augmentations: int = 0,
+        chunk: int = 512,
+    ) -> None:
+        super().__init__(backbone, num_classes=num_classes, sigma_data=sigma_data, center=center)
+        self.augmentations = augmentations
+        self.chunk = chunk
+
+    def forward(self, x: Tensor, sigma: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
+        scaled, level = self._scaled(x, sigma)
+        return self._denoised(level, self._head(scaled, level, class_labels)[:, None])[:, 0]
+
+    def denoise_pair(
+        self, x: Tensor, sigma: Tensor | float, class_labels: Tensor, conditions: Tensor | None = None
+    ) -> Tensor:
+        scaled, level = self._scaled(x, sigma)
+        twice = _Level(*(torch.cat([part, part]) for part in level))
+        labels = torch.cat([class_labels, torch.full_like(class_labels, self.num_classes)])
+        more = None if conditions is None else torch.cat([conditions, conditions])
+        both = self._head(torch.cat([scaled, scaled]), twice, labels, more)
+        return self._denoised(level, torch.stack(both.chunk(2), 1))
+
+    def score(self, x: Tensor, sigma: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
+        scaled, level = self._scaled(x, sigma)
+        return self._scores(level, self._head(scaled, level, class_labels)[:, None])[:, 0]
+
+    def class_scores(self, x: Tensor, sigma: Tensor | float, classes: Tensor | None = None) -> Tensor:
+        """∇ₓ log p_σ(x|y) of every class at x, [N, L, …].
+
+        With ``classes`` int64 [N, K] of these alone, in K + 1 evaluations: the others get the unconditional score.
+        """
+        if classes is None:
+            return super().class_scores(x, sigma)
+        scaled, level = self._scaled(x, sigma)
+        asked = torch.cat([classes, torch.full_like(classes[:, :1], self.num_classes)], 1)
+        scores = self._scores(level, self._asked(scaled, level, asked))
+        result = scores[:, -1:].repeat(1, self.num_classes, *[1] * (x.dim() - 1))
+        return result.scatter_(1, _like_images(classes, scores), scores[:, :-1])
+
+    def _heads(self, scaled: Tensor, level: _Level, conditions: Tensor | None = None) -> Tensor:
+        every = torch.arange(self.num_classes + 1, device=scaled.device).expand(len(scaled), -1)
+        return self._asked(scaled, level, every, conditions)
+
+    def _asked(self, scaled: Tensor, level: _Level, labels: Tensor, conditions: Tensor | None = None) -> Tensor:
+        """F of the heads ``labels`` [N, H] of each sample, [N, H, …]."""
+        heads = labels.shape[1]
+        images = scaled.repeat_interleave(heads, 0)
+        noise = level.noise.repeat_interleave(heads)
+        more = None if conditions is None else conditions.repeat_interleave(heads, 0)
+        told = self._told(labels.flatten(), images, more)
+        parts = zip(*(part.split(self.chunk) for part in (images, noise, told)), strict=True)
+        return torch.cat([self.backbone(*part) for part in parts]).reshape(len(scaled), heads, *scaled.shape[1:])
+
+    def _head(
+        self, scaled: Tensor, level: _Level, class_labels: Tensor | None, conditions: Tensor | None = None
+    ) -> Tensor:
+        """F of one head for each sample, [N, …]; label L is the unconditional one."""
+        if class_labels is None:
+            class_labels = scaled.new_full((len(scaled),), self.num_classes, dtype=torch.int64)
+        output: Tensor = self.backbone(scaled, level.noise, self._told(class_labels, scaled, conditions))
+        return output.reshape(scaled.shape)
+
+    def _told(self, labels: Tensor, like: Tensor, conditions: Tensor | None) -> Tensor:
+        """What the backbone is told [N, L + K]."""
+        classes = (labels[:, None] == torch.arange(self.num_classes, device=labels.device)).to(like.dtype)
+        if conditions is None:
+            conditions = like.new_zeros(len(like), self.augmentations)
+        return torch.cat([classes, conditions], 1)
+
+
+def _like_images(classes: Tensor, images: Tensor) -> Tensor:
+    """An index [N, K] as one into images [N, H, …]."""
+    shape = images.shape[2:]
+    return classes.reshape(*classes.shape, *[1] * len(shape)).expand(-1, -1, *shape)
 
 
 class NoiseEmbedding(nn.Module):
-    """Sines and cosines of c_noise [N] at learned-free, log-spaced frequencies, then a linear layer: [N, width]."""
+    """Sines and cosines of c_noise [N] at learned-free, log-spaced frequencies, then a linear layer: [N, width].
+
+    With ``conditions`` K, a linear function of conditions [N, K] is added.
+    """
 
     frequencies: Tensor
 
-    def __init__(self, width: int, count: int = 8) -> None:
+    def __init__(self, width: int, count: int = 8, conditions: int = 0) -> None:
         super().__init__()
         self.register_buffer("frequencies", 2.0 ** torch.arange(count) * 0.5)
         self.linear = nn.Linear(2 * count + 1, width)
+        self.conditions = nn.Linear(conditions, width, bias=False) if conditions else None
 
-    def forward(self, noise: Tensor) -> Tensor:
+    def forward(self, noise: Tensor, conditions: Tensor | None = None) -> Tensor:
         phase = noise[:, None] * self.frequencies.to(noise.dtype)
         embedding: Tensor = self.linear(torch.cat([noise[:, None], phase.sin(), phase.cos()], 1))
-        return embedding
+        if self.conditions is None or conditions is None:
+            return embedding
+        return embedding + self.conditions(conditions)
 
 
 def feature_count(shape: Sequence[int]) -> int:

@@ -21,14 +21,22 @@ class MLPBackbone(nn.Module):
         width: hidden features.
         depth: residual blocks.
         dropout: probability of dropping a hidden feature while training, in [0, 1).
+        conditions: K, where a third argument [N, K] is understood.
     """
 
     def __init__(
-        self, shape: Sequence[int], outputs: int, *, width: int = 256, depth: int = 3, dropout: float = 0.0
+        self,
+        shape: Sequence[int],
+        outputs: int,
+        *,
+        width: int = 256,
+        depth: int = 3,
+        dropout: float = 0.0,
+        conditions: int = 0,
     ) -> None:
         super().__init__()
         self.inlet = nn.Linear(feature_count(shape), width)
-        self.noise = NoiseEmbedding(width)
+        self.noise = NoiseEmbedding(width, conditions=conditions)
         self.blocks = nn.ModuleList(
             nn.Sequential(
                 nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Dropout(dropout), nn.Linear(width, width)
@@ -37,8 +45,8 @@ class MLPBackbone(nn.Module):
         )
         self.outlet = nn.Sequential(nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, outputs))
 
-    def forward(self, x: Tensor, noise: Tensor) -> Tensor:
-        h = self.inlet(x.flatten(1)) + self.noise(noise)
+    def forward(self, x: Tensor, noise: Tensor, conditions: Tensor | None = None) -> Tensor:
+        h = self.inlet(x.flatten(1)) + self.noise(noise, conditions)
         for block in self.blocks:
             h = h + block(h)
         output: Tensor = self.outlet(h)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..networks.denoiser import Denoiser
+from ..networks.denoiser import Denoiser, EmbeddedDenoiser
 from ..ops.score_line_integral import score_line_integral
 from ..ops.score_step import score_step
 from .base import PointwisePosterior, Posterior, Trace, centred
@@ -32,6 +32,11 @@ class ScoreNetwork(Posterior):
             s_y − Σ_k p_k s_k, by the estimator's own posterior. ``"network"``: s_y − s_∅ with the denoiser's
             unconditional head, the paper's literal Eq. (34), kept for comparison.
         nodes: segments of the trapezoid rule in each move, at least 1.
+        linear: read the scores at the clean point alone: log p(y|x') = log softmax_y [log p(y|x) + s_y(x) · (x' − x)],
+            one evaluation of the network for a whole attack.
+        top_k: evaluate the scores of the k classes that are most probable at the clean point, and take the
+            unconditional score for the others; None takes all. For a
+            :class:`~scorematch.networks.EmbeddedDenoiser`, which is evaluated once for each class.
 
     Raises:
         ValueError: an argument is outside its range.
@@ -46,6 +51,8 @@ class ScoreNetwork(Posterior):
         smoothing: float = 0.1,
         centering: str = "posterior",
         nodes: int = 1,
+        linear: bool = False,
+        top_k: int | None = None,
     ) -> None:
         super().__init__()
         if not sigma > 0.0:
@@ -56,6 +63,15 @@ class ScoreNetwork(Posterior):
             raise ValueError(f"centering must be one of {', '.join(CENTERINGS)}, got {centering!r}")
         if nodes < 1:
             raise ValueError(f"nodes must be at least 1, got {nodes}")
+        if linear and nodes > 1:
+            raise ValueError(f"nodes must be 1 where the scores are read at the clean point alone, got {nodes}")
+        if top_k is not None:
+            if not isinstance(denoiser, EmbeddedDenoiser):
+                raise ValueError("top_k needs an EmbeddedDenoiser, other networks answer for all classes at once")
+            if not 1 <= top_k <= denoiser.num_classes:
+                raise ValueError(f"top_k must lie between 1 and {denoiser.num_classes} classes, got {top_k}")
+            if centering == "network":
+                raise ValueError("top_k needs centering='posterior'")
         if anchor is not None and anchor.num_classes != denoiser.num_classes:
             raise ValueError(f"anchor has {anchor.num_classes} classes, the denoiser {denoiser.num_classes}")
         self.denoiser = denoiser.eval().requires_grad_(False)
@@ -65,6 +81,8 @@ class ScoreNetwork(Posterior):
         self.smoothing = smoothing
         self.centering = centering
         self.nodes = nodes
+        self.linear = linear
+        self.top_k = top_k
 
     def train(self, mode: bool = True) -> ScoreNetwork:
         """A posterior is fixed: its networks stay in eval mode."""
@@ -72,13 +90,20 @@ class ScoreNetwork(Posterior):
         return super().train(False)
 
     def trace(self, x: Tensor, y: Tensor) -> Trace:
-        return _PathTrace(self, x.detach(), self._anchor(x.detach(), y))
+        kind = _LinearTrace if self.linear else _PathTrace
+        return kind(self, x.detach(), self._anchor(x.detach(), y))
 
-    def scores(self, x: Tensor) -> Tensor:
-        """Class scores at x [N, …]: [N, L, …]; with ``centering="network"`` [N, L + 1, …], the unconditional last."""
+    def scores(self, x: Tensor, classes: Tensor | None = None) -> Tensor:
+        """Class scores at x [N, …]: [N, L, …]; with ``centering="network"`` [N, L + 1, …], the unconditional last.
+
+        ``classes`` int64 [N, K]: those to evaluate, for ``top_k``.
+        """
         with torch.no_grad():
             if self.centering == "network":
                 return self.denoiser.all_scores(x, self.sigma)
+            if classes is not None:
+                assert isinstance(self.denoiser, EmbeddedDenoiser)
+                return self.denoiser.class_scores(x, self.sigma, classes)
             return self.denoiser.class_scores(x, self.sigma)
 
     def _anchor(self, x: Tensor, y: Tensor) -> Tensor:
@@ -97,7 +122,8 @@ class _PathTrace(Trace):
         self.posterior = posterior
         self.x = x
         self.log_p = log_p
-        self.scores = posterior.scores(x)  # [N, L, …], or [N, L + 1, …]
+        self.classes = None if posterior.top_k is None else log_p.topk(posterior.top_k, 1).indices
+        self.scores = posterior.scores(x, self.classes)  # [N, L, …], or [N, L + 1, …]
 
     def move(self, x: Tensor) -> None:
         with torch.no_grad():
@@ -105,7 +131,7 @@ class _PathTrace(Trace):
             for node in range(1, self.posterior.nodes + 1):
                 last = node == self.posterior.nodes
                 self.x = x.detach() if last else start + node * move
-                before, self.scores = self.scores, self.posterior.scores(self.x)
+                before, self.scores = self.scores, self.posterior.scores(self.x, self.classes)
                 classes = self.posterior.num_classes
                 self.log_p = score_line_integral(self.log_p, before[:, :classes], self.scores[:, :classes], move)
 
@@ -114,3 +140,14 @@ class _PathTrace(Trace):
             return score_step(centred(weights, self.log_p), self.scores, grad)
         unconditional = -weights.sum(1, keepdim=True)
         return score_step(torch.cat([weights, unconditional], 1), self.scores, grad)
+
+
+class _LinearTrace(_PathTrace):
+    def __init__(self, posterior: ScoreNetwork, x: Tensor, log_p: Tensor) -> None:
+        super().__init__(posterior, x, log_p)
+        self.clean, self.clean_log_p = x, log_p
+
+    def move(self, x: Tensor) -> None:
+        self.x = x.detach()
+        scores = self.scores[:, : self.posterior.num_classes]
+        self.log_p = score_line_integral(self.clean_log_p, scores, scores, self.x - self.clean)

@@ -8,7 +8,7 @@ from library_models import log_posterior, mixture
 
 from scorematch import ThreatModel
 from scorematch.audit import robust_accuracy
-from scorematch.networks import Denoiser, MLPBackbone
+from scorematch.networks import Denoiser, EmbeddedDenoiser, MLPBackbone
 from scorematch.posteriors import (
     ClassScorePosterior,
     GaussianMixture,
@@ -110,10 +110,13 @@ class OracleDenoiser(Denoiser):
         super().__init__(torch.nn.Identity(), num_classes=oracle.num_classes, sigma_data=1.0)
         self.oracle = oracle
 
-    def _scores(self, x: torch.Tensor, sigma: torch.Tensor | float, heads: int) -> torch.Tensor:
+    def all_scores(self, x: torch.Tensor, sigma: torch.Tensor | float) -> torch.Tensor:
         log_p, scores = self.oracle.smoothed(float(sigma)).log_prob_and_scores(x)
         unconditional = (log_p.exp()[..., None] * scores).sum(1, keepdim=True)
-        return torch.cat([scores, unconditional], 1)[:, :heads]
+        return torch.cat([scores, unconditional], 1)
+
+    def class_scores(self, x: torch.Tensor, sigma: torch.Tensor | float) -> torch.Tensor:
+        return self.all_scores(x, sigma)[:, : self.num_classes]
 
 
 def path(x: torch.Tensor, steps: int, seed: int = 5) -> list[torch.Tensor]:
@@ -137,6 +140,48 @@ def test_path_integral_of_exact_scores_reaches_the_posterior(centering: str) -> 
     point.requires_grad_()
     (expected,) = torch.autograd.grad((smoothed(point) * weights).sum(), point)
     torch.testing.assert_close(trace.pull_back(weights, torch.zeros_like(x)), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_linear_posterior_is_first_order() -> None:
+    """log softmax [log p(y|x) + s_y(x) · δ]: exact to first order in δ, one evaluation of the network."""
+    oracle, x = mixture(), inputs()
+    smoothed, y = oracle.smoothed(0.3), torch.zeros(len(inputs()), dtype=torch.int64)
+    posterior = ScoreNetwork(OracleDenoiser(oracle), sigma=0.3, anchor=smoothed, linear=True)
+    errors = []
+    for scale in (1e-2, 5e-3):
+        trace = posterior.trace(x, y)
+        for point in (x + 0.1, x + scale * torch.ones_like(x)):  # only the last point counts
+            trace.move(point)
+        errors.append(float((trace.log_p - smoothed.log_prob(trace.x)).abs().max()))
+        scores = posterior.scores(x)
+        expected = (smoothed.log_prob(x) + (scores * (trace.x - x)[:, None]).flatten(2).sum(2)).log_softmax(1)
+        torch.testing.assert_close(trace.log_p, expected, **F64)
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.1)
+    weights, grad = torch.randn(len(x), oracle.num_classes, dtype=x.dtype), torch.zeros_like(x)
+    p = trace.log_p.exp()
+    centred = weights - p * weights.sum(1, keepdim=True)
+    torch.testing.assert_close(trace.pull_back(weights, grad), (centred[..., None] * scores).sum(1), **F64)
+
+
+def test_top_k_of_all_classes_is_all_of_them() -> None:
+    torch.manual_seed(0)
+    backbone = MLPBackbone((6,), 6, width=16, depth=1, conditions=4)
+    denoiser = EmbeddedDenoiser(backbone, num_classes=4, sigma_data=1.0)
+    x, y = torch.randn(8, 6), torch.arange(8) % 4
+    traces = [ScoreNetwork(denoiser, sigma=0.5, top_k=k).trace(x, y) for k in (None, 4, 2)]
+    for trace in traces:
+        trace.move(x + 0.3)
+    torch.testing.assert_close(traces[1].log_p, traces[0].log_p)
+    assert not torch.allclose(traces[2].log_p, traces[0].log_p)
+    for message, settings in {
+        "top_k must lie between 1 and 4 classes, got 5": {"top_k": 5},
+        "top_k needs centering='posterior'": {"top_k": 2, "centering": "network"},
+        "nodes must be 1 where": {"linear": True, "nodes": 2},
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            ScoreNetwork(denoiser, sigma=0.5, **settings)
+    with pytest.raises(ValueError, match="top_k needs an EmbeddedDenoiser"):
+        ScoreNetwork(Denoiser(backbone, num_classes=4, sigma_data=1.0), sigma=0.5, top_k=1)
 
 
 def test_refining_the_path_integral_is_second_order() -> None:

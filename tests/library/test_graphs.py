@@ -1,6 +1,7 @@
 """Attacks as CUDA graphs: the same training; on the CPU with a recording that replays the recorded call."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -89,6 +90,103 @@ def test_folding_while_a_graph_is_recorded_does_not_reuse_what_was_folded_before
     assert kept[1] is not kept[2], "a recording folds by itself"
     assert kept[2] is kept[3], "once"
     assert kept[3] is not kept[4], "what was folded in a recording has no values until it is replayed"
+
+
+def recorded(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> Callable[[], dict[str, Tensor]]:
+    """An attack on a model that is replayed from its second call on."""
+    replays_on_the_cpu(monkeypatch)
+    attack_graphs, x = AttackGraphs(warmup=1), torch.rand(4, 1, 8, 8)
+
+    def call() -> dict[str, Tensor]:
+        return attack_graphs(lambda x: {"logits": model(x).detach()}, x, modules=[model, "no module"])
+
+    call()
+    return call
+
+
+@pytest.mark.parametrize("attack_mode", ["eval", "train"])
+def test_what_training_does_in_place_is_allowed(attack_mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_cnn(batch_norm=True).train(attack_mode == "train")
+    call = recorded(model, monkeypatch)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    for _ in range(3):
+        before = call()["logits"]
+        model(torch.rand(4, 1, 8, 8)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        model.load_state_dict(copy.deepcopy(model.state_dict()))
+        assert not torch.equal(call()["logits"], before)
+    assert Replayed.made == 1
+
+
+def replaced_parameter(model: nn.Module) -> None:
+    model[0].weight = nn.Parameter(model[0].weight.detach().clone())
+
+
+def replaced_by_loading(model: nn.Module) -> None:
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+
+
+def replaced_buffer(model: nn.Module) -> None:
+    norm = next(module for module in model if isinstance(module, nn.BatchNorm2d))
+    norm.running_mean = norm.running_mean.clone()
+
+
+def other_momentum(model: nn.Module) -> None:
+    next(module for module in model if isinstance(module, nn.BatchNorm2d)).momentum = 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (replaced_parameter, "0.weight"),
+        (replaced_by_loading, "0.weight"),
+        (replaced_buffer, "running_mean"),
+        (other_momentum, "momentum"),
+        (lambda model: model.to(torch.float64), "0.weight"),
+    ],
+)
+def test_what_a_replay_would_not_see_is_an_error(
+    change: Callable[[nn.Module], object], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small_cnn(batch_norm=True)
+    call = recorded(model, monkeypatch)
+    call()
+    change(model)
+    with pytest.raises(RuntimeError, match=rf"module 0: \S*{name} .*since an attack on it was recorded"):
+        call()
+
+
+def test_casts_that_autocast_keeps_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_cnn(batch_norm=True)
+    call = recorded(model, monkeypatch)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="cache_enabled=False"):
+        call()
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        call()
+    assert Replayed.made == 1
+
+
+def test_a_recording_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Capture:
+        def __init__(self, graph: object) -> None:
+            del graph
+
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *exception: object) -> None: ...
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", Capture)
+    monkeypatch.setattr(AttackGraphs, "_check", staticmethod(lambda inputs: None))
+
+    def reads(x: Tensor) -> dict[str, Tensor]:
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+    attack_graphs = AttackGraphs(warmup=1)
+    attack_graphs(lambda x: {"x": x}, torch.zeros(1))
+    with pytest.raises(RuntimeError, match=r"cannot be recorded as a CUDA graph \(CUDA error: operation not permitted"):
+        attack_graphs(reads, torch.zeros(1))
 
 
 def test_bad_input() -> None:

@@ -1,5 +1,6 @@
 """Score matching: each loss is least at the true score, and training finds it."""
 
+import copy
 import math
 
 import pytest
@@ -8,8 +9,8 @@ from library_models import mixture
 from torch import nn
 
 from scorematch import matching
-from scorematch.matching import Fit, fit_classifier, fit_denoiser
-from scorematch.networks import Denoiser, MLPBackbone
+from scorematch.matching import DenoisingLoss, Fit, Fitting, fit_classifier, fit_denoiser
+from scorematch.networks import Denoiser, EmbeddedDenoiser, MLPBackbone
 
 
 def gaussian(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,7 +70,10 @@ class LinearDenoiser(Denoiser):
         super().__init__(nn.Identity(), num_classes=2, sigma_data=1.0)
         self.a = nn.Parameter(torch.tensor(a, dtype=torch.float64))
 
-    def denoise_all(self, x: torch.Tensor, sigma: torch.Tensor | float) -> torch.Tensor:
+    def denoise_all(
+        self, x: torch.Tensor, sigma: torch.Tensor | float, conditions: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        del conditions
         s = torch.as_tensor(sigma, dtype=x.dtype).reshape(-1, *[1] * (x.dim() - 1))
         return ((1 - s.square() * self.a) * x)[:, None].expand(-1, 3, *x.shape[1:])
 
@@ -194,6 +198,90 @@ def test_training_repeats_exactly() -> None:
         assert torch.equal(a, b)
 
 
+def embedded(num_classes: int = 2, features: int = 1) -> EmbeddedDenoiser:
+    torch.manual_seed(0)
+    backbone = MLPBackbone((features,), features, width=32, depth=1, conditions=num_classes)
+    return EmbeddedDenoiser(backbone, num_classes=num_classes, sigma_data=1.8)
+
+
+def test_an_embedded_denoiser_learns_the_class_scores_and_a_student_those() -> None:
+    oracle, (x, y) = mixture(2, 1, 1), toy(20_000)
+    points = x[:2000]
+    _, truth = oracle.smoothed(0.5).log_prob_and_scores(points.double())
+    fit = Fit(steps=800, batch_size=256, lr=1e-2, sigma_min=0.2, sigma_max=1.0)
+    teacher = embedded()
+    fit_denoiser(teacher, x, y, fit, generator=torch.Generator().manual_seed(0))
+    student = fit_denoiser(
+        small_denoiser(), x, torch.zeros_like(y), fit, generator=torch.Generator().manual_seed(1), teacher=teacher
+    )
+    for denoiser in (teacher, student):  # the student has seen no label
+        error = (denoiser.class_scores(points, 0.5).double() - truth).square().mean() / truth.square().mean()
+        assert error < 0.1
+
+
+def test_distillation_is_zero_for_the_teacher_itself() -> None:
+    x, noise = torch.randn(2, 6, 2)
+    sigma = torch.linspace(0.1, 1, 6)
+    teacher, student = embedded(3, 2), Denoiser(MLPBackbone((2,), 8, width=8, depth=1), num_classes=3, sigma_data=1.8)
+    assert not matching.distillation(teacher, teacher, x, sigma, noise).any()
+    losses = matching.distillation(student, teacher, x, sigma, noise)
+    scale = (sigma**2 + 1.8**2) / (sigma * 1.8) ** 2
+    noisy = x + sigma[:, None] * noise
+    error = student.denoise_all(noisy, sigma) - teacher.denoise_all(noisy, sigma)
+    torch.testing.assert_close(losses, scale * error.square().mean((1, 2)))
+    with pytest.raises(ValueError, match="the student has 2 classes, the teacher 3"):
+        matching.distillation(small_denoiser(), teacher, x, sigma, noise)
+
+
+def test_noise_levels() -> None:
+    like = torch.zeros(1, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    uniform = Fit(sigma_min=0.1, sigma_max=10.0).noise_levels(20_000, generator, like).log()
+    assert math.log(0.1) <= uniform.min() < uniform.max() <= math.log(10)
+    assert float(uniform.mean()) == pytest.approx(0, abs=0.03)
+    normal = Fit(noise="log_normal").noise_levels(20_000, generator, like).log()
+    # P_mean and P_std of Karras et al. (2022) for images in [−1, 1], of which ours are half as wide
+    assert float((2 * normal.exp()).log().mean()) == pytest.approx(-1.2, abs=0.03)
+    assert float(normal.std()) == pytest.approx(1.2, abs=0.03)
+
+
+def test_learning_rate_and_average() -> None:
+    cosine, constant = Fit(steps=1000), Fit(steps=1000, schedule="constant", warm_up=0.2)
+    assert [cosine.lr_factor(step) for step in (0, 24)] == pytest.approx([1 / 50, 1 / 2])
+    assert cosine.lr_factor(500) == pytest.approx(0.5)
+    assert cosine.lr_factor(999) < 1e-5
+    assert [constant.lr_factor(step) for step in (99, 199, 999)] == [0.5, 1, 1]
+    assert Fit(warm_up=0.0, schedule="constant").lr_factor(0) == 1
+    assert Fit(averaging=0.9).decay(7) == 0.9
+    halving = Fit(batch_size=100, half_life=1000.0)
+    assert halving.decay(10_000) ** 10 == pytest.approx(0.5)
+    assert halving.decay(100) ** 5 == pytest.approx(0.5), "5 % of the 10,000 samples seen"
+
+
+def test_an_interrupted_fitting_goes_on_exactly() -> None:
+    x, y = toy(200)
+    for fit in (
+        Fit(steps=12, batch_size=16),
+        Fit(steps=12, half_life=100.0),
+        Fit(steps=12, averaging=0),
+    ):
+        results = []
+        for breaks in (0, 5):
+            generator, denoiser = torch.Generator().manual_seed(0), small_denoiser()
+            fitting = Fitting(denoiser, DenoisingLoss(denoiser), fit)
+            for step in range(fit.steps):
+                if breaks and step == breaks:
+                    state, drawn = copy.deepcopy(fitting.state_dict()), generator.get_state()
+                    generator, denoiser = torch.Generator(), small_denoiser()
+                    fitting = Fitting(denoiser, DenoisingLoss(denoiser), fit)
+                    fitting.load_state_dict(state)
+                    generator.set_state(drawn)
+                fitting.step(fitting.draw(x, y, generator))
+            fitting.finish()
+            results.append(denoiser)
+        assert all(torch.equal(a, b) for a, b in zip(*(r.parameters() for r in results), strict=True))
+
+
 def test_likelihood_weight_needs_a_denoiser() -> None:
     x, y = toy(10)
     with pytest.raises(ValueError, match="likelihood_weight > 0 needs a denoiser"):
@@ -209,6 +297,12 @@ def test_likelihood_weight_needs_a_denoiser() -> None:
         ({"sigma_min": 0.0}, "0 < sigma_min ≤ sigma_max is needed"),
         ({"sigma_min": 2.0, "sigma_max": 1.0}, "0 < sigma_min ≤ sigma_max is needed"),
         ({"averaging": 1.0}, r"averaging must lie in \[0, 1\)"),
+        ({"warm_up": 1.0}, r"warm_up must lie in \[0, 1\)"),
+        ({"schedule": "step"}, "schedule must be one of cosine, constant, got 'step'"),
+        ({"noise": "uniform"}, "noise must be one of log_uniform, log_normal, got 'uniform'"),
+        ({"noise_deviation": 0.0}, "noise_deviation must be positive"),
+        ({"noise_mean": math.nan}, "noise_mean must be finite"),
+        ({"half_life": -1.0}, "half_life must not be negative"),
         ({"weight_decay": -1.0}, "weight_decay must not be negative"),
         ({"likelihood_weight": math.nan}, "likelihood_weight must not be negative"),
     ],

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from scorematch.networks import ConvBackbone, Denoiser, MLPBackbone, UNetBackbone
+from scorematch.networks import ConvBackbone, Denoiser, EmbeddedDenoiser, MLPBackbone, UNetBackbone
 from scorematch.sampling import annealed_langevin, heun, noise_levels
 
 
@@ -46,6 +46,86 @@ def test_heads_scores_and_labels_agree(name: str) -> None:
     torch.testing.assert_close(denoiser.score(x, 0.5), denoiser.all_scores(x, torch.full((5,), 0.5))[:, -1])
 
 
+def embedded(kind: str, told: int = 2, chunk: int = 7) -> tuple[EmbeddedDenoiser, tuple[int, ...]]:
+    """One that is told of augmentation, too."""
+    torch.manual_seed(0)
+    conditions = 3 + told
+    backbones = {
+        "mlp": lambda: MLPBackbone((2, 4, 4), 32, width=16, conditions=conditions),
+        "conv": lambda: ConvBackbone(2, 2, width=8, depth=2, patch=2, conditions=conditions),
+        "unet": lambda: UNetBackbone(2, 2, width=8, multipliers=(1, 2), conditions=conditions),
+    }
+    common = {"num_classes": 3, "sigma_data": 0.5, "center": 0.3, "augmentations": told, "chunk": chunk}
+    return EmbeddedDenoiser(backbones[kind](), **common).eval(), (2, 4, 4)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["mlp", "conv", "unet"])
+def test_an_embedded_denoiser_answers_for_each_class(kind: str) -> None:
+    denoiser, shape = embedded(kind)
+    x, sigma, labels = torch.randn(5, *shape), torch.tensor([0.1, 0.2, 0.5, 1.0, 2.0]), torch.tensor([0, 1, 2, 0, 1])
+    heads = denoiser.denoise_all(x, sigma)
+    assert heads.shape == (5, 4, *shape)
+    tolerance = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(denoiser(x, sigma, labels), heads[torch.arange(5), labels], **tolerance)
+    torch.testing.assert_close(denoiser(x, sigma), heads[:, -1], **tolerance)
+    pair = denoiser.denoise_pair(x, sigma, labels)
+    torch.testing.assert_close(pair, torch.stack([heads[torch.arange(5), labels], heads[:, -1]], 1), **tolerance)
+    expected = (heads - x[:, None]) / sigma.square().reshape(-1, 1, 1, 1, 1)
+    torch.testing.assert_close(denoiser.all_scores(x, sigma), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(denoiser.class_scores(x, sigma), expected[:, :3], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        denoiser.score(x, sigma, labels), expected[torch.arange(5), labels], rtol=1e-3, atol=1e-3
+    )
+    assert not torch.allclose(heads[:, 0], heads[:, 1])
+
+
+@pytest.mark.parametrize("kind", ["mlp", "conv", "unet"])
+def test_zero_conditions_are_none(kind: str) -> None:
+    """Of augmentation: at inference nobody says that nothing was done."""
+    denoiser, shape = embedded(kind)
+    x, labels, zero = torch.randn(3, *shape), torch.tensor([0, 1, 2]), torch.zeros(3, 2)
+    pair = denoiser.denoise_pair(x, 0.5, labels)
+    torch.testing.assert_close(denoiser.denoise_pair(x, 0.5, labels, zero), pair)
+    assert not torch.allclose(denoiser.denoise_pair(x, 0.5, labels, zero + 1), pair)
+    torch.testing.assert_close(
+        denoiser.denoise_all(x, 0.5, zero + 1)[:, -1], denoiser.denoise_pair(x, 0.5, labels, zero + 1)[:, 1]
+    )
+
+
+def test_scores_of_some_classes_alone() -> None:
+    denoiser, shape = embedded("conv")
+    x, classes = torch.randn(4, *shape), torch.tensor([[0, 2], [2, 1], [1, 0], [0, 1]])
+    every, some = denoiser.all_scores(x, 0.4), denoiser.class_scores(x, 0.4, classes)
+    for sample, asked in enumerate(classes.tolist()):
+        for label in range(3):
+            wanted = every[sample, label if label in asked else -1]
+            torch.testing.assert_close(some[sample, label], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_another_backbone_shares_all_else() -> None:
+    denoiser, shape = denoisers()["conv"]
+    other = denoiser.with_backbone(nn.Sequential(denoiser.backbone))
+    assert other.center is denoiser.center
+    assert isinstance(denoiser.backbone, ConvBackbone), "the denoiser itself is as it was"
+    denoiser.center.fill_(0.7)
+    other.backbone = denoiser.backbone
+    x = torch.randn(2, *shape)
+    assert torch.equal(other(x, 0.3), denoiser(x, 0.3))
+
+
+def test_patches_keep_the_pixels_in_their_places() -> None:
+    """With one output channel for each pixel of a patch, a pixel is changed by those around it alone."""
+    torch.manual_seed(0)
+    backbone = ConvBackbone(1, 1, width=8, depth=1, patch=2)
+    assert backbone(torch.zeros(2, 1, 16, 12), torch.zeros(2)).shape == (2, 1, 16, 12)
+    x = torch.randn(1, 1, 64, 64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(backbone(x, torch.zeros(1))[0, 0, 5, 40], x)
+    # GroupNorm sees the whole image, faintly
+    row, column = divmod(int(gradient.abs().argmax()), 64)
+    assert abs(row - 5) <= 2
+    assert abs(column - 40) <= 2
+
+
 def test_preconditioning_keeps_the_limits() -> None:
     """As σ → 0 the denoiser returns its input; as σ → ∞ it forgets it (up to the backbone's output)."""
     denoiser, shape = denoisers()["mlp"]
@@ -63,14 +143,17 @@ class ExactDenoiser(Denoiser):
         super().__init__(nn.Identity(), num_classes=2, sigma_data=2.0)
         self.means, self.deviation = torch.tensor([-2.0, 3.0]), 0.5
 
-    def denoise_all(self, x: torch.Tensor, sigma: torch.Tensor | float) -> torch.Tensor:
+    def denoise_all(
+        self, x: torch.Tensor, sigma: torch.Tensor | float, conditions: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        del conditions
         variance = torch.as_tensor(sigma).square().reshape(-1, 1, 1)
         means = torch.cat([self.means, torch.zeros(1)])[:, None]
         return (self.deviation**2 * x[:, None] + variance * means) / (self.deviation**2 + variance)
 
-    def _scores(self, x: torch.Tensor, sigma: torch.Tensor | float, heads: int) -> torch.Tensor:
+    def all_scores(self, x: torch.Tensor, sigma: torch.Tensor | float) -> torch.Tensor:
         variance = torch.as_tensor(sigma).square().reshape(-1, 1, 1)
-        return ((self.denoise_all(x, sigma) - x[:, None]) / variance)[:, :heads]
+        return (self.denoise_all(x, sigma) - x[:, None]) / variance
 
 
 @pytest.mark.parametrize("method", ["langevin", "heun"])

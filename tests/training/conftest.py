@@ -1,19 +1,22 @@
 """What the tests of the programs share: calls in this process, and settings that make a run take a second."""
 
 import hashlib
+import multiprocessing
 import os
 import pickle
 import signal
 from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from killing import Hit, Start, program
 from scipy.io import savemat
 
-from training import compare, data, evaluate, generate, generated, run, score
+from training import compare, data, evaluate, generate, generated, run, score, scores
 from training.errors import run_program
 
 PROGRAMS = {
@@ -55,6 +58,13 @@ def untouched_process() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True)
+def few_held_out_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainings of score networks that take a few steps must not spend their time on measuring themselves."""
+    monkeypatch.setattr(scores, "HELD_OUT", 16)
+    monkeypatch.setattr(score, "AUDITED", 64)
+
+
 @pytest.fixture
 def call(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
     """``call("run", "--objective", ...)`` runs a program in this process, in an empty folder."""
@@ -67,6 +77,29 @@ def call(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.
         return Ending(status, *capfd.readouterr())
 
     return ending
+
+
+@pytest.fixture(scope="session")
+def processes() -> ForkServerContext:
+    """Fresh processes that need not import torch again."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training.run", "training.score", "killing"])
+    return context
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    return tmp_path / "log.txt"
+
+
+@pytest.fixture
+def start(processes: ForkServerContext, log: Path) -> Start:
+    def started(arguments: list[str], hit: Hit | None = None, name: str = "run") -> ForkServerProcess:
+        process = processes.Process(target=program, args=(arguments, log, hit, name))
+        process.start()
+        return process
+
+    return started
 
 
 @pytest.fixture

@@ -5,14 +5,18 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from scorematch.attacks.classifier import Classifier
-from training import checkpoint, run
+from training import checkpoint, run, score
 from training.engine import Engine
 from training.errors import run_program
 from training.loop import Trainer
+from training.scores import ScoreTrainer
+
+Start = Callable[..., ForkServerProcess]  # the fixture ``start``
 
 
 class Hit(NamedTuple):
@@ -26,6 +30,8 @@ class Hit(NamedTuple):
 POINTS: dict[str, tuple[Any, str]] = {
     "step": (Trainer, "_step"),
     "validation": (Trainer, "validate"),
+    "score step": (ScoreTrainer, "_step"),
+    "score validation": (ScoreTrainer, "validate"),
     "log": (checkpoint.MetricsLog, "append"),
     "save": (Engine, "save"),
     "replace": (os, "replace"),  # a file is written in full and not yet in its place; in a thread of its own
@@ -51,14 +57,19 @@ def arm(hit: Hit) -> None:
     setattr(owner, name, counted)
 
 
-def program(arguments: list[str], log: Path, hit: Hit | None) -> None:
-    """``training.run`` in this process, which writes into ``log``."""
+def program(arguments: list[str], log: Path, hit: Hit | None, name: str = "run") -> None:
+    """``training.run``, or ``training.score``, in this process, which writes into ``log``."""
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     if hit is not None:
         arm(hit)
-    sys.exit(run_program(run.main, arguments))
+    sys.exit(run_program({"run": run.main, "score": score.main}[name], arguments))
+
+
+def status(process: ForkServerProcess) -> int | None:
+    process.join()
+    return process.exitcode
 
 
 if __name__ == "__main__":  # under torchrun: killing.py RANK STEP, then the options of training.run

@@ -27,9 +27,13 @@ def torchrun(processes: int, *arguments: str) -> list[str]:
 
 
 def in_processes(processes: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    return torchrun_of(processes, "training.run", arguments)
+
+
+def torchrun_of(processes: int, program: str, arguments: list[str]) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        torchrun(processes, "training.run", *arguments),
+        torchrun(processes, program, *arguments),
         env=environment,
         capture_output=True,
         text=True,

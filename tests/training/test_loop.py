@@ -29,7 +29,7 @@ def trainer(out: Path, *options: str, graph: bool = False) -> Trainer:
     loaded = data.load(settings.data_settings)
     posterior = None
     if settings.objective == "score_direct":
-        posterior = posteriors.build(settings.posterior_settings, loaded, seed=settings.seed, progress=False)
+        posterior = posteriors.build(settings.posterior_settings, loaded, seed=settings.seed, folder=out)
     torch.manual_seed(settings.seed)
     return Trainer(settings, loaded, models.build(settings.model, loaded.input_shape, 10), posterior, out)
 

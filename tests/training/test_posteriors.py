@@ -1,6 +1,7 @@
 """Posteriors of the programs: settings, training, saved states, and the program ``training.score``."""
 
 import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,8 @@ def digits() -> data.Data:
 
 
 def build(settings: PosteriorSettings, loaded: data.Data, **options: object) -> Posterior:
-    return posteriors.build(settings, loaded, seed=0, progress=False, **options)  # type: ignore[arg-type]
+    with tempfile.TemporaryDirectory() as folder:
+        return posteriors.build(settings, loaded, seed=0, folder=Path(folder), **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -176,8 +178,7 @@ def test_score_program_on_digits(tmp_path, capsys) -> None:  # type: ignore[no-u
         score.main([*options, *quick])
 
 
-def test_score_program_on_cifar(cifar10_root, tmp_path, capsys, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(score, "AUDITED", 100)
+def test_score_program_on_cifar(cifar10_root, tmp_path, capsys) -> None:  # type: ignore[no-untyped-def]
     options = "--data cifar10 --limit 100 --samples 12 --levels 2 --steps-per-level 1 --judge-epochs 1"
     quick = [f"--posterior-settings.{k.replace('_', '-')}={v}" for k, v in {**QUICK, "network": "conv"}.items()]
     out = tmp_path / "score"

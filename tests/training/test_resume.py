@@ -1,16 +1,12 @@
 """Runs killed without warning, at chosen points of their work, and resumed until they end."""
 
 import json
-import multiprocessing
 import signal
-from collections.abc import Callable
-from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
-from killing import Hit, program
+from killing import Hit, Start, status
 
 from training import checkpoint, run
 
@@ -44,36 +40,6 @@ HITS = [
     Hit("step", 8, signal.SIGTERM),
     Hit("step", 9, signal.SIGTERM),
 ]
-
-Start = Callable[..., ForkServerProcess]
-
-
-@pytest.fixture(scope="module")
-def processes() -> ForkServerContext:
-    """Fresh processes that need not import torch again."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training.run", "killing"])
-    return context
-
-
-@pytest.fixture
-def log(tmp_path: Path) -> Path:
-    return tmp_path / "log.txt"
-
-
-@pytest.fixture
-def start(processes: ForkServerContext, log: Path) -> Start:
-    def started(arguments: list[str], hit: Hit | None = None) -> ForkServerProcess:
-        process = processes.Process(target=program, args=(arguments, log, hit))
-        process.start()
-        return process
-
-    return started
-
-
-def status(process: ForkServerProcess) -> int | None:
-    process.join()
-    return process.exitcode
 
 
 def final(out: Path) -> tuple[dict, list[dict], dict]:

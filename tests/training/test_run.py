@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from scorematch.attacks import AutoAttackWarning
-from training import checkpoint, posteriors, run
+from training import checkpoint, run, scores
 from training.errors import Interrupted
 from training.loop import Trainer
 
@@ -68,7 +68,10 @@ def test_direct_on_the_digits(
     ending = call("run", *options, *tiny, "--out", "here")
     assert ending.status == 0, ending
     summary = finished(tmp_path / "here")
-    assert {path.name for path in (tmp_path / "here").iterdir()} == FILES | {"posterior.pt", "paths.json"}
+    trainings = {"score_network": {"score-network"}, "noise_conditional_classifier": {"classifier"}}.get(
+        posterior, set()
+    )
+    assert {path.name for path in (tmp_path / "here").iterdir()} == FILES | {"posterior.pt", "paths.json"} | trainings
     assert summary["posterior"] == posterior
     assert summary["data_gradient_ratio"] >= 0
     assert 0 <= summary["sign_change_share"] <= 1
@@ -108,7 +111,7 @@ def test_a_resumed_direct_run_keeps_its_posterior(
     assert ending.status == 1
     assert ending.err.endswith("1 of 2 epochs are saved; continue with: python -m training.run --resume parts\n")
     monkeypatch.setattr(Trainer, "_step", step)
-    monkeypatch.setattr(posteriors, "fit_denoiser", None)  # nothing is trained again
+    monkeypatch.setattr(scores, "train", None)  # nothing is trained again
     assert call("run", "--resume", "parts").status == 0
     whole, parts = (checkpoint.load(tmp_path / name / "checkpoint.pt")["network"] for name in ("whole", "parts"))
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())

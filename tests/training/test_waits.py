@@ -89,7 +89,7 @@ def trainer(options: str, device: torch.device, folder: Path, files: tuple[Path,
     posterior = None
     if settings.objective == "score_direct":
         quick = dataclasses.replace(settings.posterior_settings, steps=1, width=16)
-        posterior = posteriors.build(quick, loaded, seed=0, progress=False).to(device)
+        posterior = posteriors.build(quick, loaded, seed=0, folder=folder).to(device)
     torch.manual_seed(0)
     model = models.build(settings.model, loaded.input_shape, 10).to(device)
     return Trainer(settings, loaded.to(device), model, posterior, folder)

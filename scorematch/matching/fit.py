@@ -1,0 +1,342 @@
+"""How score networks and noise-conditional classifiers are trained, step by step.
+
+:func:`fit_denoiser` and :func:`fit_classifier` are whole trainings. A program that also has to save, to share the work
+out or to measure takes the same steps itself, with a :class:`Fitting`::
+
+    fitting = Fitting(denoiser, DenoisingLoss(denoiser), fit)
+    for _ in range(fit.steps):
+        fitting.step(fitting.draw(x, y, generator))
+    fitting.finish()
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from ..averaging import WeightAverage
+from ..networks.denoiser import Denoiser
+from .losses import broadcast, denoising, denoising_likelihood, distillation
+
+# Of a clean batch [N, …]: the augmented batch, and [N, K] what was done to it, or None where the network isn't told.
+Augment = Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor | None]]
+Progress = Callable[[int, Tensor], None]  # after each step: steps done (from 1), loss of that step on the device
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a score network or a noisy classifier is trained.
+
+    Attributes:
+        steps: optimiser steps, ≥ 1.
+        batch_size: clean samples a step, ≥ 1; each is used with ω and with −ω, which removes the part of the noise
+            in the gradient that is odd in ω.
+        lr: peak learning rate of Adam, > 0.
+        warm_up: share of the steps in which the learning rate rises to it, in [0, 1).
+        schedule: ``"cosine"`` lets the learning rate fall to zero from the first step on, ``"constant"`` keeps it.
+        noise: how noise levels are drawn. ``"log_uniform"``: ln σ uniform from ln sigma_min to ln sigma_max.
+            ``"log_normal"``: ln σ normal (Karras et al., 2022, Table 1).
+        sigma_min, sigma_max: range of noise levels, standard deviations in input units; log_uniform alone draws by it.
+        noise_mean, noise_deviation: mean and standard deviation of ln σ for log_normal, σ in input units. Published
+            settings are for images in [−1, 1]; in [0, 1] the mean is lower by ln 2: −1.2 becomes −1.89.
+        averaging: decay of the exponential moving average of the weights, in [0, 1); 0 turns it off. It begins after a
+            quarter of the steps.
+        half_life: instead of ``averaging``, the clean samples after which a weight counts half in the average, but at
+            most 5 % of those seen so far (Karras et al., 2022); 0 leaves ``averaging`` as it is.
+        weight_decay: of AdamW, ≥ 0.
+        likelihood_weight: weight of denoising likelihood score matching beside cross-entropy (classifiers only), ≥ 0.
+
+    Raises:
+        ValueError: a value is outside its range.
+    """
+
+    steps: int = 3000
+    batch_size: int = 128
+    lr: float = 1e-3
+    warm_up: float = 0.05
+    schedule: Literal["cosine", "constant"] = "cosine"
+    noise: Literal["log_uniform", "log_normal"] = "log_uniform"
+    sigma_min: float = 0.05
+    sigma_max: float = 1.0
+    noise_mean: float = -1.2 - math.log(2)
+    noise_deviation: float = 1.2
+    averaging: float = 0.998
+    half_life: float = 0.0
+    weight_decay: float = 0.0
+    likelihood_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("lr", "noise_deviation"):
+            if not 0.0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("warm_up", "averaging"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        for name, allowed in (("schedule", ("cosine", "constant")), ("noise", ("log_uniform", "log_normal"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if not 0.0 < self.sigma_min <= self.sigma_max:
+            raise ValueError(f"0 < sigma_min ≤ sigma_max is needed, got {self.sigma_min} and {self.sigma_max}")
+        if not math.isfinite(self.noise_mean):
+            raise ValueError(f"noise_mean must be finite, got {self.noise_mean}")
+        for name in ("half_life", "weight_decay", "likelihood_weight"):
+            if not getattr(self, name) >= 0.0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+    def noise_levels(self, count: int, generator: torch.Generator, like: Tensor) -> Tensor:
+        """``count`` noise levels [count], of the dtype and on the device of ``like``."""
+        if self.noise == "log_normal":
+            normal = torch.empty(count, dtype=like.dtype, device=like.device).normal_(generator=generator)
+            return (self.noise_mean + self.noise_deviation * normal).exp()
+        low, high = math.log(self.sigma_min), math.log(self.sigma_max)
+        uniform = torch.rand(count, generator=generator, dtype=like.dtype, device=like.device)
+        return (low + (high - low) * uniform).exp()
+
+    def lr_factor(self, step: int) -> float:
+        """The learning rate of a step, from 0, as a share of the peak."""
+        rise = min(1.0, (step + 1) / max(1, round(self.warm_up * self.steps)))
+        fall = 0.5 * (1 + math.cos(math.pi * step / self.steps)) if self.schedule == "cosine" else 1.0
+        return min(rise, fall)
+
+    def decay(self, update: int) -> float:
+        """The decay of the average in its update number ``update``, from 1."""
+        if not self.half_life:
+            return self.averaging
+        half_life = min(self.half_life, 0.05 * update * self.batch_size)
+        return 0.5 ** (self.batch_size / half_life)
+
+
+class Batch(NamedTuple):
+    """Clean samples and what is done to them; indexing by a slice, ``batch.part(…)``, shares them out."""
+
+    x: Tensor  # [N, …]
+    y: Tensor  # [N]
+    sigma: Tensor  # [N]
+    noise: Tensor  # [N, …]
+    conditions: Tensor | None  # [N, K]
+
+    def part(self, which: slice) -> Batch:
+        return Batch(*(None if values is None else values[which] for values in self))  # type: ignore[arg-type]
+
+
+class MatchingLoss(nn.Module):
+    """A loss of a :class:`Batch` as a module: maps it to [2N], each sample with ω and with −ω."""
+
+    def forward(self, batch: Batch) -> Tensor:
+        twice = Batch(*(None if values is None else torch.cat([values, values]) for values in batch))  # type: ignore[arg-type]
+        return self.loss(twice._replace(noise=torch.cat([batch.noise, -batch.noise])))
+
+    def loss(self, batch: Batch) -> Tensor:
+        raise NotImplementedError
+
+
+class DenoisingLoss(MatchingLoss):
+    """:func:`scorematch.matching.denoising`."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+
+    def loss(self, batch: Batch) -> Tensor:
+        return denoising(self.denoiser, *batch)
+
+
+class DistillationLoss(MatchingLoss):
+    """:func:`scorematch.matching.distillation`; the teacher is fixed, and no part of this module's state."""
+
+    def __init__(self, denoiser: Denoiser, teacher: Denoiser) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self._teacher = (teacher.eval().requires_grad_(False),)  # in a tuple it is no submodule
+
+    def loss(self, batch: Batch) -> Tensor:
+        return distillation(self.denoiser, *self._teacher, batch.x, batch.sigma, batch.noise, batch.conditions)
+
+
+class ClassificationLoss(MatchingLoss):
+    """Cross-entropy on x + σω, and with ``weight`` > 0 :func:`scorematch.matching.denoising_likelihood` beside it.
+
+    Args:
+        network: maps (x [N, …], sigma [N]) to logits [N, L].
+        weight: of denoising likelihood score matching, ≥ 0.
+        denoiser: supplies its unconditional score, fixed; needed where ``weight`` > 0.
+
+    Raises:
+        ValueError: a weight without a denoiser.
+    """
+
+    def __init__(self, network: nn.Module, weight: float = 0.0, denoiser: Denoiser | None = None) -> None:
+        super().__init__()
+        if weight > 0.0 and denoiser is None:
+            raise ValueError("likelihood_weight > 0 needs a denoiser, which supplies the unconditional score")
+        self.network = network
+        self.weight = weight
+        self._denoiser = (denoiser,)
+
+    def loss(self, batch: Batch) -> Tensor:
+        noisy = batch.x + broadcast(batch.sigma, batch.x) * batch.noise
+        (denoiser,) = self._denoiser
+        if denoiser is None or self.weight == 0.0:
+            return cross_entropy(self.network(noisy, batch.sigma), batch.y, reduction="none")
+        with torch.no_grad():
+            unconditional = denoiser.score(noisy, batch.sigma)
+        matching, logits = denoising_likelihood(self.network, unconditional, noisy, batch.y, batch.sigma, batch.noise)
+        return cross_entropy(logits, batch.y, reduction="none") + self.weight * matching
+
+
+class Fitting:
+    """A training under way: the network with its optimiser, learning rate and averaged weights.
+
+    Args:
+        network: what is trained, in place.
+        loss: of batches, a module that calls the network, or a wrapper of such a one.
+        fit: how.
+        fused: the optimiser as one kernel.
+    """
+
+    def __init__(self, network: nn.Module, loss: nn.Module, fit: Fit, *, fused: bool = False) -> None:
+        self.network, self.loss, self.fit = network, loss, fit
+        self.optimizer = torch.optim.AdamW(
+            network.parameters(), lr=fit.lr, weight_decay=fit.weight_decay, fused=True if fused else None
+        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, fit.lr_factor)
+        self.average: WeightAverage | None = None
+        if fit.half_life or fit.averaging:
+            self.average = WeightAverage(network, fit.decay)
+        self.steps = 0  # taken
+
+    def draw(self, x: Tensor, y: Tensor, generator: torch.Generator, augment: Augment | None = None) -> Batch:
+        """A batch from training inputs x [M, …] and labels y [M]; all of its randomness comes from the generator."""
+        index = torch.randint(len(x), (self.fit.batch_size,), generator=generator, device=x.device)
+        batch, labels, conditions = x[index], y[index], None
+        if augment is not None:
+            batch, conditions = augment(batch, generator)
+        sigma = self.fit.noise_levels(len(batch), generator, x)
+        noise = torch.empty_like(batch).normal_(generator=generator)
+        return Batch(batch, labels, sigma, noise, conditions)
+
+    def step(self, batch: Batch) -> Tensor:
+        """Take a step on a whole batch; its mean loss, on the device."""
+        self.network.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss: Tensor = self.loss(batch).mean()
+        loss.backward()
+        self.update()
+        return loss.detach()
+
+    def update(self) -> None:
+        """What follows the backward pass."""
+        self.optimizer.step()
+        self.schedule.step()
+        self.steps += 1
+        # A constant decay begins when the learning rate falls, so that the average forgets the first weights.
+        if self.average is not None and (self.fit.half_life or self.steps >= self.fit.steps // 4):
+            self.average.update_parameters(self.network)
+
+    def averaged(self) -> nn.Module:
+        """The network to use: of averaged weights, where there is an average by now."""
+        if self.average is None or not int(self.average.n_averaged):
+            return self.network
+        return self.average.module
+
+    def finish(self) -> None:
+        """Give the network its averaged weights, and put it in eval mode."""
+        averaged = self.averaged()
+        if averaged is not self.network:
+            self.network.load_state_dict(averaged.state_dict())
+        self.network.eval()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "steps": self.steps,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.steps = state["steps"]
+
+
+def fit_denoiser(
+    denoiser: Denoiser,
+    x: Tensor,
+    y: Tensor,
+    fit: Fit,
+    *,
+    generator: torch.Generator,
+    teacher: Denoiser | None = None,
+    augment: Augment | None = None,
+    progress: Progress | None = None,
+) -> Denoiser:
+    """Train a denoiser by :func:`scorematch.matching.denoising`, in place, and return it in eval mode.
+
+    Args:
+        denoiser: the network; gets the averaged weights at the end.
+        x: [M, …] training inputs, on the device of the network.
+        y: int64 [M] labels.
+        fit: how to train.
+        generator: all randomness of the training, on the device of x, but for dropout.
+        teacher: train by :func:`scorematch.matching.distillation` from this denoiser instead.
+        augment: applied to each clean batch, see :mod:`scorematch.augmentation`.
+        progress: called after each step; reading the loss that it is given waits for the device.
+    """
+    loss = DenoisingLoss(denoiser) if teacher is None else DistillationLoss(denoiser, teacher)
+    _run(Fitting(denoiser, loss, fit), x, y, generator, augment, progress)
+    return denoiser
+
+
+def fit_classifier(
+    network: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    fit: Fit,
+    *,
+    generator: torch.Generator,
+    denoiser: Denoiser | None = None,
+    augment: Augment | None = None,
+    progress: Progress | None = None,
+) -> nn.Module:
+    """Train a noise-conditional classifier with cross-entropy on x + σω, in place; see :func:`fit_denoiser`.
+
+    Args:
+        network: maps (x [N, …], sigma [N]) to logits [N, L].
+        denoiser: supplies the unconditional score of :func:`scorematch.matching.denoising_likelihood`; needed if
+            ``fit.likelihood_weight`` > 0.
+
+    Raises:
+        ValueError: a likelihood weight without a denoiser.
+    """
+    loss = ClassificationLoss(network, fit.likelihood_weight, denoiser)
+    _run(Fitting(network, loss, fit), x, y, generator, augment, progress)
+    return network
+
+
+def _run(
+    fitting: Fitting,
+    x: Tensor,
+    y: Tensor,
+    generator: torch.Generator,
+    augment: Augment | None,
+    progress: Progress | None,
+) -> None:
+    for step in range(1, fitting.fit.steps + 1):
+        loss = fitting.step(fitting.draw(x, y, generator, augment))
+        if progress is not None:
+            progress(step, loss)
+    fitting.finish()

@@ -1,0 +1,56 @@
+"""The judge of generated images."""
+
+from pathlib import Path
+
+import pytest
+import scipy.linalg
+import torch
+from torch import Tensor
+
+from training import data, judge
+from training.data import DataSettings
+from training.errors import InputError
+
+
+def test_frechet_distance_is_that_of_gaussians() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(5, 5, generator=generator, dtype=torch.float64)
+    first = torch.randn(400, 5, generator=generator, dtype=torch.float64)
+    second = torch.randn(300, 5, generator=generator, dtype=torch.float64) @ mix + 1.5
+    covariances = [torch.cov(features.T) for features in (first, second)]
+    root = torch.from_numpy(scipy.linalg.sqrtm((covariances[0] @ covariances[1]).numpy()).real)
+    expected = (first.mean(0) - second.mean(0)).square().sum() + torch.trace(covariances[0] + covariances[1] - 2 * root)
+    assert judge.frechet(first, second) == pytest.approx(float(expected))
+    assert judge.frechet(first, first) == pytest.approx(0, abs=1e-9)
+    assert judge.frechet(first, first + 2) == pytest.approx(20)
+
+
+def test_the_judge_tells_noise_from_digits() -> None:
+    digits = data.load(DataSettings("digits"))
+    network = judge.train(digits, 3, seed=0)
+    x, y = digits.x_train[:200], digits.y_train[:200]
+    real = judge.measure(network, x, y, digits)
+    noise = judge.measure(network, torch.rand(x.shape, generator=torch.Generator().manual_seed(0)), y, digits)
+    assert real["recognised"] > 80
+    assert noise["recognised"] < 40
+    assert noise["frechet"] > 5 * real["frechet_of_training_images"]
+    assert real["frechet"] < 2 * real["frechet_of_training_images"]
+    assert judge.features_of(network)(x).shape[0] == 200
+
+
+class Means(torch.nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        assert images.dtype == torch.uint8
+        assert images.size(1) == 3
+        return images.float().mean((2, 3)) / 255
+
+
+def test_a_given_feature_network(tmp_path: Path) -> None:
+    path = tmp_path / "means.pt"
+    torch.jit.script(Means()).save(path)
+    features = judge.load_features(path, torch.device("cpu"))
+    x = torch.rand(6, 1, 4, 4)
+    torch.testing.assert_close(features(x), x.mean((1, 2, 3))[:, None].expand(6, 3), rtol=0, atol=3e-3)
+    path.write_text("no module")
+    with pytest.raises(InputError, match="cannot be read"):
+        judge.load_features(path, torch.device("cpu"))

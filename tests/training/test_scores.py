@@ -1,0 +1,277 @@
+"""The training of score networks and noise-conditional classifiers: the library's bits, resumed, shared out."""
+
+import json
+import signal
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from killing import Hit, Start, status
+from test_distributed import torchrun_of
+
+from scorematch.augmentation import NonLeaking
+from scorematch.matching import fit_classifier, fit_denoiser
+from scorematch.networks import EmbeddedDenoiser
+from scorematch.posteriors import NoiseConditionalClassifier, ScoreNetwork
+from training import checkpoint, data, posteriors, score, scores
+from training.data import DataSettings
+from training.errors import InputError
+from training.hardware import Speed
+from training.posteriors import PosteriorSettings
+
+QUICK = {"steps": 7, "batch_size": 8, "width": 16, "depth": 1}
+# A network with all that draws random numbers: dropout, augmentation, noise.
+OPTIONS = (
+    "--data digits --limit 60 --samples 0 --threads 1 --posterior-settings.network conv --posterior-settings.width 16 "
+    "--posterior-settings.depth 2 --posterior-settings.steps 26 --posterior-settings.batch-size 6 "
+    "--posterior-settings.dropout 0.2 --posterior-settings.augment 0.5 --posterior-settings.anchor classifier"
+)
+
+RUN = (
+    "--objective score_direct --epochs 1 --limit 60 --batch-size 30 --steps 1 --validation-steps 1 --eval-steps 1 "
+    "--eval-restarts 1 --curve-points 0 --autoattack none --threads 1 --posterior-settings.steps 20 "
+    "--posterior-settings.width 16"
+)
+
+
+@pytest.fixture(scope="module")
+def digits() -> data.Data:
+    return data.load(DataSettings("digits", limit=100))
+
+
+def build(loaded: data.Data, speed: Speed | None = None, **settings: Any) -> Any:
+    named = PosteriorSettings(**{"name": "score_network", "anchor": "label", **QUICK, **settings})
+    with tempfile.TemporaryDirectory() as folder:
+        return posteriors.build(named, loaded, seed=3, folder=Path(folder), speed=speed)
+
+
+def untrained(loaded: data.Data, **settings: Any) -> posteriors._Builder:
+    named = PosteriorSettings(**{"name": "score_network", "anchor": "label", **QUICK, **settings}).resolved("digits")
+    held_out = loaded.x_validation, loaded.y_validation
+    return posteriors._Builder(named, loaded.x_train, loaded.y_train, held_out, 10, seed=3)
+
+
+def same(first: torch.nn.Module, second: torch.nn.Module) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("augment", [0.0, 0.5])
+@pytest.mark.parametrize("classes", ["heads", "embedding"])
+def test_the_same_bits_as_the_library(classes: str, augment: float, digits: data.Data, monkeypatch: Any) -> None:
+    monkeypatch.setattr(scores, "INTERVAL", 3)
+    settings = {"network": "conv", "classes": classes, "augment": augment}
+    posterior = build(digits, **settings)
+    builder = untrained(digits, **settings)
+    denoiser = fit_denoiser(
+        builder.denoiser(),
+        digits.x_train,
+        digits.y_train,
+        builder.fit,
+        generator=torch.Generator().manual_seed(3),
+        augment=NonLeaking(0.5, mirrored=False) if augment else None,
+    )
+    assert isinstance(posterior, ScoreNetwork)
+    assert isinstance(denoiser, EmbeddedDenoiser) == (classes == "embedding")
+    assert same(denoiser, posterior.denoiser)
+    assert not same(untrained(digits, **settings).denoiser(), denoiser)
+
+
+def test_the_same_classifier_as_the_library(digits: data.Data) -> None:
+    posterior = build(digits, name="noise_conditional_classifier")
+    builder = untrained(digits, name="noise_conditional_classifier")
+    network = builder.noise_conditional_classifier().network.requires_grad_(True)
+    fit_classifier(
+        network, digits.x_train, digits.y_train, builder.fit, generator=torch.Generator().manual_seed(1_000_006)
+    )
+    assert isinstance(posterior, NoiseConditionalClassifier)
+    assert same(network, posterior.network)
+
+
+def test_held_out_losses_are_logged(digits: data.Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scores, "INTERVAL", 3)
+    settings = PosteriorSettings("score_network", anchor="classifier", **QUICK)  # type: ignore[arg-type]
+    posterior = posteriors.build(settings, digits, seed=0, folder=tmp_path)
+    for name in ("score-network", "classifier"):
+        entries = checkpoint.read_metrics(tmp_path / name / "metrics.jsonl")
+        assert [entry["epoch"] for entry in entries] == [1, 2, 3]
+        assert all(f"val_loss_{sigma:g}" in entry for sigma in scores.SIGMAS for entry in entries)
+    assert isinstance(posterior, ScoreNetwork)
+    points = digits.x_validation[: scores.HELD_OUT], digits.y_validation[: scores.HELD_OUT]
+    final = scores.losses_by_level(posterior.denoiser, scores.denoising_loss, *points, seed=0)
+    logged = checkpoint.read_metrics(tmp_path / "score-network" / "metrics.jsonl")[-1]
+    assert {sigma: logged[f"val_loss_{sigma:g}"] for sigma in scores.SIGMAS} == pytest.approx(final)
+
+
+HITS = [
+    Hit("score step", 1),
+    Hit("score step", 4),
+    Hit("score step", 13, signal.SIGTERM),
+    Hit("score step", 3),
+    Hit("score step", 5, signal.SIGTERM),
+    Hit("replace", 2),
+    Hit("score step", 2, signal.SIGTERM),
+    Hit("score validation", 1),
+    Hit("score step", 9, signal.SIGTERM),
+    Hit("score step", 14),
+    Hit("score step", 20, signal.SIGTERM),
+    Hit("log", 1),
+]
+
+
+def test_killed_trainings_end_with_the_same_bits(tmp_path: Path, start: Start, log: Path) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "parts"
+    assert status(start([*OPTIONS.split(), "--out", str(whole)], None, "score")) == 0, log.read_text()
+    within, of_classifier = 0, 0
+    for hit in HITS:
+        begun = (out / "config.toml").exists()
+        ended = status(start(["--resume", str(out)] if begun else [*OPTIONS.split(), "--out", str(out)], hit, "score"))
+        assert ended == (-signal.SIGKILL if hit.number == signal.SIGKILL else 1), (hit, log.read_text())
+        saved = out / "score-network" / "checkpoint.pt"
+        within += saved.exists() and 0 < checkpoint.load(saved)["training"]["step"] < 26
+        of_classifier += (out / "classifier" / "checkpoint.pt").exists()
+    assert within >= 3
+    assert of_classifier >= 1
+    assert log.read_text().splitlines()[-1].startswith("stopped") or HITS[-1].number == signal.SIGKILL
+    assert status(start(["--resume", str(out)], None, "score")) == 0, log.read_text()
+    expected, actual = (checkpoint.load(folder / "posterior.pt") for folder in (whole, out))
+    assert expected["settings"] == actual["settings"]
+    for name, value in expected["network"].items():
+        assert torch.equal(actual["network"][name], value), name
+    results = [json.loads((folder / "score.json").read_text()) for folder in (whole, out)]
+    assert results[0]["denoising_error"] == results[1]["denoising_error"]
+
+
+def test_a_signal_says_how_to_go_on(tmp_path: Path, start: Start, log: Path) -> None:
+    out = tmp_path / "score"
+    hit = Hit("score step", 5, signal.SIGTERM)
+    assert status(start([*OPTIONS.split(), "--out", str(out)], hit, "score")) == 1
+    assert (
+        log.read_text().splitlines()[-1] == f"stopped: SIGTERM; continue with: python -m training.score --resume {out}"
+    )
+    assert checkpoint.load(out / "score-network" / "checkpoint.pt")["training"]["step"] == 5
+
+
+def test_runs_resume_inside_the_training_of_their_posterior(tmp_path: Path, start: Start, log: Path) -> None:
+    options = RUN.split()
+    whole, out = tmp_path / "whole", tmp_path / "parts"
+    assert status(start([*options, "--out", str(whole)])) == 0, log.read_text()
+    assert status(start([*options, "--out", str(out)], Hit("score step", 9, signal.SIGTERM))) == 1, log.read_text()
+    assert f"--resume {out}" in log.read_text().splitlines()[-1]
+    assert checkpoint.load(out / "score-network" / "checkpoint.pt")["training"]["step"] == 9
+    assert status(start(["--resume", str(out)])) == 0, log.read_text()
+    for name in ("posterior.pt", "checkpoint.pt"):
+        expected, actual = (checkpoint.load(folder / name)["network"] for folder in (whole, out))
+        assert all(torch.equal(value, actual[key]) for key, value in expected.items()), name
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    options = [*OPTIONS.split(), "--posterior-settings.dropout", "0", "--posterior-settings.batch-size", "7"]
+    score.main([*options, "--out", str(one)])
+    finished = torchrun_of(2, "training.score", [*options, "--out", str(two)])
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count("trained in") == 1, "one process speaks"
+    expected, actual = (checkpoint.load(folder / "posterior.pt")["network"] for folder in (one, two))
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=0, atol=1e-5, msg=name)
+    logs = [checkpoint.read_metrics(folder / "score-network" / "metrics.jsonl")[-1] for folder in (one, two)]
+    assert logs[0]["loss"] == pytest.approx(logs[1]["loss"], abs=1e-5)
+
+
+def test_a_teacher_and_the_student_that_imitates_it(digits: data.Data, tmp_path: Path) -> None:
+    common = {"network": "conv", "anchor": "label", **QUICK}
+    teacher = PosteriorSettings("score_network", classes="embedding", **common)  # type: ignore[arg-type]
+    taught = posteriors.build(teacher, digits, seed=0, folder=tmp_path / "t")
+    path = tmp_path / "posterior.pt"
+    resolved = teacher.resolved("digits")
+    checkpoint.save(path, epoch=0, settings=score.config.plain(resolved), network=taught.state_dict())
+    settings = {**common, "steps": 120, "width": 32, "lr": 1e-2, "sigma_min": 0.3, "sigma_max": 0.6}
+    student = PosteriorSettings("score_network", teacher=path, **settings)  # type: ignore[arg-type]
+    learned = posteriors.build(student, digits, seed=0, folder=tmp_path / "s")
+    assert isinstance(learned, ScoreNetwork)
+    assert isinstance(taught, ScoreNetwork)
+    assert not isinstance(learned.denoiser, EmbeddedDenoiser)
+    x = digits.x_test[:50]
+    wanted = taught.denoiser.all_scores(x, 0.4)
+    untaught = untrained(digits, **settings).denoiser().all_scores(x, 0.4)
+    error, before = ((found - wanted).square().mean() for found in (learned.denoiser.all_scores(x, 0.4), untaught))
+    assert error < 0.5 * before
+
+
+def test_a_teacher_of_other_data_is_refused(digits: data.Data, tmp_path: Path) -> None:
+    path = tmp_path / "posterior.pt"
+    checkpoint.save(path, epoch=0, settings={"name": "kernel_density"}, network={})
+    with pytest.raises(InputError, match="is no teacher for this data"):
+        build(digits, teacher=path)
+
+
+def test_bfloat16_passes_train_as_well(digits: data.Data) -> None:
+    settings = {"network": "conv", "width": 32, "steps": 60, "lr": 5e-3}
+    exact, fast = (build(digits, speed, **settings) for speed in (None, Speed("bfloat16")))
+    assert not same(exact.denoiser, fast.denoiser)
+    assert all(value.dtype == torch.float32 for value in fast.state_dict().values())
+    points = digits.x_validation, digits.y_validation
+    losses = [scores.losses_by_level(p.denoiser, scores.denoising_loss, *points, seed=0) for p in (exact, fast)]
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
+def test_a_posterior_called_faster_shares_its_weights(digits: data.Data) -> None:
+    posterior = build(digits, network="conv", anchor="classifier", steps=20)
+    fast = posteriors.at_speed(posterior, Speed("bfloat16"))
+    assert same(posterior, fast)
+    assert {name for name, _ in posterior.named_parameters()} == set(posterior.state_dict()) & {
+        name for name, _ in posterior.named_parameters()
+    }
+    x, y = digits.x_test[:20], digits.y_test[:20]
+    traces = [p.trace(x, y) for p in (posterior, fast)]
+    for trace in traces:
+        trace.move((x + 0.1).clamp(0, 1))
+    assert not torch.equal(traces[0].log_p, traces[1].log_p)
+    torch.testing.assert_close(traces[0].log_p, traces[1].log_p, rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--samples", "5"], "samples: 5 is out of range, allowed: 0"),
+        (["--recipe", "nothing"], "recipe: 'nothing' is unknown, allowed: cifar10-edm"),
+        (["--resume", "nowhere"], "resume: nowhere holds no config.toml"),
+        (["--posterior-settings.augment", "2"], "augment: 2.0 is out of range, allowed: 0 to 1"),
+        (["--posterior-settings.dropout", "1"], "dropout: 1.0 is out of range"),
+        (["--posterior-settings.top-k", "3"], "top_k: 3 with classes 'heads', allowed: with embedding"),
+        (["--data", "toy", "--posterior-settings.mirror", "True"], "mirror: True for inputs [1], allowed: on images"),
+        (["--posterior-settings.network", "conv", "--posterior-settings.patch", "3"], "patch: 3 for images of 8x8"),
+        (["--feature-network", "nothing.pt"], "feature_network: nothing.pt: no such file"),
+    ],
+)
+def test_bad_options(options: list[str], message: str, call: Any) -> None:
+    ending = call("score", *options, "--out", "here")
+    assert ending.status == 2
+    assert message in ending.err
+
+
+def test_a_resumed_training_keeps_its_settings(call: Any) -> None:
+    assert call("score", *OPTIONS.split(), "--out", "here").status == 0
+    ending = call("score", "--resume", "here", "--seed", "4")
+    assert ending.status == 2
+    assert "seed: 4 contradicts here" in ending.err
+    assert "is finished already" in call("score", "--resume", "here").out
+    assert "holds a score network already" in call("score", *OPTIONS.split(), "--out", "here").err
+
+
+def test_every_recipe_is_understood(call: Any, synthetic: Any) -> None:
+    for path in score.RECIPES.glob("*.toml"):
+        settings = score.parse(["--recipe", path.stem])
+        resolved = settings.posterior_settings.resolved(settings.data)
+        assert resolved.schedule == "constant"
+        assert resolved.noise_mean == pytest.approx(PosteriorSettings.noise_mean, abs=1e-3)
+    root = synthetic("cifar10")
+    small = (
+        "--limit 20 --samples 10 --levels 2 --judge-epochs 1 --threads 1 --posterior-settings.steps 2 "
+        "--posterior-settings.batch-size 4 --posterior-settings.width 8"
+    )
+    ending = call("score", "--recipe", "cifar10-edm", "--data-root", root, *small.split(), "--out", "here")
+    assert ending.status == 0, ending.err
+    assert "10 samples (heun) are recognised" in ending.out

@@ -1,0 +1,187 @@
+"""The training of score networks and noise-conditional classifiers, with all that a training of classifiers has.
+
+Steps, losses and averages are the library's (:class:`scorematch.matching.Fitting`); checkpoints, signals, logs and
+processes are the engine's. The same seed gives the weights that ``matching.fit_denoiser`` gives, to the bit.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+
+from scorematch import matching
+from scorematch.matching import Fit, Fitting, MatchingLoss
+from scorematch.matching.fit import Augment
+from scorematch.matching.losses import broadcast
+from scorematch.networks import Denoiser
+from training.engine import Course, Engine
+from training.errors import InputError
+from training.hardware import Speed
+
+INTERVAL = 500  # steps between two looks at held-out data, each of which is followed by a checkpoint
+SIGMAS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.8)  # noise levels at which losses are measured, in input units
+HELD_OUT = 500  # points of the validation split in the held-out loss
+
+
+@dataclass(frozen=True)
+class Training:
+    """What all networks of one posterior have in common."""
+
+    x: Tensor  # [M, …] training inputs
+    y: Tensor  # int64 [M]
+    x_held_out: Tensor
+    y_held_out: Tensor
+    fit: Fit
+    augment: Augment | None
+    seed: int
+    random_layers: bool  # dropout, which draws from torch's global generator
+    speed: Speed
+    save_minutes: float
+    about: dict[str, Any]  # saved as the settings
+
+
+class ScoreTrainer(Engine):
+    """Trains one network in a folder of its own.
+
+    Under torchrun every process draws the whole batch and takes every ``world_size``-th sample of it.
+
+    Args:
+        name: shown beside the progress bar.
+        network: what is trained, in place.
+        loss: of batches; calls the network, its backbone perhaps in another precision.
+        held_out: the loss [N] of a network of this kind on held-out x [N, …], y [N] with σ [N] and ω [N, …].
+        training: data, settings and speed.
+        generator: of all randomness but dropout's.
+        out: folder of checkpoint.pt, metrics.jsonl and tensorboard/.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        network: nn.Module,
+        loss: MatchingLoss,
+        held_out: Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor], Tensor],
+        training: Training,
+        generator: Generator,
+        out: Path,
+    ) -> None:
+        fit = training.fit
+        interval = min(INTERVAL, fit.steps)
+        lr_hint = f"; try a smaller --posterior-settings.lr (now {fit.lr:g})"
+        course = Course(
+            name=name,
+            epochs=-(-fit.steps // interval),
+            steps=interval,
+            total=fit.steps,
+            save_minutes=training.save_minutes,
+            lr_hint=lr_hint,
+        )
+        super().__init__(course, training.x.device, out)
+        if fit.batch_size < self.world:
+            raise InputError(
+                f"posterior_settings.batch_size: {fit.batch_size} for {self.world} processes, allowed: at least as many"
+            )
+        self.training, self.generator = training, generator
+        module: nn.Module = loss
+        if self.world > 1:
+            device_ids = [self.device] if self.device.type == "cuda" else None
+            module = DistributedDataParallel(loss, device_ids=device_ids, gradient_as_bucket_view=True)
+        self.fitting = Fitting(network, module, fit, fused=training.speed.fused)
+        self.held_out = held_out
+        self.lr = fit.lr
+
+    def steps_from(self, first: int) -> Iterator[dict[str, Tensor]]:
+        for _ in range(first, self.course.steps_of(self.epoch)):
+            yield self._step()
+
+    def _step(self) -> dict[str, Tensor]:
+        fitting, training = self.fitting, self.training
+        self.lr = fitting.optimizer.param_groups[0]["lr"]
+        if training.random_layers:  # a function of the step and the process, so that it can be resumed
+            state = np.random.SeedSequence([training.seed, self.steps_done, self.rank]).generate_state(1, np.uint64)
+            torch.manual_seed(int(state[0] >> 1))
+        whole = fitting.draw(training.x, training.y, self.generator, training.augment)
+        mine = whole.part(slice(self.rank, None, self.world))
+        fitting.network.train()
+        fitting.optimizer.zero_grad(set_to_none=True)
+        losses: Tensor = fitting.loss(mine)
+        # DistributedDataParallel takes the mean over the processes.
+        (losses.mean() if self.world == 1 else losses.sum() * (self.world / (2 * len(whole.x)))).backward()
+        fitting.update()
+        count = torch.ones_like(losses[0]) * len(mine.x)
+        return {"loss": losses.detach().mean() * count, "samples": count}
+
+    def epoch_metrics(self) -> dict[str, float]:
+        weights = torch.nn.utils.get_total_norm(list(self.fitting.network.parameters()))
+        return {"lr": self.lr, "weight_norm": float(weights)}
+
+    def validate(self) -> dict[str, float]:
+        """The loss of the averaged network on held-out points, at each noise level with the same noise every time."""
+        training = self.training
+        network = self.fitting.averaged()
+        was_training = network.training
+        network.eval()
+        points = training.x_held_out[:HELD_OUT], training.y_held_out[:HELD_OUT]
+        errors = losses_by_level(network, self.held_out, *points, training.seed) if len(points[0]) else {}
+        network.train(was_training)
+        return {f"val_loss_{sigma:g}": value for sigma, value in errors.items()}
+
+    def is_best(self, entry: dict[str, float]) -> bool:
+        return False  # the last weights are taken
+
+    def state(self) -> dict[str, Any]:
+        return {"fitting": self.fitting.state_dict(), "generator": self.generator.get_state(), "lr": self.lr}
+
+    def load_state(self, saved: dict[str, Any]) -> None:
+        self.fitting.load_state_dict(saved["fitting"])
+        self.generator.set_state(saved["generator"].cpu())
+        self.lr = saved["lr"]
+
+    def description(self) -> dict[str, Any]:
+        return {"settings": self.training.about, "network": self.fitting.averaged().state_dict()}
+
+
+def train(trainer: ScoreTrainer) -> None:
+    """Train to the last step, from the checkpoint in the trainer's folder where there is one."""
+    trainer.out.mkdir(parents=True, exist_ok=True)
+    if (trainer.out / "checkpoint.pt").exists():
+        trainer.resume()
+    trainer.fit()
+    trainer.fitting.finish()
+
+
+@torch.no_grad()
+def losses_by_level(
+    network: nn.Module,
+    loss: Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor], Tensor],
+    x: Tensor,
+    y: Tensor,
+    seed: int,
+    chunk: int = 250,
+) -> dict[float, float]:
+    """The mean loss at each of :data:`SIGMAS`, with noise that the seed decides."""
+    generator = Generator(x.device).manual_seed(seed)
+    means = {}
+    for sigma in SIGMAS:
+        noise = torch.empty_like(x).normal_(generator=generator)
+        level = torch.full((len(x),), sigma, dtype=x.dtype, device=x.device)
+        chunks = zip(*(tensor.split(chunk) for tensor in (x, y, level, noise)), strict=True)
+        means[sigma] = torch.cat([loss(network, *part) for part in chunks]).mean().item()
+    return means
+
+
+def denoising_loss(denoiser: nn.Module, x: Tensor, y: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
+    """:func:`scorematch.matching.denoising`."""
+    assert isinstance(denoiser, Denoiser)
+    return matching.denoising(denoiser, x, y, sigma, noise)
+
+
+def classification_loss(network: nn.Module, x: Tensor, y: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
+    """Cross-entropy at x + σω, in nats."""
+    return cross_entropy(network(x + broadcast(sigma, x) * noise, sigma), y, reduction="none")
