@@ -1,9 +1,9 @@
 // Stands for the CUDA runtime: csrc/cuda, compiled by a C++ compiler, runs on the CPU as on a GPU (build.py).
 //
-// A block is 256 fibers of one thread. A fiber runs until it waits for the other lanes of its warp (a shuffle) or for the
-// other threads of its block (a barrier), and another one goes on. Blocks run one after the other, and there are three at
-// most, so that kernels meet their grid stride. What a GPU leaves open is decided by the schedule, in several ways, so
-// that a result that depends on it changes:
+// A block is 256 fibers of one thread. A fiber runs until it waits for the other lanes of its warp (a shuffle) or for
+// the other threads of its block (a barrier), and another one goes on. Blocks run one after the other, and there are
+// three at most, so that kernels meet their grid stride. What a GPU leaves open is decided by the schedule, in several
+// ways, so that a result that depends on it changes:
 //
 //   SCOREMATCH_SCHEDULE=first   the first thread runs as far as it can before the next one begins (the default)
 //   SCOREMATCH_SCHEDULE=last    the last one does
@@ -117,7 +117,8 @@ class Block {
     if (mask != 0xffffffffu) throw std::logic_error("a shuffle by a part of a warp is not emulated");
     const int t = running_, lane = t % kWarp;
     Warp& warp = warps_[static_cast<size_t>(t / kWarp)];
-    if (warp.arrived > 0 && warp.lane_mask != lane_mask) throw std::logic_error("the lanes of a warp shuffle differently");
+    if (warp.arrived > 0 && warp.lane_mask != lane_mask)
+      throw std::logic_error("the lanes of a warp shuffle differently");
     warp.lane_mask = lane_mask;
     auto& slots = warp.slots[running().shuffles++ % 2];
     std::memcpy(&slots[lane], &value, sizeof(T));
@@ -237,7 +238,8 @@ inline void record(const char* kernel, unsigned asked_for, unsigned blocks) {
 }
 
 template <int threads, typename... Parameters, typename... Arguments>
-void launch(const char* name, void (*kernel)(Parameters...), unsigned blocks, cudaStream_t, const Arguments&... arguments) {
+void launch(const char* name, void (*kernel)(Parameters...), unsigned blocks, cudaStream_t,
+            const Arguments&... arguments) {
   blockDim.x = threads;
   gridDim.x = min(blocks, kMostBlocks);
   record(name, blocks, gridDim.x);
