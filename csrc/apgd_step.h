@@ -1,4 +1,4 @@
-// One iteration of Auto-PGD (Croce and Hein, ICML 2020, Algorithm 1). Torch-free; shared by CPU, CUDA and the tests.
+// One iteration of Auto-PGD (Croce and Hein, ICML 2020, Algorithm 1). Torch-free; shared by CPU and CUDA.
 #pragma once
 #include "threat_model.h"
 

@@ -1,5 +1,5 @@
 // One iteration of FAB (Croce and Hein, ICML 2020): the nearest points of a hyperplane inside a box. Torch-free; shared by
-// CPU, CUDA and the tests.
+// CPU and CUDA.
 #pragma once
 #include "threat_model.h"
 

@@ -1,7 +1,7 @@
 // How the elements of one row are shared out.
 //
 // A row body (threat_model.h, divergence.h, score_step.h) is written once against this contract and runs on a CPU
-// thread, on the SIMD lanes of a CPU thread, on a GPU warp, on a GPU block, and on 32 ordinary threads in the tests:
+// thread, on the SIMD lanes of a CPU thread, on a GPU warp and on a GPU block:
 //
 //   lane(), width()   this lane owns the elements lane(), lane() + width(), lane() + 2 width(), ...
 //   sum(v), max(v)    the reduction of v over all lanes, returned to every lane; every lane must call it.
@@ -35,7 +35,7 @@ struct SerialLanes {
   }
 };
 
-#if defined(__CUDACC__)
+#if defined(__CUDACC__) || defined(SCOREMATCH_EMULATED_DEVICE)
 
 // The 32 lanes of a warp share one row.
 struct WarpLanes {
@@ -83,6 +83,6 @@ struct BlockLanes {
   }
 };
 
-#endif  // __CUDACC__
+#endif  // __CUDACC__ || SCOREMATCH_EMULATED_DEVICE
 
 }  // namespace scorematch

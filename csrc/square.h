@@ -1,4 +1,4 @@
-// Proposals of the Square Attack (Andriushchenko et al., ECCV 2020). Torch-free; shared by CPU, CUDA and the tests.
+// Proposals of the Square Attack (Andriushchenko et al., ECCV 2020). Torch-free; shared by CPU and CUDA.
 #pragma once
 #include "threat_model.h"
 

@@ -1,5 +1,5 @@
 // Steps, projections and random starts inside a threat model {x : ‖x − x0‖ <= eps, lower <= x <= upper}.
-// Torch-free; shared by CPU, CUDA and the tests.
+// Torch-free; shared by CPU and CUDA.
 #pragma once
 #include "arithmetic.h"
 #include "options.h"

@@ -81,10 +81,9 @@ void apgd_step_cuda(const Tensor& x, const Tensor& x_prev, const Tensor& x0_, co
                           elements_per_row(x),
                           {A(eps), A(momentum), A(1 - momentum), {A(lower), A(upper)}}};
     if (static_cast<Norm>(norm) == Norm::linf)
-      apgd_linf_kernel<S, A><<<blocks_for(x.numel(), kThreads), kThreads, 0, stream>>>(apgd);
+      launch(apgd_linf_kernel<S, A>, blocks_for(x.numel(), kThreads), stream, apgd);
     else
-      apgd_l2_kernel<S, A><<<blocks_for(apgd.rows, 1), kThreads, 0, stream>>>(apgd);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+      launch(apgd_l2_kernel<S, A>, blocks_for(apgd.rows, 1), stream, apgd);
   });
 }
 

@@ -64,12 +64,11 @@ std::tuple<Tensor, Tensor, Tensor> run(const Tensor& logits_, const Tensor& targ
       labels = target.const_data_ptr<int64_t>();
     else
       target_values = target.const_data_ptr<S>();
-    divergence_kernel<S, A, form><<<blocks_for(rows, kWarps), kThreads, 0, current_stream(logits)>>>(
-        logits.const_data_ptr<S>(), target_values, labels, out.loss.mutable_data_ptr<A>(),
-        want_logit_gradient ? out.logit_gradient.mutable_data_ptr<A>() : nullptr,
-        want_target_gradient ? out.target_gradient.mutable_data_ptr<A>() : nullptr, rows, classes, static_cast<Kind>(kind),
-        A(clip));
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    launch(divergence_kernel<S, A, form>, blocks_for(rows, kWarps), current_stream(logits), logits.const_data_ptr<S>(),
+           target_values, labels, out.loss.mutable_data_ptr<A>(),
+           want_logit_gradient ? out.logit_gradient.mutable_data_ptr<A>() : nullptr,
+           want_target_gradient ? out.target_gradient.mutable_data_ptr<A>() : nullptr, rows, classes, static_cast<Kind>(kind),
+           A(clip));
   });
   return out.tuple();
 }

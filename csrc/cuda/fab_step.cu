@@ -33,11 +33,15 @@ Tensor fab_step_cuda(const Tensor& x_, const Tensor& x0_, const Tensor& normal_,
     using A = accumulator_of<S>;
     const FabOptions<A> options{A(alpha_max), A(overshoot), {A(lower), A(upper)}};
     const int64_t rows = rows_of(x);
-    const auto kernel = static_cast<Norm>(norm) == Norm::linf ? fab_step_kernel<Norm::linf, S, A> : fab_step_kernel<Norm::l2, S, A>;
-    kernel<<<blocks_for(rows, 1), kThreads, 0, stream>>>(x.const_data_ptr<S>(), x0.const_data_ptr<S>(), normal.const_data_ptr<S>(),
-                                                         difference.const_data_ptr<A>(), out.mutable_data_ptr<S>(), rows,
-                                                         elements_per_row(x), options);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    const auto step = [&](auto norm_constant) {
+      launch(fab_step_kernel<decltype(norm_constant)::value, S, A>, blocks_for(rows, 1), stream, x.const_data_ptr<S>(),
+             x0.const_data_ptr<S>(), normal.const_data_ptr<S>(), difference.const_data_ptr<A>(), out.mutable_data_ptr<S>(), rows,
+             elements_per_row(x), options);
+    };
+    if (static_cast<Norm>(norm) == Norm::linf)
+      step(std::integral_constant<Norm, Norm::linf>{});
+    else
+      step(std::integral_constant<Norm, Norm::l2>{});
   });
   return out;
 }

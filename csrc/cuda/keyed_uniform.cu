@@ -32,10 +32,9 @@ Tensor keyed_uniform_cuda(const Tensor& samples_, int64_t count, int64_t seed, i
   const int64_t rows = samples.size(0), blocks = (count + 3) / 4;
   dispatch(dtype, "keyed_uniform", Types<float, double>{}, [&](auto type) {
     using T = decltype(type);
-    keyed_uniform_kernel<T><<<blocks_for(rows * blocks, kThreads), kThreads, 0, current_stream(samples)>>>(
-        samples.const_data_ptr<int64_t>(), out.mutable_data_ptr<T>(), rows, count, blocks, static_cast<uint64_t>(seed),
-        static_cast<uint64_t>(stream));
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    launch(keyed_uniform_kernel<T>, blocks_for(rows * blocks, kThreads), current_stream(samples),
+           samples.const_data_ptr<int64_t>(), out.mutable_data_ptr<T>(), rows, count, blocks, static_cast<uint64_t>(seed),
+           static_cast<uint64_t>(stream));
   });
   return out;
 }

@@ -31,6 +31,15 @@ inline unsigned blocks_for(int64_t count, int64_t per_block) {
   return static_cast<unsigned>(std::min<int64_t>((count + per_block - 1) / per_block, int64_t(1) << 20));
 }
 
+#if defined(__CUDACC__)
+// Queue a kernel with blocks of kThreads. Without nvcc, what stands for the CUDA runtime has one.
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), unsigned blocks, cudaStream_t stream, const Arguments&... arguments) {
+  kernel<<<blocks, kThreads, 0, stream>>>(arguments...);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+#endif
+
 __device__ inline int64_t first_index() { return int64_t(blockIdx.x) * blockDim.x + threadIdx.x; }
 __device__ inline int64_t index_stride() { return int64_t(gridDim.x) * blockDim.x; }
 

@@ -59,10 +59,8 @@ Tensor score_step_cuda(const Tensor& weights_, const Tensor& scores_, const Tens
   dispatch(scores.scalar_type(), "score_step", CudaTypes{}, [&](auto type) {
     using S = decltype(type);
     using A = accumulator_of<S>;
-    score_step_kernel<S, A><<<blocks_for(grad.numel(), kThreads), kThreads, 0, current_stream(scores)>>>(
-        weights.const_data_ptr<A>(), scores.const_data_ptr<S>(), grad.const_data_ptr<S>(), out.mutable_data_ptr<S>(), samples,
-        classes, features);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    launch(score_step_kernel<S, A>, blocks_for(grad.numel(), kThreads), current_stream(scores), weights.const_data_ptr<A>(),
+           scores.const_data_ptr<S>(), grad.const_data_ptr<S>(), out.mutable_data_ptr<S>(), samples, classes, features);
   });
   return out;
 }
@@ -81,12 +79,9 @@ Tensor score_line_integral_cuda(const Tensor& log_p_, const Tensor& scores0_, co
     using S = decltype(type);
     using A = accumulator_of<S>;
     A* integrals = out.mutable_data_ptr<A>();
-    trapezoid_kernel<S, A><<<blocks_for(samples * classes, 1), kThreads, 0, stream>>>(
-        scores0.const_data_ptr<S>(), scores1.const_data_ptr<S>(), move.const_data_ptr<S>(), integrals, samples * classes, classes,
-        features);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-    normalize_kernel<A><<<blocks_for(samples, kWarps), kThreads, 0, stream>>>(log_p.const_data_ptr<A>(), integrals, samples, classes);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    launch(trapezoid_kernel<S, A>, blocks_for(samples * classes, 1), stream, scores0.const_data_ptr<S>(),
+           scores1.const_data_ptr<S>(), move.const_data_ptr<S>(), integrals, samples * classes, classes, features);
+    launch(normalize_kernel<A>, blocks_for(samples, kWarps), stream, log_p.const_data_ptr<A>(), integrals, samples, classes);
   });
   return out;
 }

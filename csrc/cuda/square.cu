@@ -103,10 +103,9 @@ Tensor square_linf_cuda(const Tensor& best_, const Tensor& x0_, const Tensor& co
   dispatch(best.scalar_type(), "square_linf", CudaTypes{}, [&](auto type) {
     using S = decltype(type);
     using A = accumulator_of<S>;
-    square_linf_kernel<S, A><<<blocks_for(best.size(0) * best.size(1), 1), kThreads, 0, stream>>>(
-        best.const_data_ptr<S>(), x0.const_data_ptr<S>(), corner.const_data_ptr<int64_t>(), sign.const_data_ptr<S>(),
-        out.mutable_data_ptr<S>(), best.size(0), image_of(best), side, A(eps), Box<A>{A(lower), A(upper)});
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    launch(square_linf_kernel<S, A>, blocks_for(best.size(0) * best.size(1), 1), stream, best.const_data_ptr<S>(),
+           x0.const_data_ptr<S>(), corner.const_data_ptr<int64_t>(), sign.const_data_ptr<S>(), out.mutable_data_ptr<S>(),
+           best.size(0), image_of(best), side, A(eps), Box<A>{A(lower), A(upper)});
   });
   return out;
 }
@@ -141,8 +140,7 @@ Tensor square_l2_cuda(const Tensor& best_, const Tensor& x0_, const Tensor& corn
                                        side,
                                        A(eps),
                                        {A(lower), A(upper)}};
-    square_l2_kernel<S, A><<<blocks_for(args.samples, 1), kThreads, 0, stream>>>(args);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    launch(square_l2_kernel<S, A>, blocks_for(args.samples, 1), stream, args);
   });
   return out;
 }

@@ -61,11 +61,10 @@ Tensor pgd_step_cuda(const Tensor& x_, const Tensor& grad_, const Tensor& x0_, i
     const Box<A> box{A(lower), A(upper)};
     const int64_t rows = rows_of(x), count = elements_per_row(x);
     if (static_cast<Norm>(norm) == Norm::linf)
-      linf_step_kernel<S, A><<<blocks_for(x.numel(), kThreads), kThreads, 0, stream>>>(xp, gp, cp, op, x.numel(), A(step_size),
-                                                                                        A(eps), box);
+      launch(linf_step_kernel<S, A>, blocks_for(x.numel(), kThreads), stream, xp, gp, cp, op, x.numel(), A(step_size), A(eps),
+             box);
     else
-      l2_step_kernel<S, A><<<blocks_for(rows, 1), kThreads, 0, stream>>>(xp, gp, cp, op, rows, count, A(step_size), A(eps), box);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+      launch(l2_step_kernel<S, A>, blocks_for(rows, 1), stream, xp, gp, cp, op, rows, count, A(step_size), A(eps), box);
   });
   return out;
 }
@@ -93,11 +92,10 @@ Tensor random_start_cuda(const Tensor& x_, const Tensor& noise_, std::optional<T
     const Box<A> box{A(lower), A(upper)};
     const int64_t rows = rows_of(x), count = elements_per_row(x);
     if (static_cast<Norm>(norm) == Norm::linf)
-      linf_random_start_kernel<S, A><<<blocks_for(x.numel(), kThreads), kThreads, 0, stream>>>(xp, np, op, x.numel(), A(eps), box);
+      launch(linf_random_start_kernel<S, A>, blocks_for(x.numel(), kThreads), stream, xp, np, op, x.numel(), A(eps), box);
     else
-      l2_random_start_kernel<S, A><<<blocks_for(rows, 1), kThreads, 0, stream>>>(
-          xp, np, radius ? radius->const_data_ptr<S>() : nullptr, op, rows, count, A(eps), box);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+      launch(l2_random_start_kernel<S, A>, blocks_for(rows, 1), stream, xp, np,
+             radius ? radius->const_data_ptr<S>() : nullptr, op, rows, count, A(eps), box);
   });
   return out;
 }

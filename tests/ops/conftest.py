@@ -1,9 +1,18 @@
 """Devices and dtypes that the operator tests run on; tolerances stand beside the dtype."""
 
+import os
+
 import pytest
 import torch
 
 from scorematch import _extension
+from scorematch.ops import _checks
+
+# A library of csrc/cuda that takes tensors of the CPU, in place of the CPU kernels: see test_emulated_device.py.
+EMULATED_DEVICE = os.environ.get("SCOREMATCH_EMULATED_DEVICE")
+if EMULATED_DEVICE:
+    torch.ops.load_library(EMULATED_DEVICE)
+    _checks._CPU_DTYPES = _checks._CUDA_DTYPES
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() and _extension.has_cuda_kernels else [])
 
@@ -15,8 +24,16 @@ TOLERANCES = {
     torch.bfloat16: (1e-1, 3e-2),
 }
 DEVICE_DTYPES = [
-    (device, dtype) for device in DEVICES for dtype in TOLERANCES if device == "cuda" or dtype.itemsize >= 4
+    (device, dtype)
+    for device in DEVICES
+    for dtype in TOLERANCES
+    if device == "cuda" or EMULATED_DEVICE or dtype.itemsize >= 4
 ]
+
+
+def runs_cuda_code(device: str) -> bool:
+    """Whether the kernels for this device are those of csrc/cuda, on a GPU or on the emulated one."""
+    return device == "cuda" or EMULATED_DEVICE is not None
 
 
 @pytest.fixture(params=DEVICES)

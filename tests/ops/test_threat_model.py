@@ -54,9 +54,9 @@ def test_linf_step_is_the_reference_bit_for_bit(device):
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("radius", [True, False])
 def test_random_start_is_the_reference(norm, radius, device_dtype):
-    x, noise, _ = inputs((4, 3, 5, 7), *device_dtype)
+    x, noise, _ = inputs((9, 3, 5, 7), *device_dtype)
     noise = noise.clamp(-1, 1) if norm == "linf" else noise
-    distance = torch.rand(4).to(noise) if radius and norm == "l2" else None
+    distance = torch.rand(9).to(noise) if radius and norm == "l2" else None
     options = {"norm": norm, "eps": EPS[norm], "lower": 0.1, "upper": 0.9}
     expected = reference.random_start(
         x.double(), noise.double(), radius=None if distance is None else distance.double(), **options

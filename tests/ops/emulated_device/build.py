@@ -1,0 +1,109 @@
+"""Builds csrc/cuda for the CPU: the same sources, with g++ and the cuda_runtime.h beside this file.
+
+env $(python tests/ops/emulated_device/build.py FOLDER) python -m pytest tests/ops/test_square.py
+
+runs tests on it: a library is built in FOLDER, and the variables printed put its kernels in the place of those for the
+CPU (see conftest.py), with the address sanitizer in the process.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from torch.utils.cpp_extension import TORCH_LIB_PATH, include_paths
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parents[2] / "csrc"
+# In every source, in launch.h: tensors are on the CPU.
+IN_SOURCES = ("STABLE_TORCH_LIBRARY_IMPL(scorematch, CUDA, m)", "STABLE_TORCH_LIBRARY_IMPL(scorematch, CPU, m)")
+IN_LAUNCH = ("torch::stable::accelerator::DeviceGuard", "emulated::DeviceGuard")
+FLAGS = [
+    "-std=c++20",
+    "-O1",
+    "-g1",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Werror",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=all",
+]
+
+
+def runtime_libraries() -> list[str] | None:
+    """What must be loaded before python; None where g++ or its address sanitizer is missing."""
+    if shutil.which("g++") is None:
+        return None
+    paths = []
+    for name in ("libasan.so", "libstdc++.so"):
+        found = subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+        paths.append(found.stdout.strip())
+    return paths if all(Path(path).is_absolute() for path in paths) else None
+
+
+def substitute(path: Path, old: str, new: str) -> None:
+    """`old` must be there, once."""
+    text = path.read_text()
+    count = text.count(old)
+    if count != 1 or old == new:
+        raise ValueError(f"{path.name} has {old!r} {count} times, expected once, to become {new!r}")
+    path.write_text(text.replace(old, new))
+
+
+def copy_sources(folder: Path) -> Path:
+    """csrc in `folder`, for tensors on the CPU."""
+    csrc = Path(shutil.copytree(CSRC, folder / "csrc"))
+    for source in csrc.glob("cuda/*.cu"):
+        substitute(source, *IN_SOURCES)
+    substitute(csrc / "cuda/launch.h", *IN_LAUNCH)
+    return csrc
+
+
+def compile_sources(csrc: Path, names: Sequence[str]) -> Path:
+    """A library of csrc/cuda/NAME.cu for each name."""
+    includes = [f"-I{HERE}", *(f"-isystem{path}" for path in include_paths())]
+
+    def compile_one(name: str) -> Path:
+        output = csrc.parent / f"{name}.o"
+        source = ["-x", "c++", str(csrc / "cuda" / f"{name}.cu")]
+        run_compiler([*FLAGS, "-DSCOREMATCH_EMULATED_DEVICE", *includes, "-c", *source, "-o", str(output)])
+        return output
+
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
+        objects = list(pool.map(compile_one, names))
+    library = csrc.parent / "emulated_device.so"
+    torch = [f"-L{TORCH_LIB_PATH}", "-ltorch_cpu", "-lc10"]
+    run_compiler(["-shared", *FLAGS, *map(str, objects), *torch, "-o", str(library)])
+    return library
+
+
+def run_compiler(arguments: list[str]) -> None:
+    done = subprocess.run(["g++", *arguments], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"g++ {' '.join(arguments)}:\n{done.stderr}")
+
+
+def build(folder: Path) -> Path:
+    """The whole of csrc/cuda."""
+    csrc = copy_sources(folder)
+    return compile_sources(csrc, sorted(source.stem for source in csrc.glob("cuda/*.cu")))
+
+
+def variables(library: Path) -> dict[str, str]:
+    """The environment of a process that has `library` in the place of the CPU's kernels."""
+    return {
+        "LD_PRELOAD": ":".join(runtime_libraries() or []),
+        # Leaks and doubles are of python and torch; what a kernel leaves unwritten is garbage.
+        "ASAN_OPTIONS": "detect_leaks=0:detect_odr_violation=0:max_malloc_fill_size=1000000000",
+        "SCOREMATCH_EMULATED_DEVICE": str(library),
+    }
+
+
+if __name__ == "__main__":
+    if runtime_libraries() is None:
+        sys.exit("g++ with its address sanitizer is needed")
+    print(*(f"{name}={value}" for name, value in variables(build(Path(sys.argv[1]))).items()))
