@@ -2,8 +2,8 @@
 
     python -m benchmarks.training --data cifar10 --data-root DIR --model wrn-10-2 --objectives pgd_at trades --threads 2
 
-Every variant trains the same network on the same batches; rounds of all variants follow each other, and the median of
-the rounds counts, so that a machine that slows down slows all. Printed and, with --out, written as JSON.
+Every objective and variant trains the same network on the same batches; rounds of all of them follow each other, and
+the median of the rounds counts, so that a machine that slows down slows all. Printed and, with --out, written as JSON.
 """
 
 import dataclasses
@@ -15,16 +15,17 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import get_args
 
 import torch
 from tqdm import tqdm
 
 from benchmarks.kernels import device_name
-from training import command_line, config, data, models, posteriors
-from training.config import Objective, Posterior
+from training import command_line, config, data, hardware, models, posteriors
 from training.data import DataName, DataSettings
-from training.errors import run_program
-from training.loop import Trainer
+from training.errors import InputError, run_program
+from training.hardware import Speed
+from training.loop import Trainer, speed_of
 from training.posteriors import PosteriorSettings
 
 PLAIN = {
@@ -72,8 +73,9 @@ class BenchmarkSettings:
     data: DataName = "cifar10"  # data set
     data_root: Path | None = None  # folder of CIFAR's official files; None is $SCOREMATCH_DATA
     model: str = "wrn-10-2"  # architecture
-    objectives: tuple[Objective, ...] = ("pgd_at",)  # what to train
-    posterior: Posterior = "score_network"  # of score_direct
+    # what to train; score_direct may name its posterior, as in score_direct:kernel_density, or score_direct:linear, a
+    # score network read at the clean point alone
+    objectives: tuple[str, ...] = ("pgd_at",)
     posterior_settings: PosteriorSettings = field(default_factory=PosteriorSettings)  # its networks stay untrained
     variants: tuple[str, ...] = ON_A_CPU  # names of VARIANTS
     batch: int = 128  # samples a step
@@ -92,32 +94,39 @@ def main(arguments: list[str]) -> None:
         program="python -m benchmarks.training",
         description="Time the steps of training, with each switch for speed.",
     )
+    for objective in settings.objectives:
+        name, _, kind = objective.partition(":")
+        allowed = ("", "linear", *posteriors.POSTERIORS) if name == "score_direct" else ("",)
+        if name not in get_args(config.Objective) or kind not in allowed:
+            names = ", ".join([*get_args(config.Objective), "score_direct:linear", "score_direct:POSTERIOR"])
+            raise InputError(f"objectives: {objective!r} is unknown, allowed: {names}")
     torch.set_num_threads(settings.threads)
     loaded = data.load(DataSettings(settings.data, root=settings.data_root)).to(torch.device(settings.device))
     lines = []
     with tempfile.TemporaryDirectory() as folder:
-        for objective in settings.objectives:
-            trainers = {name: trainer(settings, objective, name, loaded, Path(folder)) for name in settings.variants}
-            seconds: dict[str, list[float]] = {name: [] for name in trainers}
-            index = torch.arange(settings.batch, device=loaded.x_train.device)
-            for number in tqdm(range(settings.rounds + 1), desc=objective, unit="round"):
-                for name, run in trainers.items():
-                    taken = time_of(run, index, settings.steps if number else BEFORE)
-                    if number:
-                        seconds[name].append(taken)
-            for name, values in seconds.items():
-                median = statistics.median(values)
-                lines.append(
-                    {
-                        "objective": objective,
-                        "variant": name,
-                        "seconds_per_step": round(median, 4),
-                        "samples_per_second": round(settings.batch / median, 1),
-                        "seconds_per_epoch": round(median * trainers[name].course.steps, 1),
-                        "times_first": round(statistics.median(seconds[settings.variants[0]]) / median, 2),
-                    }
-                )
-                print(json.dumps(lines[-1]), flush=True)
+        cases = [(objective, variant) for objective in settings.objectives for variant in settings.variants]
+        trainers = {case: trainer(settings, *case, loaded, Path(folder)) for case in cases}
+        seconds: dict[tuple[str, str], list[float]] = {case: [] for case in cases}
+        index = torch.arange(settings.batch, device=loaded.x_train.device)
+        for number in tqdm(range(settings.rounds + 1), desc="benchmark", unit="round"):
+            for case, run in trainers.items():
+                taken = time_of(run, index, settings.steps if number else BEFORE)
+                if number:
+                    seconds[case].append(taken)
+    for (objective, variant), values in seconds.items():
+        median = statistics.median(values)
+        lines.append(
+            {
+                "objective": objective,
+                "variant": variant,
+                "seconds_per_step": round(median, 4),
+                "samples_per_second": round(settings.batch / median, 1),
+                "seconds_per_epoch": round(median * trainers[objective, variant].course.steps, 1),
+                "times_first": round(statistics.median(seconds[objective, settings.variants[0]]) / median, 2),
+                "times_first_objective": round(median / statistics.median(seconds[cases[0][0], variant]), 2),
+            }
+        )
+        print(json.dumps(lines[-1]), flush=True)
     if settings.out is not None:
         head = {
             "command": f"python -m benchmarks.training {shlex.join(arguments)}",
@@ -129,17 +138,23 @@ def main(arguments: list[str]) -> None:
 
 
 def trainer(settings: BenchmarkSettings, objective: str, variant: str, loaded: data.Data, folder: Path) -> Trainer:
-    out = folder / f"{objective}-{variant}"
+    name, _, kind = objective.partition(":")
+    out = folder / f"{name}-{kind}-{variant}"
     out.mkdir()
-    options = ["--objective", objective, "--data", settings.data, "--model", settings.model]
+    options = ["--objective", name, "--data", settings.data, "--model", settings.model]
     options += ["--batch-size", str(settings.batch), "--steps", str(settings.attack_steps)]
     if settings.data_root is not None:
         options += ["--data-root", str(settings.data_root)]
     parsed = config.parse([*options, *options_of(variant), "--device", settings.device])
     posterior = None
-    if objective == "score_direct":
-        named = dataclasses.replace(settings.posterior_settings, name=settings.posterior, steps=1)
+    if name == "score_direct":
+        linear = kind == "linear"
+        named = dataclasses.replace(
+            settings.posterior_settings, name="score_network" if linear or not kind else kind, linear=linear, steps=1
+        )
         posterior = posteriors.build(named, loaded, seed=0, device=loaded.x_train.device, folder=out)
+        speed = speed_of(parsed, hardware.hardware_of(loaded.x_train.device), steps=1)
+        posterior = posteriors.at_speed(posterior, Speed(speed.precision, speed.compile))
     torch.manual_seed(0)
     model = models.build(settings.model, loaded.input_shape, loaded.num_classes, loaded.statistics)
     return Trainer(parsed, loaded, model.to(loaded.x_train.device), posterior, out)
