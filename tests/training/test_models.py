@@ -1,4 +1,4 @@
-"""The classifiers for 32×32 images: the keys of published weights, initialisation, normalisation, names."""
+"""The classifiers for images: the keys of published weights, initialisation, normalisation, names."""
 
 import sys
 from collections.abc import Callable
@@ -165,13 +165,15 @@ def test_resnet_takes_raw_pixels() -> None:
     assert torch.equal(seen[0], x)
 
 
-def test_a_convolution_of_stride_2_pads_right_and_bottom_only() -> None:
+def test_a_convolution_of_stride_2_pads_right_and_bottom_only_but_odd_sizes_evenly() -> None:
     convolution = build("wrn-10-1").layer[1].block[0].conv_0
     assert convolution.stride == (2, 2)
     with torch.no_grad():
         convolution.weight.fill_(1.0)
-        out = convolution(torch.ones(1, 16, 4, 4))[0, 0] / 16
-    assert out.tolist() == [[9.0, 6.0], [6.0, 4.0]]
+        even = convolution(torch.ones(1, 16, 4, 4))[0, 0] / 16
+        odd = convolution(torch.ones(1, 16, 3, 4))[0, 0] / 16
+    assert even.tolist() == [[9.0, 6.0], [6.0, 4.0]]
+    assert odd.tolist() == [[6.0, 4.0], [6.0, 4.0]]
 
 
 def test_the_shortcut_takes_the_activated_input_the_identity_the_raw_one() -> None:
@@ -199,9 +201,47 @@ def test_names_decide_the_activation(relu: str, silu: str) -> None:
 
 
 @pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("shape", [(3, 28, 28), (1, 28, 28), (3, 64, 64), (3, 96, 96), (3, 33, 47), (1, 8, 8)])
+def test_images_of_any_size_and_number_of_channels(name: str, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    statistics = ((0.4,) * shape[0], (0.2,) * shape[0])
+    model = models.build(name, shape, 7, statistics)
+    x = torch.rand(2, *shape, requires_grad=True)
+    logits = model(x)
+    assert logits.shape == (2, 7)
+    logits.logsumexp(1).sum().backward()
+    assert x.grad is not None
+    assert torch.isfinite(x.grad).all()
+    assert (x.grad != 0).any(dim=1).all(), "every pixel counts, those at the edges too"
+    for other in ((2, shape[0], 30, 30), shape):
+        channels, height, width = shape
+        with pytest.raises(ValueError, match=rf"expected \[N, {channels}, {height}, {width}\]"):
+            model(torch.rand(other))
+
+
+@pytest.mark.parametrize(("name", "pairs"), [("wrn-10-1", 3), ("preact-resnet-18", 8), ("resnet-18", 20)])
+def test_folding_at_another_size(name: str, pairs: int) -> None:
+    torch.manual_seed(0)
+    model = models.build(name, (3, 27, 30), 10).double()
+    folding, x = Folding(model), torch.rand(4, 3, 27, 30, dtype=torch.float64)
+    assert len(folding.pairs) == pairs
+    with torch.no_grad():
+        model.train()(x)
+        expected = model.eval()(x)
+        with folding.applied():
+            torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_the_size_of_the_images_is_no_weight() -> None:
+    """What was trained at one size loads at another."""
+    weights = models.build("wrn-10-1", (3, 64, 64), 10).state_dict()
+    models.build("wrn-10-1", (3, 28, 28), 10).load_state_dict(weights)
+
+
+@pytest.mark.parametrize("name", SMALL)
 def test_other_inputs_are_refused(name: str) -> None:
-    with pytest.raises(InputError, match=rf"model: {name} takes images \[3, 32, 32\], .*\[1, 8, 8\]"):
-        models.build(name, (1, 8, 8), 10)
+    with pytest.raises(InputError, match=rf"model: {name} takes images \[C, H, W\] of any size, .*shape \[5\]"):
+        models.build(name, (5,), 10)
     model = build(name)
     for shape in ((2, 3, 64, 64), (3, 32, 32)):
         with pytest.raises(ValueError, match=r"expected \[N, 3, 32, 32\]"):
