@@ -36,6 +36,7 @@ class ScoreSettings:
     data: DataName = "digits"  # data set
     data_root: Path | None = None  # folder with the files of CIFAR or SVHN; None is $SCOREMATCH_DATA
     download: bool = False  # let torchvision download them into that folder where they are missing
+    image_size: int | None = None  # folder: as for training.run
     limit: int = 0  # number of training points to keep, class-balanced on images; 0 keeps all
     samples: int = 1000  # samples to draw, spread evenly over the classes
     steps_per_level: int = 10  # Langevin steps at each of the noise levels
@@ -54,6 +55,7 @@ RANGES: dict[str, config.Check] = {
     "levels": (lambda v: v >= 2, "at least 2"),
     "judge_epochs": (lambda v: v >= 1, "at least 1"),
     "limit": config.RANGES["limit"],
+    "image_size": config.RANGES["image_size"],
     "seed": config.RANGES["seed"],
     "threads": config.RANGES["threads"],
 }
@@ -72,17 +74,23 @@ def main(arguments: list[str]) -> None:
         raise InputError(f"posterior_settings.name: {settings.posterior_settings.name!r}, allowed: score_network")
     device = config.resolve_device(settings.device)
     torch.set_num_threads(config.resolve_threads(settings.threads))
-    source = DataSettings(settings.data, settings.limit, root=settings.data_root, download=settings.download)
+    source = DataSettings(
+        settings.data,
+        settings.limit,
+        root=settings.data_root,
+        download=settings.download,
+        image_size=settings.image_size,
+    )
     loaded = data.load(source).to(device)
     if settings.samples < loaded.num_classes:
         raise InputError(f"samples: {settings.samples}, allowed: at least {loaded.num_classes}, one of each class")
-    out = settings.out or Path("runs") / f"score-{settings.data}-seed{settings.seed}"
+    out = settings.out or Path("runs") / f"score-{data.slug(settings.data)}-seed{settings.seed}"
     if (out / "score.json").exists():
         raise InputError(f"out: {out} holds a score network already, give another folder")
     out.mkdir(parents=True, exist_ok=True)
 
     begin = time.perf_counter()
-    resolved = settings.posterior_settings.resolved(settings.data)
+    resolved = config.resolved_posterior(settings.posterior_settings, settings.data, loaded.input_shape)
     try:
         posterior = posteriors.build(resolved, loaded, seed=settings.seed, device=device)
     except ValueError as error:
@@ -98,7 +106,9 @@ def main(arguments: list[str]) -> None:
         "denoising_error": denoising_errors(posterior.denoiser, loaded, settings.seed),
     }
     saved = {**config.plain(resolved), "data": settings.data, "limit": settings.limit}
-    checkpoint.save(out / "posterior.pt", epoch=0, settings=saved, network=posterior.state_dict())
+    if settings.image_size is not None:
+        saved["image_size"] = settings.image_size
+    checkpoint.save(out / "posterior.pt", epoch=0, settings=saved, network=posterior.state_dict(), data=loaded.record())
     if settings.data == "toy":
         result["oracle"] = toy_errors(posterior.denoiser)
         plot_toy(posterior).savefig(out / "scores.png", dpi=150)
@@ -131,7 +141,7 @@ def draw(denoiser: Denoiser, loaded: Data, settings: ScoreSettings) -> tuple[Ten
     """Class-conditional samples by annealed Langevin dynamics, clipped to the box."""
     device = loaded.x_train.device
     y = torch.arange(settings.samples, device=device) % loaded.num_classes
-    resolved = settings.posterior_settings.resolved(settings.data)
+    resolved = config.resolved_posterior(settings.posterior_settings, settings.data, loaded.input_shape)
     assert resolved.sigma_min is not None
     assert resolved.sigma_max is not None
     generator = torch.Generator(device).manual_seed(settings.seed)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from scipy.io import savemat
 
-from training import compare, data, evaluate, generate, generated, run, score
+from training import compare, data, evaluate, generate, generated, plan, run, score
 from training.errors import run_program
 
 PROGRAMS = {
@@ -23,6 +23,7 @@ PROGRAMS = {
     "score": score.main,
     "generate": generate.main,
     "generated": generated.main,
+    "plan": plan.main,
 }
 TINY = (
     "--epochs 2 --limit 100 --batch-size 50 --steps 2 --validation-steps 1 --eval-steps 2 --eval-restarts 1 "

@@ -2,15 +2,18 @@
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from scorematch.folding import Folding
-from training import models
+from training import checkpoint, models
 from training.data import STATISTICS
 from training.errors import InputError
+from training.models import loading
 from training.models.cifar import IMAGE_SHAPE
 
 SMALL = [
@@ -271,6 +274,93 @@ def test_networks_of_timm(name: str, patches: int | None) -> None:
     assert model(torch.rand(2, 3, 32, 32)).shape == (2, 7)
     if patches is not None:
         assert model.patch_embed.num_patches == patches, "built for images of 32 × 32, in patches of 16 × 16"
+
+
+@pytest.fixture
+def weights_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
+    """Trained weights of timm's test_resnet as timm would find them in its cache, for 1,000 classes."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(3)
+    weights = timm.create_model("test_resnet", pretrained=False).state_dict()
+    torch.save(weights, tmp_path / "weights.pth")
+    create = timm.create_model
+
+    def from_file(name: str, pretrained: bool, **options: object) -> nn.Module:
+        overlay = {"file": str(tmp_path / "weights.pth")} if pretrained else None
+        return create(name, pretrained=pretrained, pretrained_cfg_overlay=overlay, **options)
+
+    monkeypatch.setattr(timm, "create_model", from_file)
+    return weights
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (3, 96, 96), (1, 28, 28)])
+def test_trained_weights_of_timm(shape: tuple[int, ...], weights_at_hand: dict[str, torch.Tensor]) -> None:
+    torch.manual_seed(0)
+    model = models.build("timm:test_resnet", shape, 7, pretrained=True)
+    expected = weights_at_hand["layer2.0.conv1.weight"]
+    assert torch.equal(model.network.layer2[0].conv1.weight, expected)
+    x = torch.rand(2, *shape)
+    assert model(x).shape == (2, 7), "the last layer is a new one"
+    assert not {"mean", "std"} & set(model.state_dict())
+
+    seen = []
+    model.network.conv1.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    model.eval()(x)
+    of_weights = pytest.importorskip("timm").get_pretrained_cfg("test_resnet")
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (of_weights.mean, of_weights.std))
+    assert mean.min() > 0
+    if shape[0] == 1:
+        mean, std = mean.mean(), std.mean()
+    torch.testing.assert_close(seen[0], (x - mean) / std)
+
+    without = models.build("timm:test_resnet", shape, 7, pretrained=True, weights=False)
+    assert not torch.equal(without.network.layer2[0].conv1.weight, expected)
+    without.load_state_dict(model.state_dict())
+    assert torch.equal(without.eval()(x), model(x))
+
+
+def test_a_run_from_trained_weights(
+    weights_at_hand: dict[str, torch.Tensor], call: Callable[..., Any], tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--objective", "pgd_at", "--model", "timm:test_resnet", "--pretrained", "--lr", "1e-6", *tiny]
+    ending = call("run", *options, "--out", "run")
+    assert ending.status == 0, ending
+    saved = checkpoint.load(Path("run/best.pt"))["network"]
+    trained = saved["network.layer2.0.conv1.weight"]
+    torch.testing.assert_close(trained, weights_at_hand["layer2.0.conv1.weight"], rtol=0, atol=1e-3)
+
+    def offline(*args: object, **options: object) -> None:
+        assert not options["pretrained"], "nothing is fetched once there is a checkpoint"
+        return create(*args, **options)
+
+    timm = pytest.importorskip("timm")
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", offline)
+    Path("run/summary.json").unlink()
+    assert call("run", "--resume", "run").status == 0
+    assert call("evaluate", "--run", "run", "--attack", "clean").status == 0
+    loading.load(Path("run/best.pt"))
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("timm:test_resnet", r"weights of timm:test_resnet are not at hand \(OSError: no route\); .*timm's cache"),
+        ("timm:resnet18d_none", "is unknown"),
+        ("wrn-10-1", "pretrained: True with model wrn-10-1, allowed: with timm:NAME"),
+        ("timm:vit_base_patch16_18x2_224", r"timm has no weights for timm:vit_base.*, allowed: .*timm.list_pretrained"),
+    ],
+)
+def test_trained_weights_that_are_not_there(name: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    timm = pytest.importorskip("timm")
+
+    def offline(*args: object, **options: object) -> None:
+        raise OSError("no route")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(InputError, match=told) as caught:
+        models.build(name, IMAGE_SHAPE, 10, pretrained=True)
+    assert "\n" not in str(caught.value)
 
 
 def test_without_timm_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
