@@ -65,6 +65,7 @@ class RunSettings:
     download: bool = False  # let torchvision download CIFAR into that folder where it is missing
     shift: int = 0  # augmentation: random shift of the training images by up to this many pixels; 0 turns it off
     flip: bool = False  # augmentation: mirror half of the training images, left to right
+    cutmix: float = 0.0  # augmentation: share of the batches with a patch of another image in each (CutMix); 0: none
     generated: tuple[Path, ...] = ()  # files of generated images mixed into each batch (.npz, see docs/data.md)
     original_share: float | None = None  # share of original images in a batch with generated ones; None is .3
     originals_only: bool = False  # train a recipe that has such a share without generated images
@@ -191,6 +192,7 @@ RANGES: dict[str, Check] = {
     "divergence": (lambda v: v in KINDS, ", ".join(KINDS)),
     "limit": (lambda v: v >= 0, "0 (all) or a number of points"),
     "shift": (lambda v: 0 <= v <= 4, "0 to 4 pixels"),
+    "cutmix": (lambda v: 0 <= v <= 1, "0 (off) to 1"),
     "original_share": (lambda v: v is None or 0 < v < 1, "between 0 and 1, exclusive"),
     "image_size": (lambda v: v is None or v >= 1, "at least 1 pixel"),
     "validation_size": (lambda v: v is None or v >= 0, "0 (none) or a number of images"),
@@ -261,6 +263,13 @@ def validate(settings: RunSettings) -> None:
         raise InputError(f"posterior: 'oracle' on {settings.data}, allowed: p_d(y|x) is known on the toy only")
     if settings.shift and settings.data == "toy":
         raise InputError("shift: the toy has no images to shift, allowed: 0")
+    if settings.cutmix and settings.data == "toy":
+        raise InputError(f"cutmix: {settings.cutmix:g} on the toy, which has no images to mix, allowed: 0")
+    if settings.cutmix and settings.objective == "score_direct":
+        raise InputError(
+            f"cutmix: {settings.cutmix:g} with score_direct, whose targets are p_d(y|x') at images of the data and "
+            "which anchors at their labels, allowed: 0, or with standard, pgd_at and trades"
+        )
     if settings.flip and settings.data == "toy":
         raise InputError("flip: the toy has no images to mirror, allowed: False")
     if settings.autoattack != "none" and settings.data == "toy":
@@ -281,8 +290,8 @@ def validate_for(settings: RunSettings, form: Format) -> None:
         return
     shape, name = list(form.input_shape), settings.data
     if len(shape) != 3:
-        for option, value in (("shift", settings.shift), ("flip", settings.flip), ("generated", settings.generated)):
-            if value:
+        for option in ("shift", "flip", "cutmix", "generated"):
+            if value := getattr(settings, option):
                 raise InputError(f"{option}: {value} on {name}, whose inputs {shape} are no images, allowed: not there")
     in_box = (form.lower, form.upper) == (0.0, 1.0)
     if settings.autoattack != "none" and (len(shape) != 3 or not in_box):
