@@ -580,3 +580,33 @@ def test_the_other_programs_on_a_folder(make: Make, call: Any, tiny: list[str]) 
 
     ending = call("evaluate", "--model-from", "runs/compare-folder/runs/pgd_at-seed0/best.pt", *source, "--eps", "0.1")
     assert ending.status == 0, ending
+
+
+# The worked example.
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "data.md"
+
+
+def commands() -> list[list[str]]:
+    """The commands of the page on the example."""
+    section = PAGE.read_text().split("\n## A function of your own\n")[1].split("\n## ")[0]
+    return [line.split()[1:] for line in section.splitlines() if line.startswith("    python -m training")]
+
+
+def test_the_commands_of_the_page(call: Any, tiny: list[str]) -> None:
+    first, second, third = commands()
+    ending = call("run", *first[2:], *tiny, "--limit", 90)
+    assert ending.status == 0, ending
+    ending = call("evaluate", *second[2:])
+    assert ending.status == 0, ending
+    words = third[2 : third.index("--") + 1]
+    ending = call("compare", *words, *third[third.index("--") + 1 :], *tiny, "--limit", 90)
+    assert ending.status == 0, ending
+
+
+def test_the_shapes_can_be_learned() -> None:
+    found = load(DataSettings("examples.own_data:shapes"))
+    assert found.classes == ("disc", "square", "cross")
+    assert found.sizes == {"train": 900, "validation": 150, "test": 300}
+    nearest = torch.cdist(found.x_test.flatten(1), found.x_train.flatten(1)).argmin(1)
+    assert (found.y_train[nearest] == found.y_test).float().mean() > 0.6
