@@ -5,6 +5,39 @@ from torch import Generator, Tensor
 from torch.nn import functional
 
 
+def cut_and_mixed(x: Tensor, targets: Tensor, share: float, generator: Generator) -> tuple[Tensor, Tensor]:
+    """CutMix (Yun et al., ICCV 2019): in each image a rectangle of another one, in its target as much of the other's.
+
+    All images of a batch get the same rectangle. Its area is 1 − λ of the image with λ uniform in [0, 1] (their
+    α = 1), its centre is uniform in the image; what reaches beyond the edge is cut off, and targets are mixed by the
+    pixels that are left.
+
+    Args:
+        x: [N, C, H, W] images.
+        targets: [N, L] probabilities.
+        share: of the batches that are mixed, in [0, 1]; the others stay as they are.
+        generator: randomness, on the device of x; the numbers drawn are as many whether the batch is mixed or not.
+
+    Returns:
+        Images and targets, without a wait for the device.
+    """
+    height, width = x.shape[-2:]
+    mixed, area, row, column = torch.rand(4, generator=generator, device=x.device).unbind()
+    partner = torch.randperm(len(x), generator=generator, device=x.device)
+    side = area.sqrt()
+    inside = _interval(row, side, height)[:, None] & _interval(column, side, width) & (mixed < share)
+    amount = inside.float().mean()
+    return torch.where(inside, x[partner], x), targets * (1 - amount) + targets[partner] * amount
+
+
+def _interval(centre: Tensor, length: Tensor, size: int) -> Tensor:
+    """Which of 0 … size − 1 lie within ``length`` around ``centre``, both shares of ``size``; bool [size]."""
+    position = torch.arange(size, device=centre.device)
+    pixels = (length * size).floor()
+    first = (centre * size).floor() - (pixels / 2).floor()
+    return (position >= first) & (position < first + pixels)
+
+
 def augmented(x: Tensor, generator: Generator, *, shift: int, flip: bool) -> Tensor:
     """Images x [N, C, H, W] shifted by up to ``shift`` pixels and, with ``flip``, mirrored with probability 1/2."""
     x = shifted(x, shift, generator)

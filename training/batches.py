@@ -8,8 +8,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Generator, Tensor
+from torch.nn import functional
 
-from training.augmentation import augmented
+from training.augmentation import augmented, cut_and_mixed
 from training.config import RunSettings
 from training.data import Data
 from training.errors import InputError
@@ -43,7 +44,7 @@ class Batches:
         data: its training images on the device of the run.
         targets: int64 [N] labels, or probabilities [N, L].
         order: decides the order of the samples; its state at the start of an epoch decides that epoch.
-        augmentation: randomness of shifts and mirrored images, on the device of the data.
+        augmentation: randomness of shifts, mirrored and mixed images, on the device of the data.
     """
 
     def __init__(
@@ -75,7 +76,10 @@ class Batches:
             yield order[step * self.originals : (step + 1) * self.originals]
 
     def batch(self, index: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """Augmented images [n, …] and their targets, for the step number ``step`` of the whole run."""
+        """Augmented images [n, …] and their targets, for the step number ``step`` of the whole run.
+
+        Targets are labels int64 [n], or probabilities [n, L] where labels are smoothed, mixed or known as such.
+        """
         x, targets = self.x[index], self.targets[index]
         if self.stream is not None:
             count = self.settings.batch_size - self.originals
@@ -86,6 +90,10 @@ class Batches:
             settings = self.settings
             targets = smoothed(targets, self.num_classes, settings.label_smoothing, settings.label_smoothing_over)
         x = augmented(x, self.augmentation, shift=self.settings.shift, flip=self.settings.flip)
+        if self.settings.cutmix:
+            if targets.dim() == 1:
+                targets = functional.one_hot(targets, self.num_classes).float()
+            x, targets = cut_and_mixed(x, targets, self.settings.cutmix, self.augmentation)
         return x.contiguous(memory_format=self.format), targets
 
 

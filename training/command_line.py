@@ -60,10 +60,13 @@ def value_of(arguments: Sequence[str], name: str) -> str | None:
     """The value of ``--name value`` or ``--name=value``, looked up before the other options are known."""
     value = None
     for position, argument in enumerate(arguments):
-        if argument == f"--{name}" and position + 1 < len(arguments):
+        option, equals, rest = argument.partition("=")
+        if option.replace("_", "-") != f"--{name}":
+            continue
+        if equals:
+            value = rest
+        elif position + 1 < len(arguments):
             value = arguments[position + 1]
-        elif argument.startswith(f"--{name}="):
-            value = argument.split("=", 1)[1]
     return value
 
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from scorematch.divergences import KINDS
 from training import checkpoint, command_line, config, report
+from training import data as data_sets
 from training.config import Objective, Posterior, RunSettings
 from training.data import DataName
 from training.errors import InputError, Interrupted, StopError, run_program, unknown_name
@@ -45,6 +46,7 @@ DEFAULT_OBJECTIVES = {
     "cifar100": ("standard", "pgd_at:kl", "pgd_at:se", "trades:kl", "trades:se"),
     "svhn": ("standard", "pgd_at:kl", "pgd_at:se", "trades:kl", "trades:se"),
 }
+OWN_OBJECTIVES = {"images": "cifar10", "small-images": "digits", "vectors": "digits"}  # as on this data set
 GENERATED = "generated"  # part of an entry's name
 ROOT = Path(__file__).resolve().parent.parent
 POLL_SECONDS = 0.5
@@ -55,7 +57,8 @@ LOG_LINES = 5  # of a failed run, shown
 class CompareSettings:
     """Which objectives to compare, on what, and how often."""
 
-    data: DataName = "digits"  # data set
+    # data set: a name as for training.run, folder, or module:function; --data-root and --image-size go after --
+    data: DataName = "digits"
     # OBJECTIVE[:DIVERGENCE][:POSTERIOR][:generated], such as trades:se; none: the usual ones
     objectives: tuple[str, ...] = ()
     generated: tuple[Path, ...] = ()  # files of generated images, for the entries with :generated
@@ -128,9 +131,16 @@ def parse_entry(name: str) -> Entry:
     return Entry(name, objective, divergence, posterior, generated)
 
 
-def usual_objectives(settings: CompareSettings) -> list[str]:
-    """What is compared where nothing is named; with generated images the surrogates, without them and with them."""
-    usual = DEFAULT_OBJECTIVES[settings.data]
+def usual_objectives(settings: CompareSettings, options: Sequence[str] = ()) -> list[str]:
+    """What is compared where nothing is named; with generated images the surrogates, without them and with them.
+
+    ``options``, of every run, say where data of one's own lie.
+    """
+    name = settings.data
+    if data_sets.is_own(name):
+        run = config.parse(["--objective", "standard", "--data", name, *options])
+        name = OWN_OBJECTIVES[config.own_kind(data_sets.format_of(run.data_settings).input_shape)]
+    usual = DEFAULT_OBJECTIVES[name]
     if not settings.generated:
         return list(usual)
     surrogates = [name for name in usual if name.startswith(("pgd_at", "trades"))]
@@ -139,7 +149,8 @@ def usual_objectives(settings: CompareSettings) -> list[str]:
 
 def plan(settings: CompareSettings, options: Sequence[str], out: Path, jobs: int) -> list[Job]:
     """All runs, seed by seed, each checked by the parser of training.run before the first one starts."""
-    entries = [parse_entry(name) for name in settings.objectives or usual_objectives(settings)]
+    data_sets.check_name(settings.data)
+    entries = [parse_entry(name) for name in settings.objectives or usual_objectives(settings, options)]
     if any(entry.generated for entry in entries) != bool(settings.generated):
         given = "no file given" if not settings.generated else f"{settings.generated[0]} given, but no entry uses it"
         raise InputError(f"generated: {given}, expected --generated FILE and entries such as pgd_at:kl:{GENERATED}")
@@ -357,7 +368,7 @@ def main(arguments: list[str]) -> None:
         description="Compare direct SCORE with its surrogates over seeds. Options after -- go to every run.",
     )
     _check(settings)
-    out = settings.out or Path("runs") / f"compare-{settings.data}"
+    out = settings.out or Path("runs") / f"compare-{data_sets.slug(settings.data)}"
     jobs = settings.jobs or len(os.sched_getaffinity(0))
     planned = plan(settings, arguments[end + 1 :], out, jobs)
     count = len({job.entry.name for job in planned})

@@ -1,7 +1,8 @@
 """The typed configuration of a run: dataclass defaults, then a recipe, then the command line.
 
-The defaults below are overlaid by the recipe of the data set (``recipes/<data>.toml``), then by ``--recipe`` where one
-is given, then by options. A key that no field has is an error.
+The defaults below are overlaid by the recipe of the data set (``recipes/<data>.toml``; of one's own data
+``recipes/own-KIND.toml``, the kind told by the shape of an input), then by ``--recipe`` where one is given, then by
+options. A key that no field has is an error.
 """
 
 import dataclasses
@@ -20,7 +21,8 @@ import tyro
 from scorematch import ThreatModel
 from scorematch.divergences import KINDS
 from training import command_line
-from training.data import DataName, DataSettings, ToyLabels
+from training import data as data_sets
+from training.data import DataName, DataSettings, Format, ToyLabels
 from training.errors import InputError, unknown_name
 from training.hardware import PrecisionWish, Switch
 from training.posteriors import PosteriorSettings
@@ -39,6 +41,12 @@ AutoAttackVersion = Literal["none", "fast", "standard"]
 EVALUATION_LOSSES = ("ce", "margin", *KINDS)
 RECIPES = Path(__file__).parent / "recipes"
 
+# Own data: images, small ones and vectors have the recipes own-KIND.toml. The settings of a posterior are those tuned
+# for this data set.
+OwnKind = Literal["images", "small-images", "vectors"]
+POSTERIOR_OF: dict[OwnKind, str] = {"images": "cifar10", "small-images": "digits", "vectors": "digits"}
+SMALL_GREY, SMALL = 32, 16  # height and width up to which images of one channel, and others, are small
+
 
 @dataclass(frozen=True)
 class RunSettings:
@@ -48,18 +56,24 @@ class RunSettings:
     divergence: str = "kl"  # D(target || model): kl, se, l2, l1, linf, js, js_distance or l1_squared
 
     # Data and model
-    data: DataName = "digits"  # data set
+    # data set: digits, toy, cifar10, cifar100, svhn, folder (images in --data-root DIR), or module:function of your own
+    data: DataName = "digits"
     limit: int = 0  # number of training points to keep, class-balanced on images; 0 keeps all
     toy_labels: ToyLabels = "oracle"  # targets of the surrogates on the toy: p_d(y|x), or the sampled labels
-    data_root: Path | None = None  # folder that holds CIFAR's official files; None is $SCOREMATCH_DATA
+    data_root: Path | None = None  # folder of CIFAR's official files, or of images; None is $SCOREMATCH_DATA
+    image_size: int | None = None  # folder: shorter side after resizing, then the centre is cut out; None: no resizing
     download: bool = False  # let torchvision download CIFAR into that folder where it is missing
     shift: int = 0  # augmentation: random shift of the training images by up to this many pixels; 0 turns it off
     flip: bool = False  # augmentation: mirror half of the training images, left to right
+    cutmix: float = 0.0  # augmentation: share of the batches with a patch of another image in each (CutMix); 0: none
     generated: tuple[Path, ...] = ()  # files of generated images mixed into each batch (.npz, see docs/data.md)
     original_share: float | None = None  # share of original images in a batch with generated ones; None is .3
     originals_only: bool = False  # train a recipe that has such a share without generated images
-    validation_size: int | None = None  # CIFAR, SVHN: first training images, kept to validate; None: 1,024; 0: none
+    # CIFAR, SVHN: so many first training images validate, None is 1,024. folder: so many, of each class the same share,
+    # None is a tenth, or what DIR/validation holds. 0: none
+    validation_size: int | None = None
     model: str = "digits_cnn"  # classifier: a name of training.models, timm:NAME, or module:function of your own
+    pretrained: bool = False  # timm:NAME: start from its trained weights, in timm's cache or downloaded
 
     # Threat model and the attack during training
     norm: Literal["linf", "l2"] = "linf"  # norm of the perturbation, over all features of a sample
@@ -147,7 +161,15 @@ class RunSettings:
 
     @property
     def data_settings(self) -> DataSettings:
-        return DataSettings(self.data, self.limit, self.toy_labels, self.data_root, self.download, self.validation_size)
+        return DataSettings(
+            self.data,
+            self.limit,
+            self.toy_labels,
+            self.data_root,
+            self.download,
+            self.validation_size,
+            self.image_size,
+        )
 
     def threat_model(self, lower: float, upper: float) -> ThreatModel:
         return ThreatModel(self.norm, self.eps, self.step_size, lower, upper)
@@ -170,7 +192,9 @@ RANGES: dict[str, Check] = {
     "divergence": (lambda v: v in KINDS, ", ".join(KINDS)),
     "limit": (lambda v: v >= 0, "0 (all) or a number of points"),
     "shift": (lambda v: 0 <= v <= 4, "0 to 4 pixels"),
+    "cutmix": (lambda v: 0 <= v <= 1, "0 (off) to 1"),
     "original_share": (lambda v: v is None or 0 < v < 1, "between 0 and 1, exclusive"),
+    "image_size": (lambda v: v is None or v >= 1, "at least 1 pixel"),
     "validation_size": (lambda v: v is None or v >= 0, "0 (none) or a number of images"),
     "steps_per_epoch": (lambda v: v is None or v >= 1, "at least 1"),
     "eps": (_positive, "a finite number above 0"),
@@ -225,15 +249,27 @@ def check_ranges(settings: object, ranges: dict[str, Check]) -> None:
 
 def validate(settings: RunSettings) -> None:
     """Refuse values out of range, and combinations that mean nothing, before any work."""
+    data_sets.check_name(settings.data)
     check_ranges(settings, RANGES)
+    if settings.image_size is not None and settings.data != data_sets.FOLDER:
+        raise InputError(f"image_size: {settings.image_size} on {settings.data}, allowed: on folder")
     if settings.schedule == "multistep" and not settings.milestones:
         raise InputError("milestones: none given, the multistep schedule needs at least one epoch")
+    if settings.pretrained and not settings.model.startswith("timm:"):
+        raise InputError(f"pretrained: True with model {settings.model}, allowed: with timm:NAME")
     _validate_optimisation(settings)
     _validate_training_attack(settings)
     if settings.posterior == "oracle" and settings.data != "toy":
         raise InputError(f"posterior: 'oracle' on {settings.data}, allowed: p_d(y|x) is known on the toy only")
     if settings.shift and settings.data == "toy":
         raise InputError("shift: the toy has no images to shift, allowed: 0")
+    if settings.cutmix and settings.data == "toy":
+        raise InputError(f"cutmix: {settings.cutmix:g} on the toy, which has no images to mix, allowed: 0")
+    if settings.cutmix and settings.objective == "score_direct":
+        raise InputError(
+            f"cutmix: {settings.cutmix:g} with score_direct, whose targets are p_d(y|x') at images of the data and "
+            "which anchors at their labels, allowed: 0, or with standard, pgd_at and trades"
+        )
     if settings.flip and settings.data == "toy":
         raise InputError("flip: the toy has no images to mirror, allowed: False")
     if settings.autoattack != "none" and settings.data == "toy":
@@ -246,6 +282,53 @@ def validate(settings: RunSettings) -> None:
         raise InputError(f"graph: 'on' on {device}, allowed: auto or off, or a CUDA device")
     if settings.precision == "tf32" and device.type != "cuda":
         raise InputError(f"precision: 'tf32' on {device}, allowed: auto, float32 or bfloat16, or a CUDA device")
+
+
+def validate_for(settings: RunSettings, form: Format) -> None:
+    """Refuse what the data do not allow; of one's own data that is known only when they are there."""
+    if not data_sets.is_own(settings.data):
+        return
+    shape, name = list(form.input_shape), settings.data
+    if len(shape) != 3:
+        for option in ("shift", "flip", "cutmix", "generated"):
+            if value := getattr(settings, option):
+                raise InputError(f"{option}: {value} on {name}, whose inputs {shape} are no images, allowed: not there")
+    in_box = (form.lower, form.upper) == (0.0, 1.0)
+    if settings.autoattack != "none" and (len(shape) != 3 or not in_box):
+        given = f"inputs {shape} from {form.lower:g} to {form.upper:g}"
+        raise InputError(
+            f"autoattack: {settings.autoattack!r} on {name}, which has {given}, allowed: none; it attacks images in "
+            "[0, 1]"
+        )
+    if settings.generated and not in_box:
+        given = f"values from {form.lower:g} to {form.upper:g}"
+        raise InputError(f"generated: given on {name}, which has {given}, allowed: on images in [0, 1]")
+    if form.soft and (settings.label_smoothing or settings.generated):
+        option = "label_smoothing" if settings.label_smoothing else "generated"
+        raise InputError(f"{option}: given on {name}, whose targets are its p_train, allowed: without p_train")
+    if form.validation == 0 and settings.selection == "best":
+        raise InputError(f"selection: 'best' on {name}, which has nothing to validate on, allowed: --selection last")
+
+
+def own_kind(input_shape: Sequence[int]) -> OwnKind:
+    """Which recipe suits data of this shape."""
+    if len(input_shape) != 3:
+        return "vectors"
+    return "small-images" if max(input_shape[1:]) <= (SMALL_GREY if input_shape[0] == 1 else SMALL) else "images"
+
+
+def resolved_posterior(settings: PosteriorSettings, data: DataName, input_shape: Sequence[int]) -> PosteriorSettings:
+    """The settings of a posterior with what is left open filled in by what was tuned for the data set.
+
+    For one's own data that is what was tuned for a data set of such inputs; a U-Net, which halves images twice, gives
+    way to plain convolutions where they cannot be.
+    """
+    if not data_sets.is_own(data):
+        return settings.resolved(data)
+    kind = own_kind(input_shape)
+    if kind == "images" and settings.network is None and any(size % 4 for size in input_shape[1:]):
+        settings = dataclasses.replace(settings, network="conv")
+    return settings.resolved(POSTERIOR_OF[kind])
 
 
 def _validate_images(settings: RunSettings) -> None:
@@ -337,9 +420,20 @@ def parse(arguments: Sequence[str]) -> RunSettings:
     resume = command_line.value_of(arguments, "resume")
     if resume is not None:
         return _resumed(Path(resume), arguments)
-    default = from_recipes(command_line.value_of(arguments, "data"), command_line.value_of(arguments, "recipe"))
-    settings = _with_posterior(_parse(arguments, default))
+    root, size = command_line.value_of(arguments, "data-root"), command_line.value_of(arguments, "image-size")
+    default = from_recipes(
+        command_line.value_of(arguments, "data"),
+        command_line.value_of(arguments, "recipe"),
+        root=Path(root) if root else None,
+        image_size=int(size) if size and size.isdecimal() else None,
+    )
+    settings = _parse(arguments, default)
+    if settings.data == data_sets.FOLDER:  # a saved run finds it from any folder
+        settings = dataclasses.replace(settings, data_root=data_sets.folder_root(settings.data_root))
     validate(settings)
+    settings = _with_posterior(settings)
+    if data_sets.is_own(settings.data):
+        validate_for(settings, data_sets.format_of(settings.data_settings))
     return settings
 
 
@@ -353,11 +447,23 @@ def _parse(arguments: Sequence[str], default: RunSettings) -> RunSettings:
     )
 
 
-def from_recipes(data: str | None, recipe: str | None) -> RunSettings:
-    """The defaults for a data set, overlaid by a recipe; ``objective`` is missing unless the recipe names it."""
+def from_recipes(
+    data: str | None, recipe: str | None, *, root: Path | None = None, image_size: int | None = None
+) -> RunSettings:
+    """The defaults for a data set, overlaid by a recipe; ``objective`` is missing unless the recipe names it.
+
+    ``root`` and ``image_size`` say where a folder of images is, and how they are cut, where the recipe does not.
+    """
     overlay = read_recipe(recipe) if recipe else {}
     name = data or overlay.get("data", "digits")
-    values = read_recipe(name) if name in get_args(DataName) else {}
+    if data_sets.is_own(name):
+        source = DataSettings(
+            name, root=root or overlay.get("data_root"), image_size=image_size or overlay.get("image_size")
+        )
+        kind = own_kind(data_sets.format_of(source).input_shape)
+        values = {**read_recipe(f"own-{kind}"), "data": name}
+    else:
+        values = read_recipe(name) if name in data_sets.FORMATS else {}
     posterior = {**values.pop("posterior_settings", {}), **overlay.pop("posterior_settings", {})}
     values = {"objective": tyro.MISSING, **values, **overlay}
     return RunSettings(**values, posterior_settings=_construct(PosteriorSettings, posterior, "posterior_settings"))
@@ -455,7 +561,9 @@ def _construct(settings: type[PosteriorSettings], values: dict[str, Any], where:
 def _with_posterior(settings: RunSettings) -> RunSettings:
     """``--posterior NAME`` decides the name inside ``posterior_settings``, and the data set what is left open there."""
     try:
-        named = dataclasses.replace(settings.posterior_settings, name=settings.posterior).resolved(settings.data)
+        named = dataclasses.replace(settings.posterior_settings, name=settings.posterior)
+        shape = data_sets.format_of(settings.data_settings).input_shape
+        named = resolved_posterior(named, settings.data, shape)
     except (ValueError, TypeError) as error:
         raise InputError(f"posterior_settings: {error}") from None
     return dataclasses.replace(settings, posterior_settings=named)

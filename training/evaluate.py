@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from scorematch import AutoAttack, ThreatModel
 from training import checkpoint, command_line, config, data, distributed, hardware, measures, models, obfuscation
-from training.data import Data, DataName
+from training.data import Data, DataName, DataSettings
 from training.errors import InputError, Interrupted, run_program
 from training.forward import Forward
 from training.hardware import PrecisionWish
@@ -63,8 +63,11 @@ class EvaluateSettings:
     run: Path | None = None  # folder of a run: its selected weights
     model_from: str | None = None  # published weights, a state dict, or module:function; needs --eps
     model: str | None = None  # architecture of --model-from, where its weights do not tell
-    data: DataName | None = None  # data set for --model-from; None is cifar10
-    data_root: Path | None = None  # folder that holds CIFAR's files; None is the run's, or $SCOREMATCH_DATA
+    # data set for --model-from: a name as for training.run, folder, or module:function; None is cifar10
+    data: DataName | None = None
+    # folder of CIFAR's files, or of the images of --data folder; None is the run's, or $SCOREMATCH_DATA
+    data_root: Path | None = None
+    image_size: int | None = None  # --model-from with --data folder: as for training.run
     split: Literal["test", "validation"] = "test"  # samples to evaluate on
     limit: int = 0  # the first so many samples of the split; 0 is all
 
@@ -297,30 +300,55 @@ def restore(path: Path, device: torch.device, data_root: Path | None = None) -> 
     settings = config.from_table(state["settings"], str(path))
     if data_root is not None:
         settings = dataclasses.replace(settings, data_root=data_root)
-    loaded = data.load(settings.data_settings).to(device)
+    loaded = _of_run(settings, state, path).to(device)
     statistics = loading.statistics_of(state, settings.data)
-    model = models.build(settings.model, loaded.input_shape, loaded.num_classes, statistics).to(device)
+    model = models.build(
+        settings.model,
+        loaded.input_shape,
+        loaded.num_classes,
+        statistics,
+        pretrained=settings.pretrained,
+        weights=False,
+    ).to(device)
     checkpoint.load_weights(model, state, path)
     return Subject(str(path), model.eval(), loaded, settings)
+
+
+def _of_run(settings: config.RunSettings, state: dict[str, Any], path: Path) -> Data:
+    """The data that a run was trained on, as far as they are there and the same."""
+    saved = state.get("data")
+    try:
+        loaded = data.load(settings.data_settings)
+    except InputError as error:
+        origin = f"; {path} was trained on {saved['source']}" if saved and saved["source"] else ""
+        raise InputError(f"{error}{origin}") from None
+    if data.is_own(settings.data):
+        for change in data.check_record(saved, loaded, path):
+            print(f"{settings.data} has other samples than {path} was trained with: {change}", file=sys.stderr)
+    return loaded
 
 
 def read_subject(settings: EvaluateSettings, device: torch.device) -> Subject:
     if settings.model_from is None:
         path = settings.checkpoint or selected_checkpoint(settings.run or Path())
         return restore(path, device, settings.data_root)
-    name = settings.data or "cifar10"
-    model = loading.load(settings.model_from, model=settings.model, data=name, device=device)
-    loaded = data.load(data.DataSettings(name, root=settings.data_root)).to(device)
-    return Subject(settings.model_from, model, loaded, None)
+    source = DataSettings(settings.data or "cifar10", root=settings.data_root, image_size=settings.image_size)
+    if not data.is_own(source.name):  # a model that cannot be read is told before the data are looked for
+        model = loading.load(settings.model_from, model=settings.model, data=source.name, device=device)
+        return Subject(settings.model_from, model, data.load(source).to(device), None)
+    loaded = data.load(source)
+    model = loading.load(settings.model_from, model=settings.model, data=loaded, device=device)
+    return Subject(settings.model_from, model, loaded.to(device), None)
 
 
 def _other(settings: EvaluateSettings, subject: Subject, device: torch.device) -> nn.Module | None:
     """The classifier whose attacks are tried on the subject."""
     if settings.transfer_from is None:
         return None
-    source, name = settings.transfer_from, subject.data.name
+    source, known = settings.transfer_from, not data.is_own(subject.data.name)
     try:
-        model = loading.load(source, model=settings.transfer_model, data=name, device=device)
+        inputs = subject.data.name if known else subject.data
+        model = loading.load(source, model=settings.transfer_model, data=inputs, device=device)
     except InputError as error:
         raise InputError(f"transfer_from: {error}") from None
     _probe(subject._replace(name=source, model=model), _samples(settings, subject.data)[0][:1])
@@ -353,10 +381,12 @@ def _threat_model(settings: EvaluateSettings, subject: Subject) -> ThreatModel |
 
 
 def _check_attack(settings: EvaluateSettings, subject: Subject) -> None:
-    if settings.attack in ("autoattack", "obfuscation") and len(subject.data.input_shape) != 3:
-        raise InputError(
-            f"attack: {settings.attack} on {subject.data.name}, allowed: images; clean and pgd take others"
-        )
+    form = subject.data.format
+    if settings.attack in ("autoattack", "obfuscation") and (
+        len(form.input_shape) != 3 or (form.lower, form.upper) != (0.0, 1.0)
+    ):
+        given = f"{settings.attack} on {subject.data.name}"
+        raise InputError(f"attack: {given}, allowed: images in [0, 1]; clean and pgd take others")
 
 
 @torch.no_grad()
@@ -405,6 +435,7 @@ def _check(settings: EvaluateSettings) -> None:
             "expected exactly one of --checkpoint FILE, --run DIR and --model-from FILE|module:function"
         )
     ranges: dict[str, config.Check] = {
+        "image_size": config.RANGES["image_size"],
         "limit": (lambda v: v >= 0, "0 (all) or a number of samples"),
         "batch": (lambda v: v >= 1, "at least 1"),
         "eps": (lambda v: v is None or 0 < v < math.inf, "a finite number above 0"),
@@ -416,9 +447,11 @@ def _check(settings: EvaluateSettings) -> None:
         "threads": config.RANGES["threads"],
     }
     config.check_ranges(settings, ranges)
+    if settings.data is not None:
+        data.check_name(settings.data)
     defaults = EvaluateSettings()
     given = {f.name for f in dataclasses.fields(settings) if getattr(settings, f.name) != getattr(defaults, f.name)}
-    for name in ("model", "data"):
+    for name in ("model", "data", "image_size"):
         if name in given and settings.model_from is None:
             raise InputError(f"{name}: {getattr(settings, name)!r} is for --model-from, a run knows its own")
     for name, attacks in USES.items():

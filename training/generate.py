@@ -43,7 +43,9 @@ class GenerateSettings:
     posterior_from: Path | None = None  # posterior.pt of training.score or training.run, with a score network
     run: Path | None = None  # folder of training.score or training.run, instead of its posterior.pt
     data: DataName | None = None  # data set of the score network, where neither file nor folder says it
-    data_root: Path | None = None  # folder with the files of CIFAR or SVHN; None is the run's, or $SCOREMATCH_DATA
+    # folder with the files of CIFAR or SVHN, or of --data folder; None is the run's, or $SCOREMATCH_DATA
+    data_root: Path | None = None
+    image_size: int | None = None  # of --data folder, where neither file nor folder says it
     limit: int | None = None  # training points that the score network saw, where neither file nor folder says it
     count: int = 50_000  # images to make
     batch: int = 500  # images at a time; decides memory and, with the seed, the images
@@ -59,6 +61,7 @@ class GenerateSettings:
 
 RANGES: dict[str, config.Check] = {
     "limit": (lambda v: v is None or v >= 0, "0 (all) or a number of points"),
+    "image_size": config.RANGES["image_size"],
     "count": (lambda v: v >= 1, "at least 1"),
     "batch": (lambda v: v >= 1, "at least 1"),
     "levels": (lambda v: v >= 2, "at least 2"),
@@ -165,11 +168,16 @@ def load(settings: GenerateSettings, path: Path, device: torch.device) -> tuple[
     loaded = data.load(source)
     if len(loaded.input_shape) != 3:
         raise InputError(f"data: {source.name} has no images but inputs {list(loaded.input_shape)}, expected images")
+    if (loaded.lower, loaded.upper) != (0.0, 1.0):
+        given = f"{source.name} has values from {loaded.lower:g} to {loaded.upper:g}"
+        raise InputError(f"data: {given}, allowed: images in [0, 1], which a file of pixels can hold")
+    data.check_record(saved.get("data"), loaded, path)
     if settings.count < loaded.num_classes:
         raise InputError(f"count: {settings.count}, allowed: at least {loaded.num_classes}, one of each class")
     names = PosteriorSettings.__dataclass_fields__
     table = {key: value for key, value in saved["settings"].items() if key in names}
-    trained = PosteriorSettings(**config.typed_table(table, PosteriorSettings, str(path))).resolved(source.name)
+    kept = PosteriorSettings(**config.typed_table(table, PosteriorSettings, str(path)))
+    trained = config.resolved_posterior(kept, source.name, loaded.input_shape)
     try:
         posterior = posteriors.build(trained, loaded, seed=0, device=device, state=saved["network"])
     except (RuntimeError, ValueError) as error:
@@ -195,17 +203,19 @@ def _data_settings(settings: GenerateSettings, path: Path, saved: dict[str, Any]
     """The training set of the score network: what its file says, or the run beside it; options must not contradict."""
     beside = path.parent / "config.toml"
     known = {**(config.read_toml(beside) if beside.is_file() else {}), **saved}
-    for option in ("data", "limit"):
+    for option in ("data", "limit", "image_size"):
         given = getattr(settings, option)
         if given is not None and option in known and known[option] != given:
             raise InputError(f"{option}: {given}, but {path} was trained with {known[option]}")
     name = known.get("data", settings.data)
     if name is None:
         raise InputError(f"data: none given, and {path} does not say what it was trained on; expected --data NAME")
-    if name not in data.FORMATS:
-        raise InputError(f"data: {name!r} in {path} is unknown, allowed: {', '.join(data.FORMATS)}")
+    if name not in data.NAMES and not data.is_own(name):
+        allowed = ", ".join([*data.NAMES, "module:function"])
+        raise InputError(f"data: {name!r} in {path} is unknown, allowed: {allowed}")
     root = settings.data_root or (Path(known["data_root"]) if "data_root" in known else None)
-    return DataSettings(name, known.get("limit", settings.limit or 0), root=root)
+    size = known.get("image_size", settings.image_size)
+    return DataSettings(name, known.get("limit", settings.limit or 0), root=root, image_size=size)
 
 
 def prepare_parts(out: Path, identity: dict[str, Any]) -> Path:

@@ -4,6 +4,7 @@ A file is an ``.npz`` with ``image``, uint8 [N, H, W, C], and ``label``, any int
 al., 2023), or the pickle of pseudo-labelled images of Carmon et al. (2019) with ``data`` and ``extrapolated_targets``.
 Nothing but arrays is ever unpickled.
 
+    python -m training.generated --source packed.npz                     # checked to its end
     python -m training.generated --source packed.npz --out plain.npz     # uncompressed, so that it need not be loaded
 """
 
@@ -400,12 +401,56 @@ def _content(archive: zipfile.ZipFile, member: _Member) -> Iterator[np.ndarray]:
             yield np.frombuffer(part, np.uint8)
 
 
+def check(source: Path) -> str:
+    """Read a file to its end; what it holds, in words. Its images are not held in memory (but those of a pickle).
+
+    Raises:
+        InputError: it is missing, damaged, or holds something else.
+    """
+    if source.suffix in PICKLES or not source.is_file():
+        images, labels = read(source)
+        return _described(images.shape, labels, "a pickle: loaded for training")
+    try:
+        with zipfile.ZipFile(source) as archive:
+            image, label = _members(archive, source)
+            damaged = archive.testzip()
+            if damaged is not None:
+                raise InputError(f"generated: {source} is damaged, the checksum of {damaged} is wrong")
+            labels = _loaded(archive, label)
+    except UNREADABLE as error:
+        raise _unreadable(source, error) from None
+    shapes = {IMAGE: (image.dtype == np.uint8, image.shape, 4), LABEL: (labels.dtype.kind in "iu", labels.shape, 1)}
+    for name, (fits, shape, dimensions) in shapes.items():
+        if not fits or len(shape) != dimensions:
+            dtype = image.dtype if name == IMAGE else labels.dtype
+            raise InputError(f"generated: {source} has {name} {dtype} {list(shape)}, expected {EXPECTED}")
+    if image.shape[0] != len(labels) or not len(labels):
+        raise InputError(
+            f"generated: {source} has {image.shape[0]} images and {len(labels)} labels, expected as many, above 0"
+        )
+    held = f"compressed: training loads it, {image.size / 1e9:.2f} GB" if image.compressed else "read where it lies"
+    return _described(image.shape, labels, held)
+
+
+def _described(shape: Sequence[int], labels: np.ndarray, held: str) -> str:
+    classes, counts = np.unique(labels, return_counts=True)
+    missing = sorted(set(range(int(classes[-1]) + 1)) - set(classes.tolist()))
+    gaps = f", none of {', '.join(map(str, missing[:4]))}{' and others' if len(missing) > 4 else ''}" if missing else ""
+    rows = (
+        ("images", f"{shape[0]} of {list(shape[1:])} (height, width, channels)"),
+        ("classes", f"{len(classes)}, {classes[0]} to {classes[-1]}{gaps}"),
+        ("of a class", f"{counts.min()} to {counts.max()}"),
+        ("file", held),
+    )
+    return "\n".join(f"  {name:<12}{value}" for name, value in rows)
+
+
 @dataclass(frozen=True)
 class RewriteSettings:
-    """A file of generated images to rewrite as an uncompressed .npz, which is mapped instead of loaded."""
+    """A file of generated images to check, or to rewrite as an uncompressed .npz, which is mapped instead of loaded."""
 
     source: Path  # .npz with image and label, or .pickle with data and extrapolated_targets
-    out: Path  # .npz to write
+    out: Path | None = None  # .npz to write; None checks the source and says what it holds
 
 
 def main(arguments: list[str]) -> None:
@@ -413,8 +458,11 @@ def main(arguments: list[str]) -> None:
         RewriteSettings,
         arguments,
         program="python -m training.generated",
-        description="Rewrite a file of generated images as an uncompressed .npz.",
+        description="Check a file of generated images, or rewrite it as an uncompressed .npz.",
     )
+    if settings.out is None:
+        print(check(settings.source))
+        return
     check_free(settings.out)
     count = rewrite(settings.source, settings.out)
     print(f"{count} images in {settings.out}, {settings.out.stat().st_size / 1e9:.2f} GB")

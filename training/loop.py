@@ -17,10 +17,10 @@ from scorematch.graphs import AttackGraphs
 from scorematch.objectives import Outcome, first_iterate
 from scorematch.posteriors import Posterior
 from scorematch.weight_perturbation import WeightPerturbation
-from training import distributed, hardware, measures, toy
+from training import checkpoint, distributed, hardware, measures, toy
 from training.batches import Batches
 from training.config import RunSettings, as_table
-from training.data import Data
+from training.data import Data, check_record, is_own
 from training.engine import Course, Engine
 from training.errors import InputError
 from training.forward import forward_at
@@ -227,7 +227,14 @@ class Trainer(Engine):
             "settings": as_table(self.settings),
             "network": self.network.state_dict(),
             "statistics": self.data.statistics,
+            "data": self.data.record(),
         }
+
+    def resume(self) -> None:
+        path = self.out / "checkpoint.pt"
+        if is_own(self.settings.data):
+            check_record(checkpoint.load(path).get("data"), self.data, path, exact=True)
+        super().resume()
 
     def state(self) -> dict[str, Any]:
         return {

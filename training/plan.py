@@ -4,7 +4,8 @@
     python -m training.plan --gpus 8 --samples-per-second 900 --recipe table3 --model wrn-70-16-silu
 
 It takes the options of training.run beside its own, and plans the run that they would launch on that hardware. Nothing
-is trained and no data is read: one step runs on fake tensors, which have shapes and no values. Counted are the
+is trained and no data is read (but that a function of your own is called): one step runs on fake tensors, which have
+shapes and no values. Counted are the
 floating-point operations of convolutions and matrix products, and the bytes that automatic differentiation keeps from
 the forward to the backward pass. The speed of a GPU is not guessed: give what benchmarks.training measured on it.
 """
@@ -20,9 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scorematch import ThreatModel, objectives
 from training import command_line, config, hardware, models
+from training import data as data_sets
 from training.batches import steps_of_epoch
 from training.config import RunSettings
-from training.data import FORMATS
 from training.errors import InputError, run_program
 from training.forward import Forward
 from training.hardware import Speed
@@ -78,10 +79,19 @@ def main(arguments: list[str]) -> None:
             "objective: 'score_direct', whose cost depends on its posterior, allowed: standard, pgd_at and trades; "
             "python -m benchmarks.training measures it"
         )
-    if run.data not in TRAINING_IMAGES:
-        raise InputError(f"data: {run.data!r}, allowed: {', '.join(TRAINING_IMAGES)}")
-    cost = plan(run, settings.train_images or TRAINING_IMAGES[run.data], settings)
+    count = settings.train_images or training_images(run)
+    cost = plan(run, count, settings)
     show(settings, run, cost)
+
+
+def training_images(run: RunSettings) -> int:
+    """How many images there are to train on."""
+    count = TRAINING_IMAGES.get(run.data)
+    if count is None and data_sets.is_own(run.data):
+        count = data_sets.format_of(run.data_settings).train
+    if count is None:
+        raise InputError(f"data: {run.data!r}, allowed: {', '.join(TRAINING_IMAGES)}, folder, module:function")
+    return count
 
 
 def plan(run: RunSettings, train_images: int, settings: PlanSettings) -> Plan:
@@ -89,16 +99,17 @@ def plan(run: RunSettings, train_images: int, settings: PlanSettings) -> Plan:
     steps = run.steps_per_epoch or steps_of_epoch(run, train_images)
     device = hardware.GPU if settings.hardware == "gpu" else hardware.hardware_of(torch.device("cpu"))
     speed = speed_of(run, device, run.epochs * steps, settings.gpus)
-    shape, num_classes = FORMATS[run.data]
+    form = data_sets.format_of(run.data_settings)
+    shape, num_classes, lower, upper = form.input_shape, form.num_classes, form.lower, form.upper
     with FakeTensorMode():
-        model = models.build(run.model, shape, num_classes)
+        model = models.build(run.model, shape, num_classes, pretrained=run.pretrained, weights=False)
         parameters = sum(p.numel() for p in model.parameters())
         forward = Forward(model, speed.precision)
         kept = []
         for count in (COUNTED, 2 * COUNTED):
             x, y = torch.rand(count, *shape), torch.zeros(count, dtype=torch.int64)
             with FlopCounterMode(display=False) as counter:
-                kept.append(_step(run, forward, x, y))
+                kept.append(_step(run, forward, x, y, run.threat_model(lower, upper)))
     copies = 2 + (run.optimizer == "sgd" and run.momentum > 0) + 2 * (run.optimizer == "adam") + (run.averaging > 0)
     return Plan(
         parameters,
@@ -111,7 +122,7 @@ def plan(run: RunSettings, train_images: int, settings: PlanSettings) -> Plan:
     )
 
 
-def _step(run: RunSettings, model: nn.Module, x: Tensor, y: Tensor) -> int:
+def _step(run: RunSettings, model: nn.Module, x: Tensor, y: Tensor, threat_model: ThreatModel) -> int:
     """Forward, attack and backward; the bytes that the loss keeps, each storage once, parameters not counted."""
     kept: dict[int, int] = {}
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
@@ -123,7 +134,6 @@ def _step(run: RunSettings, model: nn.Module, x: Tensor, y: Tensor) -> int:
             kept[storage._cdata] = storage.nbytes()
         return value
 
-    threat_model = ThreatModel(run.norm, run.eps, run.step_size)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
         x_adv = x
         if run.objective != "standard":

@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from training import checkpoint, plots
+from training.data import slug
 from training.plots import Series
 
 DISTILLATION_BELOW = 0.01  # data gradient / model gradient
@@ -35,8 +36,8 @@ def write(out: Path, comparison: Comparison, figures: Path | None = None) -> str
     checkpoint.write_atomically(out / "report.html", page(comparison))
     if figures is not None:
         figures.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_atomically(figures / f"{comparison['data']}-table.md", table + "\n")
-        checkpoint.write_atomically(figures / f"{comparison['data']}-{name}.png", image)
+        checkpoint.write_atomically(figures / f"{slug(comparison['data'])}-table.md", table + "\n")
+        checkpoint.write_atomically(figures / f"{slug(comparison['data'])}-{name}.png", image)
     return table
 
 

@@ -54,15 +54,25 @@ def main(arguments: list[str]) -> None:
 
 def run(settings: RunSettings, device: torch.device) -> None:
     loaded = data.load(settings.data_settings).to(device)
+    config.validate_for(settings, loaded.format)
     if settings.autoattack != "none" and settings.autoattack_samples > len(loaded.x_test):
         raise InputError(
             f"autoattack_samples: {settings.autoattack_samples} is out of range, allowed: 0 (all) or up to "
             f"{len(loaded.x_test)} test samples"
         )
     torch.manual_seed(settings.seed)
-    model = models.build(settings.model, loaded.input_shape, loaded.num_classes, loaded.statistics).to(device)
+    # A run that goes on has weights of its own.
+    fresh = settings.resume is None or not (settings.resume / "checkpoint.pt").exists()
+    model = models.build(
+        settings.model,
+        loaded.input_shape,
+        loaded.num_classes,
+        loaded.statistics,
+        pretrained=settings.pretrained,
+        weights=fresh,
+    ).to(device)
 
-    given = read_posterior(settings, settings.posterior_from) if settings.posterior_from else None
+    given = read_posterior(settings, settings.posterior_from, loaded) if settings.posterior_from else None
 
     out = distributed.by_first(lambda: prepare_folder(settings))
     if (out / "summary.json").exists():
@@ -100,7 +110,7 @@ def prepare_folder(settings: RunSettings) -> Path:
 
 
 def fresh_folder(settings: RunSettings) -> Path:
-    parts = [settings.data, settings.objective, settings.divergence]
+    parts = [data.slug(settings.data), settings.objective, settings.divergence]
     if settings.objective == "score_direct":
         parts.append(settings.posterior)
     name = "-".join([*parts, f"seed{settings.seed}"])
@@ -182,8 +192,8 @@ def train_and_evaluate(
         print(f"everything is in {out}")
 
 
-def read_posterior(settings: RunSettings, path: Path) -> dict[str, Any]:
-    """The state of a posterior of the kind that the settings name."""
+def read_posterior(settings: RunSettings, path: Path, loaded: Data) -> dict[str, Any]:
+    """The state of a posterior of the kind that the settings name, estimated from such data."""
     saved = checkpoint.load(path)
     kind = saved["settings"].get("name")
     if kind != settings.posterior:
@@ -192,13 +202,14 @@ def read_posterior(settings: RunSettings, path: Path) -> dict[str, Any]:
         value, expected = saved["settings"].get(name), getattr(settings, name)
         if value not in (None, expected):
             raise InputError(f"posterior_from: {path} is of {name} {value!r}, expected {expected!r} as in this run")
+    data.check_record(saved.get("data"), loaded, path)
     return saved["network"]
 
 
 def get_posterior(settings: RunSettings, loaded: Data, given: dict[str, Any] | None, out: Path) -> Posterior:
     """The data posterior: the run's own posterior.pt, one given, or a new one, trained on the training split."""
     path = out / "posterior.pt"
-    state = read_posterior(settings, path) if path.exists() else given
+    state = read_posterior(settings, path, loaded) if path.exists() else given
     about = {**config.plain(settings.posterior_settings), "data": settings.data, "limit": settings.limit}
     device = loaded.x_train.device
     speed = speed_of_posterior(settings, hardware.hardware_of(device))
@@ -217,7 +228,7 @@ def get_posterior(settings: RunSettings, loaded: Data, given: dict[str, Any] | N
     except ValueError as error:
         raise InputError(f"posterior_settings: {error}") from None
     if not path.exists() and distributed.rank() == 0:
-        checkpoint.save(path, epoch=0, settings=about, network=posterior.state_dict())
+        checkpoint.save(path, epoch=0, settings=about, network=posterior.state_dict(), data=loaded.record())
     distributed.barrier()
     return posteriors.at_speed(posterior, speed)
 

@@ -48,6 +48,7 @@ class ScoreSettings:
     data: DataName = "digits"  # data set
     data_root: Path | None = None  # folder with the files of CIFAR or SVHN; None is $SCOREMATCH_DATA
     download: bool = False  # let torchvision download them into that folder where they are missing
+    image_size: int | None = None  # folder: as for training.run
     limit: int = 0  # number of training points to keep, class-balanced on images; 0 keeps all
     recipe: str | None = None  # file in training/recipes/scores, by its name without .toml, or a path
     samples: int = 1000  # samples to draw, spread evenly over the classes; 0 draws none
@@ -79,6 +80,7 @@ RANGES: dict[str, config.Check] = {
     "judge_epochs": (lambda v: v is None or v >= 1, "at least 1"),
     "save_minutes": config.RANGES["save_minutes"],
     "limit": config.RANGES["limit"],
+    "image_size": config.RANGES["image_size"],
     "seed": config.RANGES["seed"],
     "threads": config.RANGES["threads"],
 }
@@ -145,19 +147,30 @@ def as_table(settings: ScoreSettings) -> dict[str, Any]:
 
 
 def run(settings: ScoreSettings, device: torch.device) -> None:
-    source = DataSettings(settings.data, settings.limit, root=settings.data_root, download=settings.download)
+    source = DataSettings(
+        settings.data,
+        settings.limit,
+        root=settings.data_root,
+        download=settings.download,
+        image_size=settings.image_size,
+    )
     loaded = data.load(source).to(device)
+    if len(loaded.input_shape) != 3 and settings.data != "toy":
+        raise InputError(
+            f"data: {settings.data} has inputs {list(loaded.input_shape)}, allowed: images, and the toy; training.run "
+            "trains a score network of others by itself"
+        )
     if 0 < settings.samples < loaded.num_classes:
         raise InputError(f"samples: {settings.samples}, allowed: at least {loaded.num_classes}, one of each class")
     features = judge.load_features(settings.feature_network, device) if settings.feature_network else None
-    resolved = settings.posterior_settings.resolved(settings.data)
+    resolved = config.resolved_posterior(settings.posterior_settings, settings.data, loaded.input_shape)
     out = distributed.by_first(lambda: prepare_folder(settings))
     if (out / "score.json").exists():
         if distributed.rank() == 0:
             print(f"{out} is finished already")
             print_result(json.loads((out / "score.json").read_text()), out)
         return
-    speed = speed_of(settings, hardware.hardware_of(device))
+    speed = speed_of(settings, resolved, hardware.hardware_of(device))
     hardware.prepare(device, speed.precision, deterministic=settings.deterministic)
     try:
         posterior, seconds = trained(settings, resolved, loaded, speed, out)
@@ -172,7 +185,7 @@ def prepare_folder(settings: ScoreSettings) -> Path:
     """The folder of the training, with its config.toml. What is in it is continued only if asked for."""
     if settings.resume is not None:
         return settings.resume
-    out = settings.out or Path("runs") / f"score-{settings.data}-seed{settings.seed}"
+    out = settings.out or Path("runs") / f"score-{data.slug(settings.data)}-seed{settings.seed}"
     path, content = out / "config.toml", tomli_w.dumps(as_table(settings))
     if (out / "score.json").exists() or (path.exists() and not distributed.restarts()):
         raise InputError(f"out: {out} holds a score network already, give --resume {out} or another folder")
@@ -184,10 +197,10 @@ def prepare_folder(settings: ScoreSettings) -> Path:
     return out
 
 
-def speed_of(settings: ScoreSettings, device: hardware.Hardware) -> Speed:
+def speed_of(settings: ScoreSettings, resolved: PosteriorSettings, device: hardware.Hardware) -> Speed:
     """How the networks are called in their training."""
-    wish = settings.precision or config.from_recipes(settings.data, None).precision
-    steps = settings.posterior_settings.resolved(settings.data).steps or 0
+    recipe = config.from_recipes(settings.data, None, root=settings.data_root, image_size=settings.image_size)
+    wish, steps = settings.precision or recipe.precision, resolved.steps or 0
     return Speed(
         precision=hardware.precision_of(wish, device),
         compile=hardware.compiles(settings.compile, device, steps),
@@ -200,6 +213,8 @@ def trained(
 ) -> tuple[ScoreNetwork, float]:
     """The posterior with its networks trained, saved as posterior.pt, and the seconds that this took."""
     about = {**config.plain(resolved), "data": settings.data, "limit": settings.limit}
+    if settings.image_size is not None:
+        about["image_size"] = settings.image_size
     if distributed.rank() == 0:
         sizes = ", ".join(f"{count} {name}" for name, count in loaded.sizes.items())
         print(f"score network of {settings.data}: {sizes}; {speed}; folder {out}")
@@ -220,7 +235,9 @@ def trained(
         raise InputError(f"posterior_settings: {error}") from None
     assert isinstance(posterior, ScoreNetwork)
     if distributed.rank() == 0:
-        checkpoint.save(out / "posterior.pt", epoch=0, settings=about, network=posterior.state_dict())
+        checkpoint.save(
+            out / "posterior.pt", epoch=0, settings=about, network=posterior.state_dict(), data=loaded.record()
+        )
     return posterior, time.perf_counter() - begin
 
 

@@ -16,7 +16,7 @@ import torch
 from killing import Hit, Start, program
 from scipy.io import savemat
 
-from training import compare, data, evaluate, generate, generated, run, score, scores
+from training import compare, data, evaluate, generate, generated, plan, run, score, scores
 from training.errors import run_program
 
 PROGRAMS = {
@@ -26,6 +26,7 @@ PROGRAMS = {
     "score": score.main,
     "generate": generate.main,
     "generated": generated.main,
+    "plan": plan.main,
 }
 TINY = (
     "--epochs 2 --limit 100 --batch-size 50 --steps 2 --validation-steps 1 --eval-steps 2 --eval-restarts 1 "

@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 
 from training import data as data_module
 from training import toy
-from training.augmentation import augmented, flipped, shifted
+from training.augmentation import augmented, cut_and_mixed, flipped, shifted
 from training.config import tomllib
 from training.data import CIFAR, CIFAR_VALIDATION, FORMATS, ROOT_VARIABLE, Data, DataSettings, load
 from training.errors import InputError
@@ -321,3 +321,58 @@ def test_without_augmentation_nothing_is_drawn() -> None:
     both = augmented(x, torch.Generator().manual_seed(1), shift=2, flip=True)
     generator = torch.Generator().manual_seed(1)
     assert torch.equal(both, flipped(shifted(x, 2, generator), generator))
+
+
+def mixed(seed: int, share: float = 1.0, shape: tuple[int, ...] = (3, 20, 30)) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of eight images each of one value, its number, the mixed ones and their targets."""
+    x = torch.arange(8.0).view(8, 1, 1, 1).expand(8, *shape)
+    return cut_and_mixed(x, torch.eye(8), share, torch.Generator().manual_seed(seed))
+
+
+def test_cutmix_puts_a_rectangle_of_another_image_into_each() -> None:
+    rectangles = set()
+    for seed in range(100):
+        x, targets = mixed(seed)
+        other = (x != x.new_tensor(range(8)).view(8, 1, 1, 1)).any(dim=1)  # [8, H, W]
+        partners = {}
+        for number, (image, target, inside) in enumerate(zip(x, targets, other, strict=True)):
+            values = set(image.unique().tolist())
+            assert len(values) <= 2, "each image is of itself and one other"
+            assert target.sum() == pytest.approx(1, abs=1e-6)
+            amount = inside.float().mean().item()
+            for value in values:
+                whole = 1 - amount if value == number else amount
+                assert target[int(value)] == pytest.approx(1.0 if len(values) == 1 else whole, abs=1e-6)
+            if inside.any():
+                rows, columns = (torch.where(inside.any(dim=dim))[0] for dim in (1, 0))
+                assert inside[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all(), "a rectangle"
+                partners[number] = (int(rows[0]), int(rows[-1]), int(columns[0]), int(columns[-1]))
+        assert len(set(partners.values())) <= 1, "the same in all of them"
+        rectangles |= set(partners.values())
+    assert len(rectangles) > 80
+
+
+def test_the_area_of_cutmix_is_uniform_where_the_edge_cuts_nothing_off() -> None:
+    """Its side is √(1 − λ) of the image, λ uniform."""
+    sides = []
+    for seed in range(500):
+        drawn = torch.rand(4, generator=torch.Generator().manual_seed(seed))
+        _, targets = mixed(seed, shape=(1, 64, 64))
+        area, row, column = drawn[1:].tolist()
+        half = area**0.5 / 2
+        if half < row < 1 - half and half < column < 1 - half:
+            partner = targets.fill_diagonal_(0).max().item()
+            sides.append((partner, area))
+    assert len(sides) > 30
+    for partner, area in sides:
+        assert partner == pytest.approx(area, abs=0.04) or partner == 0  # 0: an image whose partner is itself
+
+
+def test_a_share_of_the_batches_is_mixed() -> None:
+    untouched = sum(torch.equal(mixed(seed, share=0.3)[1], torch.eye(8)) for seed in range(200))
+    assert 120 < untouched < 160
+    assert all(torch.equal(mixed(seed, share=0.0)[1], torch.eye(8)) for seed in range(20))
+    generators = [torch.Generator().manual_seed(1) for _ in range(2)]
+    for generator, share in zip(generators, (0.0, 1.0), strict=True):
+        cut_and_mixed(torch.rand(4, 1, 8, 8), torch.eye(4), share, generator)
+    assert torch.equal(*(generator.get_state() for generator in generators))

@@ -49,6 +49,7 @@ def torchrun_of(processes: int, program: str, arguments: list[str]) -> subproces
         ("pgd_at", ["--accumulate", "2"]),
         # near x the gradient of TRADES is small, and rounding decides some of its signs: hence a start far from x
         ("trades", ["--attack-start", "uniform"]),
+        ("pgd_at", ["--cutmix", "0.7", "--attack-start", "uniform"]),
         ("pgd_at", ["--free-replays", "2"]),
         ("pgd_at", ["--awp", "0.01", "--awp-warmup", "1"]),
     ],

@@ -409,3 +409,47 @@ def test_rewriting_a_pickle_and_what_cannot_be(call: Any, tmp_path: Path) -> Non
     (tmp_path / "bad.npz").write_bytes(b"nothing")
     assert "bad.npz cannot be read" in call("generated", "--source", "bad.npz", "--out", "g.npz").err
     assert not (tmp_path / "g.npz").exists()
+
+
+def test_checking(call: Any, tmp_path: Path) -> None:
+    labels = np.array([0, 2, 2, 3] * 10)
+    images = np.zeros((40, 4, 6, 3), np.uint8)
+    generated.save(tmp_path / "a.npz", images, labels)
+    ending = call("generated", "--source", "a.npz")
+    assert ending.status == 0, ending
+    assert "40 of [4, 6, 3] (height, width, channels)" in ending.out
+    assert "3, 0 to 3, none of 1\n" in ending.out
+    assert "10 to 20" in ending.out
+    assert "read where it lies" in ending.out
+    assert {path.name for path in tmp_path.iterdir()} == {"a.npz"}
+    np.savez_compressed(tmp_path / "b.npz", image=images, label=labels)
+    assert "compressed: training loads it, 0.00 GB" in call("generated", "--source", "b.npz").out
+    (tmp_path / "c.pickle").write_bytes(pickle.dumps({"data": images, "extrapolated_targets": labels}))
+    assert "a pickle: loaded" in call("generated", "--source", "c.pickle").out
+
+
+def flipped_bit(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
+    generated.save(path, images, labels)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize(
+    ("write", "told"),
+    [
+        (flipped_bit, "a.npz is damaged, the checksum of image.npy is wrong"),
+        (lambda path, images, labels: path.write_bytes(b"PK"), "a.npz cannot be read"),
+        (lambda path, images, labels: np.savez(path, image=images), "has no label"),
+        (lambda path, images, labels: np.savez(path, image=images / 2, label=labels), "has image float64"),
+        (lambda path, images, labels: np.savez(path, image=images, label=labels / 2), "has label float64"),
+        (lambda path, images, labels: np.savez(path, image=images, label=labels[1:]), "has 40 images and 39 labels"),
+        (lambda path, images, labels: None, "a.npz is no file"),
+    ],
+)
+def test_checking_what_cannot_be_used(write: Callable, told: str, call: Any, tmp_path: Path) -> None:
+    write(tmp_path / "a.npz", np.zeros((40, 40, 40, 3), np.uint8), np.arange(40) % 4)
+    ending = call("generated", "--source", "a.npz")
+    assert ending.status == 2, ending
+    assert ending.err.count("\n") == 1
+    assert told in ending.err

@@ -1,16 +1,19 @@
-"""The classifiers for 32×32 images: the keys of published weights, initialisation, normalisation, names."""
+"""The classifiers for images: the keys of published weights, initialisation, normalisation, names."""
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from scorematch.folding import Folding
-from training import models
+from training import checkpoint, models
 from training.data import STATISTICS
 from training.errors import InputError
+from training.models import loading
 from training.models.cifar import IMAGE_SHAPE
 
 SMALL = [
@@ -165,13 +168,15 @@ def test_resnet_takes_raw_pixels() -> None:
     assert torch.equal(seen[0], x)
 
 
-def test_a_convolution_of_stride_2_pads_right_and_bottom_only() -> None:
+def test_a_convolution_of_stride_2_pads_right_and_bottom_only_but_odd_sizes_evenly() -> None:
     convolution = build("wrn-10-1").layer[1].block[0].conv_0
     assert convolution.stride == (2, 2)
     with torch.no_grad():
         convolution.weight.fill_(1.0)
-        out = convolution(torch.ones(1, 16, 4, 4))[0, 0] / 16
-    assert out.tolist() == [[9.0, 6.0], [6.0, 4.0]]
+        even = convolution(torch.ones(1, 16, 4, 4))[0, 0] / 16
+        odd = convolution(torch.ones(1, 16, 3, 4))[0, 0] / 16
+    assert even.tolist() == [[9.0, 6.0], [6.0, 4.0]]
+    assert odd.tolist() == [[6.0, 4.0], [6.0, 4.0]]
 
 
 def test_the_shortcut_takes_the_activated_input_the_identity_the_raw_one() -> None:
@@ -199,9 +204,47 @@ def test_names_decide_the_activation(relu: str, silu: str) -> None:
 
 
 @pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("shape", [(3, 28, 28), (1, 28, 28), (3, 64, 64), (3, 96, 96), (3, 33, 47), (1, 8, 8)])
+def test_images_of_any_size_and_number_of_channels(name: str, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    statistics = ((0.4,) * shape[0], (0.2,) * shape[0])
+    model = models.build(name, shape, 7, statistics)
+    x = torch.rand(2, *shape, requires_grad=True)
+    logits = model(x)
+    assert logits.shape == (2, 7)
+    logits.logsumexp(1).sum().backward()
+    assert x.grad is not None
+    assert torch.isfinite(x.grad).all()
+    assert (x.grad != 0).any(dim=1).all(), "every pixel counts, those at the edges too"
+    for other in ((2, shape[0], 30, 30), shape):
+        channels, height, width = shape
+        with pytest.raises(ValueError, match=rf"expected \[N, {channels}, {height}, {width}\]"):
+            model(torch.rand(other))
+
+
+@pytest.mark.parametrize(("name", "pairs"), [("wrn-10-1", 3), ("preact-resnet-18", 8), ("resnet-18", 20)])
+def test_folding_at_another_size(name: str, pairs: int) -> None:
+    torch.manual_seed(0)
+    model = models.build(name, (3, 27, 30), 10).double()
+    folding, x = Folding(model), torch.rand(4, 3, 27, 30, dtype=torch.float64)
+    assert len(folding.pairs) == pairs
+    with torch.no_grad():
+        model.train()(x)
+        expected = model.eval()(x)
+        with folding.applied():
+            torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_the_size_of_the_images_is_no_weight() -> None:
+    """What was trained at one size loads at another."""
+    weights = models.build("wrn-10-1", (3, 64, 64), 10).state_dict()
+    models.build("wrn-10-1", (3, 28, 28), 10).load_state_dict(weights)
+
+
+@pytest.mark.parametrize("name", SMALL)
 def test_other_inputs_are_refused(name: str) -> None:
-    with pytest.raises(InputError, match=rf"model: {name} takes images \[3, 32, 32\], .*\[1, 8, 8\]"):
-        models.build(name, (1, 8, 8), 10)
+    with pytest.raises(InputError, match=rf"model: {name} takes images \[C, H, W\] of any size, .*shape \[5\]"):
+        models.build(name, (5,), 10)
     model = build(name)
     for shape in ((2, 3, 64, 64), (3, 32, 32)):
         with pytest.raises(ValueError, match=r"expected \[N, 3, 32, 32\]"):
@@ -231,6 +274,93 @@ def test_networks_of_timm(name: str, patches: int | None) -> None:
     assert model(torch.rand(2, 3, 32, 32)).shape == (2, 7)
     if patches is not None:
         assert model.patch_embed.num_patches == patches, "built for images of 32 × 32, in patches of 16 × 16"
+
+
+@pytest.fixture
+def weights_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
+    """Trained weights of timm's test_resnet as timm would find them in its cache, for 1,000 classes."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(3)
+    weights = timm.create_model("test_resnet", pretrained=False).state_dict()
+    torch.save(weights, tmp_path / "weights.pth")
+    create = timm.create_model
+
+    def from_file(name: str, pretrained: bool, **options: object) -> nn.Module:
+        overlay = {"file": str(tmp_path / "weights.pth")} if pretrained else None
+        return create(name, pretrained=pretrained, pretrained_cfg_overlay=overlay, **options)
+
+    monkeypatch.setattr(timm, "create_model", from_file)
+    return weights
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (3, 96, 96), (1, 28, 28)])
+def test_trained_weights_of_timm(shape: tuple[int, ...], weights_at_hand: dict[str, torch.Tensor]) -> None:
+    torch.manual_seed(0)
+    model = models.build("timm:test_resnet", shape, 7, pretrained=True)
+    expected = weights_at_hand["layer2.0.conv1.weight"]
+    assert torch.equal(model.network.layer2[0].conv1.weight, expected)
+    x = torch.rand(2, *shape)
+    assert model(x).shape == (2, 7), "the last layer is a new one"
+    assert not {"mean", "std"} & set(model.state_dict())
+
+    seen = []
+    model.network.conv1.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    model.eval()(x)
+    of_weights = pytest.importorskip("timm").get_pretrained_cfg("test_resnet")
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (of_weights.mean, of_weights.std))
+    assert mean.min() > 0
+    if shape[0] == 1:
+        mean, std = mean.mean(), std.mean()
+    torch.testing.assert_close(seen[0], (x - mean) / std)
+
+    without = models.build("timm:test_resnet", shape, 7, pretrained=True, weights=False)
+    assert not torch.equal(without.network.layer2[0].conv1.weight, expected)
+    without.load_state_dict(model.state_dict())
+    assert torch.equal(without.eval()(x), model(x))
+
+
+def test_a_run_from_trained_weights(
+    weights_at_hand: dict[str, torch.Tensor], call: Callable[..., Any], tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--objective", "pgd_at", "--model", "timm:test_resnet", "--pretrained", "--lr", "1e-6", *tiny]
+    ending = call("run", *options, "--out", "run")
+    assert ending.status == 0, ending
+    saved = checkpoint.load(Path("run/best.pt"))["network"]
+    trained = saved["network.layer2.0.conv1.weight"]
+    torch.testing.assert_close(trained, weights_at_hand["layer2.0.conv1.weight"], rtol=0, atol=1e-3)
+
+    def offline(*args: object, **options: object) -> None:
+        assert not options["pretrained"], "nothing is fetched once there is a checkpoint"
+        return create(*args, **options)
+
+    timm = pytest.importorskip("timm")
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", offline)
+    Path("run/summary.json").unlink()
+    assert call("run", "--resume", "run").status == 0
+    assert call("evaluate", "--run", "run", "--attack", "clean").status == 0
+    loading.load(Path("run/best.pt"))
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("timm:test_resnet", r"weights of timm:test_resnet are not at hand \(OSError: no route\); .*timm's cache"),
+        ("timm:resnet18d_none", "is unknown"),
+        ("wrn-10-1", "pretrained: True with model wrn-10-1, allowed: with timm:NAME"),
+        ("timm:vit_base_patch16_18x2_224", r"timm has no weights for timm:vit_base.*, allowed: .*timm.list_pretrained"),
+    ],
+)
+def test_trained_weights_that_are_not_there(name: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    timm = pytest.importorskip("timm")
+
+    def offline(*args: object, **options: object) -> None:
+        raise OSError("no route")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(InputError, match=told) as caught:
+        models.build(name, IMAGE_SHAPE, 10, pretrained=True)
+    assert "\n" not in str(caught.value)
 
 
 def test_without_timm_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:

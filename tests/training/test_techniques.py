@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from training import config, data, models
+from training import config, data, generated, models
 from training.errors import Interrupted
 from training.loop import Trainer
 
@@ -41,6 +41,8 @@ def stopped_at(run: Trainer, count: int, monkeypatch: pytest.MonkeyPatch) -> Non
         "--objective pgd_at --attack fgsm_rs",
         "--objective trades --attack n_fgsm --label-smoothing 0.1",
         "--objective pgd_at --free-replays 3",
+        "--objective standard --cutmix 0.5 --shift 1 --flip",
+        "--objective trades --cutmix 1 --label-smoothing 0.1 --accumulate 2",
         "--objective trades --divergence se --awp 0.01 --awp-warmup 1 --attack-mode frozen",
         "--objective pgd_at --optimizer sgd --fused --lr 0.05 --schedule-by epoch --cycle-momentum --weight-decay 0.01 "
         "--no-weight-decay-norms --averaging 0.9 --averaging-warmup 0.3 --averaging-ramp --averaging-buffers copy "
@@ -71,3 +73,15 @@ def test_an_epoch_of_free_training_has_that_many_updates(tmp_path: Path) -> None
     assert run.free is not None
     assert run.free.perturbation is not None
     assert run.free.perturbation.shape == (25, 1, 8, 8)
+
+
+def test_cutmix_mixes_smoothed_labels_and_generated_images(tmp_path: Path) -> None:
+    generated.save(tmp_path / "more.npz", torch.zeros(20, 8, 8, 1, dtype=torch.uint8), torch.arange(20) % 10)
+    options = f"--cutmix 1 --label-smoothing 0.2 --generated {tmp_path / 'more.npz'} --original-share 0.6"
+    run = trainer(tmp_path / "run", f"--objective trades {options}")
+    x, targets = run.batches.batch(next(run.batches.epoch()), 0)
+    assert (x.shape, targets.shape) == ((25, 1, 8, 8), (25, 10))
+    torch.testing.assert_close(targets.sum(1), torch.ones(25))
+    assert targets.min() >= 0.2 / 10 - 1e-6, "smoothed, then mixed"
+    plain = trainer(tmp_path / "plain", "--objective trades")
+    assert plain.batches.batch(next(plain.batches.epoch()), 0)[1].dtype == torch.int64

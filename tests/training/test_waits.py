@@ -26,6 +26,7 @@ CASES = {
     "standard": "--objective standard",
     "PGD-AT with SGD": "--objective pgd_at --divergence se --clip 0.3 --optimizer sgd --batchnorm-momentum 0.1",
     "TRADES": "--objective trades --label-smoothing 0.1 --averaging-buffers copy --averaging-ramp",
+    "CutMix": "--objective trades --cutmix 0.5",
     "one step": "--objective trades --attack fgsm_rs --accumulate 2",
     "free": "--objective pgd_at --free-replays 2",
     "weight perturbation": "--objective pgd_at --awp 0.01",

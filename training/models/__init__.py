@@ -5,12 +5,12 @@ A builder takes the shape of one input and the number of classes and returns a m
 """
 
 import functools
-import importlib
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
+from training import own_data
 from training.data import Statistics
 from training.errors import InputError, unknown_name
 from training.models import from_timm, wide_resnet
@@ -32,7 +32,15 @@ MODELS: dict[str, Builder] = {
 }
 
 
-def build(name: str, input_shape: tuple[int, ...], num_classes: int, statistics: Statistics | None = None) -> nn.Module:
+def build(
+    name: str,
+    input_shape: tuple[int, ...],
+    num_classes: int,
+    statistics: Statistics | None = None,
+    *,
+    pretrained: bool = False,
+    weights: bool = True,
+) -> nn.Module:
     """The classifier called ``name``, freshly initialised from torch's global generator.
 
     Args:
@@ -40,8 +48,12 @@ def build(name: str, input_shape: tuple[int, ...], num_classes: int, statistics:
         input_shape: shape of one input.
         num_classes: L.
         statistics: of the data set, for architectures of this package that normalise; None leaves the pixels alone.
+        pretrained: of timm: with its trained weights, see :func:`training.models.from_timm.timm_model`.
+        weights: False leaves them out, for those of a checkpoint.
     """
-    builder = _builder(name)
+    if pretrained and not name.startswith(from_timm.PREFIX):
+        raise InputError(f"pretrained: True with model {name}, allowed: with {from_timm.PREFIX}NAME")
+    builder = _builder(name, pretrained, weights)
     if builder is None:
         raise unknown_name("model", name, [*MODELS, wide_resnet.PATTERN, "timm:NAME", "module:function"])
     model = builder(input_shape, num_classes)
@@ -52,9 +64,10 @@ def build(name: str, input_shape: tuple[int, ...], num_classes: int, statistics:
     return model
 
 
-def _builder(name: str) -> Builder | None:
+def _builder(name: str, pretrained: bool, weights: bool) -> Builder | None:
     if name.startswith(from_timm.PREFIX):
-        return functools.partial(from_timm.timm_model, name.removeprefix(from_timm.PREFIX))
+        short = name.removeprefix(from_timm.PREFIX)
+        return functools.partial(from_timm.timm_model, short, pretrained=pretrained, weights=weights)
     if ":" in name:
         return imported(name)
     if wide_resnet.NAME.fullmatch(name):
@@ -64,8 +77,4 @@ def _builder(name: str) -> Builder | None:
 
 def imported(name: str) -> Callable[..., Any]:
     """The function that ``module:function`` names."""
-    module_name, function_name = name.split(":", 1)
-    try:
-        return getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f"model: {name!r} cannot be imported ({error}), expected module:function") from None
+    return own_data.imported(name, "model")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from training import checkpoint, data, models
-from training.data import STATISTICS, Statistics
+from training.data import STATISTICS, Data, Statistics
 from training.errors import InputError, unknown_name
 
 # Where a file keeps its weights: SCORE's pipeline (averaged ones first), RobustBench.
@@ -26,7 +26,7 @@ def load(
     source: str | Path,
     *,
     model: str | None = None,
-    data: str | None = None,
+    data: str | Data | None = None,
     num_classes: int | None = None,
     input_shape: tuple[int, ...] | None = None,
     device: torch.device | str = "cpu",
@@ -40,7 +40,8 @@ def load(
             ``weights_only=True`` and loaded strictly.
         model: architecture, a name of :mod:`training.models`. A checkpoint of training.run knows its own; of a bare
             state dict depth and width are inferred, but not ReLU or SiLU, which no weight tells.
-        data: data set whose inputs the classifier takes; None is that of the checkpoint, and CIFAR-10 for all else.
+        data: data set whose inputs the classifier takes, a name or, of one's own, the data themselves; None is that of
+            the checkpoint, and CIFAR-10 for all else.
         num_classes: number of logits; None is that of the data set.
         input_shape: shape of one input; None is that of the data set.
         device: where the classifier goes.
@@ -51,8 +52,7 @@ def load(
     """
     is_function = isinstance(source, str) and ":" in source and not Path(source).exists()
     state = {} if is_function else _read(Path(source))
-    own_data = state["settings"].get("data") if state.get("format") == checkpoint.FORMAT else None
-    shape, classes = data_format(data or own_data or "cifar10")
+    shape, classes = _expected(data, state)
     shape, classes = input_shape or shape, num_classes or classes
     if is_function:
         network = _from_function(str(source), shape, classes)
@@ -60,7 +60,8 @@ def load(
         network = _from_run(state, Path(source), model, shape, classes)
     else:
         # Published weights expect the statistics of their data set.
-        statistics = STATISTICS.get(data or ("cifar100" if classes == 100 else "cifar10"))
+        named = data or ("cifar100" if classes == 100 else "cifar10")
+        statistics = named.statistics if isinstance(named, Data) else STATISTICS.get(named)
         network = _from_weights(_weights(state, Path(source)), Path(source), model, shape, classes, statistics)
     return network.to(device).eval()
 
@@ -71,6 +72,22 @@ def export(model: nn.Module, path: Path) -> None:
     # Clones: a view would take its whole storage along.
     torch.save({key: value.detach().cpu().clone() for key, value in model.state_dict().items()}, buffer)
     checkpoint.write_atomically(path, buffer.getvalue())
+
+
+def _expected(data: str | Data | None, state: dict[str, Any]) -> tuple[tuple[int, ...], int]:
+    """The shape of one input and the number of classes that a classifier must have."""
+    if isinstance(data, Data):
+        return data.input_shape, data.num_classes
+    if data is None and state.get("format") == checkpoint.FORMAT and "data" in state["settings"]:
+        return _trained_on(state)
+    return data_format(data or "cifar10")
+
+
+def _trained_on(state: dict[str, Any]) -> tuple[tuple[int, ...], int]:
+    """The shape of one input and the number of classes of what a checkpoint was trained on."""
+    if "data" in state:
+        return tuple(state["data"]["input_shape"]), state["data"]["num_classes"]
+    return data_format(state["settings"]["data"])
 
 
 def data_format(name: str) -> tuple[tuple[int, ...], int]:
@@ -119,11 +136,13 @@ def _from_run(
     own = settings["model"]
     if model not in (None, own):
         raise InputError(f"model: {model!r} given, but {path} is a checkpoint of {own!r}")
-    if data_format(settings["data"]) != (input_shape, num_classes):
+    if _trained_on(state) != (tuple(input_shape), num_classes):
         wanted = f"{num_classes} classes of inputs {list(input_shape)}"
         raise InputError(f"model_from: {path} was trained on {settings['data']}, expected a classifier for {wanted}")
     statistics = statistics_of(state, settings["data"])
-    return _fitted(models.build(own, input_shape, num_classes, statistics), state["network"], path, own)
+    pretrained = bool(settings.get("pretrained"))
+    network = models.build(own, input_shape, num_classes, statistics, pretrained=pretrained, weights=False)
+    return _fitted(network, state["network"], path, own)
 
 
 def statistics_of(state: dict[str, Any], data_name: str) -> Statistics | None:

@@ -5,10 +5,20 @@ He et al., 2016 (https://arxiv.org/abs/1603.05027); this variant: Gowal et al., 
 other adversarial training is :class:`training.models.resnet.PlainPreActResNet`.
 """
 
-from torch import Tensor, nn
-from torch.nn import functional
+from collections.abc import Sequence
 
-from training.models.cifar import ImageClassifier, SameConv2d, activation, check_images, initialise, set_momentum
+from torch import Tensor, nn
+
+from training.models.cifar import (
+    IMAGE_SHAPE,
+    ImageClassifier,
+    SameConv2d,
+    activation,
+    check_images,
+    initialise,
+    pooled,
+    set_momentum,
+)
 
 MOMENTUM = 0.01
 
@@ -32,20 +42,21 @@ class Block(nn.Module):
 
 
 class PreActResNet(ImageClassifier):
-    """Images [N, 3, 32, 32] in [0, 1] to logits [N, L], 18 layers.
+    """Images [N, C, H, W] to logits [N, L], 18 layers.
 
     Args:
         num_classes: L.
         silu: SiLU instead of ReLU.
+        image_shape: [C, H, W] of one image.
     """
 
-    def __init__(self, num_classes: int, *, silu: bool = False) -> None:
-        super().__init__()
+    def __init__(self, num_classes: int, *, silu: bool = False, image_shape: Sequence[int] = IMAGE_SHAPE) -> None:
+        super().__init__(image_shape)
 
         def group(inputs: int, outputs: int, stride: int) -> nn.Sequential:
             return nn.Sequential(Block(inputs, outputs, stride, silu), Block(outputs, outputs, 1, silu))
 
-        self.conv_2d = SameConv2d(3, 64)
+        self.conv_2d = SameConv2d(self.channels, 64)
         self.layer_0 = group(64, 64, 1)
         self.layer_1 = group(64, 128, 2)
         self.layer_2 = group(128, 256, 2)
@@ -60,14 +71,14 @@ class PreActResNet(ImageClassifier):
         out = self.conv_2d(self.normalised(x))
         for group in (self.layer_0, self.layer_1, self.layer_2, self.layer_3):
             out = group(out)
-        return self.logits(functional.avg_pool2d(self.activation(self.batchnorm(out)), 4).flatten(1))
+        return self.logits(pooled(self.activation(self.batchnorm(out))))
 
 
 def preact_resnet_18(input_shape: tuple[int, ...], num_classes: int) -> PreActResNet:
     check_images("preact-resnet-18", input_shape)
-    return PreActResNet(num_classes)
+    return PreActResNet(num_classes, image_shape=input_shape)
 
 
 def preact_resnet_18_silu(input_shape: tuple[int, ...], num_classes: int) -> PreActResNet:
     check_images("preact-resnet-18-silu", input_shape)
-    return PreActResNet(num_classes, silu=True)
+    return PreActResNet(num_classes, silu=True, image_shape=input_shape)

@@ -1,4 +1,4 @@
-"""ResNet-18 and PreActResNet-18 for 32×32 images, with the keys that most adversarial training gives them.
+"""ResNet-18 and PreActResNet-18 for small images, with the keys that most adversarial training gives them.
 
 He et al., 2015 (https://arxiv.org/abs/1512.03385) and 2016 (https://arxiv.org/abs/1603.05027), with a 3×3 convolution
 of stride 1 as the stem and without pooling after it. ResNet-18 takes raw pixels, as TRADES and its successors train
@@ -6,12 +6,12 @@ it; PreActResNet-18 normalises them inside, where Rice et al., 2020 (https://arx
 setting of SCORE do so in front of the network.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional
 
-from training.models.cifar import ImageClassifier, check_images
+from training.models.cifar import IMAGE_SHAPE, ImageClassifier, check_images, pooled
 
 
 def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
@@ -60,13 +60,13 @@ def group(block: Callable[[int, int, int], nn.Module], inputs: int, outputs: int
 
 
 class ResNet(ImageClassifier):
-    """Images [N, 3, 32, 32] in [0, 1] to logits [N, L], 18 layers, ReLU, no normalisation of the pixels."""
+    """Images [N, C, H, W] to logits [N, L], 18 layers, ReLU, no normalisation of the pixels."""
 
     normalises = False
 
-    def __init__(self, num_classes: int) -> None:
-        super().__init__()
-        self.conv1 = conv3x3(3, 64)
+    def __init__(self, num_classes: int, image_shape: Sequence[int] = IMAGE_SHAPE) -> None:
+        super().__init__(image_shape)
+        self.conv1 = conv3x3(self.channels, 64)
         self.bn1 = nn.BatchNorm2d(64)
         self.layer1 = group(BasicBlock, 64, 64, 1)
         self.layer2 = group(BasicBlock, 64, 128, 2)
@@ -77,19 +77,19 @@ class ResNet(ImageClassifier):
     def forward(self, x: Tensor) -> Tensor:
         out = functional.relu(self.bn1(self.conv1(self.normalised(x))))
         out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
-        return self.linear(functional.avg_pool2d(out, 4).flatten(1))
+        return self.linear(pooled(out))
 
 
 class PlainPreActResNet(ImageClassifier):
-    """Images [N, 3, 32, 32] in [0, 1] to logits [N, L], 18 layers, ReLU.
+    """Images [N, C, H, W] to logits [N, L], 18 layers, ReLU.
 
     Beside :class:`training.models.preact_resnet.PreActResNet` it pads symmetrically, and its 1×1 shortcuts take the
     activated input.
     """
 
-    def __init__(self, num_classes: int) -> None:
-        super().__init__()
-        self.conv1 = conv3x3(3, 64)
+    def __init__(self, num_classes: int, image_shape: Sequence[int] = IMAGE_SHAPE) -> None:
+        super().__init__(image_shape)
+        self.conv1 = conv3x3(self.channels, 64)
         self.layer1 = group(PreActBlock, 64, 64, 1)
         self.layer2 = group(PreActBlock, 64, 128, 2)
         self.layer3 = group(PreActBlock, 128, 256, 2)
@@ -99,14 +99,14 @@ class PlainPreActResNet(ImageClassifier):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(self.normalised(x))))))
-        return self.linear(functional.avg_pool2d(functional.relu(self.bn(out)), 4).flatten(1))
+        return self.linear(pooled(functional.relu(self.bn(out))))
 
 
 def resnet_18(input_shape: tuple[int, ...], num_classes: int) -> ResNet:
     check_images("resnet-18", input_shape)
-    return ResNet(num_classes)
+    return ResNet(num_classes, input_shape)
 
 
 def plain_preact_resnet_18(input_shape: tuple[int, ...], num_classes: int) -> PlainPreActResNet:
     check_images("preact-resnet-18-plain", input_shape)
-    return PlainPreActResNet(num_classes)
+    return PlainPreActResNet(num_classes, input_shape)

@@ -5,12 +5,21 @@ Zagoruyko & Komodakis, 2016 (https://arxiv.org/abs/1605.07146); this variant: Go
 """
 
 import re
+from collections.abc import Sequence
 
 from torch import Tensor, nn
-from torch.nn import functional
 
 from training.errors import InputError
-from training.models.cifar import ImageClassifier, SameConv2d, activation, check_images, initialise, set_momentum
+from training.models.cifar import (
+    IMAGE_SHAPE,
+    ImageClassifier,
+    SameConv2d,
+    activation,
+    check_images,
+    initialise,
+    pooled,
+    set_momentum,
+)
 
 NAME = re.compile(r"wrn-(\d+)-(\d+)(-silu)?")
 PATTERN = "wrn-D-W[-silu] with D = 6 n + 4"
@@ -49,20 +58,29 @@ class BlockGroup(nn.Module):
 
 
 class WideResNet(ImageClassifier):
-    """Images [N, 3, 32, 32] in [0, 1] to logits [N, L].
+    """Images [N, C, H, W] to logits [N, L].
 
     Args:
         depth: convolutions on the longest path, 6 n + 4.
         width: factor of the channels 16, 32, 64 of the three groups.
         num_classes: L.
         silu: SiLU instead of ReLU.
+        image_shape: [C, H, W] of one image.
     """
 
-    def __init__(self, depth: int, width: int, num_classes: int, *, silu: bool = False) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        depth: int,
+        width: int,
+        num_classes: int,
+        *,
+        silu: bool = False,
+        image_shape: Sequence[int] = IMAGE_SHAPE,
+    ) -> None:
+        super().__init__(image_shape)
         blocks = (depth - 4) // 6
         channels = [16, 16 * width, 32 * width, 64 * width]
-        self.init_conv = SameConv2d(3, channels[0])
+        self.init_conv = SameConv2d(self.channels, channels[0])
         self.layer = nn.Sequential(
             *(
                 BlockGroup(blocks, inputs, outputs, stride, silu)
@@ -77,7 +95,7 @@ class WideResNet(ImageClassifier):
 
     def forward(self, x: Tensor) -> Tensor:
         features = self.layer(self.init_conv(self.normalised(x)))
-        return self.logits(functional.avg_pool2d(self.activation(self.batchnorm(features)), 8).flatten(1))
+        return self.logits(pooled(self.activation(self.batchnorm(features))))
 
 
 def wide_resnet(name: str, input_shape: tuple[int, ...], num_classes: int) -> WideResNet:
@@ -90,4 +108,4 @@ def wide_resnet(name: str, input_shape: tuple[int, ...], num_classes: int) -> Wi
     if width < 1:
         raise InputError(f"model: {name!r} has width {width}, allowed: at least 1")
     check_images(name, input_shape)
-    return WideResNet(depth, width, num_classes, silu=match[3] is not None)
+    return WideResNet(depth, width, num_classes, silu=match[3] is not None, image_shape=input_shape)
