@@ -82,6 +82,11 @@ def main(arguments: list[str]) -> None:
         image_size=settings.image_size,
     )
     loaded = data.load(source).to(device)
+    if len(loaded.input_shape) != 3 and settings.data != "toy":
+        raise InputError(
+            f"data: {settings.data} has inputs {list(loaded.input_shape)}, allowed: images, and the toy; training.run "
+            "trains a score network of others by itself"
+        )
     if settings.samples < loaded.num_classes:
         raise InputError(f"samples: {settings.samples}, allowed: at least {loaded.num_classes}, one of each class")
     out = settings.out or Path("runs") / f"score-{data.slug(settings.data)}-seed{settings.seed}"
