@@ -56,8 +56,7 @@ class RunSettings:
     divergence: str = "kl"  # D(target || model): kl, se, l2, l1, linf, js, js_distance or l1_squared
 
     # Data and model
-    # data set: digits, toy, cifar10, cifar100, svhn, folder (images in --data-root DIR), or module:function of your own
-    data: DataName = "digits"
+    data: DataName = "digits"  # digits, toy, cifar10, cifar100, svhn, folder (of images), or your own module:function
     limit: int = 0  # number of training points to keep, class-balanced on images; 0 keeps all
     toy_labels: ToyLabels = "oracle"  # targets of the surrogates on the toy: p_d(y|x), or the sampled labels
     data_root: Path | None = None  # folder of CIFAR's official files, or of images; None is $SCOREMATCH_DATA

@@ -227,8 +227,13 @@ class Trainer(Engine):
             "settings": as_table(self.settings),
             "network": self.network.state_dict(),
             "statistics": self.data.statistics,
-            "data": self.data.record(),
+            "data": self.record,
         }
+
+    @functools.cached_property
+    def record(self) -> dict[str, Any]:
+        """Of the data; made once, as it waits for the device."""
+        return self.data.record()
 
     def resume(self) -> None:
         path = self.out / "checkpoint.pt"

@@ -22,7 +22,7 @@ BAD = {
     "no folder of images": ("run", "--objective standard --data folder", "--data-root DIR or $SCOREMATCH_DATA"),
     "folder without images": ("run", "--objective standard --data folder --data-root none", "DIR/train/CLASS/*.png"),
     "a size for the digits": ("run", "--objective standard --image-size 16", "allowed: on folder"),
-    "size of no pixel": ("run", "--objective standard --data folder --image-size 0", "at least 1 pixel"),
+    "size of no pixel": ("run", "--objective standard --image-size 0", "at least 1 pixel"),
     "function that is not there": ("run", "--objective standard --data nowhere:data", "expected module:function"),
     "no folder of data": ("run", "--objective standard --data cifar10", "--data-root DIR"),
     "folder without data": ("run", "--objective standard --data cifar10 --data-root none", "none/cifar-10-batches-py"),

@@ -346,8 +346,8 @@ def test_the_other_programs_on_a_function(mine: Path, call: Any, tiny: list[str]
     assert "1 steps, 128 samples" in ending.out
 
     ending = call("score", "--data", "my_data:points", *options)
-    assert ending.status != 0
-    assert "Traceback" not in ending.err
+    assert ending.status == 2
+    assert "data: my_data:points has inputs [5], allowed: images, and the toy" in ending.err
 
 
 def test_a_comparison_on_a_function(mine: Path, call: Any, tiny: list[str]) -> None:

@@ -41,7 +41,7 @@ def test_activations(monkeypatch: pytest.MonkeyPatch) -> None:
     def network(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 32 * 32, 10))
 
-    monkeypatch.setattr(models, "build", lambda name, shape, classes: network(shape, classes))
+    monkeypatch.setattr(models, "build", lambda name, shape, classes, **options: network(shape, classes))
     run = parsed("--recipe cifar10 --objective standard --precision float32")
     # kept: the input of the convolution, the output of ReLU (which the linear layer takes too), logits and less
     floats = 3 * 32 * 32 + 8 * 32 * 32
