@@ -49,7 +49,9 @@ class GenerateSettings:
     limit: int | None = None  # training points that the score network saw, where neither file nor folder says it
     count: int = 50_000  # images to make
     batch: int = 500  # images at a time; decides memory and, with the seed, the images
-    sampler: Literal["heun", "langevin"] = "heun"  # probability-flow ODE, or annealed Langevin dynamics
+    # probability-flow ODE, or annealed Langevin dynamics; auto is heun for networks trained up to noise of ten times
+    # the spread of the data, from which it starts, and langevin for others
+    sampler: Literal["auto", "heun", "langevin"] = "auto"
     levels: int = 32  # noise levels of the sampler, falling geometrically; each costs heun two passes of the network
     steps_per_level: int = 10  # langevin: steps, and passes of the network, at each noise level
     sigma_max: float | None = None  # highest noise level, in input units; None is that of the training
@@ -191,12 +193,20 @@ def load(settings: GenerateSettings, path: Path, device: torch.device) -> tuple[
     except ValueError as error:
         raise InputError(f"sigma_min, sigma_max: {error}") from None
     options: dict[str, Any] = {"sigmas": sigmas}
-    if settings.sampler == "langevin":
+    sampler = sampler_of(settings.sampler, posterior.denoiser, sigmas[0])
+    if sampler == "langevin":
         options["steps_per_level"] = settings.steps_per_level
-    function = sampling.heun if settings.sampler == "heun" else sampling.annealed_langevin
+    function = sampling.heun if sampler == "heun" else sampling.annealed_langevin
     draw = functools.partial(function, **options)
     generator = Generator(posterior.denoiser, loaded.input_shape, draw, settings.count, settings.batch, settings.seed)
-    return generator, {"name": settings.sampler, **options}
+    return generator, {"name": sampler, **options}
+
+
+def sampler_of(wish: str, denoiser: Denoiser, sigma_max: float) -> str:
+    """What ``auto`` stands for: the ODE starts from pure noise, so that the highest level has to dwarf the data."""
+    if wish != "auto":
+        return wish
+    return "heun" if sigma_max >= 10 * denoiser.sigma_data else "langevin"
 
 
 def _data_settings(settings: GenerateSettings, path: Path, saved: dict[str, Any]) -> DataSettings:

@@ -66,17 +66,20 @@ def measure(judge: nn.Module, x: Tensor, y: Tensor, loaded: Data) -> dict[str, f
 
 
 def frechet_distances(features: Features, x: Tensor, loaded: Data, seed: int) -> dict[str, float]:
-    """The Fréchet distance of samples x [N, …] to the training images, and of as many training images to the others.
+    """The Fréchet distances of samples x [N, …], and of as many training images, to all other training images.
 
-    Few samples are far from anything, hence the second figure: what N images of the data itself have.
+    Few images are far from anything, hence the second figure. At most half of the training images are drawn, and as
+    many samples, so that both figures have the same bias.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(loaded.x_train), generator=generator).to(x.device)
     count = min(len(x), len(order) // 2)
     of_training = features(loaded.x_train)
+    drawn, others = of_training[order[:count]], of_training[order[count:]]
     return {
-        "frechet": frechet(features(x), of_training),
-        "frechet_of_training_images": frechet(of_training[order[:count]], of_training[order[count:]]),
+        "frechet": frechet(features(x[:count]), others),
+        "frechet_of_training_images": frechet(drawn, others),
+        "frechet_count": float(count),
     }
 
 
@@ -143,8 +146,8 @@ def sentences(samples: dict[str, Any]) -> str:
     lines = [
         f"{samples['recognised']:.1f} % of {samples['count']:.0f} samples ({samples['sampler']}) are recognised by a "
         f"held-out classifier ({samples['training_images_recognised']:.1f} % of the training images are)",
-        f"Fréchet distance to the training images, in its features: {samples['frechet']:.2f}; of as many training "
-        f"images to the others: {samples['frechet_of_training_images']:.2f}",
+        f"Fréchet distance of {samples['frechet_count']:.0f} samples to training images, in its features: "
+        f"{samples['frechet']:.2f}; of as many training images: {samples['frechet_of_training_images']:.2f}",
     ]
     if "feature_network_frechet" in samples:
         lines.append(

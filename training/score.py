@@ -28,7 +28,19 @@ from torch import Tensor
 from scorematch import sampling
 from scorematch.networks import Denoiser
 from scorematch.posteriors import ScoreNetwork
-from training import checkpoint, command_line, config, data, distributed, hardware, judge, posteriors, scores, toy
+from training import (
+    checkpoint,
+    command_line,
+    config,
+    data,
+    distributed,
+    generate,
+    hardware,
+    judge,
+    posteriors,
+    scores,
+    toy,
+)
 from training.data import Data, DataName, DataSettings
 from training.errors import InputError, Interrupted, run_program
 from training.hardware import PrecisionWish, Speed, Switch
@@ -298,9 +310,7 @@ def sampler_of(settings: ScoreSettings, resolved: PosteriorSettings, denoiser: D
     assert high is not None
     assert low is not None
     options: dict[str, Any] = {"sigmas": sampling.noise_levels(high, low, settings.levels)}
-    name = settings.sampler
-    if name == "auto":
-        name = "heun" if high >= 10 * denoiser.sigma_data else "langevin"
+    name = generate.sampler_of(settings.sampler, denoiser, high)
     if name == "langevin":
         options["steps_per_level"] = settings.steps_per_level
     return name, options

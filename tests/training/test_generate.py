@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from scorematch.networks import Denoiser
 from training import checkpoint, generate, score
 from training.errors import Interrupted, StopError
 from training.generated import GeneratedImages, read
@@ -57,6 +59,13 @@ def test_the_images_of_a_batch_depend_on_seed_and_number_alone(posterior: Path, 
     assert len({same, *others}) == 4
     images, _ = read(Path("a.npz"))
     assert not np.array_equal(images[:10], images[10:20])
+
+
+def test_the_sampler_suits_the_noise_of_the_training() -> None:
+    denoiser = Denoiser(nn.Identity(), num_classes=2, sigma_data=0.25)
+    chosen = [generate.sampler_of("auto", denoiser, sigma) for sigma in (1.0, 2.4, 2.5, 40.0)]
+    assert chosen == ["langevin", "langevin", "heun", "heun"]
+    assert generate.sampler_of("heun", denoiser, 1.0) == "heun"
 
 
 @pytest.mark.parametrize("sampler", ["heun", "langevin"])
