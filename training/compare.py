@@ -184,13 +184,21 @@ def _refuse_other_settings(job: Job) -> None:
     if not path.exists():
         return
     table = config.read_toml(path)
-    saved = config.as_table(config.from_table(table, str(path)))
+    saved = _flat(config.as_table(config.with_posterior(config.from_table(table, str(path)))))
     ignored = ["threads"]
     if "autoattack" not in table and job.finished:
         ignored += ["autoattack", "autoattack_samples", "autoattack_compile"]
-    for name, value in config.as_table(job.settings).items():
+    for name, value in _flat(config.as_table(job.settings)).items():
         if name not in ignored and saved.get(name) != value:
             raise InputError(f"out: {job.out} holds a run with {name} = {saved.get(name)!r}, expected {value!r}")
+
+
+def _flat(table: dict[str, Any]) -> dict[str, Any]:
+    """A table with the names of those in it before their keys, as on the command line."""
+    flat: dict[str, Any] = {}
+    for name, value in table.items():
+        flat |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
 
 
 def run_all(planned: Sequence[Job], jobs: int) -> list[Job]:

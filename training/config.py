@@ -430,7 +430,7 @@ def parse(arguments: Sequence[str]) -> RunSettings:
     if settings.data == data_sets.FOLDER:  # a saved run finds it from any folder
         settings = dataclasses.replace(settings, data_root=data_sets.folder_root(settings.data_root))
     validate(settings)
-    settings = _with_posterior(settings)
+    settings = with_posterior(settings)
     if data_sets.is_own(settings.data):
         validate_for(settings, data_sets.format_of(settings.data_settings))
     return settings
@@ -557,7 +557,7 @@ def _construct(settings: type[PosteriorSettings], values: dict[str, Any], where:
         raise InputError(f"{where}: {error}") from None
 
 
-def _with_posterior(settings: RunSettings) -> RunSettings:
+def with_posterior(settings: RunSettings) -> RunSettings:
     """``--posterior NAME`` decides the name inside ``posterior_settings``, and the data set what is left open there."""
     try:
         named = dataclasses.replace(settings.posterior_settings, name=settings.posterior)
@@ -578,7 +578,7 @@ def _resumed(folder: Path, arguments: Sequence[str]) -> RunSettings:
     for name, value in as_table(settings).items():
         if value != as_table(saved).get(name):
             raise InputError(f"{name}: {value!r} contradicts the run in {folder}, a resumed run keeps its settings")
-    settings = dataclasses.replace(_with_posterior(settings), out=folder, resume=folder)
+    settings = dataclasses.replace(with_posterior(settings), out=folder, resume=folder)
     validate(settings)
     return settings
 

@@ -1,7 +1,7 @@
 """The plots of a report: each a matplotlib figure made from plain values.
 
 Colour tells the objective (Okabe and Ito's palette, safe for colour-blind readers), dashes the divergence, and the
-marker repeats the colour for grey prints.
+marker repeats the colour for grey prints. Hollow markers and dots in the line: with generated images.
 """
 
 import base64
@@ -37,6 +37,7 @@ MARKERS = {
     "oracle": "P",
 }
 DASHES = {"kl": "-", "se": "--"}
+DASHES_GENERATED = {"kl": "-.", "se": (0, (5, 1, 1, 1, 1, 1))}
 
 plt.rcParams.update(
     {
@@ -61,7 +62,7 @@ plt.rcParams.update(
 
 
 class Series(NamedTuple):
-    """One line with its band. ``family`` decides colour and marker, ``divergence`` the dashes."""
+    """One line with its band. ``family`` decides colour and marker, ``divergence`` and ``generated`` the dashes."""
 
     label: str
     family: str
@@ -70,13 +71,15 @@ class Series(NamedTuple):
     mean: Sequence[float]
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
+    generated: bool = False
 
     def draw(self, axes: Axes, *, marker: bool = True) -> None:
         colour = COLOURS.get(self.family, INK)
         axes.plot(
             self.x,
             self.mean,
-            DASHES.get(self.divergence, ":"),
+            linestyle=(DASHES_GENERATED if self.generated else DASHES).get(self.divergence, ":"),
+            markerfacecolor="white" if self.generated else colour,
             color=colour,
             marker=MARKERS.get(self.family, ".") if marker else None,
             markersize=5,

@@ -109,6 +109,7 @@ def accuracy_figure(comparison: Comparison) -> Figure:
                 [point["mean"] for point in curve],
                 [max(point["low"], 0) for point in curve] if banded else None,
                 [min(point["high"], 100) for point in curve] if banded else None,
+                entry.get("generated", False),
             )
         )
     unit = "pixel values in [0, 1]"
@@ -126,7 +127,10 @@ def training_series(comparison: Comparison, key: str) -> list[Series]:
             epochs = [line["epoch"] for line in kept[0]]
             columns = zip(*([line[key] for line in log] for log in kept), strict=True)
             means = [sum(column) / len(column) for column in columns]
-            series.append(Series(entry["label"], entry["family"], entry["divergence"], epochs, means))
+            generated = entry.get("generated", False)
+            series.append(
+                Series(entry["label"], entry["family"], entry["divergence"], epochs, means, generated=generated)
+            )
     return series
 
 
