@@ -44,7 +44,7 @@ RECIPES = Path(__file__).parent / "recipes"
 # Own data: images, small ones and vectors have the recipes own-KIND.toml. The settings of a posterior are those tuned
 # for this data set.
 OwnKind = Literal["images", "small-images", "vectors"]
-POSTERIOR_OF: dict[OwnKind, str] = {"images": "cifar10", "small-images": "digits", "vectors": "digits"}
+POSTERIOR_OF: dict[OwnKind, str] = {"images": "svhn", "small-images": "digits", "vectors": "digits"}
 SMALL_GREY, SMALL = 32, 16  # height and width up to which images of one channel, and others, are small
 
 
