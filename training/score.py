@@ -291,6 +291,7 @@ def report(
 
 def denoising_errors(denoiser: Denoiser, loaded: Data, seed: int) -> list[dict[str, float]]:
     """Denoising loss at each noise level on training and on held-out points: their gap is memorisation."""
+    parts = [part for part in ("train", "validation") if len(getattr(loaded, f"x_{part}"))]
     losses = {
         part: scores.losses_by_level(
             denoiser,
@@ -299,7 +300,7 @@ def denoising_errors(denoiser: Denoiser, loaded: Data, seed: int) -> list[dict[s
             getattr(loaded, f"y_{part}")[:AUDITED],
             seed,
         )
-        for part in ("train", "validation")
+        for part in parts
     }
     return [{"sigma": sigma, **{part: values[sigma] for part, values in losses.items()}} for sigma in scores.SIGMAS]
 
@@ -421,7 +422,8 @@ def plot_toy(posterior: ScoreNetwork) -> Figure:
 def print_result(result: dict[str, Any], out: Path) -> None:
     print(f"{'sigma':>8}{'loss, train':>14}{'validation':>12}")
     for row in result["denoising_error"]:
-        print(f"{row['sigma']:>8g}{row['train']:>14.4f}{row['validation']:>12.4f}")
+        held_out = f"{row['validation']:>12.4f}" if "validation" in row else f"{'–':>12}"
+        print(f"{row['sigma']:>8g}{row['train']:>14.4f}{held_out}")
     if "oracle" in result:
         print("relative mean squared error of the centred class scores, |x| < 4:")
         for row in result["oracle"]:
