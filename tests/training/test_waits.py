@@ -17,8 +17,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from scorematch import augmentation, matching
 from scorematch.ops import _checks
-from training import batches, config, data, generated, loop, models, posteriors
+from training import batches, config, data, generated, loop, models, posteriors, scores
+from training.hardware import Speed
 from training.loop import Trainer
 
 OPTIONS = "--epochs 4 --limit 60 --batch-size 25 --steps 2 --shift 1 --flip --averaging 0.9 --threads 1"
@@ -127,6 +129,58 @@ def test_no_operation_of_a_step_waits(options: str, tmp_path: Path, monkeypatch:
 def test_generated_images_come_from_pinned_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = (generated_file(tmp_path),)
     assert inspected("--objective trades", tmp_path, monkeypatch, files) == []
+
+
+SCORES = {
+    "heads": {},
+    "embedding, augmented": {"network": "conv", "classes": "embedding", "augment": 0.5, "dropout": 0.2},
+    "mirrored U-Net": {"network": "unet", "width": 8, "mirror": True, "noise": "log_normal", "half_life": 100.0},
+}
+
+
+def score_trainer(options: dict[str, Any], device: torch.device, folder: Path) -> scores.ScoreTrainer:
+    loaded = data.load(data.DataSettings("digits", limit=60))
+    settings = posteriors.PosteriorSettings(**{"steps": 8, "width": 16, "depth": 1, **options}).resolved("digits")
+    parts = (loaded.x_train, loaded.y_train), (loaded.x_validation, loaded.y_validation)
+    builder = posteriors._Builder(settings, *parts[0], parts[1], 10, seed=0)
+    denoiser = builder.denoiser().to(device)
+    training = scores.Training(
+        *(tensor.to(device) for part in parts for tensor in part),
+        fit=builder.fit,
+        augment=augmentation.NonLeaking(settings.augment) if settings.augment else builder._mirror(),
+        seed=0,
+        random_layers=settings.dropout > 0,
+        speed=Speed("bfloat16" if device.type == "cuda" else "float32"),
+        save_minutes=15.0,
+        about={},
+    )
+    generator: Any = torch.Generator(device).manual_seed(0) if device.type == "cuda" else None
+    loss = matching.DenoisingLoss(denoiser)
+    return scores.ScoreTrainer("score network", denoiser, loss, scores.denoising_loss, training, generator, folder)
+
+
+@pytest.mark.parametrize("options", SCORES.values(), ids=SCORES.keys())
+def test_no_operation_of_a_step_of_a_score_network_waits(options: dict[str, Any], tmp_path: Path) -> None:
+    run = score_trainer(options, torch.device("meta"), tmp_path)
+    for _ in range(3):
+        with Constants() as constants, Waits(lambda t: False) as waits:
+            run._step()
+        run.step += 1
+        assert [*constants.found, *waits.found] == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("options", SCORES.values(), ids=SCORES.keys())
+def test_cuda_reports_no_synchronisation_of_a_score_network(options: dict[str, Any], tmp_path: Path) -> None:
+    run = score_trainer(options, torch.device("cuda"), tmp_path)
+    for _ in range(3):
+        run._step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run._step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize(
