@@ -50,7 +50,8 @@ class ConvBackbone(nn.Module):
         self.last: nn.Module = nn.Linear(width, outputs) if pooled else nn.Conv2d(width, outputs * patch**2, 1)
 
     def forward(self, x: Tensor, noise: Tensor, conditions: Tensor | None = None) -> Tensor:
-        x = pixel_unshuffle(x, self.patch)
+        if self.patch > 1:
+            x = pixel_unshuffle(x, self.patch)
         rows = torch.linspace(-1.0, 1.0, x.shape[2], dtype=x.dtype, device=x.device)[:, None].expand(x.shape[2:])
         columns = torch.linspace(-1.0, 1.0, x.shape[3], dtype=x.dtype, device=x.device).expand(x.shape[2:])
         position = torch.stack([rows, columns]).expand(len(x), -1, -1, -1)
@@ -59,8 +60,11 @@ class ConvBackbone(nn.Module):
         for block in self.blocks:
             h = block(h, embedding)
         h = self.outlet(h)
-        output: Tensor = self.last(h.mean((2, 3))) if self.pooled else pixel_shuffle(self.last(h), self.patch)
-        return output
+        if self.pooled:
+            output: Tensor = self.last(h.mean((2, 3)))
+            return output
+        output = self.last(h)
+        return pixel_shuffle(output, self.patch) if self.patch > 1 else output  # which would copy it even for 1
 
 
 class _Block(nn.Module):
