@@ -57,7 +57,7 @@ SMALL = 256  # features of an image up to which the distance of pixels says whic
 class ScoreSettings:
     """What to train and how much to sample."""
 
-    data: DataName = "digits"  # data set
+    data: DataName = "digits"  # data set, as for training.run
     data_root: Path | None = None  # folder with the files of CIFAR or SVHN; None is $SCOREMATCH_DATA
     download: bool = False  # let torchvision download them into that folder where they are missing
     image_size: int | None = None  # folder: as for training.run
@@ -159,6 +159,8 @@ def as_table(settings: ScoreSettings) -> dict[str, Any]:
 
 
 def run(settings: ScoreSettings, device: torch.device) -> None:
+    if settings.precision == "tf32" and device.type != "cuda":
+        raise InputError(f"precision: 'tf32' on {device}, allowed: auto, float32 or bfloat16, or a CUDA device")
     source = DataSettings(
         settings.data,
         settings.limit,
@@ -186,11 +188,11 @@ def run(settings: ScoreSettings, device: torch.device) -> None:
     hardware.prepare(device, speed.precision, deterministic=settings.deterministic)
     try:
         posterior, seconds = trained(settings, resolved, loaded, speed, out)
+        if distributed.rank() == 0:
+            report(settings, resolved, loaded, posterior, features, seconds, out)
+        distributed.barrier()
     except Interrupted as signal:
         raise Interrupted(f"{signal}; continue with: python -m training.score --resume {out}") from None
-    if distributed.rank() == 0:
-        report(settings, resolved, loaded, posterior, features, seconds, out)
-    distributed.barrier()
 
 
 def prepare_folder(settings: ScoreSettings) -> Path:

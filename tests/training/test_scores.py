@@ -243,6 +243,7 @@ def test_a_posterior_called_faster_shares_its_weights(digits: data.Data) -> None
         (["--posterior-settings.top-k", "3"], "top_k: 3 with classes 'heads', allowed: with embedding"),
         (["--data", "toy", "--posterior-settings.mirror", "True"], "mirror: True for inputs [1], allowed: on images"),
         (["--posterior-settings.network", "conv", "--posterior-settings.patch", "3"], "patch: 3 for images of 8x8"),
+        (["--precision", "tf32", "--device", "cpu"], "precision: 'tf32' on cpu, allowed: auto, float32 or bfloat16"),
         (["--feature-network", "nothing.pt"], "feature_network: nothing.pt: no such file"),
     ],
 )
