@@ -18,7 +18,7 @@ class ConvBackbone(nn.Module):
     Args:
         channels: C of the images.
         outputs: channels of the output; with ``pooled`` the number of outputs.
-        width: hidden channels.
+        width: hidden channels, a multiple of 8, at least 16.
         depth: residual blocks.
         pooled: average over the pixels before the last layer: [N, outputs], for a noise-conditional classifier;
             else [N, outputs, H, W], for a denoiser.
@@ -26,6 +26,9 @@ class ConvBackbone(nn.Module):
             resolution, 2 at half of it, where the same width costs a quarter and sees twice as far. Divides H and W.
         dropout: probability of dropping a hidden feature while training, in [0, 1).
         conditions: K, where a third argument [N, K] is understood.
+
+    Raises:
+        ValueError: ``width`` is no multiple of 8, or 8: a norm over one channel alone takes the noise level out again.
     """
 
     def __init__(
@@ -41,6 +44,8 @@ class ConvBackbone(nn.Module):
         conditions: int = 0,
     ) -> None:
         super().__init__()
+        if width < 16 or width % 8:
+            raise ValueError(f"width must be a multiple of 8 and at least 16, got {width}")
         self.patch = patch
         self.inlet = nn.Conv2d(channels * patch**2 + 2, width, 3, padding=1)
         self.noise = NoiseEmbedding(width, conditions=conditions)

@@ -16,7 +16,7 @@ def denoisers() -> dict[str, tuple[Denoiser, tuple[int, ...]]]:
     return {
         "mlp": (Denoiser(MLPBackbone((2, 3), 4 * 6), num_classes=3, sigma_data=0.5, center=0.3), (2, 3)),
         "conv": (
-            Denoiser(ConvBackbone(2, 4 * 2, width=8, depth=2), num_classes=3, sigma_data=0.5, center=0.3),
+            Denoiser(ConvBackbone(2, 4 * 2, width=16, depth=2), num_classes=3, sigma_data=0.5, center=0.3),
             (2, 8, 8),
         ),
         "unet": (
@@ -52,7 +52,7 @@ def embedded(kind: str, told: int = 2, chunk: int = 7) -> tuple[EmbeddedDenoiser
     conditions = 3 + told
     backbones = {
         "mlp": lambda: MLPBackbone((2, 4, 4), 32, width=16, conditions=conditions),
-        "conv": lambda: ConvBackbone(2, 2, width=8, depth=2, patch=2, conditions=conditions),
+        "conv": lambda: ConvBackbone(2, 2, width=16, depth=2, patch=2, conditions=conditions),
         "unet": lambda: UNetBackbone(2, 2, width=8, multipliers=(1, 2), conditions=conditions),
     }
     common = {"num_classes": 3, "sigma_data": 0.5, "center": 0.3, "augmentations": told, "chunk": chunk}
@@ -116,7 +116,7 @@ def test_another_backbone_shares_all_else() -> None:
 def test_patches_keep_the_pixels_in_their_places() -> None:
     """With one output channel for each pixel of a patch, a pixel is changed by those around it alone."""
     torch.manual_seed(0)
-    backbone = ConvBackbone(1, 1, width=8, depth=1, patch=2)
+    backbone = ConvBackbone(1, 1, width=16, depth=1, patch=2)
     assert backbone(torch.zeros(2, 1, 16, 12), torch.zeros(2)).shape == (2, 1, 16, 12)
     x = torch.randn(1, 1, 64, 64, requires_grad=True)
     (gradient,) = torch.autograd.grad(backbone(x, torch.zeros(1))[0, 0, 5, 40], x)
