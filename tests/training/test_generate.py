@@ -51,7 +51,7 @@ def test_the_images_of_a_batch_depend_on_seed_and_number_alone(posterior: Path, 
         ("b.npz", ()),
         ("c.npz", ("--seed", 1)),
         ("d.npz", ("--levels", 4)),
-        ("e.npz", ("--sampler", "langevin")),
+        ("e.npz", ("--sampler", "heun")),
     ):
         assert make(call, out, *more).status == 0
     same, again, *others = (Path(f"{name}.npz").read_bytes() for name in "abcde")
@@ -117,7 +117,7 @@ def test_an_interrupted_call_goes_on_to_the_same_bytes(
 
 
 def test_a_network_that_gives_no_numbers_stops(posterior: Path, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generate.sampling, "heun", lambda *_, **__: torch.full((10, 1, 8, 8), torch.nan))
+    monkeypatch.setattr(generate.sampling, "annealed_langevin", lambda *_, **__: torch.full((10, 1, 8, 8), torch.nan))
     ending = make(call, "a.npz")
     assert ending.status == 1
     assert "not finite" in ending.err
