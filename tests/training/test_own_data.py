@@ -329,7 +329,7 @@ def test_other_samples_are_named_in_an_evaluation_and_refused_by_a_resumed_run(
 
 
 def test_the_other_programs_on_a_function(mine: Path, call: Any, tiny: list[str]) -> None:
-    small = "--posterior-settings.steps 20 --posterior-settings.width 8 --posterior-settings.depth 1"
+    small = "--posterior-settings.steps 20 --posterior-settings.width 16 --posterior-settings.depth 1"
     options = f"--samples 12 --levels 2 --steps-per-level 1 --judge-epochs 1 {small}".split()
     ending = call("score", "--data", "my_data:colour", *options)
     assert ending.status == 0, ending
@@ -560,7 +560,7 @@ def test_a_run_on_a_folder_and_its_evaluation_from_elsewhere(
 def test_the_other_programs_on_a_folder(make: Make, call: Any, tiny: list[str]) -> None:
     make(size=(8, 8))
     tiny[tiny.index("--limit") + 1] = "30"
-    small = "--posterior-settings.steps 20 --posterior-settings.width 8 --posterior-settings.depth 1"
+    small = "--posterior-settings.steps 20 --posterior-settings.width 16 --posterior-settings.depth 1"
     options = f"--samples 12 --levels 2 --steps-per-level 1 --judge-epochs 1 {small}".split()
     source = ["--data", "folder", "--data-root", "images"]
     assert call("score", *source, "--image-size", 6, *options, "--out", "score").status == 0

@@ -80,7 +80,7 @@ CIFAR_CASES = [
     PosteriorSettings("noise_conditional_classifier", steps=2, batch_size=4, width=8),
     PosteriorSettings("noise_conditional_classifier", steps=1, batch_size=4, width=8, likelihood_weight=1.0),
     PosteriorSettings("score_network", steps=2, batch_size=4, width=8),
-    PosteriorSettings("score_network", steps=2, batch_size=4, width=8, depth=1, anchor="label", network="conv"),
+    PosteriorSettings("score_network", steps=2, batch_size=4, width=16, depth=1, anchor="label", network="conv"),
     PosteriorSettings("score_network", steps=2, batch_size=4, width=8, depth=1, anchor="kernel_density", network="mlp"),
 ]
 
