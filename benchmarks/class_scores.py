@@ -9,7 +9,6 @@ other networks. At test images moved by uniform noise within Linf ``eps``: the t
 the reference's, the relative error of ∇ log p(y|x') for the label y, and the seconds for the class scores of a batch.
 """
 
-import dataclasses
 import json
 import statistics
 import sys
@@ -21,10 +20,9 @@ import torch
 from torch import Tensor
 
 from scorematch.posteriors import ScoreNetwork
-from training import checkpoint, command_line, config, data, posteriors, scores
-from training.data import Data, DataName, DataSettings
-from training.errors import InputError, run_program
-from training.posteriors import PosteriorSettings
+from training import command_line, data, posteriors, scores
+from training.data import DataName, DataSettings
+from training.errors import run_program
 
 
 @dataclass(frozen=True)
@@ -52,12 +50,12 @@ def main(arguments: list[str]) -> None:
     )
     torch.set_num_threads(settings.threads)
     loaded = data.load(DataSettings(settings.data, root=settings.data_root))
-    reference = posterior_of(settings.teacher, loaded)
+    reference = posteriors.read(settings.teacher, loaded)[1]
     compared = {"teacher": reference}
     for k in settings.top_k:
-        compared[f"teacher, {k} classes"] = posterior_of(settings.teacher, loaded, top_k=k)
+        compared[f"teacher, {k} classes"] = posteriors.read(settings.teacher, loaded, top_k=k)[1]
     for path in settings.others:
-        compared[str(path.parent.name)] = posterior_of(path, loaded)
+        compared[str(path.parent.name)] = posteriors.read(path, loaded)[1]
     x, y = loaded.x_test[: settings.points], loaded.y_test[: settings.points]
     noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0))
     moved = (x + settings.eps * (2 * noise - 1)).clamp(loaded.lower, loaded.upper)
@@ -76,18 +74,6 @@ def main(arguments: list[str]) -> None:
             "milliseconds": round(1e3 * seconds[name], 2),
         }
         print(json.dumps(line), flush=True)
-
-
-def posterior_of(path: Path, loaded: Data, **changes: int) -> ScoreNetwork:
-    """The score network in a file, its settings changed."""
-    saved = checkpoint.load(path)
-    names = PosteriorSettings.__dataclass_fields__
-    table = {key: value for key, value in saved["settings"].items() if key in names}
-    settings = PosteriorSettings(**config.typed_table(table, PosteriorSettings, str(path)))
-    posterior = posteriors.build(dataclasses.replace(settings, **changes), loaded, seed=0, state=saved["network"])
-    if not isinstance(posterior, ScoreNetwork):
-        raise InputError(f"{path}: holds a {settings.name}, expected a score_network")
-    return posterior
 
 
 def answers(posterior: ScoreNetwork, x: Tensor, moved: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

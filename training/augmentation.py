@@ -4,6 +4,8 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional
 
+from scorematch.augmentation import mirror
+
 
 def cut_and_mixed(x: Tensor, targets: Tensor, share: float, generator: Generator) -> tuple[Tensor, Tensor]:
     """CutMix (Yun et al., ICCV 2019): in each image a rectangle of another one, in its target as much of the other's.
@@ -41,13 +43,7 @@ def _interval(centre: Tensor, length: Tensor, size: int) -> Tensor:
 def augmented(x: Tensor, generator: Generator, *, shift: int, flip: bool) -> Tensor:
     """Images x [N, C, H, W] shifted by up to ``shift`` pixels and, with ``flip``, mirrored with probability 1/2."""
     x = shifted(x, shift, generator)
-    return flipped(x, generator) if flip else x
-
-
-def flipped(x: Tensor, generator: Generator) -> Tensor:
-    """Each image of x [N, C, H, W] mirrored left to right with probability 1/2."""
-    mirrored = torch.rand(len(x), generator=generator, device=x.device) < 0.5
-    return torch.where(mirrored[:, None, None, None], x.flip(-1), x)
+    return mirror(x, generator)[0] if flip else x
 
 
 def shifted(x: Tensor, pixels: int, generator: Generator) -> Tensor:

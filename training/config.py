@@ -8,19 +8,17 @@ options. A key that no field has is an error.
 import dataclasses
 import math
 import sys
-import types
-import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import tyro
 
 from scorematch import ThreatModel
 from scorematch.divergences import KINDS
-from training import command_line
+from training import command_line, tables
 from training import data as data_sets
 from training.data import DataName, DataSettings, Format, ToyLabels
 from training.errors import InputError, unknown_name
@@ -487,10 +485,10 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def typed_values(table: dict[str, Any], where: str) -> dict[str, Any]:
     """The values of :class:`RunSettings` in a table, the nested ``posterior_settings`` still a table."""
-    values = typed_table(table, RunSettings, where, exclude=NOT_IN_RECIPES)
+    values = tables.typed_table(table, RunSettings, where, exclude=NOT_IN_RECIPES)
     if "posterior_settings" in table:
         nested = f"{where}: posterior_settings"
-        values["posterior_settings"] = typed_table(table["posterior_settings"], PosteriorSettings, nested)
+        values["posterior_settings"] = tables.typed_table(table["posterior_settings"], PosteriorSettings, nested)
     return values
 
 
@@ -506,48 +504,6 @@ def from_table(table: dict[str, Any], where: str) -> RunSettings:
         raise InputError(f"{where}: {error}") from None
     validate(settings)
     return settings
-
-
-def typed_table(table: object, settings: type, where: str, exclude: Sequence[str] = ()) -> dict[str, Any]:
-    """``table`` with every value of the type that the field of ``settings`` has; an unknown key is an error."""
-    if not isinstance(table, dict):
-        raise InputError(f"{where}: {table!r} is no table")
-    hints = typing.get_type_hints(settings)
-    allowed = [f.name for f in dataclasses.fields(settings) if f.name not in exclude]
-    for key in table:
-        if key not in allowed:
-            raise InputError(f"{where}: unknown key {key!r}, allowed: {', '.join(allowed)}")
-    return {key: _typed(value, hints[key], f"{where}: {key}") for key, value in table.items()}
-
-
-def _typed(value: Any, hint: Any, where: str) -> Any:
-    """``value`` as ``hint``: int, float, bool, str, Path, Literal, tuple[T, ...], T | None or a dataclass's table."""
-    origin = typing.get_origin(hint)
-    if origin is typing.Annotated:
-        return _typed(value, get_args(hint)[0], where)
-    if origin is Literal:
-        if hint == Switch and isinstance(value, bool):  # as older runs saved it
-            value = "on" if value else "off"
-        if value not in get_args(hint):
-            raise unknown_name(where, value, get_args(hint))
-        return value
-    if origin in (typing.Union, types.UnionType):
-        return _typed(value, next(part for part in get_args(hint) if part is not type(None)), where)
-    if origin is tuple and isinstance(value, list):
-        return tuple(_typed(part, get_args(hint)[0], where) for part in value)
-    if hint is Path and isinstance(value, str):
-        return Path(value)
-    if hint is float and type(value) is int:
-        return float(value)
-    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        return value
-    if type(value) is not hint:
-        raise InputError(f"{where}: {value!r} is of type {type(value).__name__}, allowed: {_name(hint)}")
-    return value
-
-
-def _name(hint: Any) -> str:
-    return getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint)
 
 
 def _construct(settings: type[PosteriorSettings], values: dict[str, Any], where: str) -> PosteriorSettings:
@@ -585,22 +541,4 @@ def _resumed(folder: Path, arguments: Sequence[str]) -> RunSettings:
 
 def as_table(settings: RunSettings) -> dict[str, Any]:
     """The settings as a TOML table. TOML has no null: fields that are None are left out."""
-    return {name: value for name, value in plain(settings).items() if name not in NOT_IN_RECIPES}
-
-
-def plain(settings: Any) -> dict[str, Any]:
-    """A dataclass as a table of plain values, without those that are None."""
-    table: dict[str, Any] = {}
-    for entry in dataclasses.fields(settings):
-        value = getattr(settings, entry.name)
-        if dataclasses.is_dataclass(value):
-            table[entry.name] = plain(value)
-        elif value is not None:
-            table[entry.name] = (
-                [str(part) if isinstance(part, Path) else part for part in value]
-                if isinstance(value, tuple)
-                else str(value)
-                if isinstance(value, Path)
-                else value
-            )
-    return table
+    return {name: value for name, value in tables.plain(settings).items() if name not in NOT_IN_RECIPES}

@@ -28,11 +28,9 @@ from tqdm import tqdm
 
 from scorematch import sampling
 from scorematch.networks import Denoiser
-from scorematch.posteriors import ScoreNetwork
 from training import checkpoint, command_line, config, data, generated, posteriors
 from training.data import DataName, DataSettings
 from training.errors import InputError, Interrupted, StopError, run_program
-from training.posteriors import PosteriorSettings
 
 
 @dataclass(frozen=True)
@@ -176,17 +174,7 @@ def load(settings: GenerateSettings, path: Path, device: torch.device) -> tuple[
     data.check_record(saved.get("data"), loaded, path)
     if settings.count < loaded.num_classes:
         raise InputError(f"count: {settings.count}, allowed: at least {loaded.num_classes}, one of each class")
-    names = PosteriorSettings.__dataclass_fields__
-    table = {key: value for key, value in saved["settings"].items() if key in names}
-    kept = PosteriorSettings(**config.typed_table(table, PosteriorSettings, str(path)))
-    trained = config.resolved_posterior(kept, source.name, loaded.input_shape)
-    try:
-        posterior = posteriors.build(trained, loaded, seed=0, device=device, state=saved["network"])
-    except (RuntimeError, ValueError) as error:
-        raise InputError(
-            f"{path}: its network does not fit {source.name} ({' '.join(str(error).split())[:200]})"
-        ) from None
-    assert isinstance(posterior, ScoreNetwork)
+    trained, posterior = posteriors.read(path, loaded, device)
     try:
         high, low = settings.sigma_max or trained.sigma_max, settings.sigma_min or trained.sigma_min
         sigmas = sampling.noise_levels(high or 0.0, low or 0.0, settings.levels)

@@ -21,7 +21,7 @@ from scorematch.networks import ConvBackbone, Denoiser, EmbeddedDenoiser, MLPBac
 from scorematch.posteriors import KernelDensity, NoiseConditionalClassifier, Posterior, ScoreNetwork
 from scorematch.posteriors.base import PointwisePosterior
 from scorematch.threat_model import ThreatModel
-from training import checkpoint, scores, toy
+from training import checkpoint, scores, tables, toy
 from training.errors import InputError
 from training.forward import Forward
 from training.hardware import Speed
@@ -218,7 +218,7 @@ def build(
     else:
         x, y = data.x_train.to(device), data.y_train.to(device)
         held_out = data.x_validation.to(device), data.y_validation.to(device)
-        builder = _Builder(settings, x, y, held_out, data.num_classes, seed)
+        builder = _Builder(settings, data, x, y, held_out, seed)
         if state is None:
             if folder is None:
                 raise ValueError("folder: none given, a posterior that is trained saves into one")
@@ -228,6 +228,36 @@ def build(
     if state is not None:
         posterior.load_state_dict(state)
     return posterior
+
+
+def read(
+    path: Path, data: DataLike, device: torch.device | str = "cpu", **changes: Any
+) -> tuple[PosteriorSettings, ScoreNetwork]:
+    """The score network in a posterior.pt, with its settings.
+
+    Args:
+        path: written by ``training.score`` or ``training.run``.
+        data: the data set that it was trained on.
+        device: where it goes.
+        changes: settings that are to be others, of those that do not change the network.
+
+    Raises:
+        InputError: there is none, or it is not of such data.
+    """
+    saved = checkpoint.load(path, device)
+    names = {field.name for field in dataclasses.fields(PosteriorSettings)}
+    table = {name: value for name, value in saved["settings"].items() if name in names}
+    try:
+        known = PosteriorSettings(**tables.typed_table(table, PosteriorSettings, str(path)))
+        settings = dataclasses.replace(known, **changes).resolved(data.name)
+        if settings.name != "score_network":
+            raise InputError(f"{path} holds a {settings.name}, expected a score_network")
+        posterior = build(settings, data, seed=0, device=device, state=saved["network"])
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: its network does not fit {data.name} ({reason})") from None
+    assert isinstance(posterior, ScoreNetwork)
+    return settings, posterior
 
 
 def at_speed(posterior: Posterior, speed: Speed) -> Posterior:
@@ -297,14 +327,14 @@ class _Builder:
     def __init__(
         self,
         settings: PosteriorSettings,
+        data: DataLike,
         x: Tensor,
         y: Tensor,
         held_out: tuple[Tensor, Tensor],
-        num_classes: int,
         seed: int,
     ) -> None:
-        self.settings, self.x, self.y, self.held_out = settings, x, y, held_out
-        self.num_classes, self.seed = num_classes, seed
+        self.settings, self.data, self.x, self.y, self.held_out = settings, data, x, y, held_out
+        self.num_classes, self.seed = data.num_classes, seed
         self.shape = tuple(x.shape[1:])
         self.center = x.mean(0) if x.dim() == 2 else x.mean()
         self.sigma_data = float((x - self.center).square().mean().sqrt())
@@ -415,21 +445,10 @@ class _Builder:
 
     def _teacher(self, path: Path, told: int) -> Denoiser:
         """The score network in a posterior.pt of the same data."""
-        saved = checkpoint.load(path, self.x.device)
-        table = saved["settings"]
-        names = {field.name for field in dataclasses.fields(PosteriorSettings)}
-        known: dict[str, Any] = {key: value for key, value in table.items() if key in names}
-        known["multipliers"] = tuple(known.get("multipliers", PosteriorSettings.multipliers))
         try:
-            settings = PosteriorSettings(**known)
-            if settings.name != "score_network":
-                raise ValueError(f"it holds a {settings.name}, expected a score_network")
-            builder = _Builder(settings, self.x, self.y, self.held_out, self.num_classes, self.seed)
-            posterior = builder.score_network().to(self.x.device)
-            posterior.load_state_dict(saved["network"])
-        except (ValueError, TypeError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(f"posterior_settings.teacher: {path} is no teacher for this data ({reason})") from None
+            settings, posterior = read(path, self.data, self.x.device)
+        except InputError as error:
+            raise InputError(f"posterior_settings.teacher: {path} is no teacher for this data ({error})") from None
         if told and not settings.augment:
             raise InputError(
                 f"posterior_settings.augment: the teacher in {path} is not told of augmentation, allowed: 0"

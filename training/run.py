@@ -26,7 +26,7 @@ from tqdm import tqdm
 import scorematch
 from scorematch import PGD, AutoAttack
 from scorematch.posteriors import Posterior, ScoreNetwork
-from training import checkpoint, config, data, distributed, hardware, measures, models, posteriors, toy
+from training import checkpoint, config, data, distributed, hardware, measures, models, posteriors, tables, toy
 from training.config import RunSettings
 from training.data import Data
 from training.errors import InputError, Interrupted, run_program
@@ -210,7 +210,7 @@ def get_posterior(settings: RunSettings, loaded: Data, given: dict[str, Any] | N
     """The data posterior: the run's own posterior.pt, one given, or a new one, trained on the training split."""
     path = out / "posterior.pt"
     state = read_posterior(settings, path, loaded) if path.exists() else given
-    about = {**config.plain(settings.posterior_settings), "data": settings.data, "limit": settings.limit}
+    about = {**tables.plain(settings.posterior_settings), "data": settings.data, "limit": settings.limit}
     device = loaded.x_train.device
     speed = speed_of_posterior(settings, hardware.hardware_of(device))
     try:

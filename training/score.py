@@ -39,6 +39,7 @@ from training import (
     judge,
     posteriors,
     scores,
+    tables,
     toy,
 )
 from training.data import Data, DataName, DataSettings
@@ -146,8 +147,8 @@ def saved_settings(path: Path) -> ScoreSettings:
 
 
 def from_table(table: dict[str, Any], where: str) -> ScoreSettings:
-    values = config.typed_table(table, ScoreSettings, where, exclude=NOT_SAVED)
-    nested = config.typed_table(values.pop("posterior_settings", {}), PosteriorSettings, f"{where}: posterior_settings")
+    values = tables.typed_table(table, ScoreSettings, where, exclude=NOT_SAVED)
+    nested = tables.typed_table(values.pop("posterior_settings", {}), PosteriorSettings, f"{where}: posterior_settings")
     try:
         return ScoreSettings(**values, posterior_settings=PosteriorSettings(**nested))
     except ValueError as error:
@@ -155,7 +156,7 @@ def from_table(table: dict[str, Any], where: str) -> ScoreSettings:
 
 
 def as_table(settings: ScoreSettings) -> dict[str, Any]:
-    return {name: value for name, value in config.plain(settings).items() if name not in NOT_SAVED}
+    return {name: value for name, value in tables.plain(settings).items() if name not in NOT_SAVED}
 
 
 def run(settings: ScoreSettings, device: torch.device) -> None:
@@ -226,7 +227,7 @@ def trained(
     settings: ScoreSettings, resolved: PosteriorSettings, loaded: Data, speed: Speed, out: Path
 ) -> tuple[ScoreNetwork, float]:
     """The posterior with its networks trained, saved as posterior.pt, and the seconds that this took."""
-    about = {**config.plain(resolved), "data": settings.data, "limit": settings.limit}
+    about = {**tables.plain(resolved), "data": settings.data, "limit": settings.limit}
     if settings.image_size is not None:
         about["image_size"] = settings.image_size
     if distributed.rank() == 0:
@@ -269,7 +270,7 @@ def report(
         "data": settings.data,
         "seed": settings.seed,
         "limit": settings.limit,
-        "posterior_settings": config.plain(resolved),
+        "posterior_settings": tables.plain(resolved),
         "train_seconds": seconds,
         "split": loaded.sizes,
         "denoising_error": denoising_errors(posterior.denoiser, loaded, settings.seed),

@@ -12,6 +12,7 @@ out or to measure takes the same steps itself, with a :class:`Fitting`::
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -128,15 +129,16 @@ class Batch(NamedTuple):
         return Batch(*(None if values is None else values[which] for values in self))  # type: ignore[arg-type]
 
 
-class MatchingLoss(nn.Module):
+class MatchingLoss(nn.Module, ABC):
     """A loss of a :class:`Batch` as a module: maps it to [2N], each sample with ω and with −ω."""
 
     def forward(self, batch: Batch) -> Tensor:
         twice = Batch(*(None if values is None else torch.cat([values, values]) for values in batch))  # type: ignore[arg-type]
         return self.loss(twice._replace(noise=torch.cat([batch.noise, -batch.noise])))
 
+    @abstractmethod
     def loss(self, batch: Batch) -> Tensor:
-        raise NotImplementedError
+        """The loss [N] of each sample."""
 
 
 class DenoisingLoss(MatchingLoss):

@@ -13,9 +13,10 @@ import torch
 from scipy.io import loadmat
 from sklearn.datasets import load_digits
 
+from scorematch.augmentation import mirror
 from training import data as data_module
 from training import toy
-from training.augmentation import augmented, cut_and_mixed, flipped, shifted
+from training.augmentation import augmented, cut_and_mixed, shifted
 from training.config import tomllib
 from training.data import CIFAR, CIFAR_VALIDATION, FORMATS, ROOT_VARIABLE, Data, DataSettings, load
 from training.errors import InputError
@@ -294,7 +295,7 @@ def images(count: int = 200) -> torch.Tensor:
 
 def test_about_half_of_the_images_are_mirrored() -> None:
     x = images()
-    out = flipped(x, torch.Generator().manual_seed(1))
+    out = mirror(x, torch.Generator().manual_seed(1))[0]
     kept, mirrored = ((out == other).flatten(1).all(dim=1) for other in (x, x.flip(-1)))
     assert (kept ^ mirrored).all()
     assert 60 < mirrored.sum() < 140
@@ -320,7 +321,7 @@ def test_without_augmentation_nothing_is_drawn() -> None:
     assert torch.equal(generator.get_state(), before)
     both = augmented(x, torch.Generator().manual_seed(1), shift=2, flip=True)
     generator = torch.Generator().manual_seed(1)
-    assert torch.equal(both, flipped(shifted(x, 2, generator), generator))
+    assert torch.equal(both, mirror(shifted(x, 2, generator), generator)[0])
 
 
 def mixed(seed: int, share: float = 1.0, shape: tuple[int, ...] = (3, 20, 30)) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,7 +15,7 @@ from scorematch.augmentation import NonLeaking
 from scorematch.matching import fit_classifier, fit_denoiser
 from scorematch.networks import EmbeddedDenoiser
 from scorematch.posteriors import NoiseConditionalClassifier, ScoreNetwork
-from training import checkpoint, data, posteriors, score, scores
+from training import checkpoint, data, posteriors, score, scores, tables
 from training.data import DataSettings
 from training.errors import InputError
 from training.hardware import Speed
@@ -50,7 +50,7 @@ def build(loaded: data.Data, speed: Speed | None = None, **settings: Any) -> Any
 def untrained(loaded: data.Data, **settings: Any) -> posteriors._Builder:
     named = PosteriorSettings(**{"name": "score_network", "anchor": "label", **QUICK, **settings}).resolved("digits")
     held_out = loaded.x_validation, loaded.y_validation
-    return posteriors._Builder(named, loaded.x_train, loaded.y_train, held_out, 10, seed=3)
+    return posteriors._Builder(named, loaded, loaded.x_train, loaded.y_train, held_out, seed=3)
 
 
 def same(first: torch.nn.Module, second: torch.nn.Module) -> bool:
@@ -186,7 +186,7 @@ def test_a_teacher_and_the_student_that_imitates_it(digits: data.Data, tmp_path:
     taught = posteriors.build(teacher, digits, seed=0, folder=tmp_path / "t")
     path = tmp_path / "posterior.pt"
     resolved = teacher.resolved("digits")
-    checkpoint.save(path, epoch=0, settings=score.config.plain(resolved), network=taught.state_dict())
+    checkpoint.save(path, epoch=0, settings=tables.plain(resolved), network=taught.state_dict())
     settings = {**common, "steps": 120, "width": 32, "lr": 1e-2, "sigma_min": 0.3, "sigma_max": 0.6}
     student = PosteriorSettings("score_network", teacher=path, **settings)  # type: ignore[arg-type]
     learned = posteriors.build(student, digits, seed=0, folder=tmp_path / "s")

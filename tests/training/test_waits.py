@@ -142,7 +142,7 @@ def score_trainer(options: dict[str, Any], device: torch.device, folder: Path) -
     loaded = data.load(data.DataSettings("digits", limit=60))
     settings = posteriors.PosteriorSettings(**{"steps": 8, "width": 16, "depth": 1, **options}).resolved("digits")
     parts = (loaded.x_train, loaded.y_train), (loaded.x_validation, loaded.y_validation)
-    builder = posteriors._Builder(settings, *parts[0], parts[1], 10, seed=0)
+    builder = posteriors._Builder(settings, loaded, *parts[0], parts[1], seed=0)
     denoiser = builder.denoiser().to(device)
     training = scores.Training(
         *(tensor.to(device) for part in parts for tensor in part),
