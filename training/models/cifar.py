@@ -96,8 +96,8 @@ def initialise(network: nn.Module) -> None:
             nn.init.normal_(module.weight, 0.0, deviation)
 
 
-def set_momentum(network: nn.Module, momentum: float) -> None:
-    """Weight of a new batch in the running statistics of batch norm."""
+def set_momentum(network: nn.Module, momentum: float = 0.01) -> None:
+    """Weight of a new batch in the running statistics of batch norm; the published networks of this line have .01."""
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = momentum

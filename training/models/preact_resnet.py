@@ -20,8 +20,6 @@ from training.models.cifar import (
     set_momentum,
 )
 
-MOMENTUM = 0.01
-
 
 class Block(nn.Module):
     """Two 3×3 convolutions after batch norm and activation; where the shape changes, a 3×3 shortcut."""
@@ -65,7 +63,7 @@ class PreActResNet(ImageClassifier):
         self.activation = activation(silu)
         self.logits = nn.Linear(512, num_classes)
         initialise(self)
-        set_momentum(self, MOMENTUM)
+        set_momentum(self)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.conv_2d(self.normalised(x))

@@ -23,7 +23,6 @@ from training.models.cifar import (
 
 NAME = re.compile(r"wrn-(\d+)-(\d+)(-silu)?")
 PATTERN = "wrn-D-W[-silu] with D = 6 n + 4"
-MOMENTUM = 0.01
 
 
 class Block(nn.Module):
@@ -91,7 +90,7 @@ class WideResNet(ImageClassifier):
         self.activation = activation(silu)
         self.logits = nn.Linear(channels[-1], num_classes)
         initialise(self)
-        set_momentum(self, MOMENTUM)
+        set_momentum(self)
 
     def forward(self, x: Tensor) -> Tensor:
         features = self.layer(self.init_conv(self.normalised(x)))
