@@ -1,7 +1,7 @@
 # Every target does the whole set-up on a fresh machine; a second call skips what is done.
 #
 #   make run       train with direct SCORE on the digits, with ARGS="..." for further options
-#   make test      lint, types and the whole test suite
+#   make test      lint, types and the whole test suite, in one process a core (8 at most)
 #   make compare   direct SCORE beside its surrogates, on DATA=digits or DATA=toy
 #   make bench     time the kernels against eager PyTorch and torch.compile
 #   make lint      style and types alone
@@ -35,7 +35,7 @@ run: build
 
 test: lint
 	@echo "== tests"
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 compare: build
 	$(BIN)/python -m training.compare --data $(DATA) $(ARGS)
