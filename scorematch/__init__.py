@@ -1,10 +1,11 @@
 """Self-consistent robust training: kernels, data posteriors, attacks and objectives (SCORE, Pang et al., ICML 2022)."""
 
 from . import _extension as _extension
-from . import attacks, divergences, matching, networks, objectives, posteriors, sampling
+from . import attacks, audit, divergences, matching, networks, objectives, posteriors, sampling
 from .attacks import PGD, AutoAttack
 from .free import FreeAttack
 from .ops import divergence, logit_divergence, pgd_step, project, random_start, score_line_integral, score_step
+from .self_consistency import Consistency, consistency
 from .threat_model import ThreatModel
 from .weight_perturbation import WeightPerturbation
 
@@ -13,11 +14,14 @@ __version__ = "0.1.0"
 __all__ = [
     "PGD",
     "AutoAttack",
+    "Consistency",
     "FreeAttack",
     "ThreatModel",
     "WeightPerturbation",
     "__version__",
     "attacks",
+    "audit",
+    "consistency",
     "divergence",
     "divergences",
     "logit_divergence",

@@ -7,19 +7,24 @@ from .fit import (
     DistillationLoss,
     Fit,
     Fitting,
+    JointEnergy,
     MatchingLoss,
     fit_classifier,
     fit_denoiser,
 )
-from .losses import denoising, denoising_likelihood, distillation, finite_difference, sliced
+from .held_out import BestWeights, HeldOut, fit_temperature, losses_by_level
+from .losses import denoising, denoising_likelihood, distillation, finite_difference, joint_energy, sliced
 
 __all__ = [
     "Batch",
+    "BestWeights",
     "ClassificationLoss",
     "DenoisingLoss",
     "DistillationLoss",
     "Fit",
     "Fitting",
+    "HeldOut",
+    "JointEnergy",
     "MatchingLoss",
     "denoising",
     "denoising_likelihood",
@@ -27,5 +32,8 @@ __all__ = [
     "finite_difference",
     "fit_classifier",
     "fit_denoiser",
+    "fit_temperature",
+    "joint_energy",
+    "losses_by_level",
     "sliced",
 ]

@@ -23,7 +23,8 @@ from torch.nn.functional import cross_entropy
 
 from ..averaging import WeightAverage
 from ..networks.denoiser import Denoiser
-from .losses import broadcast, denoising, denoising_likelihood, distillation
+from .held_out import BestWeights, HeldOut
+from .losses import broadcast, denoising, denoising_likelihood, distillation, joint_energy
 
 # Of a clean batch [N, …]: the augmented batch, and [N, K] what was done to it, or None where the network isn't told.
 Augment = Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor | None]]
@@ -164,28 +165,57 @@ class DistillationLoss(MatchingLoss):
         return distillation(self.denoiser, *self._teacher, batch.x, batch.sigma, batch.noise, batch.conditions)
 
 
+class JointEnergy(NamedTuple):
+    """How the gradients of a joint energy are matched beside its cross-entropy."""
+
+    weight: float  # of the matching loss, > 0
+    center: Tensor | float  # mean of the data
+    sigma_data: float  # its standard deviation about the mean
+
+
 class ClassificationLoss(MatchingLoss):
-    """Cross-entropy on x + σω, and with ``weight`` > 0 :func:`scorematch.matching.denoising_likelihood` beside it.
+    """Cross-entropy on x + σω; beside it, if asked, a loss of its gradients.
 
     Args:
         network: maps (x [N, …], sigma [N]) to logits [N, L].
-        weight: of denoising likelihood score matching, ≥ 0.
+        weight: of :func:`scorematch.matching.denoising_likelihood`, ≥ 0.
         denoiser: supplies its unconditional score, fixed; needed where ``weight`` > 0.
+        energy: the network is a joint energy, see :func:`scorematch.matching.joint_energy`.
 
     Raises:
-        ValueError: a weight without a denoiser.
+        ValueError: a weight without a denoiser, or both losses of the gradients at once.
     """
 
-    def __init__(self, network: nn.Module, weight: float = 0.0, denoiser: Denoiser | None = None) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        weight: float = 0.0,
+        denoiser: Denoiser | None = None,
+        energy: JointEnergy | None = None,
+    ) -> None:
         super().__init__()
+        if weight > 0.0 and energy is not None:
+            raise ValueError(f"weight is {weight} and energy is given, allowed: one of them")
         if weight > 0.0 and denoiser is None:
             raise ValueError("likelihood_weight > 0 needs a denoiser, which supplies the unconditional score")
         self.network = network
         self.weight = weight
+        self.energy = energy
         self._denoiser = (denoiser,)
 
     def loss(self, batch: Batch) -> Tensor:
         noisy = batch.x + broadcast(batch.sigma, batch.x) * batch.noise
+        if self.energy is not None:
+            matching, logits = joint_energy(
+                self.network,
+                noisy,
+                batch.y,
+                batch.sigma,
+                batch.noise,
+                center=self.energy.center,
+                sigma_data=self.energy.sigma_data,
+            )
+            return cross_entropy(logits, batch.y, reduction="none") + self.energy.weight * matching
         (denoiser,) = self._denoiser
         if denoiser is None or self.weight == 0.0:
             return cross_entropy(self.network(noisy, batch.sigma), batch.y, reduction="none")
@@ -284,22 +314,24 @@ def fit_denoiser(
     generator: torch.Generator,
     teacher: Denoiser | None = None,
     augment: Augment | None = None,
+    held_out: HeldOut | None = None,
     progress: Progress | None = None,
 ) -> Denoiser:
     """Train a denoiser by :func:`scorematch.matching.denoising`, in place, and return it in eval mode.
 
     Args:
-        denoiser: the network; gets the averaged weights at the end.
+        denoiser: the network; gets the averaged weights of the last step, or of the best one by ``held_out``.
         x: [M, …] training inputs, on the device of the network.
         y: int64 [M] labels.
         fit: how to train.
         generator: all randomness of the training, on the device of x, but for dropout.
         teacher: train by :func:`scorematch.matching.distillation` from this denoiser instead.
         augment: applied to each clean batch, see :mod:`scorematch.augmentation`.
+        held_out: data by which the best weights are picked; without it the last ones are taken.
         progress: called after each step; reading the loss that it is given waits for the device.
     """
     loss = DenoisingLoss(denoiser) if teacher is None else DistillationLoss(denoiser, teacher)
-    _run(Fitting(denoiser, loss, fit), x, y, generator, augment, progress)
+    _run(Fitting(denoiser, loss, fit), x, y, generator, augment, held_out, progress)
     return denoiser
 
 
@@ -311,7 +343,9 @@ def fit_classifier(
     *,
     generator: torch.Generator,
     denoiser: Denoiser | None = None,
+    energy: JointEnergy | None = None,
     augment: Augment | None = None,
+    held_out: HeldOut | None = None,
     progress: Progress | None = None,
 ) -> nn.Module:
     """Train a noise-conditional classifier with cross-entropy on x + σω, in place; see :func:`fit_denoiser`.
@@ -320,12 +354,13 @@ def fit_classifier(
         network: maps (x [N, …], sigma [N]) to logits [N, L].
         denoiser: supplies the unconditional score of :func:`scorematch.matching.denoising_likelihood`; needed if
             ``fit.likelihood_weight`` > 0.
+        energy: train the network as a joint energy, see :func:`scorematch.matching.joint_energy`.
 
     Raises:
-        ValueError: a likelihood weight without a denoiser.
+        ValueError: a likelihood weight without a denoiser, or beside ``energy``.
     """
-    loss = ClassificationLoss(network, fit.likelihood_weight, denoiser)
-    _run(Fitting(network, loss, fit), x, y, generator, augment, progress)
+    loss = ClassificationLoss(network, fit.likelihood_weight, denoiser, energy)
+    _run(Fitting(network, loss, fit), x, y, generator, augment, held_out, progress)
     return network
 
 
@@ -335,10 +370,20 @@ def _run(
     y: Tensor,
     generator: torch.Generator,
     augment: Augment | None,
+    held_out: HeldOut | None,
     progress: Progress | None,
 ) -> None:
-    for step in range(1, fitting.fit.steps + 1):
+    steps = fitting.fit.steps
+    best = None if held_out is None else BestWeights(held_out)
+    interval = steps if held_out is None else held_out.interval or max(1, steps // 50)
+    for step in range(1, steps + 1):
         loss = fitting.step(fitting.draw(x, y, generator, augment))
+        if best is not None and (step % interval == 0 or step == steps):
+            best.look(fitting.averaged(), step)
         if progress is not None:
             progress(step, loss)
+        if best is not None and best.in_vain:
+            break
     fitting.finish()
+    if best is not None:
+        best.restore(fitting.network)

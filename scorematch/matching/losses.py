@@ -7,6 +7,7 @@ denoising                   s(x̃; σ, y) = ∇ log p_σ(x̃|y)                 
 sliced                      s(x) = ∇ log p(x)                                                     Song et al. (2019)
 finite_difference           the same, without a second derivative                                 Pang et al. (2020)
 denoising_likelihood        ∇ log p(y|x̃) + s(x̃) = ∇ log p_σ(x̃|y) for a classifier                Chao et al. (2022)
+joint_energy                ∇ f_y(x̃) = ∇ log p_σ(x̃, y) for the logits f of a classifier          Grathwohl et al. (2020)
 distillation                the denoiser of a teacher                                            Hinton et al. (2015)
 ==========================  ===================================================================  =====================
 
@@ -162,4 +163,44 @@ def denoising_likelihood(
         log_likelihood = -cross_entropy(logits, y, reduction="sum")
         (gradient,) = torch.autograd.grad(log_likelihood, x_noisy, create_graph=True)
     residual = broadcast(sigma, gradient) * (gradient + unconditional) + noise
+    return 0.5 * residual.flatten(1).square().mean(1), logits
+
+
+def joint_energy(
+    classifier: nn.Module,
+    x_noisy: Tensor,
+    y: Tensor,
+    sigma: Tensor,
+    noise: Tensor,
+    *,
+    center: Tensor | float,
+    sigma_data: float,
+) -> tuple[Tensor, Tensor]:
+    """Conditional denoising score matching of a classifier whose logits are joint energies, log p_σ(x, y) + constant.
+
+    ½ ‖σ (∇ₓ f_y(x̃) − (x̃ − c) / (σ² + σ_data²)) + ω‖² / features: the gradient of the logit of the label, plus the score
+    of one Gaussian for all of the data, is to be the class score. That Gaussian is the same for all classes, so it
+    cancels in the softmax. A classifier read as an energy is that of Grathwohl et al. (ICLR 2020); the loss is
+    :func:`denoising` of Vincent (2011) with the score as a gradient.
+
+    Args:
+        classifier: maps (x [N, …], sigma [N]) to logits f [N, L].
+        x_noisy: [N, …] x̃ = x + σ ω.
+        y: int64 [N] labels.
+        sigma: [N] noise levels, > 0.
+        noise: [N, …] ω.
+        center: c, the mean of the data.
+        sigma_data: standard deviation of the data about it.
+
+    Returns:
+        the matching loss [N] and the logits [N, L], both with a graph to the parameters.
+    """
+    with torch.enable_grad():
+        x_noisy = x_noisy.detach().requires_grad_()
+        logits = classifier(x_noisy, sigma)
+        energy = logits.gather(1, y[:, None]).sum()
+        (gradient,) = torch.autograd.grad(energy, x_noisy, create_graph=True)
+    level = broadcast(sigma, gradient)
+    base = (x_noisy.detach() - center) / (level.square() + sigma_data**2)
+    residual = level * (gradient - base) + noise
     return 0.5 * residual.flatten(1).square().mean(1), logits

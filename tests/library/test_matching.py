@@ -138,6 +138,157 @@ def test_denoising_likelihood_is_least_at_the_true_posterior() -> None:
     assert gradients[1.0].abs() < 0.1 * gradients[1.2]
 
 
+def test_joint_energy_is_least_at_the_true_joint_density() -> None:
+    """Logits that are the log joint density, less that of the Gaussian that is added again, scaled by a."""
+    oracle = mixture(2, 1, 2)
+    sigma, sigma_data, center = 0.5, 1.5, torch.tensor([0.3, -0.2], dtype=torch.float64)
+    smoothed = oracle.smoothed(sigma)
+
+    class Scaled(nn.Module):
+        def __init__(self, a: float) -> None:
+            super().__init__()
+            self.a = nn.Parameter(torch.tensor(a, dtype=torch.float64))
+
+        def forward(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            base = 0.5 * (x - center).square().sum(1, keepdim=True) / (sigma[:, None].square() + sigma_data**2)
+            return self.a * smoothed.log_joint(x) + base
+
+    generator = torch.Generator().manual_seed(0)
+    x, y = oracle.sample(100_000, generator)
+    noise = torch.randn(x.shape, dtype=torch.float64, generator=generator)
+    x, y, noise = torch.cat([x, x]), torch.cat([y, y]), torch.cat([noise, -noise])
+    level = torch.full((len(x),), sigma, dtype=torch.float64)
+    gradients = {}
+    for a in (1.0, 1.2):
+        model = Scaled(a)
+        loss, logits = matching.joint_energy(
+            model, x + sigma * noise, y, level, noise, center=center, sigma_data=sigma_data
+        )
+        assert loss.shape == (len(x),)
+        assert logits.shape == (len(x), 2)
+        (gradients[a],) = torch.autograd.grad(loss.mean(), model.a)
+    assert gradients[1.2] > 0
+    assert gradients[1.0].abs() < 0.1 * gradients[1.2]
+
+
+def test_a_joint_energy_learns_posterior_and_class_scores() -> None:
+    oracle = mixture(2, 1, 1)
+    x, y = toy()
+    torch.manual_seed(0)
+    network = MLPBackbone((1,), 2, width=32, depth=1)
+    fit = Fit(steps=600, batch_size=256, lr=1e-2, sigma_min=0.5, sigma_max=1.0)
+    energy = matching.JointEnergy(1.0, 0.0, 1.8)
+    fit_classifier(network, x, y, fit, generator=torch.Generator().manual_seed(0), energy=energy)
+    points = torch.linspace(-2, 2, 41)[:, None].requires_grad_()
+    logits = network(points, torch.full((41,), 0.7))
+    truth = oracle.smoothed(0.7)
+    expected, scores = truth.log_prob_and_scores(points.detach().double())
+    assert (logits.softmax(1) - expected.exp()).abs().max() < 0.1
+    for label in range(2):
+        (slope,) = torch.autograd.grad(logits[:, label].sum(), points, retain_graph=True)
+        error = slope - points / (0.7**2 + 1.8**2) - scores[:, label]
+        assert error.detach().square().mean() < 0.05 * scores.square().mean()
+
+
+def noisy_labels(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Points whose labels mean nothing: all that can be learned of them is to be forgotten."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 4, generator=generator), torch.randint(2, (count,), generator=generator)
+
+
+def test_held_out_data_pick_the_weights() -> None:
+    """Where there is nothing to learn the first look is the best, and the training stops once it has looked in vain."""
+    x, y = noisy_labels(40, 0)
+    held_out = matching.HeldOut(*noisy_labels(200, 1), sigma=0.1, interval=20, patience=3)
+    fit = Fit(steps=1000, batch_size=40, lr=1e-2, half_life=100, sigma_min=0.05, sigma_max=0.2)
+    steps = []
+    torch.manual_seed(0)
+    network = MLPBackbone((4,), 2, width=64, depth=1)
+    fit_classifier(
+        network,
+        x,
+        y,
+        fit,
+        generator=torch.Generator().manual_seed(0),
+        held_out=held_out,
+        progress=lambda step, loss: steps.append(step),
+    )
+    chosen = held_out.loss(network)
+    assert len(steps) < 500
+    assert not network.training
+    torch.manual_seed(0)
+    to_the_end = MLPBackbone((4,), 2, width=64, depth=1)
+    fit_classifier(to_the_end, x, y, fit, generator=torch.Generator().manual_seed(0))
+    assert chosen < 1.0
+    assert held_out.loss(to_the_end) > 2 * chosen
+
+
+def test_best_weights_are_those_of_the_lowest_loss() -> None:
+    network = nn.Linear(1, 1)
+    losses = iter([3.0, 1.0, 2.0, float("nan")])
+
+    class Listed(matching.HeldOut):
+        def loss(self, network: nn.Module) -> float:
+            return next(losses)
+
+    best = matching.BestWeights(Listed(torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64), 1.0, patience=2))
+    stopped = []
+    for step in (1, 2, 3, 4):
+        nn.init.constant_(network.weight, step)
+        best.look(network, step)
+        stopped.append(best.in_vain)
+    assert stopped == [False, False, False, True]
+    best.restore(network)
+    assert (best.step, best.loss, network.weight.item()) == (2, 1.0, 2.0)
+
+
+def test_no_finite_loss_is_an_error() -> None:
+    held_out = matching.HeldOut(torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64), sigma=1.0)
+    with pytest.raises(ValueError, match="no look at held-out data gave a finite loss"):
+        matching.BestWeights(held_out).restore(nn.Linear(1, 1))
+
+
+def test_losses_by_level_are_the_losses_and_repeat() -> None:
+    denoiser = small_denoiser()
+    x, y = toy(300)
+    first = matching.losses_by_level(denoiser, x, y, (0.2, 0.9), repeats=2)
+    assert first == matching.losses_by_level(denoiser, x, y, (0.2, 0.9), repeats=2)
+    generator = torch.Generator().manual_seed(0)
+    noise = [torch.randn(x.shape, generator=generator) for _ in range(2)]
+    level = torch.full((300,), 0.2)
+    expected = torch.cat([matching.denoising(denoiser, x, y, level, n).detach() for n in noise]).mean()
+    assert first[0.2] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_temperature_of_a_tempered_posterior() -> None:
+    oracle = mixture()
+    x, y = oracle.sample(20_000, torch.Generator().manual_seed(0))
+    for factor in (0.5, 3.0):
+        found = matching.fit_temperature(lambda points, factor=factor: factor * oracle.log_joint(points), x, y)
+        assert found == pytest.approx(factor, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sigma": 0.0}, "sigma must be positive"),
+        ({"interval": 0}, "interval must be at least 1"),
+        ({"patience": 0}, "patience must be at least 1"),
+        ({"repeats": 0}, "repeats must be at least 1"),
+        ({"x": torch.zeros(0, 2)}, "as many samples, at least one, got 0 and 3"),
+    ],
+)
+def test_bad_held_out_data(options: dict, message: str) -> None:
+    given = {"x": torch.zeros(3, 2), "y": torch.zeros(3, dtype=torch.int64), "sigma": 1.0, **options}
+    with pytest.raises(ValueError, match=message):
+        matching.HeldOut(**given)
+
+
+def test_one_loss_of_gradients_at_a_time() -> None:
+    with pytest.raises(ValueError, match="allowed: one of them"):
+        matching.ClassificationLoss(nn.Identity(), 1.0, small_denoiser(), matching.JointEnergy(1.0, 0.0, 1.0))
+
+
 def small_denoiser() -> Denoiser:
     torch.manual_seed(0)
     return Denoiser(MLPBackbone((1,), 3, width=32, depth=1), num_classes=2, sigma_data=1.8)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .attacks.pgd import ascend, check_batch
-from .posteriors import Posterior
-from .threat_model import ThreatModel
+from ..attacks.pgd import ascend, check_batch
+from ..posteriors import Posterior
+from ..threat_model import ThreatModel
 
 
 def robust_accuracy(

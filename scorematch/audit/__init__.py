@@ -1,0 +1,24 @@
+"""What an estimated posterior is worth, before a model is trained towards it.
+
+``oracle`` compares with p_d where it is known. ``evidence`` needs held-out data alone. ``robustness`` attacks the
+posterior itself.
+"""
+
+from .evidence import Calibration, calibration, closed_loop, log_likelihood, martingale, matching_error, spread
+from .oracle import GradientError, gradient_error, kl_error, posterior_gradients
+from .robustness import robust_accuracy
+
+__all__ = [
+    "Calibration",
+    "GradientError",
+    "calibration",
+    "closed_loop",
+    "gradient_error",
+    "kl_error",
+    "log_likelihood",
+    "martingale",
+    "matching_error",
+    "posterior_gradients",
+    "robust_accuracy",
+    "spread",
+]

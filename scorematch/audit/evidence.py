@@ -1,0 +1,203 @@
+"""What held-out data say of an estimate, where p_d is not known.
+
+None of these is a verdict alone: each finds one kind of error. ``log_likelihood`` is a proper score of the values,
+``matching_error`` of the gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..posteriors.base import Posterior
+from .oracle import posterior_gradients
+
+
+def log_likelihood(
+    posterior: Posterior, x: Tensor, y: Tensor, *, noise: float, repeats: int = 4, seed: int = 0
+) -> Tensor:
+    """log p̂(y|x + noise · ω) of held-out labels, in nats, [N]: the mean over ``repeats`` noise vectors.
+
+    A label of x is a label of the noisy point too, drawn from p_noise(y|x'), so this is a proper score: its mean is
+    highest for p_noise itself. Set ``noise`` to the length of the attack, eps / √features, to ask about the values that
+    the attack meets.
+
+    Args:
+        posterior: the estimate, which may integrate along a path from x.
+        x: [N, …] held-out inputs.
+        y: int64 [N] their labels.
+        noise: standard deviation in input units, ≥ 0.
+        repeats: noise vectors for each point, ≥ 1; the same in every call with this seed.
+        seed: decides them.
+    """
+    generator = torch.Generator(x.device).manual_seed(seed)
+    total = x.new_zeros(len(x))
+    for _ in range(repeats):
+        moved = x + noise * torch.empty_like(x).normal_(generator=generator)
+        trace = posterior.trace(x, y)
+        trace.move(moved)
+        total = total + trace.log_p.gather(1, y[:, None])[:, 0]
+    return total / repeats
+
+
+def matching_error(
+    posterior: Posterior,
+    unconditional: Callable[[Tensor], Tensor],
+    x: Tensor,
+    y: Tensor,
+    *,
+    sigma: float,
+    repeats: int = 4,
+    seed: int = 0,
+) -> Tensor:
+    """‖ĝ_y(x̃) + ŝ(x̃) + ω/σ‖² / features on held-out data, [N]: denoising score matching of the posterior's gradient.
+
+    ĝ_y + s is the class score, whose denoising loss is least at the truth (Vincent, 2011). With one ŝ for all
+    estimates, the differences of their means are the differences of their gradient errors, up to a term that is zero
+    where Σ_y p_y ĝ_y = 0. Only differences have a meaning; the noise of the target is most of the value.
+
+    Args:
+        posterior: an estimate of p_σ of this σ.
+        unconditional: ŝ, the score of p_σ, from x [N, …]; the same for all estimates that are compared.
+        x: [N, …] held-out inputs.
+        y: int64 [N] their labels.
+        sigma: the noise level, in input units.
+        repeats: noise vectors for each point, each used with both signs; ≥ 1.
+        seed: decides them.
+    """
+    generator = torch.Generator(x.device).manual_seed(seed)
+    total = x.new_zeros(len(x))
+    for _ in range(repeats):
+        omega = torch.empty_like(x).normal_(generator=generator)
+        for noise in (omega, -omega):
+            noisy = x + sigma * noise
+            _, gradients = posterior_gradients(posterior, noisy, y)
+            chosen = gradients[torch.arange(len(x), device=x.device), y]
+            total = total + (chosen + unconditional(noisy) + noise / sigma).flatten(1).square().mean(1)
+    return total / (2 * repeats)
+
+
+class Calibration(NamedTuple):
+    """How far stated probabilities are from frequencies.
+
+    Attributes:
+        error: expected calibration error of the most likely class, in [0, 1].
+        confidence: its mean probability.
+        accuracy: the share of points at which it is the label.
+    """
+
+    error: float
+    confidence: float
+    accuracy: float
+
+
+def calibration(
+    posterior: Posterior, x: Tensor, y: Tensor, *, noise: float, bins: int = 15, seed: int = 0
+) -> Calibration:
+    """The expected calibration error (Guo et al., ICML 2017) at x + noise · ω.
+
+    Args:
+        posterior: the estimate.
+        x: [N, …] held-out inputs.
+        y: int64 [N] their labels.
+        noise: standard deviation in input units, ≥ 0.
+        bins: of equal width.
+        seed: decides the noise.
+    """
+    generator = torch.Generator(x.device).manual_seed(seed)
+    trace = posterior.trace(x, y)
+    trace.move(x + noise * torch.empty_like(x).normal_(generator=generator))
+    confidence, predicted = trace.log_p.double().exp().max(1)
+    hit = (predicted == y).double()
+    index = (confidence * bins).long().clamp(max=bins - 1)
+    gap = torch.zeros(bins, dtype=torch.float64, device=x.device).index_add_(0, index, confidence - hit)
+    return Calibration(float(gap.abs().sum() / len(x)), float(confidence.mean()), float(hit.mean()))
+
+
+def spread(posteriors: Sequence[Posterior], x: Tensor, y: Tensor) -> tuple[float, float]:
+    """Variance over several trainings of one estimator, which differ in their seed or their data.
+
+    Args:
+        posteriors: at least two.
+        x: [N, …] points.
+        y: int64 [N] labels; read only by posteriors that are anchored at labels.
+
+    Returns:
+        of the gradients, E Σ_y p̄_y ‖ĝ_y − ḡ_y‖² / E Σ_y p̄_y ‖ḡ_y‖², an unbiased variance of one of them relative to
+        their mean; and of the values, the mean over the members of E KL(p̄ ‖ p̂) in nats. p̄, ḡ are means over members.
+
+    Raises:
+        ValueError: there are fewer than two.
+    """
+    if len(posteriors) < 2:
+        raise ValueError(f"posteriors must be at least two, got {len(posteriors)}")
+    values, gradients = zip(*(posterior_gradients(posterior, x, y) for posterior in posteriors), strict=True)
+    log_p = torch.stack(values).double()
+    mean_p = log_p.exp().mean(0)
+    g = torch.stack(gradients).double().flatten(3)
+    mean_g = g.mean(0)
+    variance = (mean_p * (g - mean_g).square().sum(3)).sum() / (len(posteriors) - 1)
+    kl = (mean_p * (mean_p.log() - log_p)).sum(2).mean()
+    return float(variance / (mean_p * mean_g.square().sum(2)).sum()), float(kl)
+
+
+def closed_loop(posterior: Posterior, x: Tensor, y: Tensor, *, length: float, seed: int = 0) -> Tensor:
+    """What a walk around a square adds to log p(y|x), in nats, [N]: the largest change over the classes.
+
+    A posterior with values is back where it was: 0 but for rounding. A score network's field need not be a gradient;
+    what it gains on a closed path is an error of every value that it integrates, together with that of the trapezoid
+    rule.
+
+    Args:
+        posterior: the estimate.
+        x: [N, …] corners from which the walk starts.
+        y: int64 [N] labels; read only by posteriors that are anchored at labels.
+        length: of a side, the L2 norm in input units.
+        seed: decides the two directions, which are random and orthogonal.
+    """
+    generator = torch.Generator(x.device).manual_seed(seed)
+    a, b = (torch.empty_like(x).normal_(generator=generator).flatten(1) for _ in range(2))
+    a = a / a.norm(dim=1, keepdim=True)
+    b = b - (a * b).sum(1, keepdim=True) * a
+    first, second = (length * a).reshape(x.shape), (length * b / b.norm(dim=1, keepdim=True)).reshape(x.shape)
+    trace = posterior.trace(x, y)
+    before = trace.log_p
+    for corner in (x + first, x + first + second, x + second, x):
+        trace.move(corner)
+    return (trace.log_p - before).abs().amax(1)
+
+
+def martingale(
+    finer: Posterior, coarser: Posterior, x: Tensor, y: Tensor, *, sigmas: tuple[float, float], seed: int = 0
+) -> tuple[float, float]:
+    """Whether a posterior at one noise level is the mean of that at a lower one, as it must be.
+
+    p_σ₂(y|x₂) = E[p_σ₁(y|x₁) | x₂] for x₂ = x₁ + noise, so E Σ_y (p_σ₁(y|x₁) − p_σ₂(y|x₂)) p_σ₂(y|x₂) = 0. No labels
+    are needed.
+
+    Args:
+        finer, coarser: estimates of p_σ₁ and of p_σ₂.
+        x: [N, …] clean inputs.
+        y: int64 [N] labels; read only by posteriors that are anchored at labels.
+        sigmas: σ₁ < σ₂, in input units.
+        seed: decides the noise.
+
+    Returns:
+        the mean, which is positive where the coarser posterior is not sure enough, and its standard error.
+
+    Raises:
+        ValueError: the noise levels do not rise.
+    """
+    low, high = sigmas
+    if not 0.0 <= low < high:
+        raise ValueError(f"sigmas must rise from at least 0, got {sigmas}")
+    generator = torch.Generator(x.device).manual_seed(seed)
+    first = x + low * torch.empty_like(x).normal_(generator=generator)
+    second = first + (high**2 - low**2) ** 0.5 * torch.empty_like(x).normal_(generator=generator)
+    p = finer.trace(first, y).log_p.double().exp()
+    q = coarser.trace(second, y).log_p.double().exp()
+    values = ((p - q) * q).sum(1)
+    return float(values.mean()), float(values.std() / len(values) ** 0.5)

@@ -1,0 +1,76 @@
+"""Several posteriors that vote."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from .base import PointwisePosterior, Posterior, Trace
+
+
+class Ensemble(Posterior):
+    """p(y|x) = (1/M) Σ_m p_m(y|x): the mean of the probabilities of M posteriors.
+
+    Members that were trained on different folds of the data, or from different seeds, err in different directions; the
+    mean errs less. Its gradient is that of the members, weighted by their responsibilities p_m(y|x) / Σ_k p_k(y|x).
+    Needs as many evaluations as it has members.
+
+    Args:
+        members: posteriors over the same classes, at least one, all with ``centering="posterior"``.
+
+    Raises:
+        ValueError: there is none, or they do not fit together.
+    """
+
+    def __init__(self, members: Sequence[Posterior]) -> None:
+        super().__init__()
+        if not members:
+            raise ValueError("members must be at least one posterior, got none")
+        classes = {member.num_classes for member in members}
+        if len(classes) > 1:
+            raise ValueError(f"members must have as many classes each, got {sorted(classes)}")
+        if any(member.centering != "posterior" for member in members):
+            raise ValueError("members must have centering='posterior'")
+        self.members = nn.ModuleList(members)
+        (self.num_classes,) = classes
+
+    def trace(self, x: Tensor, y: Tensor) -> Trace:
+        return _EnsembleTrace([member.trace(x, y) for member in cast("list[Posterior]", list(self.members))])
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log p(y|x) [N, L] for x [N, …], differentiable in x.
+
+        Raises:
+            TypeError: a member has no value at a point by itself, such as a score network.
+        """
+        values = []
+        for member in self.members:
+            if not isinstance(member, PointwisePosterior):
+                raise TypeError(f"{type(member).__name__} has values along a path only: use trace")
+            values.append(member.log_prob(x))
+        return torch.stack(values).logsumexp(0) - torch.log(torch.tensor(len(values), dtype=x.dtype))
+
+
+class _EnsembleTrace(Trace):
+    def __init__(self, members: list[Trace]) -> None:
+        self.members = members
+        self._vote()
+
+    def move(self, x: Tensor) -> None:
+        for member in self.members:
+            member.move(x)
+        self._vote()
+
+    def _vote(self) -> None:
+        self.x = self.members[0].x
+        values = torch.stack([member.log_p for member in self.members])  # [M, N, L]
+        self.responsibility = values.softmax(0)
+        self.log_p = values.logsumexp(0).log_softmax(1)
+
+    def pull_back(self, weights: Tensor, grad: Tensor) -> Tensor:
+        for member, share in zip(self.members, self.responsibility, strict=True):
+            grad = member.pull_back(weights * share, grad)
+        return grad

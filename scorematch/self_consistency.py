@@ -1,0 +1,119 @@
+"""How self-consistent a model is, where p_d(y|x) is known: the judge of the SCORE objective.
+
+Robust accuracy by label asks whether a model keeps the label of x within B(x), whether p_d(y|x') does or not. These
+measures ask whether the model agrees with p_d at every point of B(x) (Eq. 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .attacks.pgd import ascend
+from .divergences import check_kind
+from .objectives import direct_weights
+from .ops.logit_divergence import logit_divergence
+from .posteriors.base import Posterior, Trace
+from .threat_model import ThreatModel
+
+
+class Consistency(NamedTuple):
+    """How far a model is from p_d; one value a sample, [N], on the device of x.
+
+    Attributes:
+        divergence: D(p_d(·|x) ‖ q(x)) at clean x, in nats for KL.
+        r_score: the largest D(p_d(·|x') ‖ q(x')) found in B(x); its mean is R_SCORE (Eq. 4, Eq. 6).
+        disagrees: bool, whether at some point of these searches the class of the model is not the most likely class of
+            p_d there.
+        x_score: [N, …] the points at which ``r_score`` was found.
+    """
+
+    divergence: Tensor
+    r_score: Tensor
+    disagrees: Tensor
+    x_score: Tensor
+
+
+def consistency(
+    model: Callable[[Tensor], Tensor],
+    posterior: Posterior,
+    x: Tensor,
+    y: Tensor,
+    threat_model: ThreatModel,
+    *,
+    divergence: str = "kl",
+    steps: int = 20,
+    restarts: int = 1,
+    generator: torch.Generator | None = None,
+) -> Consistency:
+    """Search B(x) for the point where the model is furthest from the posterior, with the gradient of Eq. (33).
+
+    One search starts at clean x, ``restarts`` more at random points, and a last one, with a quarter of the step size,
+    at the worst point so far; every iterate is judged. What it finds is a lower bound of the maximum.
+
+    Args:
+        model: maps [N, …] to logits [N, L], in eval mode.
+        posterior: p_d, in closed form; an estimate gives the distance to that estimate.
+        x: [N, …] clean inputs.
+        y: int64 [N] labels; read only by posteriors that are anchored at labels.
+        threat_model: B(x) and the step size.
+        divergence: name of D, see :data:`scorematch.divergences.KINDS`.
+        steps: steps of each search, ≥ 1.
+        restarts: random starts beside the clean one, ≥ 0.
+        generator: their randomness, on the device of x.
+
+    Raises:
+        ValueError: an argument is outside its range.
+    """
+    check_kind(divergence)
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    if restarts < 0:
+        raise ValueError(f"restarts must not be negative, got {restarts}")
+    judge = _Judge(model, divergence, x)
+    judge.look(posterior.trace(x, y), x)
+    clean = judge.worst.clone()
+    for search in range(restarts + 2):
+        trace = posterior.trace(x, y)
+
+        def gradient(point: Tensor, trace: Trace = trace) -> Tensor:
+            trace.move(point)
+            return judge.look(trace, point)
+
+        start, moves = x, threat_model
+        if search == restarts + 1:
+            start, moves = judge.x_worst.clone(), threat_model.replace(step_size=0.25 * threat_model.step_length)
+        elif search > 0:
+            start = threat_model.random_start(x, generator)
+        last = ascend(x, gradient, moves, steps=steps, start=start)
+        trace.move(last)
+        judge.look(trace, last)
+    return Consistency(clean, judge.worst, judge.disagrees, judge.x_worst)
+
+
+class _Judge:
+    """The worst point of each sample so far."""
+
+    def __init__(self, model: Callable[[Tensor], Tensor], kind: str, x: Tensor) -> None:
+        self.model = model
+        self.kind = kind
+        self.worst = x.new_full((len(x),), -torch.inf)
+        self.disagrees = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        self.x_worst = x.detach().clone()
+
+    def look(self, trace: Trace, x: Tensor) -> Tensor:
+        """Judge x [N, …], where the trace is; the gradient there of D in x."""
+        with torch.enable_grad():
+            point = x.detach().requires_grad_()
+            logits = self.model(point)
+        weights, grad_logits = direct_weights(logits.detach(), trace.log_p, self.kind)
+        (model_gradient,) = torch.autograd.grad(logits, point, grad_logits)
+        values = logit_divergence(logits.detach(), trace.log_p, kind=self.kind)
+        worse = values > self.worst
+        self.worst = torch.where(worse, values, self.worst)
+        self.x_worst[worse] = x.detach()[worse]
+        self.disagrees |= logits.argmax(1) != trace.log_p.argmax(1)
+        return trace.pull_back(weights, model_gradient)

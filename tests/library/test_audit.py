@@ -1,0 +1,258 @@
+"""Audits of a posterior, and the judge of self-consistency, against closed forms in float64."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from library_models import mixture, smooth_mlp
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from scorematch import ThreatModel, audit
+from scorematch.networks import Denoiser
+from scorematch.posteriors import ClassScorePosterior, Ensemble, GaussianMixture, KernelDensity, ScoreNetwork
+from scorematch.posteriors.base import PointwisePosterior
+from scorematch.self_consistency import consistency
+
+F64 = {"rtol": 1e-9, "atol": 1e-9}
+
+
+class Altered(ClassScorePosterior):
+    """A mixture whose log posterior is tempered and whose scores are scaled and turned."""
+
+    def __init__(self, truth: GaussianMixture, scale: float = 1.0, temperature: float = 1.0, turn: float = 0.0) -> None:
+        super().__init__()
+        self.truth, self.scale, self.temperature, self.turn = truth, scale, temperature, turn
+        self.num_classes = truth.num_classes
+
+    def log_prob_and_scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        log_p, scores = self.truth.log_prob_and_scores(x)
+        mean = (log_p.exp()[..., None] * scores).sum(1, keepdim=True)
+        return (log_p / self.temperature).log_softmax(1), mean + self.scale * (scores - mean) + self.turn
+
+
+def sample(truth: GaussianMixture, count: int, seed: int = 1) -> tuple[Tensor, Tensor]:
+    return truth.sample(count, torch.Generator().manual_seed(seed))
+
+
+def test_gradients_are_those_of_the_log_posterior() -> None:
+    truth = mixture()
+    x, y = sample(truth, 7)
+    log_p, gradients = audit.posterior_gradients(truth, x, y)
+    torch.testing.assert_close(log_p, truth(x), **F64)
+    point = x.requires_grad_()
+    for label in range(3):
+        (expected,) = torch.autograd.grad(truth(point)[:, label].sum(), point)
+        torch.testing.assert_close(gradients[:, label], expected, **F64)
+
+
+def test_errors_of_scaled_gradients() -> None:
+    """ĝ = a g has the relative error (a − 1)², the cosine 1 and wants the factor 1/a."""
+    truth = mixture()
+    x, y = sample(truth, 50)
+    for scale in (0.5, 1.0, 3.0):
+        error = audit.gradient_error(Altered(truth, scale, turn=2.0), truth, x, y)
+        assert error.relative == pytest.approx((scale - 1) ** 2, abs=1e-9)
+        assert error.cosine == pytest.approx(1.0)
+        assert error.amplitude == pytest.approx(1 / scale)
+
+
+def test_kl_error() -> None:
+    truth = mixture()
+    x, y = sample(truth, 50)
+    moved = x + 0.3
+    p, q = truth(moved).softmax(1), (truth(moved) / 2).softmax(1)
+    expected = (p * (p.log() - q.log())).sum(1)
+    torch.testing.assert_close(audit.kl_error(Altered(truth, temperature=2.0), truth, x, y, moved), expected, **F64)
+    assert audit.kl_error(truth, truth, x, y).abs().max() < 1e-12
+
+
+def test_the_truth_has_the_highest_held_out_likelihood() -> None:
+    truth = mixture()
+    x, y = sample(truth, 4000)
+    noise = 0.4
+    values = {
+        t: float(audit.log_likelihood(Altered(truth.smoothed(noise), temperature=t), x, y, noise=noise).mean())
+        for t in (0.7, 1.0, 1.5)
+    }
+    assert max(values, key=values.__getitem__) == 1.0
+    # and at no noise it is the log-likelihood of the labels
+    plain = audit.log_likelihood(truth, x, y, noise=0.0, repeats=1)
+    torch.testing.assert_close(plain, truth(x).gather(1, y[:, None])[:, 0], **F64)
+
+
+def test_matching_error_ranks_as_the_truth_does() -> None:
+    """Its differences are the differences of the errors of the gradients, which are known here."""
+    truth, sigma = mixture(), 0.5
+    smoothed = truth.smoothed(sigma)
+    x, y = sample(truth, 20_000)
+
+    def unconditional(points: Tensor) -> Tensor:
+        log_p, scores = smoothed.log_prob_and_scores(points)
+        return (log_p.exp()[..., None] * scores).sum(1)
+
+    errors = {
+        scale: audit.matching_error(Altered(smoothed, scale), unconditional, x, y, sigma=sigma).mean()
+        for scale in (0.5, 1.0, 1.4)
+    }
+    noisy = x + sigma * torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(5))
+    log_p, g = audit.posterior_gradients(smoothed, noisy, y)
+    energy = float((log_p.exp() * g.square().mean(2)).sum(1).mean())
+    for scale in (0.5, 1.4):
+        assert float(errors[scale] - errors[1.0]) == pytest.approx((scale - 1) ** 2 * energy, rel=0.1)
+
+
+def test_calibration() -> None:
+    truth = mixture()
+    x, y = sample(truth, 20_000)
+    good, sure = (audit.calibration(Altered(truth, temperature=t), x, y, noise=0.0) for t in (1.0, 0.3))
+    assert good.error < 0.02
+    assert good.accuracy == pytest.approx(float((truth(x).argmax(1) == y).double().mean()))
+    assert sure.error > 4 * good.error
+    assert sure.confidence > sure.accuracy
+
+
+def test_spread_over_trainings() -> None:
+    truth = mixture()
+    x, y = sample(truth, 100)
+    variance, kl = audit.spread([Altered(truth, s) for s in (0.5, 1.5)], x, y)
+    assert variance == pytest.approx(0.5)  # unbiased variance of .5 and 1.5, relative to the square of their mean
+    assert kl == pytest.approx(0.0, abs=1e-12)
+    assert audit.spread([truth, truth], x, y)[0] == 0.0
+    assert audit.spread([truth, Altered(truth, temperature=3.0)], x, y)[1] > 0.01
+    with pytest.raises(ValueError, match="at least two, got 1"):
+        audit.spread([truth], x, y)
+
+
+class Turning(ClassScorePosterior):
+    """Not a posterior: the class scores of a field that turns, (−x₂, x₁) for class 0 and zero for class 1."""
+
+    num_classes = 2
+
+    def log_prob_and_scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        field = torch.stack([-x[:, 1], x[:, 0]], 1)
+        return x.new_full((len(x), 2), -math.log(2.0)), torch.stack([field, torch.zeros_like(field)], 1)
+
+
+def test_a_closed_loop_finds_a_field_that_is_no_gradient() -> None:
+    """Around a square of side a the field (−x₂, x₁) gains 2 a² by Stokes, up to the sign of the turn."""
+
+    class FieldDenoiser(Denoiser):
+        def __init__(self) -> None:
+            super().__init__(torch.nn.Identity(), num_classes=2, sigma_data=1.0)
+
+        def class_scores(self, x: Tensor, sigma: Tensor | float) -> Tensor:
+            return Turning().log_prob_and_scores(x)[1]
+
+    x, y = torch.randn(5, 2, dtype=torch.float64), torch.zeros(5, dtype=torch.int64)
+    network = ScoreNetwork(FieldDenoiser(), sigma=1.0, smoothing=0.5)
+    gained = audit.closed_loop(network, x, y, length=0.5)
+    # log p starts at (ln ½, ln ½); the loop adds ±½ to the first logit
+    expected = [abs(math.log(2 / (1 + math.exp(-g)))) for g in (0.5, -0.5)]
+    for value in gained.tolist():
+        assert min(abs(value - e) for e in expected) < 1e-9
+    truth = mixture(features=2)
+    assert audit.closed_loop(truth, x, y, length=0.5).max() < 1e-12
+
+
+def test_martingale() -> None:
+    truth = mixture()
+    x, y = sample(truth, 20_000)
+    sigmas = (0.3, 0.8)
+    mean, error = audit.martingale(truth.smoothed(0.3), truth.smoothed(0.8), x, y, sigmas=sigmas)
+    assert abs(mean) < 4 * error
+    unsure, error = audit.martingale(
+        truth.smoothed(0.3), Altered(truth.smoothed(0.8), temperature=2.0), x, y, sigmas=sigmas
+    )
+    assert unsure > 10 * error
+    with pytest.raises(ValueError, match="sigmas must rise"):
+        audit.martingale(truth, truth, x, y, sigmas=(0.8, 0.3))
+
+
+def plain_gradient(members: list[PointwisePosterior], x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    point = x.detach().requires_grad_()
+    log_p = torch.stack([member(point).exp() for member in members]).mean(0).log()
+    return log_p.detach(), torch.autograd.grad((log_p * weights).sum(), point)[0]
+
+
+def test_an_ensemble_is_the_mean_of_probabilities() -> None:
+    members = [mixture(seed=seed) for seed in range(3)]
+    x, y = sample(members[0], 6)
+    moved = x + 0.2
+    trace = Ensemble(members).trace(x, y)
+    trace.move(moved)
+    weights = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    log_p, gradient = plain_gradient(members, moved, weights)
+    torch.testing.assert_close(trace.log_p, log_p, **F64)
+    torch.testing.assert_close(trace.pull_back(weights, torch.ones_like(x)), gradient + 1, **F64)
+    torch.testing.assert_close(Ensemble(members).log_prob(moved), log_p, **F64)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Ensemble([]), "at least one posterior"),
+        (lambda: Ensemble([mixture(2), mixture(3)]), r"as many classes each, got \[2, 3\]"),
+    ],
+)
+def test_members_must_fit(build: Callable[[], Ensemble], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def free(eps: float) -> ThreatModel:
+    return ThreatModel("l2", eps, lower=-math.inf, upper=math.inf)
+
+
+def test_the_judge_finds_the_largest_divergence() -> None:
+    """In one dimension the ball can be searched point by point."""
+    truth = mixture(2, 2, 1)
+    model = smooth_mlp(1, 2)
+    x, y = sample(truth, 200)
+    threat_model = free(0.5).replace(step_size=0.02)
+    found = consistency(
+        model, truth, x, y, threat_model, steps=80, restarts=3, generator=torch.Generator().manual_seed(0)
+    )
+    grid = x + torch.linspace(-0.5, 0.5, 2001, dtype=x.dtype)
+    points = grid.reshape(-1, 1)
+    with torch.no_grad():
+        log_q, log_p = model(points).log_softmax(1), truth(points)
+    values = (log_p.exp() * (log_p - log_q)).sum(1).reshape(grid.shape)
+    truly = values.amax(1)
+    assert (found.r_score <= truly + 1e-5).all()
+    close = found.r_score > 0.999 * truly - 1e-6
+    assert float(close.double().mean()) > 0.97  # a few searches end at a local maximum
+    other = (log_q.argmax(1) != log_p.argmax(1)).reshape(grid.shape).any(1)
+    assert not (found.disagrees & ~other).any()
+    assert float((found.disagrees == other).double().mean()) > 0.85  # it looks along the searches only
+    at_found = (truth(found.x_score).exp() * (truth(found.x_score) - model(found.x_score).log_softmax(1))).sum(1)
+    torch.testing.assert_close(at_found.detach(), found.r_score, **F64)
+    assert (found.divergence <= found.r_score + 1e-12).all()
+
+
+def test_a_model_that_is_the_truth_is_self_consistent() -> None:
+    truth = mixture()
+    x, y = sample(truth, 50)
+    found = consistency(truth.log_joint, truth, x, y, free(1.0), steps=5)
+    assert found.r_score.max() < 1e-10
+    assert not found.disagrees.any()
+    # by the label it is not robust: p_d itself turns within the ball
+    _, robust = audit.robust_accuracy(truth, x, y, free(1.0))
+    assert robust < 0.9
+
+
+@pytest.mark.parametrize(("options", "message"), [({"steps": 0}, "steps must"), ({"restarts": -1}, "restarts must")])
+def test_bad_input_of_the_judge(options: dict, message: str) -> None:
+    truth = mixture()
+    x, y = sample(truth, 3)
+    with pytest.raises(ValueError, match=message):
+        consistency(truth.log_joint, truth, x, y, free(1.0), **options)
+
+
+def test_kernel_density_is_right_about_itself() -> None:
+    """Its own points, at no noise, have all of their mass in their class: evidence on them says nothing."""
+    x, y = sample(mixture(), 40)
+    density = KernelDensity(x, y, num_classes=3, sigma=0.05)
+    assert float(audit.log_likelihood(density, x, y, noise=0.0).exp().mean()) > 0.99
+    assert float(cross_entropy(density(x), y)) < 0.01

@@ -1,0 +1,60 @@
+"""Run an experiment, or write the page from what is stored: ``python -m training.experiments``.
+
+python -m training.experiments --name mixtures --seeds 0 1 2 3 4 --dimensions 16 --counts 2000 10000
+python -m training.experiments --name mixtures --quick --out runs/quick
+"""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from training import command_line, config
+from training.errors import Interrupted, run_program
+from training.experiments import mixtures
+from training.experiments.runner import run_cells
+
+
+@dataclass(frozen=True)
+class ExperimentSettings:
+    """Which experiment, and how much of it. Called again, it does what is missing."""
+
+    name: Literal["mixtures"] = "mixtures"
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # a cell each: its own problem, data, initialisation
+    dimensions: tuple[int, ...] = (16,)  # mixtures: features of x
+    counts: tuple[int, ...] = (2000, 10_000)  # mixtures: labelled training points
+    quick: bool = False  # a few steps of everything, to see that it runs; its numbers mean nothing
+    jobs: int = 0  # cells side by side, one CPU thread each; 0 is the number of cores
+    out: Path | None = None  # folder of the results, one JSON a cell; None is runs/experiments/NAME
+
+
+RANGES: dict[str, config.Check] = {
+    "seeds": (lambda v: len(v) > 0 and len(set(v)) == len(v) and min(v) >= 0, "one or more different seeds from 0"),
+    "dimensions": (lambda v: len(v) > 0 and min(v) >= 1, "one or more, each at least 1"),
+    "counts": (lambda v: len(v) > 0 and min(v) >= 40, "one or more, each at least 40"),
+    "jobs": config.RANGES["threads"],
+}
+
+
+def main(arguments: list[str]) -> None:
+    settings = command_line.parse(
+        ExperimentSettings,
+        arguments,
+        program="python -m training.experiments",
+        description="Compare direct SCORE with its surrogates where the truth is known.",
+        default=ExperimentSettings(),
+    )
+    config.check_ranges(settings, RANGES)
+    out = settings.out or Path("runs") / "experiments" / settings.name
+    jobs = settings.jobs or len(os.sched_getaffinity(0))
+    planned = mixtures.cells(out, settings.seeds, settings.dimensions, settings.counts, settings.quick)
+    try:
+        run_cells(mixtures.run, planned, jobs)
+    except Interrupted as signal:
+        raise Interrupted(f"{signal}, all finished entries are kept in {out}; the same command continues") from None
+    print(f"{len(planned)} cells in {out}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

@@ -1,0 +1,221 @@
+"""How p_d is estimated from the training data, each setting chosen by held-out evidence.
+
+No estimator sees the truth or a student. Networks stop by their held-out loss; the noise level σ at which they are read
+is the candidate whose posterior gives held-out labels the highest likelihood at x + noise as long as the attack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from scorematch import audit, sampling
+from scorematch.matching import Fit, HeldOut, JointEnergy, fit_classifier, fit_denoiser, fit_temperature
+from scorematch.networks import Denoiser
+from scorematch.posteriors import Ensemble, KernelDensity, NoiseConditionalClassifier, Posterior, ScoreNetwork
+from scorematch.posteriors.base import PointwisePosterior
+from training.experiments.problems import FOLDS, Problem
+
+HIGHEST_NOISE = 3.0  # of trainings; samples are drawn from there, so it outweighs the spread of the data
+
+
+@dataclass(frozen=True)
+class Estimated:
+    """A posterior with what its settings rest on."""
+
+    posterior: Posterior
+    settings: dict[str, Any]  # σ and whatever else was chosen
+    evidence: dict[str, float]  # candidate → mean held-out log-likelihood, in nats
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is tried."""
+
+    sigmas: tuple[float, ...] = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+    kernel_sigmas: tuple[float, ...] = (0.3, 0.5, 0.7, 1.0, 1.4, 2.0)
+    steps: int = 6000  # at most; trainings stop by held-out loss
+    interval: int = 50
+    patience: int = 10
+    energy_weight: float = 100.0
+    batch_size: int = 128
+    lr: float = 1e-3
+    selection_sigma: float = 0.5  # noise level at which held-out loss decides
+    drawn: int = 20_000  # samples of the score network under a kernel density
+
+
+@dataclass
+class Bench:
+    """The estimators of one problem; networks that several of them share are trained once."""
+
+    problem: Problem
+    seed: int
+    grid: Grid = field(default_factory=Grid)
+    _networks: dict[tuple[str, int], nn.Module] = field(default_factory=dict)
+
+    def network(self, kind: str, fold: int) -> nn.Module:
+        """A classifier, joint energy or denoiser, fitted with one fold held out.
+
+        ``denoiser_last`` is the denoiser after all steps on all of the data, unwatched.
+        """
+        if (kind, fold) not in self._networks:
+            self._networks[kind, fold] = self._train(kind, fold)
+        return self._networks[kind, fold]
+
+    def _train(self, kind: str, fold: int) -> nn.Module:
+        problem, grid = self.problem, self.grid
+        torch.manual_seed(1000 * self.seed + fold)
+        generator = Generator().manual_seed(1000 * self.seed + fold)
+        x, y, x_held, y_held = problem.fold(fold)
+        watched = HeldOut(x_held, y_held, grid.selection_sigma, grid.interval, grid.patience)
+        fit = Fit(
+            steps=grid.steps,
+            batch_size=grid.batch_size,
+            lr=grid.lr,
+            schedule="constant",
+            sigma_min=0.05,
+            sigma_max=HIGHEST_NOISE,
+            half_life=20_000,
+        )
+        sigma_data = float((problem.x - problem.x.mean(0)).square().mean().sqrt())
+        center = problem.x.mean(0)
+        if kind.startswith("denoiser"):
+            backbone = problem.backbone(problem.num_classes + 1, False)
+            denoiser = Denoiser(backbone, num_classes=problem.num_classes, sigma_data=sigma_data, center=center)
+            if kind == "denoiser_last":
+                long = Fit(steps=3000, batch_size=grid.batch_size, lr=grid.lr, sigma_min=0.05, sigma_max=HIGHEST_NOISE)
+                return fit_denoiser(denoiser, problem.x, problem.y, long, generator=generator)
+            return fit_denoiser(denoiser, x, y, fit, generator=generator, held_out=watched)
+        network = Classifier(problem.backbone(problem.num_classes, True), center, sigma_data)
+        energy = JointEnergy(grid.energy_weight, center, sigma_data) if kind == "energy" else None
+        return fit_classifier(network, x, y, fit, generator=generator, energy=energy, held_out=watched)
+
+    def chosen(self, candidates: dict[str, Callable[[int], Posterior]], folds: range) -> tuple[str, dict[str, float]]:
+        """The candidate with the highest held-out likelihood, each member judged on the fold that it has not seen."""
+        evidence = {}
+        for name, build in candidates.items():
+            values = [self.evidence(build(fold), fold) for fold in folds]
+            evidence[name] = torch.cat(values).mean().item()
+        return max(evidence, key=evidence.__getitem__), evidence
+
+    def evidence(self, posterior: Posterior, fold: int) -> Tensor:
+        _, _, x, y = self.problem.fold(fold)
+        return audit.log_likelihood(posterior, x, y, noise=self.problem.reach)
+
+
+class Classifier(nn.Module):
+    """A backbone as a noise-conditional classifier, its inputs at unit scale for every σ."""
+
+    center: Tensor
+
+    def __init__(self, backbone: nn.Module, center: Tensor, sigma_data: float) -> None:
+        super().__init__()
+        self.backbone, self.sigma_data = backbone, sigma_data
+        self.register_buffer("center", center)
+
+    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+        scale = (sigma.square() + self.sigma_data**2).rsqrt().reshape(-1, *[1] * (x.dim() - 1))
+        logits: Tensor = self.backbone((x - self.center) * scale, sigma.log() / 4)
+        return logits
+
+
+def _pointwise(bench: Bench, kind: str, folds: range) -> Estimated:
+    """A noise-conditional classifier or joint energy: σ by evidence, then the temperature."""
+    classes = bench.problem.num_classes
+
+    def at(sigma: float) -> Callable[[int], Posterior]:
+        return lambda fold: NoiseConditionalClassifier(bench.network(kind, fold), num_classes=classes, sigma=sigma)
+
+    name, evidence = bench.chosen({str(sigma): at(sigma) for sigma in bench.grid.sigmas}, folds)
+    members: list[Posterior] = []
+    temperatures = []
+    for fold in folds:
+        plain = at(float(name))(fold)
+        assert isinstance(plain, PointwisePosterior)
+        _, _, x, y = bench.problem.fold(fold)
+        temperature = fit_temperature(plain.log_prob, x, y, noise=bench.problem.reach)
+        members.append(
+            NoiseConditionalClassifier(
+                bench.network(kind, fold), num_classes=classes, sigma=float(name), temperature=temperature
+            )
+        )
+        temperatures.append(temperature)
+    settings = {"sigma": float(name), "temperature": temperatures}
+    return Estimated(members[0] if len(members) == 1 else Ensemble(members), settings, evidence)
+
+
+def _score(
+    bench: Bench, folds: range, kind: str = "denoiser", centering: str = "posterior", anchor: str = "classifier"
+) -> Estimated:
+    """A score network along the path, anchored at a network of the same σ."""
+
+    def at(sigma: float) -> Callable[[int], Posterior]:
+        def build(fold: int) -> Posterior:
+            denoiser = bench.network(kind, fold)
+            assert isinstance(denoiser, Denoiser)
+            values = NoiseConditionalClassifier(
+                bench.network(anchor, fold), num_classes=bench.problem.num_classes, sigma=sigma
+            )
+            return ScoreNetwork(denoiser, sigma=sigma, anchor=values, centering=centering)
+
+        return build
+
+    name, evidence = bench.chosen({str(sigma): at(sigma) for sigma in bench.grid.sigmas}, folds)
+    members = [at(float(name))(fold) for fold in folds]
+    return Estimated(
+        members[0] if len(members) == 1 else Ensemble(members), {"sigma": float(name), "anchor": anchor}, evidence
+    )
+
+
+def _kernel_density(bench: Bench, drawn: bool) -> Estimated:
+    """Of the training points, or of samples that the score network of the fold draws."""
+    problem = bench.problem
+
+    def points(fold: int | None) -> tuple[Tensor, Tensor]:
+        if not drawn:
+            return (problem.x, problem.y) if fold is None else problem.fold(fold)[:2]
+        denoiser = bench.network("denoiser", fold or 0)
+        assert isinstance(denoiser, Denoiser)
+        labels = _labels_like(problem.y, bench.grid.drawn)
+        sigmas = sampling.noise_levels(HIGHEST_NOISE, 0.05, 20)
+        generator = Generator().manual_seed(bench.seed)
+        start_of_heun = (len(labels), *problem.x.shape[1:])
+        return sampling.heun(denoiser, start_of_heun, class_labels=labels, generator=generator, sigmas=sigmas), labels
+
+    cache: dict[int | None, tuple[Tensor, Tensor]] = {}
+
+    def at(sigma: float) -> Callable[[int | None], Posterior]:
+        def build(fold: int | None) -> Posterior:
+            if fold not in cache:
+                cache[fold] = points(fold)
+            return KernelDensity(*cache[fold], num_classes=problem.num_classes, sigma=sigma)
+
+        return build
+
+    name, evidence = bench.chosen({str(sigma): at(sigma) for sigma in bench.grid.kernel_sigmas}, range(1))
+    return Estimated(at(float(name))(0 if drawn else None), {"sigma": float(name)}, evidence)
+
+
+def _labels_like(y: Tensor, count: int) -> Tensor:
+    """``count`` labels in the proportions of y."""
+    return y[torch.arange(count) % len(y)]
+
+
+ONE, ALL = range(1), range(FOLDS)
+
+ESTIMATORS: dict[str, Callable[[Bench], Estimated]] = {
+    "kernel_density": lambda bench: _kernel_density(bench, drawn=False),
+    "kernel_density_drawn": lambda bench: _kernel_density(bench, drawn=True),
+    "classifier": lambda bench: _pointwise(bench, "classifier", ONE),
+    "classifier_ensemble": lambda bench: _pointwise(bench, "classifier", ALL),
+    "energy": lambda bench: _pointwise(bench, "energy", ONE),
+    "energy_ensemble": lambda bench: _pointwise(bench, "energy", ALL),
+    "score": lambda bench: _score(bench, ONE),
+    "score_ensemble": lambda bench: _score(bench, ALL),
+    "score_last": lambda bench: _score(bench, ONE, kind="denoiser_last"),
+    "score_literal": lambda bench: _score(bench, ONE, centering="network"),
+}
