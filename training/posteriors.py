@@ -81,6 +81,8 @@ class PosteriorSettings:
     averaging: float = 0.998  # decay of the average of its weights, from a quarter of the steps on; 0 turns it off
     half_life: float = 0.0  # instead: samples after which a weight counts half, at most 5 % of those seen; 0 is off
     weight_decay: float = 0.0  # of its training
+    # which weights its training ends with: those with the lowest held-out loss at sigma, or the last ones
+    weights: Literal["best", "last"] = "best"
     mirror: bool | None = None  # mirror training images left to right, every second one
     # probability of each geometric transformation of a training image that the network is told of; 0 turns them off
     augment: float = 0.0
@@ -429,18 +431,16 @@ class _Builder:
             *self.held_out,
             fit=self.fit,
             augment=augment,
+            sigma=self.sigma if self.settings.weights == "best" else None,
             seed=self.seed,
             random_layers=self.settings.dropout > 0,
             speed=self.trains.speed,
             save_minutes=self.trains.save_minutes,
             about=self.trains.about,
         )
-        held_out = scores.denoising_loss if isinstance(network, Denoiser) else scores.classification_loss
         generator = torch.Generator(self.x.device).manual_seed(1_000_003 * purpose + self.seed)
         scores.train(
-            scores.ScoreTrainer(
-                name.replace("-", " "), network, loss, held_out, training, generator, self.trains.folder / name
-            )
+            scores.ScoreTrainer(name.replace("-", " "), network, loss, training, generator, self.trains.folder / name)
         )
 
     def _teacher(self, path: Path, told: int) -> Denoiser:

@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from scorematch import sampling
+from scorematch.matching import losses_by_level
 from scorematch.networks import Denoiser
 from scorematch.posteriors import ScoreNetwork
 from training import (
@@ -296,12 +297,12 @@ def denoising_errors(denoiser: Denoiser, loaded: Data, seed: int) -> list[dict[s
     """Denoising loss at each noise level on training and on held-out points: their gap is memorisation."""
     parts = [part for part in ("train", "validation") if len(getattr(loaded, f"x_{part}"))]
     losses = {
-        part: scores.losses_by_level(
+        part: losses_by_level(
             denoiser,
-            scores.denoising_loss,
             getattr(loaded, f"x_{part}")[:AUDITED],
             getattr(loaded, f"y_{part}")[:AUDITED],
-            seed,
+            scores.SIGMAS,
+            seed=seed,
         )
         for part in parts
     }

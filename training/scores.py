@@ -4,7 +4,8 @@ Steps, losses and averages are the library's (:class:`scorematch.matching.Fittin
 processes are the engine's. The same seed gives the weights that ``matching.fit_denoiser`` gives, to the bit.
 """
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from scorematch import matching
-from scorematch.matching import Fit, Fitting, MatchingLoss
+from scorematch.matching import Fit, Fitting, MatchingLoss, losses_by_level
 from scorematch.matching.fit import Augment
-from scorematch.matching.losses import broadcast
-from scorematch.networks import Denoiser
+from training import checkpoint, distributed
 from training.engine import Course, Engine
 from training.errors import InputError
 from training.hardware import Speed
 
-INTERVAL = 500  # steps between two looks at held-out data, each of which is followed by a checkpoint
+# Steps between two looks at held-out data, each of which is followed by a checkpoint: a twentieth of the training
+INTERVAL, SHORTEST, LOOKS = 500, 50, 20
 SIGMAS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.8)  # noise levels at which losses are measured, in input units
 HELD_OUT = 500  # points of the validation split in the held-out loss
 
@@ -39,6 +38,7 @@ class Training:
     y_held_out: Tensor
     fit: Fit
     augment: Augment | None
+    sigma: float | None  # noise level at which the held-out loss picks the weights; None takes the last ones
     seed: int
     random_layers: bool  # dropout, which draws from torch's global generator
     speed: Speed
@@ -55,7 +55,6 @@ class ScoreTrainer(Engine):
         name: shown beside the progress bar.
         network: what is trained, in place.
         loss: of batches; calls the network, its backbone perhaps in another precision.
-        held_out: the loss [N] of a network of this kind on held-out x [N, …], y [N] with σ [N] and ω [N, …].
         training: data, settings and speed.
         generator: of all randomness but dropout's.
         out: folder of checkpoint.pt, metrics.jsonl and tensorboard/.
@@ -66,13 +65,12 @@ class ScoreTrainer(Engine):
         name: str,
         network: nn.Module,
         loss: MatchingLoss,
-        held_out: Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor], Tensor],
         training: Training,
         generator: Generator,
         out: Path,
     ) -> None:
         fit = training.fit
-        interval = min(INTERVAL, fit.steps)
+        interval = min(INTERVAL, fit.steps, max(SHORTEST, -(-fit.steps // LOOKS)))
         lr_hint = f"; try a smaller --posterior-settings.lr (now {fit.lr:g})"
         course = Course(
             name=name,
@@ -93,7 +91,6 @@ class ScoreTrainer(Engine):
             device_ids = [self.device] if self.device.type == "cuda" else None
             module = DistributedDataParallel(loss, device_ids=device_ids, gradient_as_bucket_view=True)
         self.fitting = Fitting(network, module, fit, fused=training.speed.fused)
-        self.held_out = held_out
         self.lr = fit.lr
 
     def steps_from(self, first: int) -> Iterator[dict[str, Tensor]]:
@@ -124,16 +121,18 @@ class ScoreTrainer(Engine):
     def validate(self) -> dict[str, float]:
         """The loss of the averaged network on held-out points, at each noise level with the same noise every time."""
         training = self.training
-        network = self.fitting.averaged()
-        was_training = network.training
-        network.eval()
-        points = training.x_held_out[:HELD_OUT], training.y_held_out[:HELD_OUT]
-        errors = losses_by_level(network, self.held_out, *points, training.seed) if len(points[0]) else {}
-        network.train(was_training)
+        x, y = training.x_held_out[:HELD_OUT], training.y_held_out[:HELD_OUT]
+        levels = SIGMAS if training.sigma is None else tuple(sorted({*SIGMAS, training.sigma}))
+        errors = losses_by_level(self.fitting.averaged(), x, y, levels, seed=training.seed) if len(x) else {}
         return {f"val_loss_{sigma:g}": value for sigma, value in errors.items()}
 
     def is_best(self, entry: dict[str, float]) -> bool:
-        return False  # the last weights are taken
+        """By the held-out loss at the noise level at which the network will be read."""
+        loss = None if self.training.sigma is None else entry.get(f"val_loss_{self.training.sigma:g}")
+        if loss is None or not loss < self.best.get("loss", math.inf):
+            return False
+        self.best = {"loss": loss, "epoch": self.epoch}
+        return True
 
     def state(self) -> dict[str, Any]:
         return {"fitting": self.fitting.state_dict(), "generator": self.generator.get_state(), "lr": self.lr}
@@ -148,40 +147,13 @@ class ScoreTrainer(Engine):
 
 
 def train(trainer: ScoreTrainer) -> None:
-    """Train to the last step, from the checkpoint in the trainer's folder where there is one."""
+    """Train to the last step, from the checkpoint in the trainer's folder where there is one, and take the weights."""
     trainer.out.mkdir(parents=True, exist_ok=True)
     if (trainer.out / "checkpoint.pt").exists():
         trainer.resume()
     trainer.fit()
     trainer.fitting.finish()
-
-
-@torch.no_grad()
-def losses_by_level(
-    network: nn.Module,
-    loss: Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor], Tensor],
-    x: Tensor,
-    y: Tensor,
-    seed: int,
-    chunk: int = 250,
-) -> dict[float, float]:
-    """The mean loss at each of :data:`SIGMAS`, with noise that the seed decides."""
-    generator = Generator(x.device).manual_seed(seed)
-    means = {}
-    for sigma in SIGMAS:
-        noise = torch.empty_like(x).normal_(generator=generator)
-        level = torch.full((len(x),), sigma, dtype=x.dtype, device=x.device)
-        chunks = zip(*(tensor.split(chunk) for tensor in (x, y, level, noise)), strict=True)
-        means[sigma] = torch.cat([loss(network, *part) for part in chunks]).mean().item()
-    return means
-
-
-def denoising_loss(denoiser: nn.Module, x: Tensor, y: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
-    """:func:`scorematch.matching.denoising`."""
-    assert isinstance(denoiser, Denoiser)
-    return matching.denoising(denoiser, x, y, sigma, noise)
-
-
-def classification_loss(network: nn.Module, x: Tensor, y: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
-    """Cross-entropy at x + σω, in nats."""
-    return cross_entropy(network(x + broadcast(sigma, x) * noise, sigma), y, reduction="none")
+    if trainer.best:
+        distributed.barrier()  # the first process has written it
+        best = checkpoint.load(trainer.out / "best.pt", trainer.device)
+        trainer.fitting.network.load_state_dict(best["network"])

@@ -141,7 +141,7 @@ def losses_by_level(
     repeats: int = 1,
     chunk: int = 250,
 ) -> dict[float, float]:
-    """The mean loss of a network at each noise level, in eval mode, with the same noise in every call.
+    """The mean loss of a network at each noise level, in eval mode, with the same noise ω at each and in every call.
 
     Of a :class:`scorematch.networks.Denoiser` the loss is :func:`scorematch.matching.denoising`; of any other network
     it is the cross-entropy at x + σω, in nats.
@@ -157,10 +157,10 @@ def losses_by_level(
     """
     was_training = network.training
     network.eval()
-    generator = torch.Generator(x.device).manual_seed(seed)
     means = {}
     for sigma in sigmas:
         parts = []
+        generator = torch.Generator(x.device).manual_seed(seed)
         for _ in range(repeats):
             noise = torch.empty_like(x).normal_(generator=generator)
             level = torch.full((len(x),), sigma, dtype=x.dtype, device=x.device)

@@ -12,7 +12,7 @@ from killing import Hit, Start, status
 from test_distributed import torchrun_of
 
 from scorematch.augmentation import NonLeaking
-from scorematch.matching import fit_classifier, fit_denoiser
+from scorematch.matching import fit_classifier, fit_denoiser, losses_by_level
 from scorematch.networks import EmbeddedDenoiser
 from scorematch.posteriors import NoiseConditionalClassifier, ScoreNetwork
 from training import checkpoint, data, posteriors, score, scores, tables
@@ -99,9 +99,46 @@ def test_held_out_losses_are_logged(digits: data.Data, tmp_path: Path, monkeypat
         assert all(f"val_loss_{sigma:g}" in entry for sigma in scores.SIGMAS for entry in entries)
     assert isinstance(posterior, ScoreNetwork)
     points = digits.x_validation[: scores.HELD_OUT], digits.y_validation[: scores.HELD_OUT]
-    final = scores.losses_by_level(posterior.denoiser, scores.denoising_loss, *points, seed=0)
+    final = losses_by_level(posterior.denoiser, *points, scores.SIGMAS)
     logged = checkpoint.read_metrics(tmp_path / "score-network" / "metrics.jsonl")[-1]
     assert {sigma: logged[f"val_loss_{sigma:g}"] for sigma in scores.SIGMAS} == pytest.approx(final)
+
+
+def test_weights_are_picked_by_held_out_loss(
+    digits: data.Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scores, "INTERVAL", 3)
+    kept = []
+
+    def listed(network: torch.nn.Module, *_: Any, **__: Any) -> dict[float, float]:
+        kept.append([value.clone() for value in network.parameters()])
+        return {**dict.fromkeys(scores.SIGMAS, 0.0), 0.31: [3.0, 1.0, 2.0][len(kept) - 1]}
+
+    monkeypatch.setattr(scores, "losses_by_level", listed)
+    for weights, wanted in (("best", 1), ("last", 2)):
+        kept.clear()
+        settings = PosteriorSettings(
+            "score_network",
+            anchor="label",
+            sigma=0.31,
+            weights=weights,  # type: ignore[arg-type]
+            **QUICK,  # type: ignore[arg-type]
+        )
+        posterior = posteriors.build(settings, digits, seed=0, folder=tmp_path / weights)
+        assert isinstance(posterior, ScoreNetwork)
+        ended = list(posterior.denoiser.parameters())
+        equal = [all(torch.equal(a, b) for a, b in zip(ended, values, strict=True)) for values in kept]
+        assert equal == [index == wanted for index in range(3)]
+    # finished trainings that are called again take the same weights
+    again = posteriors.build(
+        PosteriorSettings("score_network", anchor="label", sigma=0.31, **QUICK),  # type: ignore[arg-type]
+        digits,
+        seed=0,
+        folder=tmp_path / "best",
+    )
+    assert isinstance(again, ScoreNetwork)
+    chosen = checkpoint.load(tmp_path / "best" / "score-network" / "best.pt", "cpu")["network"]
+    assert all(torch.equal(value, chosen[name]) for name, value in again.denoiser.state_dict().items())
 
 
 HITS = [
@@ -213,7 +250,7 @@ def test_bfloat16_passes_train_as_well(digits: data.Data) -> None:
     assert not same(exact.denoiser, fast.denoiser)
     assert all(value.dtype == torch.float32 for value in fast.state_dict().values())
     points = digits.x_validation, digits.y_validation
-    losses = [scores.losses_by_level(p.denoiser, scores.denoising_loss, *points, seed=0) for p in (exact, fast)]
+    losses = [losses_by_level(p.denoiser, *points, scores.SIGMAS) for p in (exact, fast)]
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
 
 

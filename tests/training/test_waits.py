@@ -148,6 +148,7 @@ def score_trainer(options: dict[str, Any], device: torch.device, folder: Path) -
         *(tensor.to(device) for part in parts for tensor in part),
         fit=builder.fit,
         augment=augmentation.NonLeaking(settings.augment) if settings.augment else builder._mirror(),
+        sigma=0.3,
         seed=0,
         random_layers=settings.dropout > 0,
         speed=Speed("bfloat16" if device.type == "cuda" else "float32"),
@@ -156,7 +157,7 @@ def score_trainer(options: dict[str, Any], device: torch.device, folder: Path) -
     )
     generator: Any = torch.Generator(device).manual_seed(0) if device.type == "cuda" else None
     loss = matching.DenoisingLoss(denoiser)
-    return scores.ScoreTrainer("score network", denoiser, loss, scores.denoising_loss, training, generator, folder)
+    return scores.ScoreTrainer("score network", denoiser, loss, training, generator, folder)
 
 
 @pytest.mark.parametrize("options", SCORES.values(), ids=SCORES.keys())
