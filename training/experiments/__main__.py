@@ -12,7 +12,7 @@ from typing import Literal
 
 from training import command_line, config
 from training.errors import Interrupted, run_program
-from training.experiments import mixtures
+from training.experiments import gradients, mixtures
 from training.experiments.runner import run_cells
 
 
@@ -20,7 +20,7 @@ from training.experiments.runner import run_cells
 class ExperimentSettings:
     """Which experiment, and how much of it. Called again, it does what is missing."""
 
-    name: Literal["mixtures"] = "mixtures"
+    name: Literal["mixtures", "gradients"] = "mixtures"
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # a cell each: its own problem, data, initialisation
     dimensions: tuple[int, ...] = (16,)  # mixtures: features of x
     counts: tuple[int, ...] = (2000, 10_000)  # mixtures: labelled training points
@@ -48,12 +48,22 @@ def main(arguments: list[str]) -> None:
     config.check_ranges(settings, RANGES)
     out = settings.out or Path("runs") / "experiments" / settings.name
     jobs = settings.jobs or len(os.sched_getaffinity(0))
-    planned = mixtures.cells(out, settings.seeds, settings.dimensions, settings.counts, settings.quick)
     try:
-        run_cells(mixtures.run, planned, jobs)
+        count = run(settings, out, jobs)
     except Interrupted as signal:
         raise Interrupted(f"{signal}, all finished entries are kept in {out}; the same command continues") from None
-    print(f"{len(planned)} cells in {out}")
+    print(f"{count} cells in {out}")
+
+
+def run(settings: ExperimentSettings, out: Path, jobs: int) -> int:
+    """Run what is missing; the number of cells."""
+    if settings.name == "gradients":
+        cells = [gradients.Cell(seed, out, settings.quick) for seed in settings.seeds]
+        run_cells(gradients.run, cells, jobs)
+        return len(cells)
+    planned = mixtures.cells(out, settings.seeds, settings.dimensions, settings.counts, settings.quick)
+    run_cells(mixtures.run, planned, jobs)
+    return len(planned)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 
 from scorematch import ThreatModel
 from scorematch.networks import MLPBackbone
-from scorematch.posteriors import ClassScorePosterior, GaussianMixture
+from scorematch.posteriors import GaussianMixture
 
 FOLDS = 4  # a posterior is fitted on three and picks its weights on the fourth
 
@@ -21,7 +21,7 @@ class Problem:
     """Data, the truth about them, and the networks that fit them."""
 
     name: str
-    oracle: ClassScorePosterior  # p_d, in closed form
+    oracle: GaussianMixture  # p_d, in closed form
     x: Tensor  # [N, …] training inputs
     y: Tensor  # int64 [N] their labels
     x_test: Tensor  # a fresh sample, for the final measurement
