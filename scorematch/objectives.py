@@ -10,12 +10,27 @@ score_direct    max_{x'} D(p(·|x') ‖ q(x'))                                  
 ==============  =========================================================================  ==================
 
 q = softmax of the model, y the label (or a distribution over labels), p a data posterior.
+
+Between the surrogates and direct SCORE, each piece of the latter by itself:
+
+==========================  ============================================================================================
+option                      what it changes
+==========================  ============================================================================================
+score_direct, target_mix    the target is p(·|x)^(1−m) p(·|x')^m, normalised: how far it follows x'
+score_direct,               the attack with the data gradient, without it, or with noise of its length in its place
+data_gradient
+trades, posterior and       the target q(x) of the robust term moves with the data: softmax(log q(x) + κ (log p(·|x') −
+transport                   log p(·|x)))
+:func:`soft_targets`        y of any objective: p(·|x) in the place of the label
+==========================  ============================================================================================
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -35,7 +50,9 @@ from .weight_perturbation import WeightPerturbation
 CLIP_FORMS = ("total", "robust", "threshold")
 ATTACKS = ("pgd", *SINGLE_STEP)
 STARTS = ("uniform", "gaussian")
+DATA_GRADIENTS = ("scores", "none", "noise")
 GAUSSIAN_START = 1e-3  # standard deviation, in input units, of the start of TRADES as published
+LOWEST = -1e30  # log p of a class of probability 0 where two of them are subtracted: −∞ would give NaN
 
 
 class Outcome(NamedTuple):
@@ -57,6 +74,22 @@ def accuracy(logits: Tensor, y: Tensor) -> Tensor:
     """The share of logits [N, L] whose largest is that of y: int64 labels [N], or probabilities [N, L]."""
     labels = y if y.dim() == 1 else y.argmax(1)
     return (logits.detach().argmax(1) == labels).float().mean()
+
+
+def soft_targets(posterior: Posterior, x: Tensor, y: Tensor) -> Tensor:
+    """p(·|x) of a posterior at clean inputs: y for an objective, in the place of labels.
+
+    Args:
+        posterior: estimate of p_d(y|x), fixed.
+        x: [N, …] clean inputs.
+        y: int64 [N] labels, or probabilities [N, L]; read only by posteriors that are anchored at labels, whose p(·|x)
+            is the smoothed label.
+
+    Returns:
+        [N, L] probabilities, without a graph.
+    """
+    with torch.no_grad():
+        return posterior.clean_log_prob(x, y).exp()
 
 
 class _Clip(NamedTuple):
@@ -159,6 +192,8 @@ def trades(
     *,
     threat_model: ThreatModel,
     beta: float = 6.0,
+    posterior: Posterior | None = None,
+    transport: float = 1.0,
     steps: int = 10,
     divergence: str = "kl",
     clip: float = 0.0,
@@ -172,12 +207,23 @@ def trades(
 ) -> Outcome:
     """TRADES, Eq. (21): D(y ‖ q(x)) + β max_{x'} D(q(x) ‖ q(x')), with the gradient through both arguments of D.
 
+    With a posterior p the target of the robust term moves with the data as x' does:
+    D(softmax(log q(x) + κ (log p(·|x') − log p(·|x))) ‖ q(x')), as direct SCORE asks of a model that is right at x.
+    Where p is a path integral from x, its anchor cancels. The attack follows the model gradient and κ times the data
+    gradient, as in :func:`score_direct`; the outer gradient holds the shift of the target constant.
+
     Args:
         beta: weight of the robust term, ≥ 0.
+        posterior: estimate of p_d(y|x'), fixed; None leaves the target at q(x).
+        transport: κ, how far the target moves with the posterior, finite and ≥ 0; 0 is TRADES itself.
         clip_form: ``"total"`` clips the sum of both terms, relu(total − bound); ``"robust"`` the robust term,
             relu(D − bound); ``"threshold"`` the robust term, relu(D − c).
 
     The other arguments are those of :func:`pgd_at`.
+
+    Returns:
+        An outcome with the metrics ``natural`` and ``robust``, the means of the two terms, and with a posterior
+        those of the data gradient of :func:`score_direct`.
 
     Raises:
         ValueError: an argument is outside its range.
@@ -185,6 +231,8 @@ def trades(
     check_kind(divergence)
     if not beta >= 0.0:
         raise ValueError(f"beta must not be negative, got {beta}")
+    if not 0.0 <= transport < math.inf:
+        raise ValueError(f"transport must be finite and not negative, got {transport}")
 
     def search(x: Tensor, first: Tensor) -> dict[str, Tensor]:
         with borrowed(model, attack_mode):
@@ -193,15 +241,31 @@ def trades(
             gradient = _Watched(input_gradient(lambda x_adv: logit_divergence(model(x_adv), clean, kind=divergence)))
             return {"x_adv": _attacked(x, gradient, threat_model, attack, steps, first), **gradient.metrics()}
 
-    found = _found(graphs, search, [model], x, _start(x, threat_model, start, generator, attack))
-    x_adv = found.pop("x_adv")
+    def search_with(posterior: Posterior, x: Tensor, y: Tensor, first: Tensor) -> dict[str, Tensor]:
+        trace = posterior.trace(x, y)
+        with borrowed(model, attack_mode):
+            with torch.no_grad():
+                clean = model(x)
+            target = _Target(trace, clean, transport)
+            ascent = _DirectAscent(model, target, divergence)
+            x_adv = _attacked(x, ascent.gradient, threat_model, attack, steps, first)
+            target.move(x_adv)
+        return {"x_adv": x_adv, "shift": target.shift(), **ascent.metrics()}
+
+    first = _start(x, threat_model, start, generator, attack)
+    if posterior is None:
+        found = _found(graphs, search, [model], x, first)
+    else:
+        found = _found(graphs, partial(search_with, posterior), [model, posterior], x, y, first)
+    x_adv, shift = found.pop("x_adv"), found.pop("shift", None)
 
     def outcome() -> Outcome:
         logits = model(x)
         bounds = _clipping(clip, clip_form, divergence, logits.shape[1])
         natural = divergence_of(logits, y, kind=divergence)
         attacked = model(x_adv)
-        robust = logit_divergence(attacked, logits, kind=divergence, clip=bounds.of_robust)
+        target = logits if shift is None else logits + shift
+        robust = logit_divergence(attacked, target, kind=divergence, clip=bounds.of_robust)
         loss = natural + beta * robust
         if bounds.of_total:
             loss = torch.relu(loss - bounds.of_total)
@@ -218,6 +282,8 @@ def score_direct(
     *,
     threat_model: ThreatModel,
     posterior: Posterior,
+    target_mix: float = 1.0,
+    data_gradient: str | Tensor = "scores",
     steps: int = 10,
     divergence: str = "kl",
     clip: float = 0.0,
@@ -238,6 +304,11 @@ def score_direct(
     Args:
         posterior: estimate of p_d(y|x'), fixed.
         y: int64 [N] labels, or probabilities [N, L]; read only by posteriors that are anchored at labels.
+        target_mix: m in [0, 1], how far the target follows x': it is p(·|x)^(1−m) p(·|x')^m, normalised. 1 is SCORE;
+            0 keeps the posterior of clean x, PGD-AT with :func:`soft_targets`, and the data gradient is 0.
+        data_gradient: what the attack adds to the model gradient: ``"scores"``, the data gradient of Eq. (33);
+            ``"none"``, nothing, while the target still follows x'; ``"noise"``, Gaussian noise with, sample by sample,
+            the norm of the data gradient, a control; or the noise before it is scaled, see :func:`noise_directions`.
 
     The other arguments are those of :func:`pgd_at`.
 
@@ -247,19 +318,29 @@ def score_direct(
         adding the data gradient changes the sign of the step.
 
     Raises:
-        ValueError: an argument is outside its range.
+        ValueError: an argument is outside its range, or ``target_mix`` is not 1 with a posterior whose ``centering``
+            is ``"network"``: Eq. (34) to the letter has no such form.
     """
     check_kind(divergence)
+    if not 0.0 <= target_mix <= 1.0:
+        raise ValueError(f"target_mix must lie in [0, 1], got {target_mix}")
+    literal = posterior.centering == "network"
+    if literal and target_mix != 1.0:
+        raise ValueError(f"target_mix must be 1 for a posterior with centering 'network', got {target_mix}")
 
-    def search(x: Tensor, y: Tensor, first: Tensor) -> dict[str, Tensor]:
+    def search(x: Tensor, y: Tensor, first: Tensor, *noise: Tensor) -> dict[str, Tensor]:
         trace = posterior.trace(x, y)
-        ascent = _DirectAscent(model, trace, divergence, literal=posterior.centering == "network")
+        target = _Target(trace) if target_mix == 1.0 else _Target(trace, trace.log_p, target_mix)
+        ascent = _DirectAscent(model, target, divergence, literal=literal, scores=scores, noise=noise)
         with borrowed(model, attack_mode):
             x_adv = _attacked(x, ascent.gradient, threat_model, attack, steps, first)
-            trace.move(x_adv)
-        return {"x_adv": x_adv, "log_p": trace.log_p, **ascent.metrics()}
+            target.move(x_adv)
+        return {"x_adv": x_adv, "log_p": target.logits(), **ascent.metrics()}
 
-    metrics = _found(graphs, search, [model, posterior], x, y, _start(x, threat_model, start, generator, attack))
+    first = _start(x, threat_model, start, generator, attack)
+    scores = isinstance(data_gradient, Tensor) or data_gradient != "none"
+    noise = _noise(x, data_gradient, steps, generator, attack)
+    metrics = _found(graphs, search, [model, posterior], x, y, first, *noise)
     x_adv, log_p = metrics.pop("x_adv"), metrics.pop("log_p")
 
     def outcome() -> Outcome:
@@ -287,14 +368,61 @@ class _Watched:
         return {} if self.last is None else {"zero_gradient_share": (self.last == 0).float().mean()}
 
 
-class _DirectAscent:
-    """The direction of Eq. (33) along one attack, and how much of it comes from the data."""
+class _Target:
+    """The target of an attack, moving with the data: softmax(base + share (log p(·|x') − log p(·|x))).
 
-    def __init__(self, model: nn.Module, trace: Trace, kind: str, *, literal: bool) -> None:
+    Without a base it is p(·|x') itself.
+    """
+
+    def __init__(self, trace: Trace, base: Tensor | None = None, share: float = 1.0) -> None:
+        self.trace, self.base, self.share = trace, base, share
+        self.clean = trace.log_p if base is None else trace.log_p.clamp(min=LOWEST)
+
+    def move(self, x: Tensor) -> None:
+        if self.share:
+            self.trace.move(x)
+
+    def shift(self) -> Tensor:
+        """share (log p(·|x') − log p(·|x)) [N, L], finite."""
+        return self.share * (self.trace.log_p.clamp(min=LOWEST) - self.clean)
+
+    def logits(self) -> Tensor:
+        """[N, L], whose softmax is the target; with no base normalised."""
+        return self.trace.log_p if self.base is None else self.base + self.shift()
+
+    def pull_back(self, weights: Tensor, grad: Tensor) -> Tensor:
+        """grad + Σ_y c_y ∇ₓ logits_y for the weights c [N, L], up to what all classes have in common."""
+        return self.trace.pull_back(weights if self.share == 1.0 else self.share * weights, grad)
+
+
+class _DirectAscent:
+    """The direction of Eq. (33) along one attack, and how much of it comes from the data.
+
+    Args:
+        model: maps [N, …] to logits [N, L].
+        target: what the model is compared with.
+        kind: name of D.
+        literal: see :func:`direct_weights`.
+        scores: whether the data have a part in the direction.
+        noise: none, or [steps, N, …], whose directions stand for that of the data gradient, one a step.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target: _Target,
+        kind: str,
+        *,
+        literal: bool = False,
+        scores: bool = True,
+        noise: Sequence[Tensor] = (),
+    ) -> None:
         self.model = model
-        self.trace = trace
+        self.target = target
         self.kind = kind
         self.literal = literal
+        self.scores = scores and target.share > 0.0
+        self.noise = iter(noise[0]) if noise else None
         self.data_norm: Tensor | float = 0.0
         self.model_norm: Tensor | float = 0.0
         self.sign_changes: Tensor | float = 0.0
@@ -302,15 +430,24 @@ class _DirectAscent:
         self.last: Tensor | None = None
 
     def gradient(self, x: Tensor) -> Tensor:
-        self.trace.move(x)
+        self.target.move(x)
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             logits = self.model(x)
-        weights, grad_logits = direct_weights(logits.detach(), self.trace.log_p, self.kind, literal=self.literal)
+        weights, grad_logits = direct_weights(logits.detach(), self.target.logits(), self.kind, literal=self.literal)
         (model_gradient,) = torch.autograd.grad(logits, x, grad_logits)
-        total = self.trace.pull_back(weights, model_gradient)
+        total = self._with_data(weights, model_gradient)
         self._measure(model_gradient, total)
         return total
+
+    def _with_data(self, weights: Tensor, model_gradient: Tensor) -> Tensor:
+        if not self.scores:
+            return model_gradient
+        if self.noise is None:
+            return self.target.pull_back(weights, model_gradient)
+        length = _lengths(self.target.pull_back(weights, torch.zeros_like(model_gradient)))
+        direction = next(self.noise)
+        return model_gradient + direction * (length / _lengths(direction))
 
     def _measure(self, model_gradient: Tensor, total: Tensor) -> None:
         self.data_norm = self.data_norm + (total - model_gradient).flatten(1).norm(dim=1).sum()
@@ -329,12 +466,17 @@ class _DirectAscent:
         }
 
 
+def _lengths(x: Tensor) -> Tensor:
+    """The Euclidean norm of each sample of x [N, …], [N, 1, …]."""
+    return x.flatten(1).norm(dim=1).view(-1, *[1] * (x.dim() - 1))
+
+
 def direct_weights(logits: Tensor, log_p: Tensor, kind: str, *, literal: bool = False) -> tuple[Tensor, Tensor]:
     """Derivatives of D(p ‖ softmax(logits)) that the two gradients of Eq. (33) need.
 
     Args:
         logits: [N, L] of the model.
-        log_p: [N, L] log posterior, normalised.
+        log_p: [N, L] log posterior; normalised where ``literal``, else logits p = softmax(log_p).
         kind: name of D.
         literal: give c = ∂D/∂ log p as Eq. (33) writes it (for KL: p (log p − log q), without the constant that
             cancels), instead of its projection w = c − p Σ c. Needed when the scores are centred by an estimated
@@ -354,6 +496,40 @@ def direct_weights(logits: Tensor, log_p: Tensor, kind: str, *, literal: bool = 
     if kind == "kl":
         grad_p = grad_p - 1.0
     return p.detach() * grad_p, grad_z
+
+
+def noise_directions(x: Tensor, steps: int, generator: torch.Generator | None = None, attack: str = "pgd") -> Tensor:
+    """Standard Gaussian noise for each step of an attack, for ``data_gradient`` of :func:`score_direct`.
+
+    Args:
+        x: [N, …] clean inputs.
+        steps: of the attack (pgd).
+        generator: randomness, on the device of x.
+        attack: ``"pgd"``, or one of a single step.
+
+    Returns:
+        [steps, N, …].
+    """
+    count = 1 if attack in SINGLE_STEP else steps
+    return torch.empty(count, *x.shape, dtype=x.dtype, device=x.device).normal_(generator=generator)
+
+
+def _noise(
+    x: Tensor, data_gradient: str | Tensor, steps: int, generator: torch.Generator | None, attack: str
+) -> list[Tensor]:
+    """The noise in the place of the data gradient, [steps, N, …], where there is one."""
+    if not isinstance(data_gradient, Tensor):
+        if data_gradient not in DATA_GRADIENTS:
+            allowed = f"one of {', '.join(DATA_GRADIENTS)}, or a tensor [steps, N, …]"
+            raise ValueError(f"data_gradient must be {allowed}, got {data_gradient!r}")
+        return [noise_directions(x, steps, generator, attack)] if data_gradient == "noise" else []
+    expected = (1 if attack in SINGLE_STEP else steps, *x.shape)
+    if data_gradient.shape != expected or data_gradient.dtype != x.dtype or data_gradient.device != x.device:
+        raise ValueError(
+            f"data_gradient must be {x.dtype} {list(expected)} on {x.device}, for each step what x is, got "
+            f"{data_gradient.dtype} {list(data_gradient.shape)} on {data_gradient.device}"
+        )
+    return [data_gradient.detach()]
 
 
 def _attacked(

@@ -74,6 +74,8 @@ def gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
         ("pgd_at", {"divergence": "se", "clip": 0.1}),
         ("pgd_at", {"attack": "fgsm_rs"}),
         ("trades", {"divergence": "js"}),
+        ("trades", {"posterior": "score network", "transport": 0.5}),
+        ("score_direct", {"posterior": "kernel density", "target_mix": 0.5}),
         *(("score_direct", {"posterior": p}) for p in ("mixture", "kernel density", "classifier", "score network")),
     ],
 )

@@ -47,7 +47,8 @@ DEFAULT_OBJECTIVES = {
     "svhn": ("standard", "pgd_at:kl", "pgd_at:se", "trades:kl", "trades:se"),
 }
 OWN_OBJECTIVES = {"images": "cifar10", "small-images": "digits", "vectors": "digits"}  # as on this data set
-GENERATED = "generated"  # part of an entry's name
+GENERATED, SOFT = "generated", "soft"  # parts of an entry's name
+FORM = "[:DIVERGENCE][:POSTERIOR][:soft][:generated]"
 ROOT = Path(__file__).resolve().parent.parent
 POLL_SECONDS = 0.5
 LOG_LINES = 5  # of a failed run, shown
@@ -59,7 +60,8 @@ class CompareSettings:
 
     # data set: a name as for training.run, folder, or module:function; --data-root and --image-size go after --
     data: DataName = "digits"
-    # OBJECTIVE[:DIVERGENCE][:POSTERIOR][:generated], such as trades:se; none: the usual ones
+    # OBJECTIVE[:DIVERGENCE][:POSTERIOR][:soft][:generated], such as trades:se; none: the usual ones. The data move the
+    # target of trades:kernel_density; pgd_at:kernel_density:soft and trades:kernel_density:soft have soft targets
     objectives: tuple[str, ...] = ()
     generated: tuple[Path, ...] = ()  # files of generated images, for the entries with :generated
     seeds: tuple[int, ...] = (0, 1, 2)  # one run of each objective a seed; the split is always the same
@@ -76,11 +78,14 @@ class Entry(NamedTuple):
     divergence: str
     posterior: str | None
     generated: bool = False  # trained on generated images too
+    soft: bool = False  # the posterior's p(y|x) in the place of labels
 
     @property
     def family(self) -> str:
         """What decides the colour of a plot."""
-        return self.posterior or self.objective
+        if self.posterior is None:
+            return self.objective
+        return self.posterior if self.objective == "score_direct" else f"{self.objective} with a posterior"
 
     @property
     def label(self) -> str:
@@ -88,9 +93,14 @@ class Entry(NamedTuple):
         words = [titles[self.objective], {"kl": "KL", "se": "SE"}.get(self.divergence, self.divergence)]
         if self.objective == "standard" and self.divergence == "kl":
             words.pop()
+        notes = [", generated data too"] if self.generated else []
         if self.posterior:
-            words = [words[0], report.POSTERIOR_NAMES[self.posterior], *([] if self.divergence == "kl" else words[1:])]
-        return " ".join(words) + (", generated data too" if self.generated else "")
+            name = report.POSTERIOR_NAMES[self.posterior]
+            if self.objective == "score_direct":
+                words = [words[0], name, *([] if self.divergence == "kl" else words[1:])]
+            else:
+                notes.insert(0, f", {'soft targets' if self.soft else 'target moved'} by {name}")
+        return " ".join(words) + "".join(notes)
 
 
 class Job(NamedTuple):
@@ -112,23 +122,26 @@ class Job(NamedTuple):
 
 
 def parse_entry(name: str) -> Entry:
-    """``OBJECTIVE[:DIVERGENCE][:POSTERIOR][:generated]``, the parts after the first in any order."""
+    """``OBJECTIVE[:DIVERGENCE][:POSTERIOR][:soft][:generated]``, the parts after the first in any order."""
     objective, *parts = name.split(":")
     if objective not in get_args(Objective):
-        form = "[:DIVERGENCE][:POSTERIOR][:generated]"
-        raise unknown_name("objectives", name, [f"{o}{form}" for o in get_args(Objective)])
-    generated = GENERATED in parts
-    parts = [part for part in parts if part != GENERATED]
+        raise unknown_name("objectives", name, [f"{o}{FORM}" for o in get_args(Objective)])
+    generated, soft = GENERATED in parts, SOFT in parts and objective != "score_direct"
+    known = (*KINDS, *(get_args(Posterior) if soft or objective in ("trades", "score_direct") else ()))
     divergence, posterior = "kl", "score_network" if objective == "score_direct" else None
     for part in parts:
+        if part == GENERATED or (part == SOFT and soft):
+            continue
+        if part not in known:
+            allowed = [*known, *([] if objective == "score_direct" else [SOFT]), GENERATED]
+            raise unknown_name(f"objectives: {name}", part, allowed)
         if part in KINDS:
             divergence = part
-        elif part in get_args(Posterior) and objective == "score_direct":
-            posterior = part
         else:
-            allowed = [*KINDS, *(get_args(Posterior) if objective == "score_direct" else ()), GENERATED]
-            raise unknown_name(f"objectives: {name}", part, allowed)
-    return Entry(name, objective, divergence, posterior, generated)
+            posterior = part
+    if soft and posterior is None:
+        raise InputError(f"objectives: {name} has no posterior, expected such as {objective}:kernel_density:{SOFT}")
+    return Entry(name, objective, divergence, posterior, generated, soft)
 
 
 def usual_objectives(settings: CompareSettings, options: Sequence[str] = ()) -> list[str]:
@@ -163,6 +176,8 @@ def plan(settings: CompareSettings, options: Sequence[str], out: Path, jobs: int
             arguments = ["--objective", entry.objective, "--divergence", entry.divergence, "--data", settings.data]
             if entry.posterior:
                 arguments += ["--posterior", entry.posterior]
+            if entry.soft:
+                arguments += ["--soft-targets"]
             if entry.generated:
                 arguments += ["--generated", *map(str, settings.generated)]
             arguments += ["--seed", str(seed), "--out", str(folder)]
@@ -340,7 +355,7 @@ def _aggregate(entry: Entry, summaries: Sequence[dict[str, Any]]) -> dict[str, A
 
 def _paired(runs: dict[str, dict[int, dict[str, Any]]], aggregate: dict[str, Any]) -> dict[str, Any]:
     """Differences, seed by seed, from the surrogate with the highest mean robust accuracy."""
-    surrogates = [name for name, entry in aggregate.items() if entry["objective"] in ("pgd_at", "trades")]
+    surrogates = [name for name, entry in aggregate.items() if report.is_surrogate(entry)]
     if not surrogates:
         return {}
     best = max(surrogates, key=lambda name: aggregate[name]["pgd_acc"]["mean"])

@@ -34,6 +34,7 @@ else:
 Objective = Literal["standard", "pgd_at", "trades", "score_direct"]
 Attack = Literal["pgd", "fgsm_rs", "n_fgsm"]
 Posterior = Literal["score_network", "kernel_density", "noise_conditional_classifier", "oracle"]
+DataGradient = Literal["scores", "none", "noise"]
 ClipForm = Literal["total", "robust", "threshold"]
 AutoAttackVersion = Literal["none", "fast", "standard"]
 EVALUATION_LOSSES = ("ce", "margin", *KINDS)
@@ -90,9 +91,15 @@ class RunSettings:
     label_smoothing_over: Spread = "all"  # among all classes (torch, the published code), or among the others alone
     awp: float = 0.0  # adversarial weight perturbation: its length relative to the norm of the weights; 0 turns it off
     awp_warmup: int = 0  # epochs before the first with adversarial weight perturbation
-    posterior: Posterior = "score_network"  # score_direct: the estimate of p_d(y|x'); oracle exists on the toy only
+    # estimate of p_d(y|x') for score_direct (None is score_network), transport and soft_targets; oracle: the toy only
+    posterior: Posterior | None = None
     posterior_from: Path | None = None  # posterior.pt of an earlier run, used instead of training one
     posterior_settings: PosteriorSettings = field(default_factory=PosteriorSettings)
+    target_mix: float = 1.0  # score_direct: m of the target p(y|x)^(1-m) p(y|x')^m, how far it follows x'
+    data_gradient: DataGradient = "scores"  # score_direct: in its attack; noise: of the same length, a control
+    # trades with a posterior: how far the target q(x) moves with log p(y|x'); None is 1, with soft_targets 0
+    transport: float | None = None
+    soft_targets: bool = False  # standard, pgd_at, trades: the posterior's p(y|x), x augmented, in the place of labels
 
     # Optimisation
     epochs: int = 40  # passes over the training data
@@ -168,6 +175,13 @@ class RunSettings:
             self.image_size,
         )
 
+    @property
+    def transported(self) -> float:
+        """How far the target of TRADES moves with the data."""
+        if self.objective != "trades" or self.posterior is None:
+            return 0.0
+        return float(not self.soft_targets) if self.transport is None else self.transport
+
     def threat_model(self, lower: float, upper: float) -> ThreatModel:
         return ThreatModel(self.norm, self.eps, self.step_size, lower, upper)
 
@@ -201,6 +215,8 @@ RANGES: dict[str, Check] = {
     "beta": (_not_negative, "a finite number of at least 0"),
     "clip": (lambda v: 0 <= v < 1, "0 up to but not including 1"),
     "label_smoothing": (lambda v: 0 <= v < 1, "0 up to but not including 1"),
+    "target_mix": (lambda v: 0 <= v <= 1, "0 to 1"),
+    "transport": (lambda v: v is None or _not_negative(v), "a finite number of at least 0"),
     "awp": (lambda v: 0 <= v < 1, "0 (off) up to but not including 1"),
     "awp_warmup": (lambda v: v >= 0, "0 or a number of epochs"),
     "epochs": (lambda v: v >= 1, "at least 1"),
@@ -256,17 +272,11 @@ def validate(settings: RunSettings) -> None:
         raise InputError(f"pretrained: True with model {settings.model}, allowed: with timm:NAME")
     _validate_optimisation(settings)
     _validate_training_attack(settings)
-    if settings.posterior == "oracle" and settings.data != "toy":
-        raise InputError(f"posterior: 'oracle' on {settings.data}, allowed: p_d(y|x) is known on the toy only")
+    _validate_posterior(settings)
     if settings.shift and settings.data == "toy":
         raise InputError("shift: the toy has no images to shift, allowed: 0")
     if settings.cutmix and settings.data == "toy":
         raise InputError(f"cutmix: {settings.cutmix:g} on the toy, which has no images to mix, allowed: 0")
-    if settings.cutmix and settings.objective == "score_direct":
-        raise InputError(
-            f"cutmix: {settings.cutmix:g} with score_direct, whose targets are p_d(y|x') at images of the data and "
-            "which anchors at their labels, allowed: 0, or with standard, pgd_at and trades"
-        )
     if settings.flip and settings.data == "toy":
         raise InputError("flip: the toy has no images to mirror, allowed: False")
     if settings.autoattack != "none" and settings.data == "toy":
@@ -326,6 +336,42 @@ def resolved_posterior(settings: PosteriorSettings, data: DataName, input_shape:
     if kind == "images" and settings.network is None and any(size % 4 for size in input_shape[1:]):
         settings = dataclasses.replace(settings, network="conv")
     return settings.resolved(POSTERIOR_OF[kind])
+
+
+def _validate_posterior(settings: RunSettings) -> None:
+    """What asks a posterior, and what it does not go with."""
+    objective, posterior = settings.objective, settings.posterior
+    direct = objective == "score_direct"
+    if posterior == "oracle" and settings.data != "toy":
+        raise InputError(f"posterior: 'oracle' on {settings.data}, allowed: p_d(y|x) is known on the toy only")
+    for name in ("target_mix", "data_gradient"):
+        if not direct and (value := getattr(settings, name)) != getattr(RunSettings, name):
+            raise InputError(f"{name}: {value!r} with {objective}, allowed: with score_direct")
+    if settings.target_mix != 1.0 and settings.posterior_settings.centering == "network":
+        raise InputError(f"target_mix: {settings.target_mix!r} with centering 'network', allowed: 1, or 'posterior'")
+    if settings.soft_targets and direct:
+        raise InputError(
+            "soft_targets: True with score_direct, whose targets are p_d(y|x'), allowed: with standard, pgd_at and "
+            "trades; --target-mix 0 leaves its target at clean x"
+        )
+    if settings.transport is not None and objective != "trades":
+        raise InputError(f"transport: {settings.transport!r} with {objective}, allowed: with trades")
+    if posterior is not None and not (direct or objective == "trades" or settings.soft_targets):
+        raise InputError(
+            f"posterior: {posterior!r} with {objective}, which asks none, allowed: with score_direct, trades, or "
+            "--soft-targets"
+        )
+    if posterior is None and not direct:
+        for name in ("soft_targets", "transport", "posterior_from"):
+            if value := getattr(settings, name):
+                raise InputError(f"{name}: {value} without a posterior, allowed: with --posterior NAME")
+    if settings.cutmix and (direct or posterior is not None):
+        raise InputError(
+            f"cutmix: {settings.cutmix:g} with {objective} and a posterior, which is that of the images as they are, "
+            "allowed: 0, or with standard, pgd_at and trades without one"
+        )
+    if settings.label_smoothing and settings.soft_targets:
+        raise InputError(f"label_smoothing: {settings.label_smoothing} with soft_targets, allowed: 0")
 
 
 def _validate_images(settings: RunSettings) -> None:
@@ -486,6 +532,10 @@ def read_toml(path: Path) -> dict[str, Any]:
 def typed_values(table: dict[str, Any], where: str) -> dict[str, Any]:
     """The values of :class:`RunSettings` in a table, the nested ``posterior_settings`` still a table."""
     values = tables.typed_table(table, RunSettings, where, exclude=NOT_IN_RECIPES)
+    saved_before = "name" in table.get("posterior_settings", ()) and "soft_targets" not in table
+    if saved_before and table.get("objective") != "score_direct":
+        # Such a run asked no posterior, and named one all the same.
+        values = {key: value for key, value in values.items() if key not in ("posterior", "posterior_from")}
     if "posterior_settings" in table:
         nested = f"{where}: posterior_settings"
         values["posterior_settings"] = tables.typed_table(table["posterior_settings"], PosteriorSettings, nested)
@@ -514,9 +564,14 @@ def _construct(settings: type[PosteriorSettings], values: dict[str, Any], where:
 
 
 def with_posterior(settings: RunSettings) -> RunSettings:
-    """``--posterior NAME`` decides the name inside ``posterior_settings``, and the data set what is left open there."""
+    """``--posterior NAME`` decides the name inside ``posterior_settings``, and the data set what is left open there.
+
+    Without it score_direct takes a score network.
+    """
+    if settings.posterior is None and settings.objective == "score_direct":
+        settings = dataclasses.replace(settings, posterior="score_network")
     try:
-        named = dataclasses.replace(settings.posterior_settings, name=settings.posterior)
+        named = dataclasses.replace(settings.posterior_settings, name=settings.posterior or "score_network")
         shape = data_sets.format_of(settings.data_settings).input_shape
         named = resolved_posterior(named, settings.data, shape)
     except (ValueError, TypeError) as error:

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from scorematch import objectives
 from scorematch.free import FreeAttack
 from scorematch.graphs import AttackGraphs
-from scorematch.objectives import Outcome, first_iterate
+from scorematch.objectives import Outcome, first_iterate, noise_directions
 from scorematch.posteriors import Posterior
 from scorematch.weight_perturbation import WeightPerturbation
 from training import checkpoint, distributed, hardware, measures, toy
@@ -36,7 +36,8 @@ from training.optimisation import (
 # Each purpose draws from a generator of its own, so that a longer attack does not change the order of the data.
 PURPOSES = ("order", "augmentation", "attack", "validation", "evaluation")
 
-StepObjective = Callable[[nn.Module, Tensor, Tensor, Tensor | None, WeightPerturbation | None], Outcome]
+# Of (model, x, y, first iterate of the attack, noise in the place of its data gradient, weight perturbation).
+StepObjective = Callable[[nn.Module, Tensor, Tensor, Tensor | None, Tensor | None, WeightPerturbation | None], Outcome]
 
 
 def generator(seed: int, purpose: str, device: torch.device | str = "cpu") -> Generator:
@@ -52,11 +53,25 @@ def bind_objective(
     graphs: AttackGraphs | None = None,
     free: FreeAttack | None = None,
 ) -> StepObjective:
-    """The objective of a run as a function of (model, x, y, first iterate of the attack, weight perturbation)."""
+    """The objective of a run as a function of what a step has."""
+    objective = _objective_of_targets(settings, data, posterior, graphs, free)
+    if not settings.soft_targets:
+        return objective
+    assert posterior is not None
+    return lambda model, x, y, *others: objective(model, x, objectives.soft_targets(posterior, x, y), *others)
+
+
+def _objective_of_targets(
+    settings: RunSettings,
+    data: Data,
+    posterior: Posterior | None,
+    graphs: AttackGraphs | None,
+    free: FreeAttack | None,
+) -> StepObjective:
     if free is not None:
-        return lambda model, x, y, start, weights: free.step(model, x, y)
+        return lambda model, x, y, start, noise, weights: free.step(model, x, y)
     if settings.objective == "standard":
-        return lambda model, x, y, start, weights: objectives.standard(model, x, y, divergence=settings.divergence)
+        return lambda model, x, y, *others: objectives.standard(model, x, y, divergence=settings.divergence)
     attack: dict[str, Any] = {
         "divergence": settings.divergence,
         "threat_model": settings.threat_model(data.lower, data.upper),
@@ -72,11 +87,26 @@ def bind_objective(
     if settings.objective == "pgd_at":
         function = functools.partial(objectives.pgd_at, **attack)
     elif settings.objective == "trades":
+        if settings.transported:
+            attack |= {"posterior": posterior, "transport": settings.transported}
         function = functools.partial(objectives.trades, beta=settings.beta, **attack)
     else:
         assert posterior is not None
+        attack |= {"target_mix": settings.target_mix, "data_gradient": settings.data_gradient}
         function = functools.partial(objectives.score_direct, posterior=posterior, **attack)
-    return lambda model, x, y, start, weights: function(model, x, y, start=start, weights=weights)
+
+    def step(
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        start: Tensor | None,
+        noise: Tensor | None,
+        weights: WeightPerturbation | None,
+    ) -> Outcome:
+        given = {} if noise is None else {"data_gradient": noise}
+        return function(model, x, y, start=start, weights=weights, **given)
+
+    return step
 
 
 def add_metrics(sums: dict[str, Tensor], outcome: Outcome) -> None:
@@ -142,8 +172,15 @@ class LossOfStep(nn.Module):
         super().__init__()
         self.model, self.objective = model, objective
 
-    def forward(self, x: Tensor, y: Tensor, start: Tensor | None, weights: WeightPerturbation | None) -> Outcome:
-        return self.objective(self.model, x, y, start, weights)
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor,
+        start: Tensor | None,
+        noise: Tensor | None,
+        weights: WeightPerturbation | None,
+    ) -> Outcome:
+        return self.objective(self.model, x, y, start, noise, weights)
 
 
 class Trainer(Engine):
@@ -165,8 +202,8 @@ class Trainer(Engine):
             "augmentation": generator(settings.seed, "augmentation", device),
             "attack": generator(settings.seed, "attack", device),
         }
-        # Estimated posteriors get labels: an anchor at p_d(y|x) would hand them the oracle.
-        use_labels = data.p_train is None or settings.objective == "score_direct"
+        # Estimated posteriors get labels: an anchor at p_d(y|x) would hand them the oracle. (In TRADES it cancels.)
+        use_labels = data.p_train is None or settings.objective == "score_direct" or settings.soft_targets
         targets: Tensor = data.y_train if use_labels else data.p_train  # type: ignore[assignment]
         self.batches = Batches(settings, data, targets, self.generators["order"], self.generators["augmentation"])
         super().__init__(course(settings, self.batches.steps), device, out)
@@ -291,20 +328,24 @@ class Trainer(Engine):
         x, targets = self.batches.batch(index, self.steps_done)
         self.model.train()
         self._set_batchnorm(self.steps_done)
-        start = None
+        start = noise = None
         if settings.objective != "standard" and self.free is None:
             assert self.start is not None
             start = first_iterate(x, self.threat_model, self.start, self.generators["attack"], settings.attack)
+        if settings.data_gradient == "noise":
+            noise = noise_directions(x, settings.steps, self.generators["attack"], settings.attack)
         sums: dict[str, Tensor] = {}
         for _ in range(settings.free_replays or 1):  # free adversarial training: each time an update
             self.optimizer.zero_grad(set_to_none=True)
-            counted = self._accumulated(x, targets, start, sums)
+            counted = self._accumulated(x, targets, start, noise, sums)
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
             sums["gradient_norm"] = sums.get("gradient_norm", torch.zeros_like(norm)) + norm * counted
             self._update()
         return sums
 
-    def _accumulated(self, x: Tensor, targets: Tensor, start: Tensor | None, sums: dict[str, Tensor]) -> int:
+    def _accumulated(
+        self, x: Tensor, targets: Tensor, start: Tensor | None, noise: Tensor | None, sums: dict[str, Tensor]
+    ) -> int:
         """The gradient of the mean loss over a batch, in parts; adds to the sums of the metrics.
 
         Returns the number of samples of this process.
@@ -313,10 +354,11 @@ class Trainer(Engine):
         for part in range(settings.accumulate):
             share = slice(self.rank * settings.accumulate + part, None, self.world * settings.accumulate)
             mine = None if start is None else self._dense(start[share])
+            my_noise = None if noise is None else noise[:, share].contiguous()
             with self._perturbation() as weights:
                 if isinstance(self.loss_of_step, DistributedDataParallel):
                     self.loss_of_step.require_backward_grad_sync = part == settings.accumulate - 1
-                outcome: Outcome = self.loss_of_step(self._dense(x[share]), targets[share], mine, weights)
+                outcome: Outcome = self.loss_of_step(self._dense(x[share]), targets[share], mine, my_noise, weights)
                 # DistributedDataParallel takes the mean over the processes.
                 whole = len(outcome.loss) == len(x)
                 (outcome.loss.mean() if whole else outcome.loss.sum() * (self.world / len(x))).backward()

@@ -74,10 +74,10 @@ def main(arguments: list[str]) -> None:
     if not {"--generated", "--originals-only"} & {option.split("=")[0] for option in rest}:
         rest = [*rest, "--originals-only"]  # a batch of generated images costs the same, and no file is needed
     run = config.parse(rest)
-    if run.objective == "score_direct":
+    if run.posterior is not None:
         raise InputError(
-            "objective: 'score_direct', whose cost depends on its posterior, allowed: standard, pgd_at and trades; "
-            "python -m benchmarks.training measures it"
+            f"objective: {run.objective!r}, whose cost depends on its posterior, allowed: standard, pgd_at and trades "
+            "without one; python -m benchmarks.training measures score_direct"
         )
     count = settings.train_images or training_images(run)
     cost = plan(run, count, settings)

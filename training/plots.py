@@ -26,6 +26,9 @@ COLOURS = {
     "kernel_density": "#e69f00",
     "noise_conditional_classifier": "#cc79a7",
     "oracle": "#56b4e9",
+    "standard with a posterior": "#3f3f3f",
+    "pgd_at with a posterior": "#00406b",
+    "trades with a posterior": "#005a41",
 }
 MARKERS = {
     "standard": "x",
@@ -35,6 +38,9 @@ MARKERS = {
     "kernel_density": "D",
     "noise_conditional_classifier": "v",
     "oracle": "P",
+    "standard with a posterior": "+",
+    "pgd_at with a posterior": "p",
+    "trades with a posterior": "h",
 }
 DASHES = {"kl": "-", "se": "--"}
 DASHES_GENERATED = {"kl": "-.", "se": (0, (5, 1, 1, 1, 1, 1))}

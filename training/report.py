@@ -41,6 +41,11 @@ def write(out: Path, comparison: Comparison, figures: Path | None = None) -> str
     return table
 
 
+def is_surrogate(entry: Mapping[str, Any]) -> bool:
+    """Whether an entry of a comparison is adversarial training as published, without a posterior."""
+    return entry["objective"] in ("pgd_at", "trades") and not entry.get("posterior")
+
+
 def toy(comparison: Comparison) -> bool:
     return comparison["data"] == "toy"
 
@@ -174,7 +179,7 @@ def _ensemble(comparison: Comparison) -> str:
 def _headline(comparison: Comparison) -> str:
     aggregate = comparison["aggregate"].values()
     direct = [entry for entry in aggregate if entry["objective"] == "score_direct"]
-    surrogates = [entry for entry in aggregate if entry["objective"] in ("pgd_at", "trades")]
+    surrogates = [entry for entry in aggregate if is_surrogate(entry)]
     if not direct or not surrogates:
         return f"{len(aggregate)} objectives, {len(comparison['seeds'])} seeds."
     if toy(comparison):
@@ -252,7 +257,7 @@ def path_sections(comparison: Comparison) -> list[str]:
     for name, runs in comparison["runs"].items():
         entry = comparison["aggregate"][name]
         path = Path(runs[0]["folder"]) / "paths.json"
-        if path.exists():
+        if entry["objective"] == "score_direct" and path.exists():
             shown = POSTERIOR_NAMES.get(entry["family"], entry["family"])
             figure = plots.posteriors_along_attack(json.loads(path.read_text()), name=shown, family=entry["family"])
             sections += [f"<h3>{html.escape(shown)}</h3>", plots.as_image(figure, f"target posteriors, {shown}")]
@@ -291,8 +296,8 @@ def gradient_section(comparison: Comparison) -> list[str]:
         return []
     section = [
         "<h2>How much of the attack comes from the data</h2>",
-        "<p>In direct SCORE the attack ascends the model's gradient plus that of log p(y|x') (means over the last "
-        "epoch).</p>",
+        "<p>In direct SCORE, and in TRADES with a target that the data move, the attack ascends the model's gradient "
+        "plus that of log p(y|x') (means over the last epoch).</p>",
         f"<ul>{''.join(items)}</ul>",
     ]
     if audits:

@@ -5,7 +5,7 @@
     python -m training.run --resume runs/trades-se-1
 
 A run writes into its folder: config.toml, metrics.jsonl (one object an epoch), checkpoint.pt (last epoch), best.pt
-(best validation), posterior.pt (score_direct; the trainings of its networks are in score-network/ and classifier/),
+(best validation), posterior.pt (where one is used; its networks are trained in score-network/ and classifier/),
 tensorboard/, and at the end curve.json, paths.json, toy.json where they apply and, last of all, summary.json.
 autoattack.pt is there only while AutoAttack is on its way.
 """
@@ -111,8 +111,10 @@ def prepare_folder(settings: RunSettings) -> Path:
 
 def fresh_folder(settings: RunSettings) -> Path:
     parts = [data.slug(settings.data), settings.objective, settings.divergence]
-    if settings.objective == "score_direct":
+    if settings.posterior is not None:
         parts.append(settings.posterior)
+    if settings.soft_targets:
+        parts.append("soft")
     name = "-".join([*parts, f"seed{settings.seed}"])
     number = 1
     while (out := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
@@ -132,7 +134,7 @@ def train_and_evaluate(
         sys.stdout.flush()
     begin = time.perf_counter()
     posterior = None
-    if settings.objective == "score_direct":
+    if settings.posterior is not None:
         posterior = get_posterior(settings, loaded, given, out)
     posterior_seconds = time.perf_counter() - begin
 
@@ -161,7 +163,11 @@ def train_and_evaluate(
     results = measure(settings, loaded, trainer.network, posterior, out, search=trainer.search)
     summary = {
         **{key: getattr(settings, key) for key in ("objective", "divergence", "data", "model", "norm", "eps", "seed")},
-        "posterior": settings.posterior if posterior is not None else None,
+        "posterior": settings.posterior,
+        "soft_targets": settings.soft_targets,
+        "transport": settings.transported,
+        "target_mix": settings.target_mix if settings.objective == "score_direct" else None,
+        "data_gradient": settings.data_gradient if settings.objective == "score_direct" else None,
         "epochs": settings.epochs,
         "steps": settings.epochs * trainer.course.steps,
         "limit": settings.limit,

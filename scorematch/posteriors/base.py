@@ -62,6 +62,10 @@ class Posterior(nn.Module, ABC):
             y: their labels, int64 [N], or probabilities [N, L]; only estimators that anchor at labels read them.
         """
 
+    def clean_log_prob(self, x: Tensor, y: Tensor) -> Tensor:
+        """log p(y|x) [N, L] at clean inputs, without a graph: where :meth:`trace`, of the same arguments, begins."""
+        return self.trace(x, y).log_p
+
 
 class PointwisePosterior(Posterior):
     """A posterior that has a value at every point by itself. Calling it gives log p(y|x) [N, L], differentiable."""

@@ -91,7 +91,7 @@ class ScoreNetwork(Posterior):
 
     def trace(self, x: Tensor, y: Tensor) -> Trace:
         kind = _LinearTrace if self.linear else _PathTrace
-        return kind(self, x.detach(), self._anchor(x.detach(), y))
+        return kind(self, x.detach(), self.clean_log_prob(x, y))
 
     def scores(self, x: Tensor, classes: Tensor | None = None) -> Tensor:
         """Class scores at x [N, …]: [N, L, …]; with ``centering="network"`` [N, L + 1, …], the unconditional last.
@@ -106,7 +106,8 @@ class ScoreNetwork(Posterior):
                 return self.denoiser.class_scores(x, self.sigma, classes)
             return self.denoiser.class_scores(x, self.sigma)
 
-    def _anchor(self, x: Tensor, y: Tensor) -> Tensor:
+    def clean_log_prob(self, x: Tensor, y: Tensor) -> Tensor:
+        """That of the anchor; asks no score network."""
         with torch.no_grad():
             if self.anchor is not None:
                 return self.anchor.log_prob(x)

@@ -1,13 +1,16 @@
-"""Small models and mixtures that the tests share, and a CUDA graph that runs on the CPU."""
+"""Small models, mixtures and plain formulas that the tests share, and a CUDA graph that runs on the CPU."""
 
+import math
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from scorematch import graphs
+from scorematch import ThreatModel, graphs
 from scorematch.posteriors import GaussianMixture
+
+UNBOUNDED = {"lower": -math.inf, "upper": math.inf}
 
 
 def small_cnn(*, batch_norm: bool = False, classes: int = 10, seed: int = 0) -> nn.Module:
@@ -31,11 +34,44 @@ def mixture(classes: int = 3, components: int = 2, features: int = 5, seed: int 
     return GaussianMixture(means, covariances, weights)
 
 
-def log_posterior(mixture: GaussianMixture, x: torch.Tensor) -> torch.Tensor:
+def log_posterior(mixture: GaussianMixture, x: Tensor) -> Tensor:
     """log p(y|x) of a mixture by torch.distributions, for automatic differentiation: independent of its own code."""
     normal = torch.distributions.MultivariateNormal(mixture.means, mixture.covariances)
     log_components = normal.log_prob(x.flatten(1)[:, None, None, :]) + mixture.log_weights
     return log_components.logsumexp(-1).log_softmax(-1)
+
+
+def plain_divergence(p: Tensor, q: Tensor, kind: str) -> Tensor:
+    """D(P ‖ Q) of rows, written for automatic differentiation through both."""
+    m = 0.5 * (p + q)
+    js = 0.5 * (p * (p / m).log() + q * (q / m).log()).sum(1)
+    return {
+        "kl": (p * (p / q).log()).sum(1),
+        "se": (p - q).square().sum(1),
+        "l2": (p - q).norm(dim=1),
+        "l1": (p - q).abs().sum(1),
+        "linf": (p - q).abs().amax(1),
+        "js": js,
+        "js_distance": js.sqrt(),
+        "l1_squared": (p - q).abs().sum(1).square(),
+    }[kind]
+
+
+def climbed(
+    value: Callable[[Tensor], Tensor], x: Tensor, start: Tensor, threat_model: ThreatModel, steps: int
+) -> Tensor:
+    """Where plain gradient ascent on ``value`` [N, D] → [N] arrives in the ball around x, without a box."""
+    eps, length, x_adv = threat_model.eps, threat_model.step_size, start
+    for _ in range(steps):
+        x_adv = x_adv.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(value(x_adv).sum(), x_adv)
+        x_adv = x_adv.detach()
+        if threat_model.norm == "linf":
+            x_adv = (x_adv + length * gradient.sign()).clamp(x - eps, x + eps)
+        else:
+            x_adv = x_adv + length * gradient / gradient.norm(dim=1, keepdim=True)
+            x_adv = x + (x_adv - x) * (eps / (x_adv - x).norm(dim=1, keepdim=True)).clamp(max=1.0)
+    return x_adv
 
 
 class Replayed:

@@ -15,6 +15,9 @@ from scorematch.posteriors import KernelDensity
 
 SIZES = (8, 8, 5, 8, 8, 8, 5, 8)  # batches of two shapes: 8 is recorded at its fourth, 5 never
 
+WITH_POSTERIOR = {"mixed": ("target_mix", 0.5), "noise": ("data_gradient", "noise"), "transported": ("transport", 0.5)}
+NAMES = ["pgd_at", "trades", "score_direct", "score_direct mixed", "score_direct noise", "trades transported"]
+
 
 def train(name: str, attack_graphs: AttackGraphs | None, device: str, attack_mode: str) -> tuple[list, dict]:
     """Losses, attacked points and metrics of some steps, and the weights after them."""
@@ -22,7 +25,9 @@ def train(name: str, attack_graphs: AttackGraphs | None, device: str, attack_mod
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     generator = torch.Generator(device).manual_seed(0)
     settings: dict = {"threat_model": ThreatModel("linf", 0.1), "steps": 3, "attack_mode": attack_mode}
-    if name == "score_direct":
+    name, *options = name.split()
+    settings |= dict(WITH_POSTERIOR[option] for option in options)
+    if name == "score_direct" or options:
         points = torch.rand(10, 1, 8, 8, generator=torch.Generator().manual_seed(2))
         settings["posterior"] = KernelDensity(points, torch.arange(10), num_classes=10, sigma=1.0).to(device)
     data, seen = torch.Generator().manual_seed(1), []
@@ -39,7 +44,7 @@ def train(name: str, attack_graphs: AttackGraphs | None, device: str, attack_mod
 
 
 @pytest.mark.parametrize("attack_mode", ["eval", "train", "frozen"])
-@pytest.mark.parametrize("name", ["pgd_at", "trades", "score_direct"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_recorded_attack_reads_nothing_but_its_inputs_and_the_model(
     name: str, attack_mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -53,7 +58,7 @@ def test_a_recorded_attack_reads_nothing_but_its_inputs_and_the_model(
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("attack_mode", ["eval", "train", "frozen"])
-@pytest.mark.parametrize("name", ["pgd_at", "trades", "score_direct"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_graph_trains_as_without_one(name: str, attack_mode: str) -> None:
     expected = train(name, None, "cuda", attack_mode)
     actual = train(name, AttackGraphs(), "cuda", attack_mode)

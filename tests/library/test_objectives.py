@@ -4,34 +4,16 @@ import math
 
 import pytest
 import torch
-from library_models import log_posterior, mixture, small_cnn, smooth_mlp
+from library_models import UNBOUNDED, climbed, log_posterior, mixture, plain_divergence, small_cnn, smooth_mlp
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from scorematch import ThreatModel, objectives
 from scorematch.divergences import KINDS, clip_bound
-from scorematch.objectives import _DirectAscent, direct_weights
+from scorematch.objectives import _DirectAscent, _Target, direct_weights
 from scorematch.ops.score_step import score_step
 from scorematch.posteriors import ClassScorePosterior, GaussianMixture, KernelDensity
 from scorematch.posteriors.base import PointwisePosterior
-
-UNBOUNDED = {"lower": -math.inf, "upper": math.inf}
-
-
-def plain_divergence(p: torch.Tensor, q: torch.Tensor, kind: str) -> torch.Tensor:
-    """D(P ‖ Q) of rows, written for automatic differentiation through both."""
-    m = 0.5 * (p + q)
-    js = 0.5 * (p * (p / m).log() + q * (q / m).log()).sum(1)
-    return {
-        "kl": (p * (p / q).log()).sum(1),
-        "se": (p - q).square().sum(1),
-        "l2": (p - q).norm(dim=1),
-        "l1": (p - q).abs().sum(1),
-        "linf": (p - q).abs().amax(1),
-        "js": js,
-        "js_distance": js.sqrt(),
-        "l1_squared": (p - q).abs().sum(1).square(),
-    }[kind]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -41,7 +23,7 @@ def test_gradient_of_direct_score_equals_automatic_differentiation(kind: str) ->
     x = torch.randn(32, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     value = plain_divergence(log_posterior(oracle, x).exp(), model(x).softmax(1), kind)
     (expected,) = torch.autograd.grad(value.sum(), x)
-    ascent = _DirectAscent(model, oracle.trace(x, torch.zeros(32)), kind, literal=False)
+    ascent = _DirectAscent(model, _Target(oracle.trace(x, torch.zeros(32))), kind)
     torch.testing.assert_close(ascent.gradient(x), expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
 
 
@@ -62,17 +44,11 @@ def test_direct_attack_follows_automatic_differentiation(norm: str, kind: str) -
         divergence=kind,
         generator=torch.Generator().manual_seed(1),
     )
-    x_adv = threat_model.random_start(x, torch.Generator().manual_seed(1))
-    for _ in range(7):
-        x_adv.requires_grad_()
-        value = plain_divergence(log_posterior(oracle, x_adv).exp(), model(x_adv).softmax(1), kind)
-        (gradient,) = torch.autograd.grad(value.sum(), x_adv)
-        x_adv = x_adv.detach()
-        if norm == "linf":
-            x_adv = (x_adv + 0.1 * gradient.sign()).clamp(x - 0.5, x + 0.5)
-        else:
-            x_adv = x_adv + 0.1 * gradient / gradient.norm(dim=1, keepdim=True)
-            x_adv = x + (x_adv - x) * (0.5 / (x_adv - x).norm(dim=1, keepdim=True)).clamp(max=1.0)
+
+    def value(x_adv: torch.Tensor) -> torch.Tensor:
+        return plain_divergence(log_posterior(oracle, x_adv).exp(), model(x_adv).softmax(1), kind)
+
+    x_adv = climbed(value, x, threat_model.random_start(x, torch.Generator().manual_seed(1)), threat_model, 7)
     torch.testing.assert_close(outcome.x_adv, x_adv, rtol=1e-6, atol=1e-6)
     expected = plain_divergence(log_posterior(oracle, x_adv).exp().detach(), model(x_adv).softmax(1), kind)
     torch.testing.assert_close(outcome.loss, expected, rtol=1e-6, atol=1e-8)
@@ -100,8 +76,8 @@ def test_class_independent_field_changes_nothing(kind: str, scale: float) -> Non
     oracle, model = mixture(4, 2, 6), smooth_mlp(6, 4)
     x = torch.randn(32, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     y = torch.zeros(32)
-    plain = _DirectAscent(model, oracle.trace(x, y), kind, literal=False).gradient(x)
-    shifted = _DirectAscent(model, WithField(oracle, scale).trace(x, y), kind, literal=False).gradient(x)
+    plain = _DirectAscent(model, _Target(oracle.trace(x, y)), kind).gradient(x)
+    shifted = _DirectAscent(model, _Target(WithField(oracle, scale).trace(x, y)), kind).gradient(x)
     torch.testing.assert_close(shifted, plain, rtol=0, atol=1e-10)
     log_p = WithField(oracle, scale)(x.requires_grad_())
     (gradient,) = torch.autograd.grad(log_p[:, 0].sum(), x)

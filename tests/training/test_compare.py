@@ -135,6 +135,52 @@ def test_names_of_objectives(name: str, expected: tuple) -> None:
     assert compare.parse_entry(name)[1:4] == expected
     entry = compare.parse_entry(f"{name}:generated")
     assert (entry[1:4], entry.generated) == (expected, True)
+    assert not entry.soft
+
+
+@pytest.mark.parametrize(
+    ("name", "label", "options"),
+    [
+        ("trades:kl:score_network", "TRADES KL, target moved by score network", ["--posterior", "score_network"]),
+        (
+            "pgd_at:kl:kernel_density:soft",
+            "PGD-AT KL, soft targets by kernel density",
+            ["--posterior", "kernel_density", "--soft-targets"],
+        ),
+        (
+            "trades:soft:se:kernel_density:generated",
+            "TRADES SE, soft targets by kernel density, generated data too",
+            ["--posterior", "kernel_density", "--soft-targets", "--generated", "more.npz"],
+        ),
+        (
+            "standard:kernel_density:soft",
+            "standard, soft targets by kernel density",
+            ["--posterior", "kernel_density", "--soft-targets"],
+        ),
+    ],
+)
+def test_surrogates_with_a_posterior(name: str, label: str, options: list[str], tmp_path: Path) -> None:
+    entry = compare.parse_entry(name)
+    assert entry.label == label
+    assert not report.is_surrogate(entry._asdict()), "differences are from the best objective without a posterior"
+    more = (Path("more.npz"),) if entry.generated else ()
+    (job,) = compare.plan(compare.CompareSettings(objectives=(name,), generated=more, seeds=(0,)), [], tmp_path, 1)
+    start = job.arguments.index("--posterior")
+    assert job.arguments[start : start + len(options)] == options
+
+
+def test_a_comparison_with_surrogates_that_have_a_posterior(call: Any, tiny: list[str], tmp_path: Path) -> None:
+    names = ["pgd_at:kl", "pgd_at:kl:kernel_density:soft", "trades:kl:kernel_density"]
+    ending = call("compare", "--objectives", *names, "--seeds", "0", "--out", "here", "--", *tiny)
+    assert ending.status == 0, ending
+    comparison = json.loads((tmp_path / "here" / "compare.json").read_text())
+    assert comparison["paired"]["against"] == "pgd_at:kl"
+    assert [comparison["runs"][name][0]["soft_targets"] for name in names] == [False, True, False]
+    assert [comparison["runs"][name][0]["transport"] for name in names] == [0.0, 0.0, 1.0]
+    page = (tmp_path / "here" / "report.html").read_text()
+    assert "PGD-AT KL, soft targets by kernel density" in page
+    assert "<b>TRADES KL, target moved by kernel density</b>: ‖data gradient‖" in page
+    assert "Target posteriors along an attack" not in page
 
 
 def test_a_label_for_each_of_the_usual_objectives() -> None:

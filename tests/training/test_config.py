@@ -113,6 +113,41 @@ def test_settings_from_before_autoattack_are_without_it(tmp_path: Path) -> None:
         assert config.from_table(table, "config.toml").autoattack == "none"
 
 
+def test_a_run_from_before_named_a_posterior_that_it_did_not_ask(tmp_path: Path) -> None:
+    """Resumed, or taken as a recipe, it stays TRADES itself."""
+    table = config.as_table(config.parse(["--objective", "trades"]))
+    before = {**table, "posterior": "score_network"}
+    for name in ("soft_targets", "target_mix", "data_gradient"):
+        del before[name]
+    path = tmp_path / "config.toml"
+    path.write_text(tomli_w.dumps(before))
+    for settings in (config.from_table(before, "config.toml"), config.parse(["--recipe", str(path)])):
+        assert settings.posterior is None
+        assert config.as_table(settings) == table
+    direct = config.as_table(config.parse(["--objective", "score_direct"]))
+    del direct["soft_targets"]
+    assert config.from_table(direct, "config.toml").posterior == "score_network"
+
+
+@pytest.mark.parametrize(
+    ("options", "posterior", "transported"),
+    [
+        ("trades", None, 0.0),
+        ("score_direct", "score_network", 0.0),
+        ("trades --posterior kernel_density", "kernel_density", 1.0),
+        ("trades --posterior kernel_density --transport 0.5", "kernel_density", 0.5),
+        ("trades --posterior kernel_density --soft-targets", "kernel_density", 0.0),
+        ("trades --posterior kernel_density --soft-targets --transport 2", "kernel_density", 2.0),
+        ("pgd_at --posterior score_network --soft-targets", "score_network", 0.0),
+    ],
+)
+def test_what_asks_a_posterior(options: str, posterior: str | None, transported: float) -> None:
+    settings = config.parse(["--objective", *options.split()])
+    assert (settings.posterior, settings.transported) == (posterior, transported)
+    again = config.from_table(config.as_table(settings), "config.toml")
+    assert (again.posterior, again.transported) == (posterior, transported)
+
+
 def test_posterior_name_reaches_its_settings() -> None:
     settings = config.parse(["--objective", "score_direct", "--posterior", "kernel_density"])
     assert settings.posterior_settings.name == "kernel_density"

@@ -51,6 +51,7 @@ def torchrun_of(processes: int, program: str, arguments: list[str]) -> subproces
         ("trades", ["--attack-start", "uniform"]),
         ("pgd_at", ["--cutmix", "0.7", "--attack-start", "uniform"]),
         ("pgd_at", ["--free-replays", "2"]),
+        ("score_direct", ["--posterior", "kernel_density", "--data-gradient", "noise"]),
         ("pgd_at", ["--awp", "0.01", "--awp-warmup", "1"]),
     ],
 )

@@ -28,7 +28,7 @@ def trainer(out: Path, *options: str, graph: bool = False) -> Trainer:
         settings = dataclasses.replace(settings, graph="on")
     loaded = data.load(settings.data_settings)
     posterior = None
-    if settings.objective == "score_direct":
+    if settings.posterior is not None:
         posterior = posteriors.build(settings.posterior_settings, loaded, seed=settings.seed, folder=out)
     torch.manual_seed(settings.seed)
     return Trainer(settings, loaded, models.build(settings.model, loaded.input_shape, 10), posterior, out)
@@ -161,6 +161,8 @@ def test_switches_for_speed_change_rounding_alone(objective: str, tmp_path: Path
         "--objective trades --fold --awp 0.01 --label-smoothing 0.1",
         "--objective trades --attack n_fgsm --accumulate 2",
         "--objective score_direct --posterior kernel_density",
+        "--objective score_direct --posterior kernel_density --data-gradient noise --target-mix 0.5 --accumulate 2",
+        "--objective trades --posterior kernel_density --soft-targets --transport 0.5",
     ],
 )
 def test_recorded_attacks_train_to_the_same_bits(options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,6 +176,54 @@ def test_recorded_attacks_train_to_the_same_bits(options: str, tmp_path: Path, m
     assert Replayed.made > 0
     for name, value in plain.model.state_dict().items():
         assert torch.equal(recorded.model.state_dict()[name], value), name
+
+
+def weights_after(out: Path, options: str) -> torch.Tensor:
+    options += " --epochs 1 --model digits_cnn --averaging 0 --optimizer sgd --lr 0.05"
+    run = trainer(out, *options.split())
+    run.fit()
+    return torch.cat([parameter.detach().flatten() for parameter in run.model.parameters()])
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (
+            "score_direct --posterior kernel_density --target-mix 0",
+            "pgd_at --posterior kernel_density --soft-targets",
+        ),
+        ("trades --posterior kernel_density --transport 0", "trades"),
+        (
+            "score_direct --posterior kernel_density --data-gradient noise",
+            "score_direct --posterior kernel_density --data-gradient noise --accumulate 3",
+        ),
+    ],
+)
+def test_options_that_mean_the_same_train_the_same(one: str, other: str, tmp_path: Path) -> None:
+    a, b = (weights_after(tmp_path / str(number), f"--objective {o}") for number, o in enumerate((one, other)))
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_each_option_of_a_posterior_changes_the_training(tmp_path: Path) -> None:
+    posterior = "--posterior kernel_density"
+    options = [
+        f"score_direct {posterior}",
+        f"score_direct {posterior} --target-mix 0.5",
+        f"score_direct {posterior} --data-gradient none",
+        f"score_direct {posterior} --data-gradient noise",
+        "trades",
+        f"trades {posterior}",
+        f"trades {posterior} --transport 0.5",
+        f"trades {posterior} --soft-targets",
+        f"trades {posterior} --soft-targets --transport 1",
+        "standard",
+        f"standard {posterior} --soft-targets",
+        "pgd_at --free-replays 2",
+        f"pgd_at {posterior} --soft-targets --free-replays 2",
+    ]
+    found = [weights_after(tmp_path / str(number), f"--objective {o}") for number, o in enumerate(options)]
+    for number, weights in enumerate(found):
+        assert not any(torch.equal(weights, other) for other in found[:number]), options[number]
 
 
 def test_a_graph_does_not_communicate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,6 +63,7 @@ def test_time(capsys: pytest.CaptureFixture[str]) -> None:
         ("--gpus 0", "gpus: 0 is out of range, allowed: above 0"),
         ("--recipe toy --objective standard", "data: 'toy', allowed: cifar10, cifar100, svhn, digits"),
         ("--recipe cifar10 --objective score_direct", "whose cost depends on its posterior"),
+        ("--recipe cifar10 --objective trades --posterior kernel_density", "whose cost depends on its posterior"),
         ("--recipe table3 --betta 3", "--betta: unknown option, did you mean --beta"),
         ("--recipe none", "recipe: 'none' is unknown"),
     ],

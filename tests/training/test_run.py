@@ -93,6 +93,40 @@ def test_direct_on_the_digits(
     assert not Path("elsewhere").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (
+            "trades --posterior kernel_density",
+            {"soft_targets": False, "transport": 1.0, "target_mix": None, "data_gradient": None},
+        ),
+        (
+            "pgd_at --posterior kernel_density --soft-targets",
+            {"soft_targets": True, "transport": 0.0, "target_mix": None, "data_gradient": None},
+        ),
+        (
+            "score_direct --posterior kernel_density --target-mix 0.5 --data-gradient noise",
+            {"soft_targets": False, "transport": 0.0, "target_mix": 0.5, "data_gradient": "noise"},
+        ),
+    ],
+)
+def test_between_surrogates_and_direct_score(
+    call: Any, tiny: list[str], tmp_path: Path, options: str, told: dict[str, Any]
+) -> None:
+    ending = call("run", "--objective", *options.split(), *tiny, "--out", "here")
+    assert ending.status == 0, ending
+    summary = finished(tmp_path / "here")
+    assert {path.name for path in (tmp_path / "here").iterdir()} == FILES | {"posterior.pt", "paths.json"}
+    assert summary["posterior"] == "kernel_density"
+    assert {key: summary[key] for key in told} == told
+    assert summary["posterior_robust_acc"] <= summary["posterior_clean_acc"]
+    assert (summary["data_gradient_ratio"] is None) == options.startswith("pgd_at")
+    again = call("evaluate", "--run", "here", "--attack", "clean", "--out", "evaluation.json")
+    assert again.status == 0, again
+    assert json.loads((tmp_path / "evaluation.json").read_text())["clean_acc"] == summary["clean_acc"]
+    assert "finished already" in call("run", "--resume", "here").out
+
+
 def test_a_resumed_direct_run_keeps_its_posterior(
     call: Any, tiny: list[str], small_posterior: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,6 +36,10 @@ CASES = {
     "score network": "--objective score_direct --posterior-settings.anchor label",
     "anchored at a classifier": "--objective score_direct --posterior-settings.anchor classifier",
     "kernel density": "--objective score_direct --posterior kernel_density",
+    "target that follows in part, noise": "--objective score_direct --posterior kernel_density --target-mix 0.5 "
+    "--data-gradient noise",
+    "TRADES moved by the data": "--objective trades --posterior kernel_density",
+    "soft targets": "--objective pgd_at --posterior kernel_density --soft-targets",
     "classifier": "--objective score_direct --posterior noise_conditional_classifier",
 }
 
@@ -90,7 +94,7 @@ def trainer(options: str, device: torch.device, folder: Path, files: tuple[Path,
     loaded = data.load(settings.data_settings)
     settings = dataclasses.replace(settings, generated=files)
     posterior = None
-    if settings.objective == "score_direct":
+    if settings.posterior is not None:
         quick = dataclasses.replace(settings.posterior_settings, steps=1, width=16)
         posterior = posteriors.build(quick, loaded, seed=0, folder=folder).to(device)
     torch.manual_seed(0)
