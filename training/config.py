@@ -91,7 +91,7 @@ class RunSettings:
     label_smoothing_over: Spread = "all"  # among all classes (torch, the published code), or among the others alone
     awp: float = 0.0  # adversarial weight perturbation: its length relative to the norm of the weights; 0 turns it off
     awp_warmup: int = 0  # epochs before the first with adversarial weight perturbation
-    # estimate of p_d(y|x') for score_direct (None is score_network), transport and soft_targets; oracle: the toy only
+    # estimate of p_d(y|x') for score_direct (None is score_network), transport, soft_targets; oracle: where it is known
     posterior: Posterior | None = None
     posterior_from: Path | None = None  # posterior.pt of an earlier run, used instead of training one
     posterior_settings: PosteriorSettings = field(default_factory=PosteriorSettings)
@@ -342,8 +342,9 @@ def _validate_posterior(settings: RunSettings) -> None:
     """What asks a posterior, and what it does not go with."""
     objective, posterior = settings.objective, settings.posterior
     direct = objective == "score_direct"
-    if posterior == "oracle" and settings.data != "toy":
-        raise InputError(f"posterior: 'oracle' on {settings.data}, allowed: p_d(y|x) is known on the toy only")
+    if posterior == "oracle" and settings.data != "toy" and ":" not in settings.data:
+        known = "the toy, and a function's data that bring it (p_d)"
+        raise InputError(f"posterior: 'oracle' on {settings.data}, allowed: where p_d(y|x) is known: {known}")
     for name in ("target_mix", "data_gradient"):
         if not direct and (value := getattr(settings, name)) != getattr(RunSettings, name):
             raise InputError(f"{name}: {value!r} with {objective}, allowed: with score_direct")

@@ -22,6 +22,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, SVHN
 from torchvision.datasets.utils import check_integrity
 
+from scorematch.posteriors import Posterior
 from training import own_data, toy
 from training.errors import InputError, unknown_name
 
@@ -105,6 +106,7 @@ class Data:
     # Of the channels, which classifiers normalise with. None: those of x_train if it holds images, which load() sets.
     statistics: Statistics | None = None
     p_train: Tensor | None = None  # [N, L] p_d(y|x) at the training points, where it is known and asked for
+    p_d: Posterior | None = None  # the data's own posterior, where it is known: --posterior oracle, and a judge
     split_seed: int = SPLIT_SEED
     classes: tuple[str, ...] | None = None  # their names
     source: str | None = None  # of one's own data: the file of the function, or the folder; set by load()
@@ -141,8 +143,8 @@ class Data:
         }
 
     def to(self, device: torch.device) -> "Data":
-        tensors: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return dataclasses.replace(self, **tensors)
+        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, (Tensor, Posterior))}
+        return dataclasses.replace(self, **moved)
 
 
 def is_own(name: str) -> bool:
@@ -255,7 +257,7 @@ def _toy(labels: ToyLabels) -> Data:
     ]
     p_train = toy.posterior(parts[0][0]) if labels == "oracle" else None
     data = _assembled("toy", 2, parts)
-    return dataclasses.replace(data, lower=-math.inf, upper=math.inf, p_train=p_train)
+    return dataclasses.replace(data, lower=-math.inf, upper=math.inf, p_train=p_train, p_d=toy.oracle())
 
 
 def _of_files(settings: DataSettings) -> Data:
@@ -372,6 +374,12 @@ def checked(data: object, where: str) -> Data:
             f"data: {where}: y_train has no label {missing[0]}, allowed: all of 0 to {data.num_classes - 1} occur"
         )
     _check_probabilities(data, where)
+    if data.p_d is not None and not isinstance(data.p_d, Posterior):
+        given = type(data.p_d).__name__
+        raise InputError(f"data: {where}: p_d is {given}, allowed: None or a scorematch.posteriors.Posterior")
+    if data.p_d is not None and data.p_d.num_classes != data.num_classes:
+        given = f"{data.p_d.num_classes} classes"
+        raise InputError(f"data: {where}: p_d has {given}, allowed: {data.num_classes}, as the data")
     if data.p_train is not None:
         tensors["p_train"] = data.p_train.detach().cpu()
     tensors["classes"] = _class_names(data, where)

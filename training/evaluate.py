@@ -215,6 +215,11 @@ def clean_and_pgd(
     for name, mask in masks.items():
         accuracies[f"{name}_acc"] = measures.per_cent(mask)
         accuracies[f"{name}_interval"] = list(measures.wilson(int(mask.sum()), len(mask)))
+    if settings.attack == "pgd" and subject.data.p_d is not None:
+        assert threat_model is not None
+        accuracies |= measures.self_consistency(
+            model, subject.data.p_d, x, y, threat_model, steps=settings.steps, seed=settings.seed, batch=settings.batch
+        )
     return options | accuracies
 
 
@@ -283,6 +288,14 @@ def print_accuracies(results: dict[str, Any]) -> None:
     print(f"{'attack':<12}{'accuracy':>10}{'95 % interval':>18}{costs}")
     for name, (accuracy, (low, high), cost) in lines.items():
         print(f"{name:<12}{accuracy:>8.1f} %{f'{low:.1f} to {high:.1f} %':>18}{cost}")
+    if "r_score" in results:
+        print("against p_d, which is known here:")
+        for name, title in (("kl", "KL(p_d, model) at clean points"), ("r_score", "R_SCORE, its largest in the ball")):
+            low, high = results[f"{name}_interval"]
+            print(f"  {title:<38}{results[name]:>8.4f} nat{f'{low:.4f} to {high:.4f}':>20}")
+        low, high = results["disagrees_interval"]
+        title = "another class than p_d in the ball"
+        print(f"  {title:<38}{results['disagrees']:>8.1f} %  {f'{low:.1f} to {high:.1f} %':>20}")
 
 
 def selected_checkpoint(run: Path) -> Path:

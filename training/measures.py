@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
-from scorematch import PGD, AutoAttack, ThreatModel, intervals
+from scorematch import PGD, AutoAttack, ThreatModel, consistency, intervals
 from scorematch.attacks import AutoAttackWarning
 from scorematch.posteriors import Posterior
 from training import distributed
@@ -107,6 +107,40 @@ def wilson(hits: int, count: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a share, in per cent."""
     low, high = intervals.wilson(hits, count)
     return 100.0 * low, 100.0 * high
+
+
+def self_consistency(
+    model: nn.Module,
+    posterior: Posterior,
+    x: Tensor,
+    y: Tensor,
+    threat_model: ThreatModel,
+    *,
+    steps: int,
+    seed: int,
+    batch: int = BATCH,
+) -> dict[str, Any]:
+    """How far a classifier is from a known p_d, with 95 % intervals over the samples.
+
+    ``kl`` and ``r_score`` in nats, see :class:`scorematch.Consistency`; ``disagrees`` is the per cent of samples with a
+    point in B(x), among those of the search, at which the class is not the most likely one.
+    """
+    training_mode = model.training
+    model.eval()
+    generator = Generator(x.device).manual_seed(seed)
+    parts = [
+        consistency(model, posterior, xs, ys, threat_model, steps=steps, generator=generator)
+        for xs, ys in zip(x.split(batch), y.split(batch), strict=True)
+    ]
+    model.train(training_mode)
+    results: dict[str, Any] = {}
+    for name, values in (("kl", [p.divergence for p in parts]), ("r_score", [p.r_score for p in parts])):
+        value = torch.cat(values).double()
+        mean, half = value.mean().item(), 1.96 * value.std().item() / len(value) ** 0.5
+        results |= {name: mean, f"{name}_interval": [mean - half, mean + half]}
+    disagrees = torch.cat([p.disagrees for p in parts])
+    interval = list(wilson(int(disagrees.sum()), len(disagrees)))
+    return {**results, "disagrees": per_cent(disagrees), "disagrees_interval": interval}
 
 
 def scaled(threat_model: ThreatModel, eps: float) -> ThreatModel:

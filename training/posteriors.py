@@ -21,7 +21,7 @@ from scorematch.networks import ConvBackbone, Denoiser, EmbeddedDenoiser, MLPBac
 from scorematch.posteriors import KernelDensity, NoiseConditionalClassifier, Posterior, ScoreNetwork
 from scorematch.posteriors.base import PointwisePosterior
 from scorematch.threat_model import ThreatModel
-from training import checkpoint, scores, tables, toy
+from training import checkpoint, scores, tables
 from training.errors import InputError
 from training.forward import Forward
 from training.hardware import Speed
@@ -36,6 +36,8 @@ class DataLike(Protocol):
     def name(self) -> str: ...
     @property
     def num_classes(self) -> int: ...
+    @property
+    def p_d(self) -> Posterior | None: ...
     @property
     def x_train(self) -> Tensor: ...
     @property
@@ -214,9 +216,9 @@ def build(
     """
     settings = settings.resolved(data.name)
     if settings.name == "oracle":
-        if data.name != "toy":
-            raise ValueError(f"posterior: 'oracle' on {data.name}, allowed: p_d(y|x) is known on the toy only")
-        posterior: Posterior = toy.oracle()
+        if data.p_d is None:
+            raise ValueError(f"posterior: 'oracle' on {data.name}, whose p_d(y|x) is not known")
+        posterior: Posterior = data.p_d
     else:
         x, y = data.x_train.to(device), data.y_train.to(device)
         held_out = data.x_validation.to(device), data.y_validation.to(device)

@@ -303,6 +303,10 @@ def measure(
     if loaded.name == "toy":
         results |= toy.robust_errors(network)
         write_json(out / "toy.json", toy.curves(network))
+    elif loaded.p_d is not None:
+        results |= measures.self_consistency(
+            network, loaded.p_d, x, y, threat_model, steps=settings.eval_steps, seed=settings.seed
+        )
     if posterior is not None:
         if loaded.name != "toy":
             paths = measures.posteriors_along_attack(
@@ -381,7 +385,14 @@ def print_table(summary: dict[str, Any]) -> None:
         shown = f"{accuracy('autoattack')}, {summary['autoattack_samples']} samples"
         rows.append((f"AutoAttack accuracy, {summary['autoattack_version']}", shown))
     if "r_score" in summary:
-        rows += [("R_SCORE", f"{summary['r_score']:.5f} nat"), ("R_Madry", f"{summary['r_madry']:.5f} nat")]
+        rows.append(("R_SCORE", f"{summary['r_score']:.5f} nat"))
+    if "r_madry" in summary:
+        rows.append(("R_Madry", f"{summary['r_madry']:.5f} nat"))
+    if "disagrees" in summary:
+        rows += [
+            ("KL(p_d, model)", f"{summary['kl']:.5f} nat"),
+            ("another class than p_d in the ball", f"{summary['disagrees']:.1f} %"),
+        ]
     if summary["data_gradient_ratio"] is not None:
         rows += [
             ("data gradient / model gradient", f"{100 * summary['data_gradient_ratio']:.2f} %"),

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from scorematch.posteriors import GaussianMixture
 from training import checkpoint, config, data, generated, own_data
 from training.data import Data, DataSettings, Format, checked, load
 from training.errors import InputError
@@ -48,6 +49,14 @@ def soft():
     data = blobs((1, 8, 8), 4)
     import dataclasses
     return dataclasses.replace(data, p_train=torch.full((120, 4), 0.25))
+
+def known():
+    import dataclasses, math
+    from scorematch.posteriors import GaussianMixture
+    p_d = GaussianMixture(2 * torch.eye(3)[:, None], torch.ones(3, 1))
+    parts = [p_d.sample(n, torch.Generator().manual_seed(n)) for n in (120, 30, 40)]
+    data = Data("known", 3, *(tensor for part in parts for tensor in part), lower=-math.inf, upper=math.inf, p_d=p_d)
+    return data
 
 def failing():
     raise OSError("the disk is gone")
@@ -133,6 +142,11 @@ def test_statistics_of_the_training_images_where_none_are_given() -> None:
         ({"y_validation": torch.zeros(5, dtype=torch.int64)}, r"y_validation is .*\[5\], allowed: .*int64 \[6\]"),
         ({"y_test": torch.full((9,), 3)}, "y_test has labels from 3 to 3, allowed: 0 to 2"),
         ({"y_train": torch.zeros(30, dtype=torch.int64)}, "y_train has no label 1, allowed: all of 0 to 2 occur"),
+        ({"p_d": 3}, "p_d is int, allowed: None or a scorematch.posteriors.Posterior"),
+        (
+            {"p_d": GaussianMixture(torch.zeros(2, 1, 16), torch.ones(2, 1))},
+            "p_d has 2 classes, allowed: 3, as the data",
+        ),
         ({"p_train": torch.rand(30, 2)}, r"p_train is torch.float32 \[30, 2\], allowed: .*\[30, 3\]"),
         ({"p_train": torch.full((30, 3), 0.5)}, "p_train has rows that are no distribution"),
         ({"classes": ("a", "b")}, r"classes is \['a', 'b'\], allowed: None or 3 names"),
@@ -269,6 +283,27 @@ def test_a_run_and_its_evaluation(name: str, options: str, mine: Path, call: Any
         return
     ending = call("evaluate", "--run", folder, "--attack", "autoattack")
     assert "allowed: images in [0, 1]" in ending.err
+
+
+def test_data_that_bring_their_posterior(mine: Path, call: Any, tiny: list[str]) -> None:
+    """It can be trained towards, and the distance to it is measured, by the run and by an evaluation alike."""
+    options = ["--data", "my_data:known", "--norm", "l2", "--eps", "1", *tiny, "--epochs", "2"]
+    ending = call("run", "--objective", "score_direct", "--posterior", "oracle", *options, "--out", "direct")
+    assert ending.status == 0, ending
+    assert "another class than p_d in the ball" in ending.out
+    summary = json.loads(Path("direct/summary.json").read_text())
+    assert 0 <= summary["kl"] <= summary["r_score"]
+    assert 0 <= summary["disagrees"] <= 100
+    ending = call("evaluate", "--run", "direct", "--attack", "pgd", "--steps", 2, "--out", "report.json")
+    assert ending.status == 0, ending
+    assert "R_SCORE, its largest in the ball" in ending.out
+    found = json.loads(Path("report.json").read_text())
+    assert found["kl"] == pytest.approx(summary["kl"], rel=1e-4)
+    low, high = found["kl_interval"]
+    assert low < found["kl"] < high
+    ending = call("run", "--objective", "score_direct", "--posterior", "oracle", "--data", "my_data:points", *tiny)
+    assert ending.status == 2
+    assert "posterior: 'oracle' on my_data:points, whose p_d(y|x) is not known" in ending.err
 
 
 def test_a_posterior_of_an_earlier_run(mine: Path, rewritten: Any, call: Any, tiny: list[str]) -> None:

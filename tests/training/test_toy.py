@@ -1,10 +1,13 @@
 """R_SCORE and R_Madry on the grid against brute force."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from training import models, toy
+from scorematch import ThreatModel
+from training import measures, models, toy
 
 
 class Oracle(nn.Module):
@@ -77,3 +80,15 @@ def test_measuring_leaves_the_mode_of_the_model(model: nn.Module) -> None:
     model.train()
     toy.robust_errors(model)
     assert model.training
+
+
+def test_the_search_finds_what_the_grid_finds(model: nn.Module) -> None:
+    """The judge of any known p_d, on points of the toy, against the exact maximum over a grid."""
+    x, y = toy.sample(4000, seed=5)
+    x = x.double()
+    threat_model = ThreatModel("linf", toy.EPS, lower=-math.inf, upper=math.inf)
+    found = measures.self_consistency(model, toy.oracle().double(), x, y, threat_model, steps=20, seed=0)
+    low, high = found["r_score_interval"]
+    wide = 2 * (high - low)  # twice the 95 % interval
+    assert low - wide < toy.robust_errors(model)["r_score"] < high + wide
+    assert found["kl"] < found["r_score"]

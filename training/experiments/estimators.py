@@ -45,7 +45,7 @@ class Grid:
     batch_size: int = 128
     lr: float = 1e-3
     selection_sigma: float = 0.5  # noise level at which held-out loss decides
-    drawn: int = 20_000  # samples of the score network under a kernel density
+    drawn: int = 5000  # samples of the score network under a kernel density
 
 
 @dataclass

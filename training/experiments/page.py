@@ -1,0 +1,452 @@
+"""docs/direct-score.md and its figures from the stored results: ``python -m training.experiments.page``.
+
+Reads EVIDENCE/mixtures/*.json and EVIDENCE/gradients/*.json. Every number and every verdict on the page is computed
+here; the words around them stand in this file.
+"""
+
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from scipy.stats import spearmanr
+
+from training import checkpoint, command_line
+from training.compare import Estimate, estimate
+from training.errors import InputError, run_program
+from training.experiments import gradients, mixtures
+from training.experiments.estimators import ESTIMATORS
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+MEASURES = ("kl", "r_score", "disagrees", "clean", "robust")
+HEADER = "KL | R_SCORE | disagrees, % | clean, % | robust by label, %"
+FAMILIES = {
+    "kernel_density": ("kernel density of the training points", "#e69f00", "D"),
+    "kernel_density_drawn": ("kernel density of drawn samples", "#b8860b", "d"),
+    "classifier": ("noise-conditional classifier", "#cc79a7", "v"),
+    "classifier_ensemble": ("ensemble of classifiers", "#8c3a6b", "v"),
+    "energy": ("joint energy", "#009e73", "s"),
+    "energy_ensemble": ("ensemble of joint energies", "#005a41", "s"),
+    "score": ("score network", "#d55e00", "^"),
+    "score_ensemble": ("ensemble of score networks", "#8f3f00", "^"),
+    "score_last": ("score network, trained to the last step", "#f0a070", "^"),
+    "score_literal": ("score network, literal Eq. (34)", "#767676", "x"),
+    "oracle": ("p_d itself", "#56b4e9", "P"),
+}
+
+
+@dataclass(frozen=True)
+class PageSettings:
+    """Where results are and the page goes."""
+
+    evidence: Path = Path("docs/evidence")  # folder with a folder for each experiment
+    docs: Path = Path("docs")  # direct-score.md and figures/direct-*.png are written here
+
+
+def main(arguments: list[str]) -> None:
+    settings = command_line.parse(
+        PageSettings,
+        arguments,
+        program="python -m training.experiments.page",
+        description="Write docs/direct-score.md from the stored results of the experiments.",
+        default=PageSettings(),
+    )
+    of_mixtures = read(settings.evidence / "mixtures")
+    of_gradients = read(settings.evidence / "gradients")
+    (settings.docs / "figures").mkdir(parents=True, exist_ok=True)
+    sections = [
+        INTRODUCTION,
+        section_gradients(of_gradients),
+        section_mixtures(of_mixtures),
+        section_law(of_mixtures, settings.docs / "figures" / "direct-law.png"),
+        section_ablation(of_mixtures),
+        section_cost(of_mixtures, of_gradients),
+    ]
+    page = settings.docs / "direct-score.md"
+    checkpoint.write_atomically(page, "\n\n".join(sections) + "\n")
+    print(f"{page} from {len(of_mixtures)} mixtures and {len(of_gradients)} audits of gradients")
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """The finished cells of an experiment, in the order of their names."""
+    paths = sorted(folder.glob("*.json"))
+    if not paths:
+        raise InputError(f"evidence: {folder} holds no results, expected the JSON files of an experiment")
+    return [json.loads(path.read_text()) for path in paths]
+
+
+def shown(value: Estimate, digits: int) -> str:
+    """Mean ± half the 95 % interval over seeds."""
+    if value.high is None:
+        return f"{value.mean:.{digits}f}"
+    return f"{value.mean:.{digits}f} ± {value.high - value.mean:.{digits}f}"
+
+
+def digits_of(measure: str) -> int:
+    return 3 if measure in ("kl", "r_score") else 1
+
+
+def verdict(holds: bool) -> str:
+    return "**holds**" if holds else "**fails**"
+
+
+INTRODUCTION = """# Direct SCORE against its surrogates, where the truth is known
+
+<!-- Written by `make results` from docs/evidence; edit training/experiments/page.py instead. -->
+
+Direct SCORE trains towards a posterior p̂(y|x'), an estimate of p_d. Whether it wins depends on two things: on the
+objective, and on the estimate. On data whose p_d is known in closed form the two can be told apart. Everything below is
+such data. Intervals are 95 % over seeds (Student's t); each seed has a problem, data and initialisation of its own, and
+comparisons are paired over seeds. The hypotheses were written into
+[training/experiments](../training/experiments) before the runs.
+
+Words used below: **KL** is KL(p_d ‖ model) at clean points, in nats. **R_SCORE** is the mean of the largest such KL
+found in the ball (Eq. 4), by a search that knows p_d. **Disagrees** is the share of points for which that search met a
+point where the model's class is not the most likely one of p_d. **Robust by label** is the usual robust accuracy, under
+PGD; p_d itself is not robust in that sense, because its own most likely class changes within the ball."""
+
+
+def section_gradients(cells: Sequence[dict[str, Any]]) -> str:
+    """Table of relative errors and the three hypotheses."""
+    errors: dict[tuple[str, float], Estimate] = {}
+    for name in gradients.NAMES:
+        for sigma in gradients.SIGMAS:
+            values = [cell["entries"][f"{name} at {sigma}"]["gradient"]["relative"] for cell in cells]
+            errors[name, sigma] = estimate(values)
+    rows = [
+        f"| {name} | " + " | ".join(_relative(errors[name, sigma]) for sigma in gradients.SIGMAS) + " |"
+        for name in gradients.NAMES
+    ]
+    literal, centred = errors["two networks, literal", 0.05], errors["one network, centred", 0.05]
+    apart = centred.high is not None and literal.low is not None and centred.high < literal.low
+    best = {sigma: min(errors[name, sigma].mean for name in gradients.NAMES) for sigma in gradients.SIGMAS}
+    ranks = {sigma: _ranks(cells, sigma) for sigma in gradients.SIGMAS}
+    count, dimension = cells[0]["count"], cells[0]["dimension"]
+    return "\n".join(
+        [
+            "## The gradient of log p(y|x): what was noisy",
+            "",
+            "Relative mean squared error of ∇ log p_σ(y|x̃) at x̃ = x + σω, weighted with the exact posterior; 3 classes "
+            f"of 3 Gaussians in {dimension} dimensions, {count:,} labels, {len(cells)} seeds. 0 is exact; 1 is as good "
+            "as no gradient at all.",
+            "",
+            "| estimator | " + " | ".join(f"σ = {sigma:g}" for sigma in gradients.SIGMAS) + " |",
+            "| --- |" + " --- |" * len(gradients.SIGMAS),
+            *rows,
+            "",
+            "- G1, centring by the estimator's own posterior has at most a tenth of the error of the literal Eq. (34) "
+            f"at σ = 0.05: ratio {literal.mean / centred.mean:.1f}, intervals {'apart' if apart else 'overlapping'}: "
+            f"{verdict(apart and literal.mean >= 10 * centred.mean)}.",
+            "- G2, some estimator is below 0.1 at every σ from 0.1 on: the best are "
+            f"{', '.join(f'{best[s]:.3f}' for s in gradients.SIGMAS[1:])}: "
+            f"{verdict(all(best[s] < 0.1 for s in gradients.SIGMAS[1:]))}.",
+            "- G3, the audit without an oracle ranks the estimators as the oracle does; Spearman's correlation, the "
+            f"mean over seeds at σ = {', '.join(f'{s:g}' for s in gradients.SIGMAS)}: "
+            f"{', '.join(f'{ranks[s].mean:.2f}' for s in gradients.SIGMAS)}: "
+            f"{verdict(all(ranks[s].mean >= 0.9 for s in gradients.SIGMAS))}.",
+            "",
+            f"`python -m training.experiments --name gradients --seeds {_seeds(cells)} --out docs/evidence/gradients`",
+        ]
+    )
+
+
+def _relative(value: Estimate) -> str:
+    return f"{value.mean:.3g}" if value.high is None else f"{value.mean:.3g} ± {value.high - value.mean:.2g}"
+
+
+def _ranks(cells: Sequence[dict[str, Any]], sigma: float) -> Estimate:
+    """Spearman's correlation of the two audits over the estimators, by seed."""
+    values = []
+    for cell in cells:
+        entries = [cell["entries"][f"{name} at {sigma}"] for name in gradients.NAMES]
+        found = spearmanr([e["gradient"]["relative"] for e in entries], [e["matching_error"] for e in entries])
+        values.append(float(found.statistic))
+    return estimate(values)
+
+
+def groups(cells: Sequence[dict[str, Any]]) -> dict[tuple[int, int], list[dict[str, Any]]]:
+    """The cells of each dimension and number of labels."""
+    found: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
+    for cell in cells:
+        found[cell["dimension"], cell["count"]].append(cell)
+    return dict(sorted(found.items()))
+
+
+def chosen_by_evidence(cell: dict[str, Any]) -> str:
+    """The learned posterior with the highest held-out log-likelihood: nobody needs the truth for this choice."""
+    learned = [name for name in ESTIMATORS if name not in ("score_last", "score_literal")]
+    return max(learned, key=lambda name: max(cell["entries"][f"posterior {name}"]["evidence"].values()))
+
+
+def of_direct(cell: dict[str, Any], name: str) -> dict[str, float]:
+    """Measures of direct SCORE with this posterior, its last weights."""
+    measures: dict[str, float] = cell["entries"][f"student direct:kl {name}"]["last"]
+    return measures
+
+
+def of_surrogate(cell: dict[str, Any], name: str, weights: str) -> dict[str, float]:
+    measures: dict[str, float] = cell["entries"][f"student {name}"][weights]
+    return measures
+
+
+def section_mixtures(cells: Sequence[dict[str, Any]]) -> str:
+    """One table for each dimension and number of labels, and H1, H3 and H5."""
+    parts = [
+        "## Mixtures of Gaussians",
+        "",
+        "3 classes of 3 unit Gaussians, L2, eps 1; the student is a perceptron with two hidden layers of 128, trained "
+        f"for {cells[0]['budget']['steps']} steps on hard labels, whatever the objective. A posterior is fitted to the "
+        "same labels: its networks stop by held-out loss, its σ is chosen by the held-out likelihood of labels at x + "
+        "noise as long as the attack. “Picked by the oracle” means that the weights of a surrogate are those of the "
+        "checkpoint, of 8, with the lowest R_SCORE: more than anybody can do without knowing p_d. Direct SCORE always "
+        "keeps its last weights. “Chosen by evidence” is, for each seed, the learned posterior with the highest "
+        "held-out likelihood.",
+    ]
+    for (dimension, count), group in groups(cells).items():
+        parts += ["", *_table(dimension, count, group), "", *_hypotheses(group)]
+    parts += [
+        "",
+        "`python -m training.experiments --name mixtures --dimensions "
+        f"{' '.join(str(d) for d in sorted({c['dimension'] for c in cells}))} --counts "
+        f"{' '.join(str(n) for n in sorted({c['count'] for c in cells}))} --seeds {_seeds(cells)} "
+        "--out docs/evidence/mixtures`",
+    ]
+    return "\n".join(parts)
+
+
+def _seeds(cells: Sequence[dict[str, Any]]) -> str:
+    return " ".join(str(seed) for seed in sorted({cell["seed"] for cell in cells}))
+
+
+def _table(dimension: int, count: int, group: Sequence[dict[str, Any]]) -> list[str]:
+    bayes = estimate([cell["entries"]["problem"]["bayes_accuracy"] for cell in group])
+    entropy = estimate([cell["entries"]["problem"]["entropy"] for cell in group])
+
+    def row(label: str, measures: Sequence[dict[str, float]]) -> str:
+        values = [shown(estimate([m[name] for m in measures]), digits_of(name)) for name in MEASURES]
+        return f"| {label} | " + " | ".join(values) + " |"
+
+    lines = [
+        f"### d = {dimension}, {count:,} labels, {len(group)} seeds",
+        "",
+        f"Bayes accuracy {shown(bayes, 1)} %, entropy of p_d {shown(entropy, 3)} nats.",
+        "",
+        f"| objective | {HEADER} |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for weights, ending in (("last", ""), ("best", ", picked by the oracle")):
+        lines += [
+            row(_surrogate_label(name) + ending, [of_surrogate(cell, name, weights) for cell in group])
+            for name in mixtures.SURROGATES
+        ]
+    lines += [row(f"direct, {FAMILIES[name][0]}", [of_direct(cell, name) for cell in group]) for name in ESTIMATORS]
+    lines.append(row("**direct, chosen by evidence**", [of_direct(cell, chosen_by_evidence(cell)) for cell in group]))
+    lines.append(row("direct, p_d itself", [of_direct(cell, "oracle") for cell in group]))
+    return lines
+
+
+def _surrogate_label(name: str) -> str:
+    kind, divergence, *beta = name.split(":")
+    title = {"standard": "standard", "pgd_at": "PGD-AT", "trades": "TRADES"}[kind]
+    if kind != "standard":
+        title += f" {divergence.upper()}"
+    return title + (f", β {beta[0]}" if beta else "")
+
+
+def _difference(
+    group: Sequence[dict[str, Any]],
+    first: Callable[[dict[str, Any]], dict[str, float]],
+    second: Callable[[dict[str, Any]], dict[str, float]],
+    measure: str,
+) -> Estimate:
+    return estimate([first(cell)[measure] - second(cell)[measure] for cell in group])
+
+
+def _against_all(group: Sequence[dict[str, Any]], direct: Callable[[dict[str, Any]], dict[str, float]]) -> list[str]:
+    """Paired differences from the surrogate that is best by its mean in each measure, picked by the oracle or not."""
+    lines = []
+    for measure in MEASURES:
+        if measure == "disagrees":
+            continue
+        lower = measure in ("kl", "r_score")
+        rivals = [(name, weights) for name in mixtures.SURROGATES for weights in ("last", "best")]
+        means = {rival: np.mean([of_surrogate(cell, *rival)[measure] for cell in group]) for rival in rivals}
+        best = min(means, key=means.__getitem__) if lower else max(means, key=means.__getitem__)
+        difference = _difference(group, direct, partial(_of, best), measure)
+        digits = digits_of(measure)
+        ahead = difference.mean < 0 if lower else difference.mean > 0
+        clear = difference.low is not None and difference.high is not None and difference.low * difference.high > 0
+        word = ("ahead" if ahead else "behind") + ("" if clear else ", within the interval")
+        interval = "" if difference.low is None else f" [{difference.low:+.{digits}f}, {difference.high:+.{digits}f}]"
+        picked = ", picked by the oracle" if best[1] == "best" else ""
+        lines.append(
+            f"  - {measure.replace('kl', 'KL').replace('r_score', 'R_SCORE')}: {difference.mean:+.{digits}f}{interval} "
+            f"against {_surrogate_label(best[0])}{picked}: {word}"
+        )
+    return lines
+
+
+def _of(rival: tuple[str, str], cell: dict[str, Any]) -> dict[str, float]:
+    """Measures of a surrogate, which is a name and whether its weights are the last or the best."""
+    name, weights = rival
+    return of_surrogate(cell, name, weights)
+
+
+def _holds(group: Sequence[dict[str, Any]], direct: Callable[[dict[str, Any]], dict[str, float]]) -> bool:
+    """Ahead of every surrogate in KL and R_SCORE by the interval, and not clearly behind in either accuracy."""
+    for name in mixtures.SURROGATES:
+        for weights in ("last", "best"):
+            rival = partial(_of, (name, weights))
+            for measure in ("kl", "r_score"):
+                difference = _difference(group, direct, rival, measure)
+                if difference.high is None or difference.high >= 0:
+                    return False
+            for measure in ("clean", "robust"):
+                difference = _difference(group, direct, rival, measure)
+                if difference.high is None or difference.high < 0:
+                    return False
+    return True
+
+
+def _hypotheses(group: Sequence[dict[str, Any]]) -> list[str]:
+    def oracle(cell: dict[str, Any]) -> dict[str, float]:
+        return of_direct(cell, "oracle")
+
+    def learned(cell: dict[str, Any]) -> dict[str, float]:
+        return of_direct(cell, chosen_by_evidence(cell))
+
+    chosen = ", ".join(sorted({FAMILIES[chosen_by_evidence(cell)][0] for cell in group}))
+    kl = {name: [cell["entries"][f"posterior {name}"]["kl"] for cell in group] for name in ("score", "score_last")}
+    worse = estimate([b - a for a, b in zip(kl["score"], kl["score_last"], strict=True)])
+    return [
+        "- H1, with p_d itself direct SCORE is ahead of every surrogate, each picked as suits it best: "
+        f"{verdict(_holds(group, oracle))}; its differences from the best surrogate in each measure:",
+        *_against_all(group, oracle),
+        f"- H3, with a learned posterior, chosen by evidence alone ({chosen}): {verdict(_holds(group, learned))}; the "
+        "differences:",
+        *_against_all(group, learned),
+        "- H5, a score network that trains to its last step is a worse posterior than one that stops by held-out loss; "
+        f"difference of the KL of the posteriors {shown(worse, 3)}: "
+        f"{verdict(worse.low is not None and worse.low > 0)}.",
+    ]
+
+
+def section_law(cells: Sequence[dict[str, Any]], path: Path) -> str:
+    """What a posterior must be: the student's KL and R_SCORE against the KL of its posterior."""
+    points = [
+        (cell["entries"][f"posterior {name}"]["kl_in_ball"], of_direct(cell, name), name)
+        for cell in cells
+        for name in ESTIMATORS
+    ]
+    x = np.array([point[0] for point in points])
+    figure = _scatter(points)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    lines = []
+    for measure in ("kl", "r_score"):
+        y = np.array([point[1][measure] for point in points])
+        slope, offset = np.polyfit(np.log(x), np.log(y), 1)
+        rank = float(spearmanr(x, y).statistic)
+        title = "KL" if measure == "kl" else "R_SCORE"
+        lines.append(
+            f"- {title} of the student ≈ {np.exp(offset):.2f} · (KL of the posterior)^{slope:.2f}; Spearman's "
+            f"correlation {rank:.2f} over {len(x)} runs."
+        )
+    needed = []
+    for (dimension, count), group in groups(cells).items():
+        rivals = [
+            np.mean([of_surrogate(cell, name, weights)["r_score"] for cell in group])
+            for name in mixtures.SURROGATES
+            for weights in ("last", "best")
+        ]
+        y = np.array([point[1]["r_score"] for point in points])
+        slope, offset = np.polyfit(np.log(x), np.log(y), 1)
+        needed.append(
+            f"- d = {dimension}, {count:,} labels: the best surrogate has R_SCORE {min(rivals):.3f}, which the line "
+            f"reaches at a posterior of KL {float(np.exp((np.log(min(rivals)) - offset) / slope)):.3f}."
+        )
+    return "\n".join(
+        [
+            "## What a posterior must be",
+            "",
+            "H2: the student's KL follows that of its posterior. One point a run; the KL of the posterior is taken at "
+            "random points of the ball.",
+            "",
+            "![KL and R_SCORE of the student against the KL of its posterior](figures/direct-law.png)",
+            "",
+            *lines,
+            "",
+            *needed,
+        ]
+    )
+
+
+def _scatter(points: Sequence[tuple[float, dict[str, float], str]]) -> Figure:
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    for axis, measure, title in zip(axes, ("kl", "r_score"), ("KL", "R_SCORE"), strict=True):
+        for name in ESTIMATORS:
+            label, colour, marker = FAMILIES[name]
+            own = [(x, student[measure]) for x, student, of in points if of == name]
+            axis.scatter(*zip(*own, strict=True), s=18, color=colour, marker=marker, label=label, linewidths=0.8)
+        axis.set(xscale="log", yscale="log", xlabel="KL of the posterior, nats", ylabel=f"{title} of the student, nats")
+        axis.spines[["top", "right"]].set_visible(False)
+    low, high = axes[0].get_xlim()
+    axes[0].plot([low, high], [low, high], color="#b8b8b8", lw=1, zorder=0)
+    axes[0].set_xlim(low, high)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    return figure
+
+
+def section_ablation(cells: Sequence[dict[str, Any]]) -> str:
+    """H4: A, B, C, D with each posterior."""
+    titles = {
+        "A": "A, target at x",
+        "B": "B, target at x', model gradient alone",
+        "C": "C, B and the data gradient",
+        "D": "D, C with noise of the same norm instead",
+    }
+    lines = [
+        "## Which part of the objective does it",
+        "",
+        "The same posterior, four objectives: the target stays at x (A); it follows x' (B); the search for x' follows "
+        "it too (C, direct SCORE); noise takes the place of the data gradient (D). R_SCORE, and paired differences.",
+    ]
+    for (dimension, count), group in groups(cells).items():
+        lines += [
+            "",
+            f"### d = {dimension}, {count:,} labels",
+            "",
+            f"| posterior | {' | '.join(titles.values())} | A − B | B − C | D − C |",
+            "| --- |" + " --- |" * 7,
+        ]
+        for name in mixtures.ABLATED:
+
+            def of(cell: dict[str, Any], letter: str, name: str = name) -> float:
+                value: float = cell["entries"][f"student {mixtures.ABLATION[letter]} {name}"]["last"]["r_score"]
+                return value
+
+            values = [shown(estimate([of(cell, letter) for cell in group]), 3) for letter in titles]
+            differences = [
+                shown(estimate([of(cell, a) - of(cell, b) for cell in group]), 3)
+                for a, b in (("A", "B"), ("B", "C"), ("D", "C"))
+            ]
+            lines.append(f"| {FAMILIES[name][0]} | {' | '.join(values + differences)} |")
+    return "\n".join(lines)
+
+
+def section_cost(*experiments: Sequence[dict[str, Any]]) -> str:
+    seconds = sum(entry["seconds"] for cells in experiments for cell in cells for entry in cell["entries"].values())
+    return f"## Cost\n\nAll of this took {seconds / 3600:.1f} core hours on CPU cores that other programs used as well."
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))
