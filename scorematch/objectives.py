@@ -13,16 +13,12 @@ q = softmax of the model, y the label (or a distribution over labels), p a data 
 
 Between the surrogates and direct SCORE, each piece of the latter by itself:
 
-==========================  ============================================================================================
-option                      what it changes
-==========================  ============================================================================================
-score_direct, target_mix    the target is p(·|x)^(1−m) p(·|x')^m, normalised: how far it follows x'
-score_direct,               the attack with the data gradient, without it, or with noise of its length in its place
-data_gradient
-trades, posterior and       the target q(x) of the robust term moves with the data: softmax(log q(x) + κ (log p(·|x') −
-transport                   log p(·|x)))
-:func:`soft_targets`        y of any objective: p(·|x) in the place of the label
-==========================  ============================================================================================
+=================================  ===================================================================================
+score_direct, target_mix m         max_{x'} D(p_m ‖ q(x')), p_m ∝ p(·|x)^(1−m) p(·|x')^m
+score_direct, data_gradient        the same loss; the attack without the data gradient, or with noise of its length
+trades, posterior and transport κ  D(y ‖ q(x)) + β max_{x'} D(q_κ ‖ q(x')), q_κ ∝ q(x) (p(·|x') / p(·|x))^κ
+any but score_direct               y = p(·|x), by :func:`soft_targets`
+=================================  ===================================================================================
 """
 
 from __future__ import annotations
