@@ -71,6 +71,11 @@ class ScoreSettings:
     sampler: Literal["auto", "heun", "langevin"] = "auto"
     levels: int = 20  # noise levels of the sampler, falling geometrically
     steps_per_level: int = 10  # Langevin steps at each of them
+    # search the noise levels and anchors of the trained network by held-out likelihood, and say whether its posterior is
+    # worth following: audit.html, audit.json, chosen.toml
+    audit: bool = False
+    eps: float | None = None  # audit: radius of the attack in input units; None is that of the data set's recipe
+    norm: Literal["linf", "l2"] | None = None  # audit: its norm; None is that of the data set's recipe
     judge_epochs: int | None = None  # training of the classifier that is to recognise the samples; None is by data set
     # TorchScript module from uint8 [N, 3, H, W] to features [N, F]: the Fréchet distance is also measured in these
     feature_network: Path | None = None
@@ -91,6 +96,7 @@ RANGES: dict[str, config.Check] = {
     "samples": (lambda v: v == 0 or v >= 10, "0 (none), or at least 10"),
     "steps_per_level": (lambda v: v >= 1, "at least 1"),
     "levels": (lambda v: v >= 2, "at least 2"),
+    "eps": (lambda v: v is None or 0 < v < float("inf"), "a finite number above 0"),
     "judge_epochs": (lambda v: v is None or v >= 1, "at least 1"),
     "save_minutes": config.RANGES["save_minutes"],
     "limit": config.RANGES["limit"],

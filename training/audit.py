@@ -1,0 +1,257 @@
+"""Whether a trained posterior is worth following: ``python -m training.score --audit``.
+
+Searches the noise levels and anchors that the trained networks allow by held-out likelihood, audits the best, and says
+in words what was found: audit.json, audit.html, and chosen.toml with the settings and their evidence.
+"""
+
+import html
+import itertools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+import tomli_w
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from torch import Generator, Tensor
+
+from scorematch import ThreatModel, audit
+from scorematch.matching import losses_by_level
+from scorematch.posteriors import KernelDensity, NoiseConditionalClassifier, ScoreNetwork
+from scorematch.posteriors.base import PointwisePosterior
+from training import checkpoint, plots, report, scores
+from training.data import Data
+
+POINTS = 500  # held-out points of the audit
+DENSITY_POINTS = 5000  # training points under a kernel density
+GAP = 1.1  # held-out denoising loss over that of the training data, from which a network memorises
+CALIBRATED = 0.05  # expected calibration error that is small
+CLOSED = 0.1  # nats that a closed path may gain, as a share of what log p changes along it
+
+
+class Candidate(NamedTuple):
+    """Settings at which the trained networks can be read."""
+
+    sigma: float
+    anchor: str  # classifier or kernel_density
+
+    @property
+    def title(self) -> str:
+        return f"σ {self.sigma:g}, {self.anchor.replace('_', ' ')}"
+
+
+def reach(threat_model: ThreatModel, features: int) -> float:
+    """Noise as long as the attack: its L2 norm is eps for L2, and eps √features, that of a corner, for Linf."""
+    return threat_model.eps / math.sqrt(features) if threat_model.norm == "l2" else threat_model.eps
+
+
+def write(posterior: ScoreNetwork, data: Data, threat_model: ThreatModel, *, seed: int, out: Path) -> str:
+    """Search, audit, write; returns the verdict in words."""
+    x, y = data.x_validation[:POINTS], data.y_validation[:POINTS]
+    noise = reach(threat_model, x[0].numel())
+    build = _builder(posterior, data, seed)
+    evidence = search(build, candidates(posterior), x, y, noise, seed)
+    best = max(evidence, key=lambda candidate: evidence[candidate]["moved"])
+    chosen = build(best)
+    found = {
+        "threat_model": {"norm": threat_model.norm, "eps": threat_model.eps},
+        "points": len(x),
+        "noise": noise,
+        "evidence": [{**candidate._asdict(), **values} for candidate, values in evidence.items()],
+        "chosen": best._asdict(),
+        **measured(chosen, data, x, y, threat_model, noise, seed),
+    }
+    findings = judged(found)
+    found["findings"] = [finding._asdict() for finding in findings]
+    found["verdict"] = verdict(findings)
+    checkpoint.write_json(out / "audit.json", found)
+    settings = {"posterior_settings": {**best._asdict()}, "evidence": {c.title: evidence[c]["moved"] for c in evidence}}
+    checkpoint.write_atomically(out / "chosen.toml", tomli_w.dumps(settings))
+    checkpoint.write_atomically(out / "audit.html", page(found, findings, data.name))
+    return "\n".join([*(f"{finding.mark} {finding.text}" for finding in findings), found["verdict"]])
+
+
+def candidates(posterior: ScoreNetwork) -> list[Candidate]:
+    """Every noise level with every anchor that knows no label of the point it is asked about."""
+    sigmas = sorted({*scores.SIGMAS, posterior.sigma})
+    anchors = ["kernel_density"]
+    if isinstance(posterior.anchor, NoiseConditionalClassifier):
+        anchors.insert(0, "classifier")
+    return [Candidate(sigma, anchor) for anchor, sigma in itertools.product(anchors, sigmas)]
+
+
+def _builder(posterior: ScoreNetwork, data: Data, seed: int) -> Callable[[Candidate], ScoreNetwork]:
+    keep = torch.randperm(len(data.x_train), generator=Generator().manual_seed(seed))[:DENSITY_POINTS]
+    keep = keep.to(data.x_train.device)
+    points = data.x_train[keep], data.y_train[keep]
+
+    def build(candidate: Candidate) -> ScoreNetwork:
+        anchor: PointwisePosterior
+        if candidate.anchor == "classifier":
+            assert isinstance(posterior.anchor, NoiseConditionalClassifier)
+            network = posterior.anchor.network
+            anchor = NoiseConditionalClassifier(network, num_classes=data.num_classes, sigma=candidate.sigma)
+        else:
+            anchor = KernelDensity(*points, num_classes=data.num_classes, sigma=candidate.sigma)
+        return ScoreNetwork(posterior.denoiser, sigma=candidate.sigma, anchor=anchor).to(data.x_train.device)
+
+    return build
+
+
+def search(
+    build: Callable[[Candidate], ScoreNetwork],
+    tried: list[Candidate],
+    x: Tensor,
+    y: Tensor,
+    noise: float,
+    seed: int,
+) -> dict[Candidate, dict[str, float]]:
+    """Mean held-out log p(y|x') in nats, at clean x and after moving by noise as long as the attack."""
+    evidence = {}
+    for candidate in tried:
+        posterior = build(candidate)
+        moved = audit.log_likelihood(posterior, x, y, noise=noise, repeats=2, seed=seed).mean().item()
+        clean = audit.log_likelihood(posterior, x, y, noise=0.0, repeats=1, seed=seed).mean().item()
+        evidence[candidate] = {"clean": clean, "moved": moved}
+    return evidence
+
+
+def measured(
+    posterior: ScoreNetwork, data: Data, x: Tensor, y: Tensor, threat_model: ThreatModel, noise: float, seed: int
+) -> dict[str, Any]:
+    """The audits of the chosen posterior."""
+    levels = tuple(sorted({*scores.SIGMAS, posterior.sigma}))
+    splits = {
+        "train": (data.x_train[: len(x)], data.y_train[: len(x)]),
+        "held_out": (x, y),
+    }
+    losses = {
+        name: losses_by_level(posterior.denoiser, *points, levels, seed=seed, repeats=2)
+        for name, points in splits.items()
+    }
+    side = noise * math.sqrt(x[0].numel())
+    gained = audit.closed_loop(posterior, x, y, length=side, seed=seed)
+    trace = posterior.trace(x, y)
+    before = trace.log_p
+    direction = torch.empty_like(x).normal_(generator=Generator(x.device).manual_seed(seed)).flatten(1)
+    step = side * direction / direction.norm(dim=1, keepdim=True)
+    trace.move(x + step.reshape(x.shape))
+    changed = (trace.log_p - before).abs().amax(1)
+    generator = Generator(x.device).manual_seed(seed)
+    clean, robust = audit.robust_accuracy(posterior, x, y, threat_model, steps=20, generator=generator)
+    frequencies = torch.bincount(data.y_train, minlength=data.num_classes).double() / len(data.y_train)
+    return {
+        "losses": [{"sigma": s, **{name: values[s] for name, values in losses.items()}} for s in levels],
+        "calibration": audit.calibration(posterior, x, y, noise=noise, seed=seed)._asdict(),
+        "closed_loop": gained.mean().item(),
+        "change_along_side": changed.mean().item(),
+        "posterior_clean_acc": 100 * clean,
+        "posterior_robust_acc": 100 * robust,
+        "guess": (frequencies * frequencies.clamp(min=1e-12).log()).sum().item(),
+    }
+
+
+class Finding(NamedTuple):
+    """One thing that the audit found."""
+
+    good: bool
+    text: str
+
+    @property
+    def mark(self) -> str:
+        return "good:" if self.good else "mind:"
+
+
+def judged(found: dict[str, Any]) -> list[Finding]:
+    """What the numbers say, one sentence each."""
+    chosen = found["chosen"]
+    row = next(row for row in found["losses"] if row["sigma"] == chosen["sigma"])
+    ratio = row["held_out"] / row["train"]
+    value = next(e for e in found["evidence"] if (e["sigma"], e["anchor"]) == (chosen["sigma"], chosen["anchor"]))
+    error = found["calibration"]["error"]
+    share = found["closed_loop"] / max(found["change_along_side"], 1e-12)
+    edge = chosen["sigma"] in (found["losses"][0]["sigma"], found["losses"][-1]["sigma"])
+    return [
+        Finding(
+            ratio <= GAP,
+            f"at σ {chosen['sigma']:g} the denoising loss on held-out data is {100 * (ratio - 1):+.0f} % of that on "
+            f"training data: {'no memory to speak of' if ratio <= GAP else 'the network memorises'}",
+        ),
+        Finding(
+            value["moved"] > found["guess"],
+            f"labels of held-out points that are moved by noise as long as the attack get {value['moved']:.3f} nats; "
+            f"guessing by the frequency of the classes gets {found['guess']:.3f}",
+        ),
+        Finding(
+            error <= CALIBRATED,
+            f"there its confidence is off by {100 * error:.1f} percentage points (expected calibration error)",
+        ),
+        Finding(
+            share <= CLOSED,
+            f"a closed path with sides as long as the attack gains {found['closed_loop']:.3f} nats, {100 * share:.0f} % "
+            "of what log p changes along one side: "
+            + ("the scores are close to a gradient" if share <= CLOSED else "values depend on the path, more nodes help"),
+        ),
+        Finding(
+            not edge,
+            f"the best noise level, σ {chosen['sigma']:g}, lies "
+            + ("at the end of those tried" if edge else "between others that are worse"),
+        ),
+        Finding(
+            found["posterior_robust_acc"] > 0.5 * found["posterior_clean_acc"],
+            f"as a classifier of its own it is right on {found['posterior_clean_acc']:.1f} % and, under an attack on "
+            f"itself, on {found['posterior_robust_acc']:.1f} %: there a student would end that follows it all the way",
+        ),
+    ]
+
+
+def verdict(findings: list[Finding]) -> str:
+    bad = sum(not finding.good for finding in findings)
+    if not bad:
+        return "Nothing here speaks against following this posterior."
+    return f"{bad} of {len(findings)} findings speak against following this posterior as it is."
+
+
+def page(found: dict[str, Any], findings: list[Finding], data: str) -> str:
+    """audit.html, with everything inside it."""
+    rows = [["settings", "log p(y|x), nats", "log p(y|x + noise), nats"]]
+    rows += [
+        [Candidate(e["sigma"], e["anchor"]).title, f"{e['clean']:.3f}", f"{e['moved']:.3f}"]
+        for e in sorted(found["evidence"], key=lambda e: -e["moved"])
+    ]
+    norm, eps = found["threat_model"]["norm"], found["threat_model"]["eps"]
+    items = "".join(f"<li><b>{finding.mark}</b> {html.escape(finding.text)}.</li>" for finding in findings)
+    body = [
+        f"<h1>Is the posterior of {html.escape(data)} worth following?</h1>",
+        f"<p class='lead'>{html.escape(found['verdict'])}</p>",
+        f"<ul>{items}</ul>",
+        f"<p class='note'>{found['points']} held-out points; {norm}, eps {eps:g}; noise {found['noise']:.4g}.</p>",
+        plots.as_image(plot(found), "held-out likelihood by noise level, and denoising losses"),
+        "<h2>Evidence</h2>",
+        "<p>Every noise level and anchor that the trained networks allow; the first was chosen.</p>",
+        report.html_table(rows),
+    ]
+    return report.PAGE.format(title=f"audit of {html.escape(data)}", body="\n".join(body))
+
+
+def plot(found: dict[str, Any]) -> Figure:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for anchor, colour, marker in (("classifier", "#cc79a7", "v"), ("kernel_density", "#e69f00", "D")):
+        own = [(e["sigma"], e["moved"]) for e in found["evidence"] if e["anchor"] == anchor]
+        if own:
+            left.plot(*zip(*own, strict=True), color=colour, marker=marker, label=anchor.replace("_", " "))
+    left.axhline(found["guess"], color="#b8b8b8", lw=1)
+    left.set(xscale="log", xlabel="σ", ylabel="held-out log p(y|x + noise), nats")
+    left.legend(frameon=False)
+    sigmas = [row["sigma"] for row in found["losses"]]
+    for name, colour, dashes in (("train", "#0072b2", "--"), ("held_out", "#0072b2", "-")):
+        values = [row[name] for row in found["losses"]]
+        right.plot(sigmas, values, dashes, color=colour, label=name.replace("_", " "))
+    right.set(xscale="log", xlabel="σ", ylabel="denoising loss")
+    right.legend(frameon=False)
+    return figure
