@@ -2,12 +2,14 @@
 
 from .base import ClassScorePosterior, Posterior, Trace
 from .classifier import NoiseConditionalClassifier
+from .factor_analysers import FactorAnalysers
 from .kernel_density import KernelDensity
 from .mixture import GaussianMixture
 from .score_network import ScoreNetwork
 
 __all__ = [
     "ClassScorePosterior",
+    "FactorAnalysers",
     "GaussianMixture",
     "KernelDensity",
     "NoiseConditionalClassifier",
