@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scorematch import ThreatModel
+from scorematch import ThreatModel, intervals
 from scorematch.attacks.pgd import ascend
 from scorematch.posteriors import FactorAnalysers
 from training import checkpoint, data
@@ -179,52 +179,62 @@ def difficulty(
         threat_model = ThreatModel(norm, radius, lower=-math.inf, upper=math.inf)
         parts = [in_ball(p_d, part, threat_model, steps=steps, generator=generator) for part in x.split(batch)]
         divergences, flipped = (torch.cat(values) for values in zip(*parts, strict=True))
-        result["balls"].append({"eps": radius, "c_kl": _mean(divergences), "flips": _mean(flipped.double())})
+        low, high = intervals.wilson(int(flipped.sum()), count)
+        flips = {"mean": float(flipped.double().mean()), "low": low, "high": high}
+        result["balls"].append({"eps": radius, "c_kl": _mean(divergences), "flips": flips})
     return result
 
 
 def in_ball(
-    p_d: FactorAnalysers, x: Tensor, threat_model: ThreatModel, *, steps: int, generator: torch.Generator | None = None
+    p_d: FactorAnalysers,
+    x: Tensor,
+    threat_model: ThreatModel,
+    *,
+    steps: int,
+    targets: int = 3,
+    generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """How much the posterior itself changes in B(x).
 
-    Ascends the log-odds of the strongest other class, ``steps`` steps from a random start, and the divergence from
-    there (which has no direction at x, where it is smallest). Every iterate is judged.
+    For each of the ``targets`` classes that are most probable at x after the first, ascends its log-odds against that
+    one from a random start, ``steps`` steps, and the divergence from there (which has no direction at x, where it is
+    smallest). Every iterate is judged.
 
     Args:
         p_d: the posterior.
         x: [N, …].
         threat_model: B(x) and the step size.
         steps: of each ascent, at least 1.
-        generator: randomness of the start.
+        targets: other classes to ascend towards; at most L − 1 are.
+        generator: randomness of the starts.
 
     Returns:
         the largest KL(p_d(·|x) ‖ p_d(·|x')) found, in nats, and whether arg max_y p_d(y|x') was found to change,
         both [N].
     """
     log_p = p_d.log_joint(x).log_softmax(1).to(x.dtype)
-    p, label = log_p.exp(), log_p.argmax(1)
-    own = torch.nn.functional.one_hot(label, p_d.num_classes)
+    p, ranked = log_p.exp(), log_p.argsort(1, descending=True)
     largest, flipped = x.new_zeros(len(x)), torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    trace = p_d.trace(x, label)
+    trace = p_d.trace(x, ranked[:, 0])
+
+    def follow(weights: Tensor, start: Tensor | None) -> Tensor:
+        """Ascend Σ_y weights_y log p(y|x')."""
+
+        def gradient(x_adv: Tensor) -> Tensor:
+            judge(x_adv)
+            return trace.pull_back(weights, torch.zeros_like(x))
+
+        return ascend(x, gradient, threat_model, steps=steps, start=start, generator=generator)
 
     def judge(x_adv: Tensor) -> None:
         trace.move(x_adv)
         torch.maximum(largest, (p * (log_p - trace.log_p)).sum(1), out=largest)
-        flipped.logical_or_(trace.log_p.argmax(1) != label)
+        flipped.logical_or_(trace.log_p.argmax(1) != ranked[:, 0])
 
-    def towards_another_class(x_adv: Tensor) -> Tensor:
-        judge(x_adv)
-        strongest = trace.log_p.masked_fill(own.bool(), -math.inf).argmax(1)
-        weights = torch.nn.functional.one_hot(strongest, p_d.num_classes) - own
-        return trace.pull_back(weights.to(x.dtype), torch.zeros_like(x))
-
-    def away(x_adv: Tensor) -> Tensor:
-        judge(x_adv)
-        return trace.pull_back(-p, torch.zeros_like(x))
-
-    moved = ascend(x, towards_another_class, threat_model, steps=steps, generator=generator)
-    judge(ascend(x, away, threat_model, steps=steps, start=moved))
+    one_hot = torch.eye(p_d.num_classes, dtype=x.dtype, device=x.device)[ranked]  # [N, L, L], most probable first
+    for rank in range(1, min(targets, p_d.num_classes - 1) + 1):
+        moved = follow(one_hot[:, rank] - one_hot[:, 0], None)
+        judge(follow(-p, moved))
     return largest, flipped
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from scorematch.posteriors import FactorAnalysers, GaussianMixture
+from scorematch.posteriors.factor_analysers import _iteration
 
 F64 = {"rtol": 1e-9, "atol": 1e-9}
 NOISES = ("isotropic", "diagonal")
@@ -192,6 +193,23 @@ def test_fit_of_one_component_is_probabilistic_pca() -> None:
     torch.testing.assert_close(fitted.noise[0, 0], noise, rtol=1e-6, atol=0)
     factors = fitted.factors[0, 0]
     torch.testing.assert_close(factors @ factors.mT, (top * (values[3:] - noise)) @ top.mT, rtol=0, atol=1e-5)
+
+
+def test_one_iteration_equals_its_definition() -> None:
+    """From a mean that is off, with full covariances: hidden factors z of posterior N(m, V), x regressed on them."""
+    p = analysers("diagonal", classes=1)
+    one = FactorAnalysers(p.means[:, :1], p.factors[:, :1], p.noise[:, :1])
+    x = inputs(50) + 1.0
+    factors, noise = one.factors[0, 0], one.noise[0, 0]
+    gain = factors.T @ torch.linalg.inv(factors @ factors.T + noise.diag())
+    hidden = (x - one.means[0, 0]) @ gain.T
+    both = torch.cat([x, hidden], 1).T.cov(correction=0)
+    both[6:, 6:] += torch.eye(2, dtype=x.dtype) - gain @ factors
+    explained = both[:6, 6:] @ torch.linalg.inv(both[6:, 6:]) @ both[6:, :6]
+    result = _iteration(one, x, floor=1e-6)
+    torch.testing.assert_close(result.means[0, 0], x.mean(0), **F64)
+    torch.testing.assert_close((result.factors @ result.factors.mT)[0, 0], explained, **F64)
+    torch.testing.assert_close(result.noise[0, 0], (both[:6, :6] - explained).diagonal(), **F64)
 
 
 def test_fit_survives_samples_that_coincide() -> None:

@@ -50,9 +50,9 @@ def test_draws_are_independent_and_named_by_the_seed() -> None:
     p_d = two_classes()
     one, more, other = (
         drawn(p_d, sizes, shape=(3, 2, 2), seed=seed, soft=True)
-        for sizes, seed in (((40, 20, 30), 0), ((90, 20, 30), 0), ((40, 20, 30), 1))
+        for sizes, seed in (((40, 40, 40), 0), ((90, 20, 40), 0), ((40, 40, 40), 1))
     )
-    assert one.sizes == {"train": 40, "validation": 20, "test": 30}
+    assert more.sizes == {"train": 90, "validation": 20, "test": 40}
     assert one.input_shape == (3, 2, 2)
     assert (one.lower, one.upper) == (-math.inf, math.inf)
     assert one.statistics is not None
@@ -61,7 +61,7 @@ def test_draws_are_independent_and_named_by_the_seed() -> None:
     assert torch.equal(one.x_test, more.x_test)
     splits = [one.x_train, one.x_validation, one.x_test, other.x_train, other.x_validation, other.x_test]
     assert len({float(x[0, 0, 0, 0]) for x in splits}) == 6
-    assert drawn(p_d, (40, 20, 30), shape=(12,)).p_train is None
+    assert drawn(p_d, (40, 40, 40), shape=(12,)).p_train is None
 
 
 def test_noise_for_a_bayes_error() -> None:
