@@ -193,9 +193,13 @@ def judged(found: dict[str, Any]) -> list[Finding]:
         ),
         Finding(
             share <= CLOSED,
-            f"a closed path with sides as long as the attack gains {found['closed_loop']:.3f} nats, {100 * share:.0f} % "
-            "of what log p changes along one side: "
-            + ("the scores are close to a gradient" if share <= CLOSED else "values depend on the path, more nodes help"),
+            f"a closed path with sides as long as the attack gains {found['closed_loop']:.3f} nats, "
+            f"{100 * share:.0f} % of what log p changes along one side: "
+            + (
+                "the scores are close to a gradient"
+                if share <= CLOSED
+                else "values depend on the path, more nodes help"
+            ),
         ),
         Finding(
             not edge,

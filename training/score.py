@@ -3,6 +3,7 @@
     python -m training.score --data digits
     python -m training.score --recipe cifar10-edm --data-root FOLDER --out runs/score
     python -m training.score --resume runs/score
+    python -m training.score --resume runs/score --audit
 
 Writes into its folder: config.toml, score-network/ and classifier/ (checkpoints, held-out losses and TensorBoard curves
 of the trainings), posterior.pt (for ``training.run`` and ``training.generate``), samples.png, samples.npz (the format
@@ -25,11 +26,12 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from scorematch import sampling
+from scorematch import ThreatModel, sampling
 from scorematch.matching import losses_by_level
 from scorematch.networks import Denoiser
 from scorematch.posteriors import ScoreNetwork
 from training import (
+    audit,
     checkpoint,
     command_line,
     config,
@@ -71,8 +73,8 @@ class ScoreSettings:
     sampler: Literal["auto", "heun", "langevin"] = "auto"
     levels: int = 20  # noise levels of the sampler, falling geometrically
     steps_per_level: int = 10  # Langevin steps at each of them
-    # search the noise levels and anchors of the trained network by held-out likelihood, and say whether its posterior is
-    # worth following: audit.html, audit.json, chosen.toml
+    # search the noise levels and anchors of the trained network by held-out likelihood, and say whether its posterior
+    # is worth following: audit.html, audit.json, chosen.toml
     audit: bool = False
     eps: float | None = None  # audit: radius of the attack in input units; None is that of the data set's recipe
     norm: Literal["linf", "l2"] | None = None  # audit: its norm; None is that of the data set's recipe
@@ -91,7 +93,7 @@ class ScoreSettings:
     posterior_settings: PosteriorSettings = field(default_factory=PosteriorSettings)
 
 
-NOT_SAVED = ("out", "resume", "recipe", "download")
+NOT_SAVED = ("out", "resume", "recipe", "download", "audit", "eps", "norm")
 RANGES: dict[str, config.Check] = {
     "samples": (lambda v: v == 0 or v >= 10, "0 (none), or at least 10"),
     "steps_per_level": (lambda v: v >= 1, "at least 1"),
@@ -177,6 +179,11 @@ def run(settings: ScoreSettings, device: torch.device) -> None:
         image_size=settings.image_size,
     )
     loaded = data.load(source).to(device)
+    for name in ("eps", "norm"):
+        if getattr(settings, name) is not None and not settings.audit:
+            raise InputError(f"{name}: is for --audit, which is not given")
+    if settings.audit and not len(loaded.x_validation):
+        raise InputError(f"audit: {settings.data} has no validation points, by which it judges")
     if len(loaded.input_shape) != 3 and settings.data != "toy":
         raise InputError(
             f"data: {settings.data} has inputs {list(loaded.input_shape)}, allowed: images, and the toy; training.run "
@@ -187,17 +194,21 @@ def run(settings: ScoreSettings, device: torch.device) -> None:
     features = judge.load_features(settings.feature_network, device) if settings.feature_network else None
     resolved = config.resolved_posterior(settings.posterior_settings, settings.data, loaded.input_shape)
     out = distributed.by_first(lambda: prepare_folder(settings))
-    if (out / "score.json").exists():
-        if distributed.rank() == 0:
-            print(f"{out} is finished already")
-            print_result(json.loads((out / "score.json").read_text()), out)
+    finished = (out / "score.json").exists()
+    if finished and distributed.rank() == 0:
+        print(f"{out} is finished already")
+        print_result(json.loads((out / "score.json").read_text()), out)
+    if finished and not settings.audit:
         return
     speed = speed_of(settings, resolved, hardware.hardware_of(device))
     hardware.prepare(device, speed.precision, deterministic=settings.deterministic)
     try:
         posterior, seconds = trained(settings, resolved, loaded, speed, out)
         if distributed.rank() == 0:
-            report(settings, resolved, loaded, posterior, features, seconds, out)
+            if not finished:
+                report(settings, resolved, loaded, posterior, features, seconds, out)
+            if settings.audit:
+                audited(settings, loaded, posterior, out)
         distributed.barrier()
     except Interrupted as signal:
         raise Interrupted(f"{signal}; continue with: python -m training.score --resume {out}") from None
@@ -261,6 +272,17 @@ def trained(
             out / "posterior.pt", epoch=0, settings=about, network=posterior.state_dict(), data=loaded.record()
         )
     return posterior, time.perf_counter() - begin
+
+
+def audited(settings: ScoreSettings, loaded: Data, posterior: ScoreNetwork, out: Path) -> None:
+    """The audit, printed."""
+    recipe = config.from_recipes(settings.data, None, root=settings.data_root, image_size=settings.image_size)
+    threat_model = ThreatModel(
+        settings.norm or recipe.norm, settings.eps or recipe.eps, lower=loaded.lower, upper=loaded.upper
+    )
+    print(f"audit under {threat_model.norm}, eps {threat_model.eps:g}")
+    print(audit.write(posterior, loaded, threat_model, seed=settings.seed, out=out))
+    print(f"{out / 'audit.html'} shows it, {out / 'chosen.toml'} has the best settings with their evidence")
 
 
 def report(

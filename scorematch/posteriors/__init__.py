@@ -3,6 +3,7 @@
 from .base import ClassScorePosterior, Posterior, Trace
 from .classifier import NoiseConditionalClassifier
 from .ensemble import Ensemble
+from .factor_analysers import FactorAnalysers
 from .kernel_density import KernelDensity
 from .mixture import GaussianMixture
 from .score_network import ScoreNetwork
@@ -10,6 +11,7 @@ from .score_network import ScoreNetwork
 __all__ = [
     "ClassScorePosterior",
     "Ensemble",
+    "FactorAnalysers",
     "GaussianMixture",
     "KernelDensity",
     "NoiseConditionalClassifier",
