@@ -258,4 +258,7 @@ def plot(found: dict[str, Any]) -> Figure:
         right.plot(sigmas, values, dashes, color=colour, label=name.replace("_", " "))
     right.set(xscale="log", xlabel="σ", ylabel="denoising loss")
     right.legend(frameon=False)
+    for axis in (left, right):
+        axis.set_xticks(scores.SIGMAS, [f"{sigma:g}" for sigma in scores.SIGMAS])
+        axis.minorticks_off()
     return figure

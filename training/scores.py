@@ -151,6 +151,8 @@ def train(trainer: ScoreTrainer) -> None:
     trainer.out.mkdir(parents=True, exist_ok=True)
     if (trainer.out / "checkpoint.pt").exists():
         trainer.resume()
+        if trainer.steps_done != trainer.fitting.steps:
+            raise InputError(f"{trainer.out}: was trained by another version, which saved at other steps; train anew")
     trainer.fit()
     trainer.fitting.finish()
     if trainer.best:

@@ -1,6 +1,7 @@
 """The training of score networks and noise-conditional classifiers: the library's bits, resumed, shared out."""
 
 import json
+import re
 import signal
 import tempfile
 from pathlib import Path
@@ -15,7 +16,8 @@ from scorematch.augmentation import NonLeaking
 from scorematch.matching import fit_classifier, fit_denoiser, losses_by_level
 from scorematch.networks import EmbeddedDenoiser
 from scorematch.posteriors import NoiseConditionalClassifier, ScoreNetwork
-from training import checkpoint, data, posteriors, score, scores, tables
+from training import audit, checkpoint, data, posteriors, score, scores, tables
+from training.config import tomllib
 from training.data import DataSettings
 from training.errors import InputError
 from training.hardware import Speed
@@ -313,3 +315,61 @@ def test_every_recipe_is_understood(call: Any, synthetic: Any) -> None:
     ending = call("score", "--recipe", "cifar10-edm", "--data-root", root, *small.split(), "--out", "here")
     assert ending.status == 0, ending.err
     assert "10 samples (heun) are recognised" in ending.out
+
+
+def test_an_audit_says_what_it_found(call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit, "POINTS", 40)
+    options = [*OPTIONS.split(), "--audit", "--out", "here"]
+    ending = call("score", *options)
+    assert ending.status == 0, ending
+    found = json.loads(Path("here/audit.json").read_text())
+    assert found["threat_model"] == {"norm": "linf", "eps": 0.15}
+    evidence = {(row["sigma"], row["anchor"]): row["moved"] for row in found["evidence"]}
+    assert {anchor for _, anchor in evidence} == {"classifier", "kernel_density"}
+    best = max(evidence, key=evidence.__getitem__)
+    chosen = tomllib.loads(Path("here/chosen.toml").read_text())
+    assert (chosen["posterior_settings"]["sigma"], chosen["posterior_settings"]["anchor"]) == best
+    PosteriorSettings(**chosen["posterior_settings"])
+    assert found["verdict"] in ending.out
+    assert all(finding["text"] in ending.out for finding in found["findings"])
+    page = Path("here/audit.html").read_text()
+    assert not re.findall(r'(?:src|href)="(?!data:)', page), "nothing is loaded from elsewhere"
+    assert found["verdict"] in page
+
+    Path("here/audit.json").unlink()
+    again = call("score", "--resume", "here", "--audit", "--eps", "0.2", "--norm", "l2")
+    assert again.status == 0, again
+    repeated = json.loads(Path("here/audit.json").read_text())
+    assert repeated["threat_model"] == {"norm": "l2", "eps": 0.2}
+    assert repeated["noise"] == pytest.approx(0.2 / 8)
+    ending = call("score", "--resume", "here", "--eps", "0.2")
+    assert (ending.status, "eps: is for --audit" in ending.err) == (2, True)
+
+
+def test_findings_follow_the_numbers() -> None:
+    """Each number that gets bad turns its finding, and no other."""
+    good: dict[str, Any] = {
+        "chosen": {"sigma": 0.2, "anchor": "classifier"},
+        "evidence": [{"sigma": 0.2, "anchor": "classifier", "moved": -0.3, "clean": -0.2}],
+        "losses": [{"sigma": s, "train": 1.0, "held_out": 1.05} for s in (0.1, 0.2, 0.4)],
+        "calibration": {"error": 0.02, "confidence": 0.9, "accuracy": 0.9},
+        "closed_loop": 0.01,
+        "change_along_side": 1.0,
+        "posterior_clean_acc": 90.0,
+        "posterior_robust_acc": 60.0,
+        "guess": -2.3,
+    }
+    assert all(finding.good for finding in audit.judged(good))
+    assert "Nothing here speaks against" in audit.verdict(audit.judged(good))
+    bad: list[dict[str, Any]] = [
+        {"losses": [{"sigma": s, "train": 1.0, "held_out": 1.2} for s in (0.1, 0.2, 0.4)]},
+        {"guess": -0.1},
+        {"calibration": {"error": 0.2, "confidence": 0.9, "accuracy": 0.7}},
+        {"closed_loop": 0.5},
+        {"losses": [{"sigma": s, "train": 1.0, "held_out": 1.0} for s in (0.2, 0.4)]},
+        {"posterior_robust_acc": 20.0},
+    ]
+    for index, change in enumerate(bad):
+        findings = audit.judged({**good, **change})
+        assert [finding.good for finding in findings] == [position != index for position in range(6)]
+        assert audit.verdict(findings).startswith("1 of 6 findings")
