@@ -207,7 +207,8 @@ def _kernel_density(bench: Bench, drawn: bool) -> Estimated:
 
         return build
 
-    name, evidence = bench.chosen({str(sigma): at(sigma) for sigma in bench.grid.kernel_sigmas}, range(1))
+    folds = ONE if drawn else ALL
+    name, evidence = bench.chosen({str(sigma): at(sigma) for sigma in bench.grid.kernel_sigmas}, folds)
     return Estimated(at(float(name))(0 if drawn else None), {"sigma": float(name)}, evidence)
 
 
@@ -245,15 +246,17 @@ def _factor_analysers(bench: Bench) -> Estimated:
 ONE, ALL = range(1), range(FOLDS)
 
 ESTIMATORS: dict[str, Callable[[Bench], Estimated]] = {
-    "kernel_density": lambda bench: _kernel_density(bench, drawn=False),
-    "kernel_density_drawn": lambda bench: _kernel_density(bench, drawn=True),
-    "factor_analysers": _factor_analysers,
     "classifier": lambda bench: _pointwise(bench, "classifier", ONE),
     "classifier_ensemble": lambda bench: _pointwise(bench, "classifier", ALL),
-    "energy": lambda bench: _pointwise(bench, "energy", ONE),
-    "energy_ensemble": lambda bench: _pointwise(bench, "energy", ALL),
     "score": lambda bench: _score(bench, ONE),
     "score_ensemble": lambda bench: _score(bench, ALL),
     "score_last": lambda bench: _score(bench, ONE, kind="denoiser_last"),
     "score_literal": lambda bench: _score(bench, ONE, centering="network"),
+    "energy": lambda bench: _pointwise(bench, "energy", ONE),
+    "energy_ensemble": lambda bench: _pointwise(bench, "energy", ALL),
+    "kernel_density": lambda bench: _kernel_density(bench, drawn=False),
+    "kernel_density_drawn": lambda bench: _kernel_density(bench, drawn=True),
+    "factor_analysers": _factor_analysers,
 }
+# Evidence is comparable where every training point was held out once: one of these is chosen by it.
+CROSS_FITTED = ("classifier_ensemble", "score_ensemble", "energy_ensemble", "kernel_density")

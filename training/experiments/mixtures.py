@@ -27,7 +27,6 @@ import torch
 from torch import Generator
 
 from scorematch import audit
-from scorematch.posteriors import Posterior
 from training.experiments import estimators, problems, students
 from training.experiments.estimators import ESTIMATORS, Bench, Estimated
 from training.experiments.problems import Problem
@@ -38,9 +37,11 @@ SURROGATES = (
     "pgd_at:kl",
     "pgd_at:se",
     *(f"trades:kl:{beta}" for beta in (0.25, 0.5, 1, 2, 4)),
-    *(f"trades:se:{beta}" for beta in (0.5, 1, 2, 4)),
+    *(f"trades:se:{beta}" for beta in (1, 4)),
+    *(f"trades:kl:{beta}:soft" for beta in (0.25, 0.5, 1)),  # soft targets of the classifier
 )
-ABLATED = ("oracle", "energy_ensemble", "score_ensemble")
+MOVED = tuple(f"trades:kl:{beta}:moved" for beta in (0.5, 1))  # by the classifier
+ABLATED = ("oracle", "classifier")
 ABLATION = {"A": "direct:kl:fixed", "B": "direct:kl:model-only", "C": "direct:kl", "D": "direct:kl:noise"}
 
 
@@ -87,28 +88,33 @@ def run(cell: Cell) -> None:
             estimated[name] = ESTIMATORS[name](bench)
         return estimated[name]
 
-    def student(objective: str, posterior: Posterior | None) -> dict[str, Any]:
-        made = students.train(problem, students.objective_of(objective, problem, posterior, budget), cell.seed, budget)
-        return {
-            "last": students.measure(problem, made.last, cell.seed),
-            "best": students.measure(problem, made.best, cell.seed),
-            "data_gradient_ratio": made.data_gradient_ratio,
-        }
-
-    def followed(objective: str, name: str) -> dict[str, Any]:
-        return student(objective, estimate(name).posterior)
+    def student(objective: str, name: str | None, picked: bool = False) -> dict[str, Any]:
+        posterior = None if name is None else estimate(name).posterior
+        trains = students.objective_of(objective, problem, posterior, budget)
+        made = students.train(problem, trains, cell.seed, budget, picked=picked)
+        measured = {"last": students.measure(problem, made.last, cell.seed)}
+        if made.best is not None:
+            measured["best"] = students.measure(problem, made.best, cell.seed)
+        return {**measured, "data_gradient_ratio": made.data_gradient_ratio}
 
     def recorded(name: str) -> dict[str, Any]:
         return posterior_record(problem, estimate(name))
 
-    for name in SURROGATES:
-        notebook.once(f"student {name}", partial(student, name, None))
+    for objective in SURROGATES:
+        notebook.once(f"student {objective}", partial(student, objective, _asked(objective), picked=True))
+    for objective in MOVED:
+        notebook.once(f"student {objective}", partial(student, objective, _asked(objective)))
     for name in ("oracle", *ESTIMATORS):
         notebook.once(f"posterior {name}", partial(recorded, name))
-        notebook.once(f"student direct:kl {name}", partial(followed, "direct:kl", name))
+        notebook.once(f"student direct:kl {name}", partial(student, "direct:kl", name))
     for name in ABLATED:
         for objective in ABLATION.values():
-            notebook.once(f"student {objective} {name}", partial(followed, objective, name))
+            notebook.once(f"student {objective} {name}", partial(student, objective, name))
+
+
+def _asked(objective: str) -> str | None:
+    """The posterior that a surrogate asks, if any."""
+    return "classifier" if objective.endswith((":soft", ":moved")) else None
 
 
 def facts(problem: Problem) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from training import checkpoint, command_line
 from training.compare import Estimate, estimate
 from training.errors import InputError, run_program
 from training.experiments import gradients, mixtures
-from training.experiments.estimators import ESTIMATORS
+from training.experiments.estimators import CROSS_FITTED, ESTIMATORS
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -43,10 +43,6 @@ FAMILIES = {
     "score_literal": ("score network, literal Eq. (34)", "#767676", "x"),
     "oracle": ("p_d itself", "#56b4e9", "P"),
 }
-
-
-# Not to be chosen by evidence: what is there for comparison, and what knows the family of p_d.
-UNCHOSEN = ("score_last", "score_literal", "factor_analysers")
 
 
 @dataclass(frozen=True)
@@ -188,8 +184,7 @@ def groups(cells: Sequence[dict[str, Any]]) -> dict[tuple[int, int], list[dict[s
 
 def chosen_by_evidence(cell: dict[str, Any]) -> str:
     """The learned posterior with the highest held-out log-likelihood: nobody needs the truth for this choice."""
-    learned = [name for name in ESTIMATORS if name not in UNCHOSEN]
-    return max(learned, key=lambda name: max(cell["entries"][f"posterior {name}"]["evidence"].values()))
+    return max(CROSS_FITTED, key=lambda name: max(cell["entries"][f"posterior {name}"]["evidence"].values()))
 
 
 def of_direct(cell: dict[str, Any], name: str) -> dict[str, float]:
@@ -253,6 +248,9 @@ def _table(dimension: int, count: int, group: Sequence[dict[str, Any]]) -> list[
             row(_surrogate_label(name) + ending, [of_surrogate(cell, name, weights) for cell in group])
             for name in mixtures.SURROGATES
         ]
+    lines += [
+        row(_surrogate_label(name), [of_surrogate(cell, name, "last") for cell in group]) for name in mixtures.MOVED
+    ]
     lines += [row(f"direct, {FAMILIES[name][0]}", [of_direct(cell, name) for cell in group]) for name in ESTIMATORS]
     lines.append(row("**direct, chosen by evidence**", [of_direct(cell, chosen_by_evidence(cell)) for cell in group]))
     lines.append(row("direct, p_d itself", [of_direct(cell, "oracle") for cell in group]))
@@ -260,11 +258,14 @@ def _table(dimension: int, count: int, group: Sequence[dict[str, Any]]) -> list[
 
 
 def _surrogate_label(name: str) -> str:
-    kind, divergence, *beta = name.split(":")
+    kind, divergence, *words = name.split(":")
     title = {"standard": "standard", "pgd_at": "PGD-AT", "trades": "TRADES"}[kind]
     if kind != "standard":
         title += f" {divergence.upper()}"
-    return title + (f", β {beta[0]}" if beta else "")
+    if kind == "trades":
+        title += f", β {words[0]}"
+    endings = {"soft": ", soft targets of the classifier", "moved": ", target moved by the classifier"}
+    return title + "".join(endings[word] for word in words[1:])
 
 
 def _difference(

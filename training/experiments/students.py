@@ -31,9 +31,10 @@ class Budget:
 
 
 def objective_of(name: str, problem: Problem, posterior: Posterior | None, budget: Budget) -> Objective:
-    """``standard:kl``, ``pgd_at:kl``, ``trades:kl:4`` (β last) or ``direct:kl``.
+    """``standard:kl``, ``pgd_at:kl``, ``trades:kl:4`` (β third) or ``direct:kl``, and further words.
 
-    Direct forms take further words: ``fixed`` compares with the posterior at clean x, ``model-only`` leaves the data
+    ``soft`` gives TRADES the posterior at clean x instead of labels, ``moved`` moves its clean prediction by the
+    posterior (κ = 1). Of direct SCORE ``fixed`` compares with the posterior at clean x, ``model-only`` leaves the data
     gradient out, ``noise`` replaces it by noise of the same norm.
     """
     kind, divergence, *more = name.split(":")
@@ -43,10 +44,18 @@ def objective_of(name: str, problem: Problem, posterior: Posterior | None, budge
     if kind == "pgd_at":
         return lambda model, x, y, g: objectives.pgd_at(model, x, y, divergence=divergence, generator=g, **attack)
     if kind == "trades":
-        beta = float(more[0])
-        return lambda model, x, y, g: objectives.trades(
-            model, x, y, divergence=divergence, beta=beta, generator=g, **attack
-        )
+        beta, *words = more
+        moving = posterior if "moved" in words else None
+
+        def trades(model: nn.Module, x: Tensor, y: Tensor, g: Generator) -> Outcome:
+            if "soft" in words:
+                assert posterior is not None
+                y = objectives.soft_targets(posterior, x, y)
+            return objectives.trades(
+                model, x, y, divergence=divergence, beta=float(beta), posterior=moving, generator=g, **attack
+            )
+
+        return trades
     assert posterior is not None
     forms: dict[str, dict[str, Any]] = {
         "fixed": {"target_mix": 0.0},
@@ -66,12 +75,12 @@ class Student:
     """A trained classifier: its last weights, and for a surrogate those that the oracle likes best."""
 
     last: nn.Module
-    best: nn.Module  # of the checkpoint with the lowest R_SCORE on the sample for choices
+    best: nn.Module | None  # of the checkpoint with the lowest R_SCORE on the sample for choices
     data_gradient_ratio: float | None
 
 
-def train(problem: Problem, objective: Objective, seed: int, budget: Budget) -> Student:
-    """Train a student on all of the data."""
+def train(problem: Problem, objective: Objective, seed: int, budget: Budget, *, picked: bool) -> Student:
+    """Train a student on all of the data; ``picked`` lets the oracle look for its best weights."""
     torch.manual_seed(seed)
     generator = Generator().manual_seed(seed)
     model = problem.student()
@@ -88,7 +97,7 @@ def train(problem: Problem, objective: Objective, seed: int, budget: Budget) -> 
         schedule.step()
         if "data_gradient_ratio" in outcome.metrics:
             ratios.append(float(outcome.metrics["data_gradient_ratio"]))
-        if step % max(1, budget.steps // LOOKS) == 0:
+        if picked and step % max(1, budget.steps // LOOKS) == 0:
             model.eval()
             found = consistency(
                 model,
@@ -102,7 +111,7 @@ def train(problem: Problem, objective: Objective, seed: int, budget: Budget) -> 
             value = found.r_score.mean().item()
             if value < lowest:
                 best, lowest = copy.deepcopy(model), value
-    return Student(model.eval(), best.eval(), sum(ratios) / len(ratios) if ratios else None)
+    return Student(model.eval(), best.eval() if picked else None, sum(ratios) / len(ratios) if ratios else None)
 
 
 def measure(problem: Problem, model: nn.Module, seed: int) -> dict[str, float]:
