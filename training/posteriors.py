@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from scorematch import audit as scorematch_audit
 from scorematch import augmentation
-from scorematch.matching import ClassificationLoss, DenoisingLoss, DistillationLoss, Fit, MatchingLoss
+from scorematch.matching import ClassificationLoss, DenoisingLoss, DistillationLoss, Fit, JointEnergy, MatchingLoss
 from scorematch.matching.fit import Augment
 from scorematch.networks import ConvBackbone, Denoiser, EmbeddedDenoiser, MLPBackbone, UNetBackbone
-from scorematch.posteriors import KernelDensity, NoiseConditionalClassifier, Posterior, ScoreNetwork
+from scorematch.posteriors import Ensemble, KernelDensity, NoiseConditionalClassifier, Posterior, ScoreNetwork
 from scorematch.posteriors.base import PointwisePosterior
 from scorematch.threat_model import ThreatModel
 from training import checkpoint, scores, tables
@@ -27,6 +27,8 @@ from training.forward import Forward
 from training.hardware import Speed
 
 POSTERIORS = ("score_network", "kernel_density", "noise_conditional_classifier", "oracle")
+FOLD_SEEDS = 7919  # between the seeds of two folds
+FITTED = ("score_network", "noise_conditional_classifier")  # those whose networks are trained
 
 
 class DataLike(Protocol):
@@ -89,6 +91,10 @@ class PosteriorSettings:
     # probability of each geometric transformation of a training image that the network is told of; 0 turns them off
     augment: float = 0.0
     likelihood_weight: float = 0.0  # classifier: weight of denoising likelihood score matching; 0 turns it off
+    # classifier: train it as a joint energy, with this weight of conditional denoising score matching; 0 turns it off
+    energy_weight: float = 0.0
+    # cross-fitting: so many posteriors, each fitted without one fold, by which its weights are picked, and their mean
+    folds: int = 1
     max_points: int | None = None  # kernel_density: training points kept (a random subset); None keeps all
 
     def __post_init__(self) -> None:
@@ -123,8 +129,17 @@ class PosteriorSettings:
             raise ValueError(f"nodes: {self.nodes} with linear, which reads the scores once, allowed: 1")
         if self.smoothing is not None and not 0.0 < self.smoothing < 1.0:
             raise ValueError(f"smoothing: {self.smoothing!r} is out of range, allowed: between 0 and 1, exclusive")
-        if not 0.0 <= self.likelihood_weight < float("inf"):
-            raise ValueError(f"likelihood_weight: {self.likelihood_weight!r} is out of range, allowed: at least 0")
+        for field in ("likelihood_weight", "energy_weight"):
+            if not 0.0 <= getattr(self, field) < math.inf:
+                raise ValueError(f"{field}: {getattr(self, field)!r} is out of range, allowed: at least 0")
+        if self.likelihood_weight and self.energy_weight:
+            raise ValueError(f"energy_weight: {self.energy_weight!r} with a likelihood_weight, allowed: one of them")
+        if self.folds < 1:
+            raise ValueError(f"folds: {self.folds!r} is out of range, allowed: at least 1")
+        if self.folds > 1 and self.name not in FITTED:
+            raise ValueError(f"folds: {self.folds!r} with {self.name}, allowed: with {', '.join(FITTED)}")
+        if self.folds > 1 and self.centering == "network":
+            raise ValueError(f"folds: {self.folds!r} with centering 'network', allowed: with 'posterior'")
 
     def resolved(self, data_name: str) -> PosteriorSettings:
         """The same with every None that the data set has a tuned value for replaced by that value."""
@@ -222,12 +237,25 @@ def build(
     else:
         x, y = data.x_train.to(device), data.y_train.to(device)
         held_out = data.x_validation.to(device), data.y_validation.to(device)
-        builder = _Builder(settings, data, x, y, held_out, seed)
-        if state is None:
-            if folder is None:
-                raise ValueError("folder: none given, a posterior that is trained saves into one")
-            builder.trains = _Trains(folder, speed or Speed(), save_minutes, about or {})
-        posterior = getattr(builder, settings.name)()
+        if state is None and folder is None:
+            raise ValueError("folder: none given, a posterior that is trained saves into one")
+
+        def built(x: Tensor, y: Tensor, held_out: tuple[Tensor, Tensor], seed: int, folder: Path | None) -> Posterior:
+            builder = _Builder(settings, data, x, y, held_out, seed)
+            if state is None and folder is not None:
+                builder.trains = _Trains(folder, speed or Speed(), save_minutes, about or {})
+            member: Posterior = getattr(builder, settings.name)()
+            return member
+
+        if settings.folds == 1:
+            posterior = built(x, y, held_out, seed, folder)
+        else:
+            members = []
+            for fold in range(settings.folds):
+                out = torch.arange(len(x), device=x.device) % settings.folds == fold
+                place = None if folder is None else folder / f"fold-{fold}"
+                members.append(built(x[~out], y[~out], (x[out], y[out]), seed + FOLD_SEEDS * fold, place))
+            posterior = Ensemble(members)
     posterior = posterior.to(device)
     if state is not None:
         posterior.load_state_dict(state)
@@ -254,8 +282,9 @@ def read(
     try:
         known = PosteriorSettings(**tables.typed_table(table, PosteriorSettings, str(path)))
         settings = dataclasses.replace(known, **changes).resolved(data.name)
-        if settings.name != "score_network":
-            raise InputError(f"{path} holds a {settings.name}, expected a score_network")
+        if settings.name != "score_network" or settings.folds > 1:
+            what = settings.name if settings.folds == 1 else f"mean of {settings.folds} of {settings.name}"
+            raise InputError(f"{path} holds a {what}, expected a score_network")
         posterior = build(settings, data, seed=0, device=device, state=saved["network"])
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -266,6 +295,8 @@ def read(
 
 def at_speed(posterior: Posterior, speed: Speed) -> Posterior:
     """The same posterior with its networks called as ``speed`` says; it shares their weights."""
+    if isinstance(posterior, Ensemble):
+        return Ensemble([at_speed(member, speed) for member in posterior.members])  # type: ignore[arg-type]
     fast = copy.copy(posterior)
     fast._modules = dict(posterior._modules)
     if isinstance(fast, ScoreNetwork):
@@ -275,6 +306,13 @@ def at_speed(posterior: Posterior, speed: Speed) -> Posterior:
     elif isinstance(fast, NoiseConditionalClassifier) and isinstance(fast.network, _ScaledClassifier):
         fast.network = fast.network.with_backbone(_called(fast.network.backbone, speed))
     return fast
+
+
+def anchored_at_labels(posterior: Posterior) -> bool:
+    """Whether the posterior is given the labels of the clean points, so that it is right there by construction."""
+    if isinstance(posterior, Ensemble):
+        return any(anchored_at_labels(member) for member in posterior.members)  # type: ignore[arg-type]
+    return isinstance(posterior, ScoreNetwork) and posterior.anchor is None
 
 
 def _called(backbone: nn.Module, speed: Speed) -> nn.Module:
@@ -390,7 +428,10 @@ class _Builder:
         if self.trains is not None:
             weight = self.settings.likelihood_weight
             called = network.with_backbone(_called(network.backbone, self.trains.speed))
-            loss = ClassificationLoss(called, weight, self.denoiser() if weight else None)
+            energy = None
+            if self.settings.energy_weight:
+                energy = JointEnergy(self.settings.energy_weight, self.center, self.sigma_data)
+            loss = ClassificationLoss(called, weight, self.denoiser() if weight else None, energy)
             # It is not told how images were augmented, so that it must not be asked about those alone that were not.
             self._train("classifier", network, loss, 1, self._mirror())
         return NoiseConditionalClassifier(network, num_classes=self.num_classes, sigma=self.sigma)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import scorematch
 from scorematch import PGD, AutoAttack
-from scorematch.posteriors import Posterior, ScoreNetwork
+from scorematch.posteriors import Posterior
 from training import checkpoint, config, data, distributed, hardware, measures, models, posteriors, tables, toy
 from training.config import RunSettings
 from training.data import Data
@@ -316,7 +316,7 @@ def measure(
         few = x[:AUDITED], y[:AUDITED]
         results |= posteriors.audit(posterior, *few, threat_model, steps=settings.eval_steps, seed=settings.seed)
         results["posterior_samples"] = len(few[0])
-        if isinstance(posterior, ScoreNetwork) and posterior.anchor is None:
+        if posteriors.anchored_at_labels(posterior):
             results["posterior_clean_acc"] = None  # the labels themselves
     return results | attack_with_ensemble(settings, loaded, network, out)
 

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from scorematch.posteriors import KernelDensity, NoiseConditionalClassifier, Posterior, ScoreNetwork
+from scorematch.posteriors import Ensemble, KernelDensity, NoiseConditionalClassifier, Posterior, ScoreNetwork
 from training import checkpoint, data, posteriors, score, toy
 from training.data import DataSettings
 from training.errors import InputError
+from training.hardware import Speed
 from training.posteriors import PosteriorSettings
 
 QUICK = {"steps": 5, "batch_size": 8, "width": 16, "depth": 1}
@@ -47,6 +48,48 @@ def test_every_posterior_is_rebuilt_from_its_state(name: str, kind: type, networ
     for trace in traces:
         trace.move((x + 0.1).clamp(0, 1))
         assert torch.equal(trace.log_p, traces[0].log_p)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        PosteriorSettings("noise_conditional_classifier", folds=3, energy_weight=10.0, **QUICK),  # type: ignore[arg-type]
+        PosteriorSettings("score_network", anchor="classifier", folds=2, **QUICK),  # type: ignore[arg-type]
+    ],
+    ids=["energies", "scores"],
+)
+def test_cross_fitting(settings: PosteriorSettings, digits: data.Data, tmp_path: Path) -> None:
+    """A posterior without each fold, which picks its weights; their mean; rebuilt from its state; faster ones too."""
+    posterior = posteriors.build(settings, digits, seed=0, folder=tmp_path)
+    assert isinstance(posterior, Ensemble)
+    assert len(posterior.members) == settings.folds
+    name = "score-network" if settings.name == "score_network" else "classifier"
+    kept = [checkpoint.load(tmp_path / f"fold-{k}" / name / "best.pt")["network"] for k in range(settings.folds)]
+    weights = [next(iter(state.values())) for state in kept]
+    assert not torch.equal(weights[0], weights[1])
+    x, y = digits.x_test[:8], digits.y_test[:8]
+    rebuilt = posteriors.build(settings, digits, seed=0, state=posterior.state_dict())
+    fast = posteriors.at_speed(posterior, Speed())
+    traces = [p.trace(x, y) for p in (posterior, rebuilt, fast)]
+    for trace in traces:
+        trace.move((x + 0.1).clamp(0, 1))
+        assert torch.equal(trace.log_p, traces[0].log_p)
+    assert not posteriors.anchored_at_labels(posterior)
+
+
+def test_a_joint_energy_is_another_training(digits: data.Data) -> None:
+    plain, energy = (
+        build(PosteriorSettings("noise_conditional_classifier", energy_weight=w, **QUICK), digits)  # type: ignore[arg-type]
+        for w in (0.0, 10.0)
+    )
+    x, y = digits.x_test[:8], digits.y_test[:8]
+    assert not torch.equal(plain.trace(x, y).log_p, energy.trace(x, y).log_p)
+
+
+def test_what_is_anchored_at_labels(digits: data.Data) -> None:
+    for folds in (1, 2):
+        settings = PosteriorSettings("score_network", anchor="label", folds=folds, **QUICK)  # type: ignore[arg-type]
+        assert posteriors.anchored_at_labels(build(settings, digits))
 
 
 @pytest.mark.parametrize("anchor", ["label", "classifier", "kernel_density"])
@@ -123,7 +166,7 @@ def test_given_values_override_tuned_ones() -> None:
 
 
 def test_oracle_is_for_the_toy(digits: data.Data) -> None:
-    with pytest.raises(ValueError, match="'oracle' on digits, allowed"):
+    with pytest.raises(ValueError, match="'oracle' on digits, whose"):
         build(PosteriorSettings("oracle"), digits)
     x = torch.tensor([[0.0], [1.0]])
     oracle = build(PosteriorSettings("oracle"), data.load(DataSettings("toy", limit=100)))
@@ -138,6 +181,11 @@ def test_oracle_is_for_the_toy(digits: data.Data) -> None:
         ({"nodes": 0}, "nodes: 0 is out of range, allowed: at least 1"),
         ({"smoothing": 1.0}, "smoothing: 1.0 is out of range"),
         ({"likelihood_weight": -1.0}, "likelihood_weight: -1.0 is out of range"),
+        ({"energy_weight": -1.0}, "energy_weight: -1.0 is out of range"),
+        ({"energy_weight": 1.0, "likelihood_weight": 1.0}, "energy_weight: 1.0 with a likelihood_weight"),
+        ({"folds": 0}, "folds: 0 is out of range"),
+        ({"name": "kernel_density", "folds": 2}, "folds: 2 with kernel_density, allowed: with score_network"),
+        ({"centering": "network", "folds": 2}, "folds: 2 with centering 'network'"),
     ],
 )
 def test_bad_settings(settings: dict, message: str) -> None:
