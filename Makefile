@@ -3,6 +3,7 @@
 #   make run       train with direct SCORE on the digits, with ARGS="..." for further options
 #   make test      lint, types and the whole test suite, in one process a core (8 at most)
 #   make compare   direct SCORE beside its surrogates, on DATA=digits or DATA=toy
+#   make results   docs/direct-score.md and its figures, from the stored results in docs/evidence
 #   make bench     time the kernels against eager PyTorch and torch.compile
 #   make lint      style and types alone
 #   make build     the set-up alone: virtual environment, dependencies, extension
@@ -27,7 +28,7 @@ TORCH_STAMP := $(VENV)/.torch-$(TORCH)
 STAMP := $(VENV)/.scorematch-$(TORCH)-cuda-$(SCOREMATCH_CUDA)
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: run test compare bench lint build clean
+.PHONY: run test compare results bench lint build clean
 .DELETE_ON_ERROR:
 
 run: build
@@ -39,6 +40,9 @@ test: lint
 
 compare: build
 	$(BIN)/python -m training.compare --data $(DATA) $(ARGS)
+
+results: build
+	$(BIN)/python -m training.experiments.page $(ARGS)
 
 bench: build
 	$(BIN)/python -m benchmarks.kernels $(ARGS)

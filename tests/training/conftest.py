@@ -18,6 +18,8 @@ from scipy.io import savemat
 
 from training import compare, data, evaluate, generate, generated, plan, run, score, scores
 from training.errors import run_program
+from training.experiments import __main__ as experiments
+from training.experiments import page
 
 PROGRAMS = {
     "run": run.main,
@@ -27,6 +29,8 @@ PROGRAMS = {
     "generate": generate.main,
     "generated": generated.main,
     "plan": plan.main,
+    "experiments": experiments.main,
+    "page": page.main,
 }
 TINY = (
     "--epochs 2 --limit 100 --batch-size 50 --steps 2 --validation-steps 1 --eval-steps 2 --eval-restarts 1 "

@@ -46,6 +46,7 @@ class Grid:
     sigmas: tuple[float, ...] = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
     kernel_sigmas: tuple[float, ...] = (0.3, 0.5, 0.7, 1.0, 1.4, 2.0)
     steps: int = 6000  # at most; trainings stop by held-out loss
+    steps_to_the_last: int = 3000  # of the score network that does not
     interval: int = 50
     patience: int = 10
     energy_weight: float = 100.0
@@ -55,6 +56,10 @@ class Grid:
     components: tuple[int, ...] = (1, 2, 3, 4, 6)  # of the factor analysers
     ranks: tuple[int, ...] = (1, 4)
     drawn: int = 5000  # samples of the score network under a kernel density
+
+
+# A few steps of everything, to see that it runs: the numbers mean nothing.
+QUICK = Grid(steps=20, steps_to_the_last=20, interval=10, drawn=200, components=(1, 2), ranks=(1,), batch_size=32)
 
 
 @dataclass
@@ -96,7 +101,13 @@ class Bench:
             backbone = problem.backbone(problem.num_classes + 1, False)
             denoiser = Denoiser(backbone, num_classes=problem.num_classes, sigma_data=sigma_data, center=center)
             if kind == "denoiser_last":
-                long = Fit(steps=3000, batch_size=grid.batch_size, lr=grid.lr, sigma_min=0.05, sigma_max=HIGHEST_NOISE)
+                long = Fit(
+                    steps=grid.steps_to_the_last,
+                    batch_size=grid.batch_size,
+                    lr=grid.lr,
+                    sigma_min=0.05,
+                    sigma_max=HIGHEST_NOISE,
+                )
                 return fit_denoiser(denoiser, problem.x, problem.y, long, generator=generator)
             return fit_denoiser(denoiser, x, y, fit, generator=generator, held_out=watched)
         network = Classifier(problem.backbone(problem.num_classes, True), center, sigma_data)

@@ -97,8 +97,9 @@ def posteriors_of(bench: Bench, other: Bench, sigma: float) -> dict[str, Posteri
 
 def run(cell: Cell) -> None:
     """Every estimator at every noise level, on one mixture."""
-    problem = problems.gaussian_mixture(DIMENSION, 400 if cell.quick else COUNT, cell.seed)
-    grid = estimators.Grid(steps=100) if cell.quick else estimators.Grid(selection_sigma=0.2)
+    sizes = problems.QUICK if cell.quick else {}
+    problem = problems.gaussian_mixture(DIMENSION, 200 if cell.quick else COUNT, cell.seed, **sizes)
+    grid = estimators.QUICK if cell.quick else estimators.Grid(selection_sigma=0.2)
     # The audit's common score comes from a third network: that of an estimate would hide the estimate's own error.
     bench, other, third = (Bench(problem, cell.seed + offset, grid) for offset in (0, 500, 700))
     about = {"dimension": DIMENSION, "count": len(problem.x), "seed": cell.seed, "grid": asdict(grid)}

@@ -68,9 +68,10 @@ def cells(
 
 def run(cell: Cell) -> None:
     """Everything of one mixture."""
-    problem = problems.gaussian_mixture(cell.dimension, cell.count, cell.seed)
-    budget = students.Budget(steps=60) if cell.quick else students.Budget()
-    grid = estimators.Grid(steps=100, drawn=1000) if cell.quick else estimators.Grid()
+    sizes = problems.QUICK if cell.quick else {}
+    problem = problems.gaussian_mixture(cell.dimension, cell.count, cell.seed, **sizes)
+    budget = students.QUICK if cell.quick else students.Budget()
+    grid = estimators.QUICK if cell.quick else estimators.Grid()
     bench = Bench(problem, cell.seed, grid)
     about = {
         "dimension": cell.dimension,

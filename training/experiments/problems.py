@@ -59,11 +59,12 @@ class Perceptron(nn.Sequential):
         )
 
 
+QUICK = {"test": 200, "choice": 50}  # points of a run that only has to run
 CLASSES, COMPONENTS = 3, 3
 SEPARATION = 3.2  # of component means: N(0, SEPARATION² / d) in each of d coordinates, so about as far apart in any d
 
 
-def gaussian_mixture(dimension: int, count: int, seed: int) -> Problem:
+def gaussian_mixture(dimension: int, count: int, seed: int, *, test: int = 4000, choice: int = 1000) -> Problem:
     """Three classes of three unit Gaussians each, L2 eps 1, no box.
 
     The means differ from seed to seed, so intervals over seeds include the choice of the problem.
@@ -72,8 +73,8 @@ def gaussian_mixture(dimension: int, count: int, seed: int) -> Problem:
     means = SEPARATION / math.sqrt(dimension) * torch.randn(CLASSES, COMPONENTS, dimension, generator=random)
     oracle = GaussianMixture(means, torch.ones(CLASSES, COMPONENTS))
     x, y = oracle.sample(count, random)
-    x_test, y_test = oracle.sample(4000, random)
-    x_choice, y_choice = oracle.sample(1000, random)
+    x_test, y_test = oracle.sample(test, random)
+    x_choice, y_choice = oracle.sample(choice, random)
     return Problem(
         name=f"mixture-d{dimension}-n{count}-seed{seed}",
         oracle=oracle,

@@ -30,6 +30,9 @@ class Budget:
     attack_steps: int = 5
 
 
+QUICK = Budget(steps=8, batch_size=32, attack_steps=2)
+
+
 def objective_of(name: str, problem: Problem, posterior: Posterior | None, budget: Budget) -> Objective:
     """``standard:kl``, ``pgd_at:kl``, ``trades:kl:4`` (β third) or ``direct:kl``, and further words.
 
