@@ -18,6 +18,7 @@ def evidence(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evidence")
     for seed in range(2):
         mixtures.run(mixtures.Cell(4, 120, seed, folder / "mixtures", quick=True))
+        mixtures.run(mixtures.Cell(None, 120, seed, folder / "digits", quick=True))
         gradients.run(gradients.Cell(seed, folder / "gradients", quick=True))
     torch.set_num_threads(threads)
     return folder
@@ -66,8 +67,9 @@ def test_the_page_is_made_of_the_results(evidence: Path, tmp_path: Path) -> None
     assert (tmp_path / "figures" / "direct-law.png").stat().st_size > 10_000
     cells = page.read(evidence / "mixtures")
     mean = sum(page.of_direct(cell, "energy")["r_score"] for cell in cells) / 2
-    (row,) = [line for line in text.splitlines() if line.startswith("| direct, joint energy |")]
-    assert f"| {mean:.3f} ± " in row
+    rows = [line for line in text.splitlines() if line.startswith("| direct, joint energy |")]
+    assert len(rows) == 2  # of the mixtures, then of the digits
+    assert f"| {mean:.3f} ± " in rows[0]
     for hypothesis in ("H1", "H2", "H3", "H5", "G1", "G2", "G3"):
         assert hypothesis in text
     page.main(["--evidence", str(evidence), "--docs", str(tmp_path)])
@@ -132,6 +134,16 @@ def test_folds_are_disjoint_and_cover_the_data() -> None:
     x, y, x_held, _ = problem.fold(1)
     assert len(x) + len(x_held) == 102
     assert len(x) == len(y)
+
+
+def test_the_known_digits_are_as_hard_as_they_say() -> None:
+    problem = problems.known_digits(400, 0, test=2000, choice=20)
+    found = mixtures.facts(problem)
+    assert found["bayes_accuracy"] == pytest.approx(90, abs=2)
+    assert problem.x.shape == (400, 64)
+    other = problems.known_digits(400, 1, test=2000, choice=20)
+    assert not torch.equal(problem.x, other.x)
+    assert torch.equal(problem.oracle.means, other.oracle.means)
 
 
 def test_a_notebook_computes_an_entry_once(tmp_path: Path) -> None:

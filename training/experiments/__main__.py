@@ -20,10 +20,10 @@ from training.experiments.runner import run_cells
 class ExperimentSettings:
     """Which experiment, and how much of it. Called again, it does what is missing."""
 
-    name: Literal["mixtures", "gradients"] = "mixtures"
+    name: Literal["mixtures", "digits", "gradients"] = "mixtures"
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # a cell each: its own problem, data, initialisation
     dimensions: tuple[int, ...] = (16,)  # mixtures: features of x
-    counts: tuple[int, ...] = (2000, 10_000)  # mixtures: labelled training points
+    counts: tuple[int, ...] = (2000, 10_000)  # mixtures and digits: labelled training points
     quick: bool = False  # a few steps of everything, to see that it runs; its numbers mean nothing
     jobs: int = 0  # cells side by side, one CPU thread each; 0 is the number of cores
     out: Path | None = None  # folder of the results, one JSON a cell; None is runs/experiments/NAME
@@ -61,7 +61,13 @@ def run(settings: ExperimentSettings, out: Path, jobs: int) -> int:
         cells = [gradients.Cell(seed, out, settings.quick) for seed in settings.seeds]
         run_cells(gradients.run, cells, jobs)
         return len(cells)
-    planned = mixtures.cells(out, settings.seeds, settings.dimensions, settings.counts, settings.quick)
+    dimensions = (None,) if settings.name == "digits" else settings.dimensions
+    planned = [
+        mixtures.Cell(dimension, count, seed, out, settings.quick)
+        for seed in settings.seeds
+        for dimension in dimensions
+        for count in settings.counts
+    ]
     run_cells(mixtures.run, planned, jobs)
     return len(planned)
 

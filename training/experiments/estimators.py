@@ -27,7 +27,8 @@ from scorematch.posteriors import (
 from scorematch.posteriors.base import PointwisePosterior
 from training.experiments.problems import FOLDS, Problem
 
-HIGHEST_NOISE = 3.0  # of trainings; samples are drawn from there, so it outweighs the spread of the data
+# Of trainings, in units of the problem's scale. Samples are drawn from the highest, which outweighs the data's spread.
+LOWEST_NOISE, HIGHEST_NOISE = 0.05, 3.0
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Estimated:
 
 @dataclass(frozen=True)
 class Grid:
-    """What is tried."""
+    """What is tried; noise levels are in units of the problem's scale."""
 
     sigmas: tuple[float, ...] = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
     kernel_sigmas: tuple[float, ...] = (0.3, 0.5, 0.7, 1.0, 1.4, 2.0)
@@ -71,6 +72,15 @@ class Bench:
     grid: Grid = field(default_factory=Grid)
     _networks: dict[tuple[str, int], nn.Module] = field(default_factory=dict)
 
+    @property
+    def sigmas(self) -> list[float]:
+        """Noise levels at which networks may be read, in input units."""
+        return [self.problem.scale * sigma for sigma in self.grid.sigmas]
+
+    @property
+    def kernel_sigmas(self) -> list[float]:
+        return [self.problem.scale * sigma for sigma in self.grid.kernel_sigmas]
+
     def network(self, kind: str, fold: int) -> nn.Module:
         """A classifier, joint energy or denoiser, fitted with one fold held out.
 
@@ -85,14 +95,15 @@ class Bench:
         torch.manual_seed(1000 * self.seed + fold)
         generator = Generator().manual_seed(1000 * self.seed + fold)
         x, y, x_held, y_held = problem.fold(fold)
-        watched = HeldOut(x_held, y_held, grid.selection_sigma, grid.interval, grid.patience)
+        scale = problem.scale
+        watched = HeldOut(x_held, y_held, scale * grid.selection_sigma, grid.interval, grid.patience)
         fit = Fit(
             steps=grid.steps,
             batch_size=grid.batch_size,
             lr=grid.lr,
             schedule="constant",
-            sigma_min=0.05,
-            sigma_max=HIGHEST_NOISE,
+            sigma_min=scale * LOWEST_NOISE,
+            sigma_max=scale * HIGHEST_NOISE,
             half_life=20_000,
         )
         sigma_data = float((problem.x - problem.x.mean(0)).square().mean().sqrt())
@@ -152,7 +163,7 @@ def _pointwise(bench: Bench, kind: str, folds: range) -> Estimated:
     def at(sigma: float) -> Callable[[int], Posterior]:
         return lambda fold: NoiseConditionalClassifier(bench.network(kind, fold), num_classes=classes, sigma=sigma)
 
-    name, evidence = bench.chosen({str(sigma): at(sigma) for sigma in bench.grid.sigmas}, folds)
+    name, evidence = bench.chosen({str(sigma): at(sigma) for sigma in bench.sigmas}, folds)
     members: list[Posterior] = []
     temperatures = []
     for fold in folds:
@@ -186,7 +197,7 @@ def _score(
 
         return build
 
-    name, evidence = bench.chosen({str(sigma): at(sigma) for sigma in bench.grid.sigmas}, folds)
+    name, evidence = bench.chosen({str(sigma): at(sigma) for sigma in bench.sigmas}, folds)
     members = [at(float(name))(fold) for fold in folds]
     return Estimated(
         members[0] if len(members) == 1 else Ensemble(members), {"sigma": float(name), "anchor": anchor}, evidence
@@ -203,7 +214,7 @@ def _kernel_density(bench: Bench, drawn: bool) -> Estimated:
         denoiser = bench.network("denoiser", fold or 0)
         assert isinstance(denoiser, Denoiser)
         labels = _labels_like(problem.y, bench.grid.drawn)
-        sigmas = sampling.noise_levels(HIGHEST_NOISE, 0.05, 20)
+        sigmas = sampling.noise_levels(problem.scale * HIGHEST_NOISE, problem.scale * LOWEST_NOISE, 20)
         generator = Generator().manual_seed(bench.seed)
         start_of_heun = (len(labels), *problem.x.shape[1:])
         return sampling.heun(denoiser, start_of_heun, class_labels=labels, generator=generator, sigmas=sigmas), labels
@@ -219,7 +230,7 @@ def _kernel_density(bench: Bench, drawn: bool) -> Estimated:
         return build
 
     folds = ONE if drawn else ALL
-    name, evidence = bench.chosen({str(sigma): at(sigma) for sigma in bench.grid.kernel_sigmas}, folds)
+    name, evidence = bench.chosen({str(sigma): at(sigma) for sigma in bench.kernel_sigmas}, folds)
     return Estimated(at(float(name))(0 if drawn else None), {"sigma": float(name)}, evidence)
 
 

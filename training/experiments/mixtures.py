@@ -1,4 +1,6 @@
-"""Gaussian mixtures: p_d is known, every estimator and every objective is compared with it.
+"""Problems whose p_d is known: every estimator and every objective is compared with it.
+
+Mixtures of Gaussians, and draws from factor analysers that were fitted to the 8×8 digits.
 
 Hypotheses, written down before the runs:
 
@@ -47,9 +49,9 @@ ABLATION = {"A": "direct:kl:fixed", "B": "direct:kl:model-only", "C": "direct:kl
 
 @dataclass(frozen=True)
 class Cell:
-    """One mixture."""
+    """One problem: a mixture of Gaussians of this dimension, or with None the known digits."""
 
-    dimension: int
+    dimension: int | None
     count: int
     seed: int
     folder: Path
@@ -57,24 +59,25 @@ class Cell:
 
     @property
     def name(self) -> str:
-        return f"d{self.dimension}-n{self.count}-seed{self.seed}"
+        kind = "digits" if self.dimension is None else f"d{self.dimension}"
+        return f"{kind}-n{self.count}-seed{self.seed}"
 
-
-def cells(
-    folder: Path, seeds: tuple[int, ...], dimensions: tuple[int, ...], counts: tuple[int, ...], quick: bool
-) -> list[Cell]:
-    return [Cell(d, n, seed, folder, quick) for seed in seeds for d in dimensions for n in counts]
+    def problem(self) -> Problem:
+        sizes = problems.QUICK if self.quick else {}
+        if self.dimension is None:
+            return problems.known_digits(self.count, self.seed, **sizes)
+        return problems.gaussian_mixture(self.dimension, self.count, self.seed, **sizes)
 
 
 def run(cell: Cell) -> None:
     """Everything of one mixture."""
-    sizes = problems.QUICK if cell.quick else {}
-    problem = problems.gaussian_mixture(cell.dimension, cell.count, cell.seed, **sizes)
+    problem = cell.problem()
     budget = students.QUICK if cell.quick else students.Budget()
     grid = estimators.QUICK if cell.quick else estimators.Grid()
     bench = Bench(problem, cell.seed, grid)
     about = {
-        "dimension": cell.dimension,
+        "problem": "digits" if cell.dimension is None else "mixture",
+        "dimension": problem.x[0].numel(),
         "count": cell.count,
         "seed": cell.seed,
         "budget": asdict(budget),

@@ -11,7 +11,9 @@ from torch import Generator, Tensor, nn
 
 from scorematch import ThreatModel
 from scorematch.networks import MLPBackbone
-from scorematch.posteriors import GaussianMixture
+from scorematch.posteriors import FactorAnalysers, GaussianMixture
+from training import data, known_images
+from training.data import DataSettings
 
 FOLDS = 4  # a posterior is fitted on three and picks its weights on the fourth
 
@@ -21,7 +23,7 @@ class Problem:
     """Data, the truth about them, and the networks that fit them."""
 
     name: str
-    oracle: GaussianMixture  # p_d, in closed form
+    oracle: GaussianMixture | FactorAnalysers  # p_d, in closed form
     x: Tensor  # [N, …] training inputs
     y: Tensor  # int64 [N] their labels
     x_test: Tensor  # a fresh sample, for the final measurement
@@ -32,6 +34,7 @@ class Problem:
     student: Callable[[], nn.Module]  # a fresh classifier
     backbone: Callable[[int, bool], nn.Module]  # of (outputs, whether for a classifier), for estimates of p_d
     num_classes: int
+    scale: float = 1.0  # of the data, in which noise levels are counted; 1 for unit Gaussians
 
     @property
     def reach(self) -> float:
@@ -90,4 +93,42 @@ def gaussian_mixture(dimension: int, count: int, seed: int, *, test: int = 4000,
             (dimension,), outputs if pooled else outputs * dimension, width=128, depth=2
         ),
         num_classes=CLASSES,
+    )
+
+
+DIGITS_ERROR = 0.1  # Bayes error of the known digits
+DIGITS_EPS = 0.25  # in whose L2 ball the most likely class of p_d changes for a fifth of the points
+
+
+def known_digits(count: int, seed: int, *, test: int = 4000, choice: int = 1000) -> Problem:
+    """Draws from factor analysers that were fitted to the 8×8 digits, with noise to a Bayes error of 10 %; no box.
+
+    p_d is the same for every seed; what is drawn differs.
+    """
+    digits = data.load(DataSettings("digits"))
+    analysers = FactorAnalysers.fit(
+        digits.x_train,
+        digits.y_train,
+        num_classes=digits.num_classes,
+        components=2,
+        rank=6,
+        generator=Generator().manual_seed(0),
+    )
+    noise = known_images.noise_for(analysers, DIGITS_ERROR)
+    oracle = analysers.smoothed(noise)
+    drawn = known_images.drawn(oracle, (count, choice, test), shape=(64,), seed=seed)
+    return Problem(
+        name=f"digits-n{count}-seed{seed}",
+        oracle=oracle,
+        x=drawn.x_train,
+        y=drawn.y_train,
+        x_test=drawn.x_test,
+        y_test=drawn.y_test,
+        x_choice=drawn.x_validation,
+        y_choice=drawn.y_validation,
+        threat_model=ThreatModel("l2", eps=DIGITS_EPS, step_size=DIGITS_EPS / 4, lower=-math.inf, upper=math.inf),
+        student=lambda: Perceptron(64, digits.num_classes, 128),
+        backbone=lambda outputs, pooled: MLPBackbone((64,), outputs if pooled else outputs * 64, width=128, depth=2),
+        num_classes=digits.num_classes,
+        scale=noise,
     )
