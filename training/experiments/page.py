@@ -63,7 +63,7 @@ def main(arguments: list[str]) -> None:
         default=PageSettings(),
     )
     of_mixtures = read(settings.evidence / "mixtures")
-    of_digits = read(settings.evidence / "digits")
+    of_digits = read(settings.evidence / "digits") if (settings.evidence / "digits").exists() else []
     known = [*of_mixtures, *of_digits]
     of_gradients = read(settings.evidence / "gradients")
     (settings.docs / "figures").mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def main(arguments: list[str]) -> None:
         INTRODUCTION,
         section_gradients(of_gradients),
         section_mixtures(of_mixtures),
-        section_digits(of_digits),
+        *([section_digits(of_digits)] if of_digits else []),
         section_law(known, settings.docs / "figures" / "direct-law.png"),
         section_ablation(known),
         section_cost(known, of_gradients),
