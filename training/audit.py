@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import matplotlib
 
 matplotlib.use("Agg")
+import numpy as np
 import tomli_w
 import torch
 from matplotlib import pyplot as plt
@@ -26,6 +27,7 @@ from scorematch.posteriors import KernelDensity, NoiseConditionalClassifier, Sco
 from scorematch.posteriors.base import PointwisePosterior
 from training import checkpoint, plots, report, scores
 from training.data import Data
+from training.errors import InputError
 
 POINTS = 500  # held-out points of the audit
 DENSITY_POINTS = 5000  # training points under a kernel density
@@ -50,8 +52,16 @@ def reach(threat_model: ThreatModel, features: int) -> float:
     return threat_model.eps / math.sqrt(features) if threat_model.norm == "l2" else threat_model.eps
 
 
-def write(posterior: ScoreNetwork, data: Data, threat_model: ThreatModel, *, seed: int, out: Path) -> str:
-    """Search, audit, write; returns the verdict in words."""
+def write(
+    posterior: ScoreNetwork,
+    data: Data,
+    threat_model: ThreatModel,
+    *,
+    seed: int,
+    out: Path,
+    people: Tensor | None = None,
+) -> str:
+    """Search, audit, write; returns the verdict in words. ``people`` [N, L]: label distributions of the test points."""
     x, y = data.x_validation[:POINTS], data.y_validation[:POINTS]
     noise = reach(threat_model, x[0].numel())
     build = _builder(posterior, data, seed)
@@ -66,6 +76,9 @@ def write(posterior: ScoreNetwork, data: Data, threat_model: ThreatModel, *, see
         "chosen": best._asdict(),
         **measured(chosen, data, x, y, threat_model, noise, seed),
     }
+    if people is not None:
+        log_p = chosen.trace(data.x_test[:POINTS], data.y_test[:POINTS]).log_p
+        found["people"] = audit.agreement(log_p.cpu(), people[:POINTS])._asdict()
     findings = judged(found)
     found["findings"] = [finding._asdict() for finding in findings]
     found["verdict"] = verdict(findings)
@@ -176,7 +189,7 @@ def judged(found: dict[str, Any]) -> list[Finding]:
     error = found["calibration"]["error"]
     share = found["closed_loop"] / max(found["change_along_side"], 1e-12)
     edge = chosen["sigma"] in (found["losses"][0]["sigma"], found["losses"][-1]["sigma"])
-    return [
+    findings = [
         Finding(
             ratio <= GAP,
             f"at σ {chosen['sigma']:g} the denoising loss on held-out data is {100 * (ratio - 1):+.0f} % of that on "
@@ -212,6 +225,16 @@ def judged(found: dict[str, Any]) -> list[Finding]:
             f"itself, on {found['posterior_robust_acc']:.1f} %: there a student would end that follows it all the way",
         ),
     ]
+    if "people" in found:
+        kl, rank = found["people"]["kl"], found["people"]["entropy_rank"]
+        findings.append(
+            Finding(
+                rank > 0,
+                f"people who labelled the test images are {kl:.3f} nats away from it (KL), and what is ambiguous to "
+                f"them is so to it with a rank correlation of {rank:.2f}",
+            )
+        )
+    return findings
 
 
 def verdict(findings: list[Finding]) -> str:
@@ -219,6 +242,25 @@ def verdict(findings: list[Finding]) -> str:
     if not bad:
         return "Nothing here speaks against following this posterior."
     return f"{bad} of {len(findings)} findings speak against following this posterior as it is."
+
+
+def read_people(path: Path, data: Data) -> Tensor:
+    """Label distributions of the test points [N, L] from a .npy file, such as cifar10h-probs.npy.
+
+    Raises:
+        InputError: it cannot be read, or does not fit the data.
+    """
+    try:
+        values = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"human_labels: {path} cannot be read ({error})") from None
+    wanted = (len(data.x_test), data.num_classes)
+    if values.shape != wanted or not np.issubdtype(values.dtype, np.floating):
+        given = f"{values.dtype} {list(values.shape)}"
+        raise InputError(f"human_labels: {path} holds {given}, allowed: probabilities {list(wanted)} of the test split")
+    if (values < 0).any() or not np.allclose(values.sum(1), 1, atol=1e-3):
+        raise InputError(f"human_labels: {path} has rows that are no distribution, allowed: sums of 1")
+    return torch.from_numpy(values)
 
 
 def page(found: dict[str, Any], findings: list[Finding], data: str) -> str:

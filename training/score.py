@@ -78,6 +78,8 @@ class ScoreSettings:
     audit: bool = False
     eps: float | None = None  # audit: radius of the attack in input units; None is that of the data set's recipe
     norm: Literal["linf", "l2"] | None = None  # audit: its norm; None is that of the data set's recipe
+    # audit: .npy with the label distributions of the test points [N, L] that people gave, such as CIFAR-10H
+    human_labels: Path | None = None
     judge_epochs: int | None = None  # training of the classifier that is to recognise the samples; None is by data set
     # TorchScript module from uint8 [N, 3, H, W] to features [N, F]: the Fréchet distance is also measured in these
     feature_network: Path | None = None
@@ -93,7 +95,7 @@ class ScoreSettings:
     posterior_settings: PosteriorSettings = field(default_factory=PosteriorSettings)
 
 
-NOT_SAVED = ("out", "resume", "recipe", "download", "audit", "eps", "norm")
+NOT_SAVED = ("out", "resume", "recipe", "download", "audit", "eps", "norm", "human_labels")
 RANGES: dict[str, config.Check] = {
     "samples": (lambda v: v == 0 or v >= 10, "0 (none), or at least 10"),
     "steps_per_level": (lambda v: v >= 1, "at least 1"),
@@ -182,7 +184,7 @@ def run(settings: ScoreSettings, device: torch.device) -> None:
         image_size=settings.image_size,
     )
     loaded = data.load(source).to(device)
-    for name in ("eps", "norm"):
+    for name in ("eps", "norm", "human_labels"):
         if getattr(settings, name) is not None and not settings.audit:
             raise InputError(f"{name}: is for --audit, which is not given")
     if settings.audit and not len(loaded.x_validation):
@@ -194,6 +196,7 @@ def run(settings: ScoreSettings, device: torch.device) -> None:
         )
     if 0 < settings.samples < loaded.num_classes:
         raise InputError(f"samples: {settings.samples}, allowed: at least {loaded.num_classes}, one of each class")
+    people = audit.read_people(settings.human_labels, loaded) if settings.human_labels else None
     features = judge.load_features(settings.feature_network, device) if settings.feature_network else None
     resolved = config.resolved_posterior(settings.posterior_settings, settings.data, loaded.input_shape)
     out = distributed.by_first(lambda: prepare_folder(settings))
@@ -211,7 +214,7 @@ def run(settings: ScoreSettings, device: torch.device) -> None:
             if not finished:
                 report(settings, resolved, loaded, posterior, features, seconds, out)
             if settings.audit:
-                audited(settings, loaded, posterior, out)
+                audited(settings, loaded, posterior, people, out)
         distributed.barrier()
     except Interrupted as signal:
         raise Interrupted(f"{signal}; continue with: python -m training.score --resume {out}") from None
@@ -277,14 +280,14 @@ def trained(
     return posterior, time.perf_counter() - begin
 
 
-def audited(settings: ScoreSettings, loaded: Data, posterior: ScoreNetwork, out: Path) -> None:
+def audited(settings: ScoreSettings, loaded: Data, posterior: ScoreNetwork, people: Tensor | None, out: Path) -> None:
     """The audit, printed."""
     recipe = config.from_recipes(settings.data, None, root=settings.data_root, image_size=settings.image_size)
     threat_model = ThreatModel(
         settings.norm or recipe.norm, settings.eps or recipe.eps, lower=loaded.lower, upper=loaded.upper
     )
     print(f"audit under {threat_model.norm}, eps {threat_model.eps:g}")
-    print(audit.write(posterior, loaded, threat_model, seed=settings.seed, out=out))
+    print(audit.write(posterior, loaded, threat_model, seed=settings.seed, out=out, people=people))
     print(f"{out / 'audit.html'} shows it, {out / 'chosen.toml'} has the best settings with their evidence")
 
 

@@ -4,15 +4,31 @@
 posterior itself.
 """
 
-from .evidence import Calibration, calibration, closed_loop, log_likelihood, martingale, matching_error, spread
+from .evidence import (
+    Agreement,
+    Calibration,
+    agreement,
+    calibration,
+    centre,
+    closed_loop,
+    energy_identity,
+    log_likelihood,
+    martingale,
+    matching_error,
+    spread,
+)
 from .oracle import GradientError, gradient_error, kl_error, posterior_gradients
 from .robustness import robust_accuracy
 
 __all__ = [
+    "Agreement",
     "Calibration",
     "GradientError",
+    "agreement",
     "calibration",
+    "centre",
     "closed_loop",
+    "energy_identity",
     "gradient_error",
     "kl_error",
     "log_likelihood",

@@ -201,3 +201,100 @@ def martingale(
     q = coarser.trace(second, y).log_p.double().exp()
     values = ((p - q) * q).sum(1)
     return float(values.mean()), float(values.std() / len(values) ** 0.5)
+
+
+def centre(posterior: Posterior, x: Tensor, y: Tensor) -> float:
+    """E ‖Σ_y p̂_y ĝ_y‖² / E Σ_y p̂_y ‖ĝ_y‖², which is 0 for the gradient of any normalised posterior.
+
+    Centring by the posterior makes it 0 by construction. What the literal Eq. (34) leaves is the error of its
+    unconditional score, which every class score shares.
+
+    Args:
+        posterior: the estimate.
+        x: [N, …] points.
+        y: int64 [N] labels; read only by posteriors that are anchored at labels.
+    """
+    log_p, gradients = posterior_gradients(posterior, x, y)
+    p, g = log_p.double().exp()[..., None], gradients.double().flatten(2)
+    return float((p * g).sum(1).square().sum() / (p * g.square()).sum())
+
+
+def energy_identity(
+    at: Callable[[float], Posterior],
+    x: Tensor,
+    y: Tensor,
+    *,
+    sigma: float,
+    step: float = 0.05,
+    repeats: int = 4,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """The two sides of E‖∇ log p_σ(y|x̃)‖² = H′(σ) / σ, where H(σ) is the entropy of y given x̃ = x + σω.
+
+    The left side is the energy of the estimate's own gradients, the right one a difference of held-out cross-entropies
+    at σ (1 ± ``step``) with the same noise. More on the left means noise in the gradients, less means that they are
+    shrunk; the right side carries the gap of the estimate's own values. A symptom, not a verdict.
+
+    Args:
+        at: the estimate of p_σ for any σ.
+        x: [N, …] held-out inputs.
+        y: int64 [N] their labels.
+        sigma: σ, in input units; > 0.
+        step: of the difference, as a share of σ.
+        repeats: noise vectors for each point, each used with both signs; ≥ 1.
+        seed: decides them.
+
+    Returns:
+        both sides, in nats by squared input unit.
+    """
+    generator = torch.Generator(x.device).manual_seed(seed)
+    energy, slope = 0.0, 0.0
+    for _ in range(repeats):
+        omega = torch.empty_like(x).normal_(generator=generator)
+        for noise in (omega, -omega):
+            log_p, gradients = posterior_gradients(at(sigma), x + sigma * noise, y)
+            energy += float((log_p.double().exp() * gradients.double().flatten(2).square().sum(2)).sum(1).mean())
+            ends = []
+            for level in (sigma * (1 - step), sigma * (1 + step)):
+                values = at(level).trace(x + level * noise, y).log_p
+                ends.append(-float(values.double().gather(1, y[:, None]).mean()))
+            slope += (ends[1] - ends[0]) / (2 * step * sigma)
+    return energy / (2 * repeats), slope / (2 * repeats * sigma)
+
+
+class Agreement(NamedTuple):
+    """How close a posterior is to distributions over labels that people gave.
+
+    Attributes:
+        kl: the mean KL(people ‖ posterior), in nats.
+        entropy_rank: Spearman's correlation of the two entropies over the points: whether what is ambiguous to people
+            is so to the posterior; 0 where one of them is constant.
+    """
+
+    kl: float
+    entropy_rank: float
+
+
+def agreement(log_p: Tensor, people: Tensor) -> Agreement:
+    """Compare log p(y|x) with label distributions such as CIFAR-10H (Peterson et al., ICCV 2019).
+
+    Args:
+        log_p: [N, L] of a posterior or of a model, normalised.
+        people: [N, L] probabilities.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if log_p.shape != people.shape:
+        raise ValueError(f"log_p and people must have the same shape, got {list(log_p.shape)}, {list(people.shape)}")
+    q, p = log_p.double(), people.double()
+    kl = (torch.special.entr(p).sum(1).neg() - (p * q.clamp(min=-1e30)).sum(1)).mean()
+    ranks = torch.stack([_ranks(torch.special.entr(values).sum(1)) for values in (p, q.exp())])
+    return Agreement(float(kl), float(torch.corrcoef(ranks)[0, 1].nan_to_num()))
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """The rank of each value [N], the mean rank among equals."""
+    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    return (last - 0.5 * (counts.double() - 1))[inverse]

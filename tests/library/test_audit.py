@@ -6,13 +6,14 @@ from collections.abc import Callable
 import pytest
 import torch
 from library_models import mixture, smooth_mlp
+from scipy.stats import spearmanr
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from scorematch import ThreatModel, audit
 from scorematch.networks import Denoiser
 from scorematch.posteriors import ClassScorePosterior, Ensemble, GaussianMixture, KernelDensity, ScoreNetwork
-from scorematch.posteriors.base import PointwisePosterior
+from scorematch.posteriors.base import PointwisePosterior, Trace
 from scorematch.self_consistency import consistency
 
 F64 = {"rtol": 1e-9, "atol": 1e-9}
@@ -168,6 +169,63 @@ def test_martingale() -> None:
     assert unsure > 10 * error
     with pytest.raises(ValueError, match="sigmas must rise"):
         audit.martingale(truth, truth, x, y, sigmas=(0.8, 0.3))
+
+
+def test_gradients_of_a_posterior_have_no_mean() -> None:
+    truth = mixture()
+    x, y = sample(truth, 30)
+    assert audit.centre(Altered(truth, turn=5.0), x, y) < 1e-20
+
+    class Literal(Altered):
+        """Gradients that are not centred, as those of the literal Eq. (34) with a wrong unconditional score."""
+
+        def _trace_at(self, x: Tensor) -> Trace:
+            return Uncentred(self, x)
+
+    class Uncentred(Trace):
+        def __init__(self, posterior: Altered, x: Tensor) -> None:
+            self.posterior = posterior
+            self.move(x)
+
+        def move(self, x: Tensor) -> None:
+            self.x = x
+            self.log_p, self.scores = self.posterior.log_prob_and_scores(x)
+
+        def pull_back(self, weights: Tensor, grad: Tensor) -> Tensor:
+            return grad + (weights[..., None] * self.scores).sum(1)
+
+    log_p, scores = Altered(truth).log_prob_and_scores(x)
+    p = log_p.exp()[..., None]
+    expected = (p * scores).sum(1).square().sum() / (p * scores.square()).sum()
+    assert audit.centre(Literal(truth), x, y) == pytest.approx(float(expected))
+
+
+def test_energy_identity() -> None:
+    truth = mixture()
+    x, y = sample(truth, 40_000)
+    energy, slope = audit.energy_identity(truth.smoothed, x, y, sigma=0.7, repeats=2)
+    assert energy == pytest.approx(slope, rel=0.05)
+    # gradients of the wrong size show on the left side alone
+    double, same = audit.energy_identity(lambda s: Altered(truth.smoothed(s), 2.0), x, y, sigma=0.7, repeats=2)
+    assert double == pytest.approx(4 * energy)
+    assert same == pytest.approx(slope)
+
+
+def test_agreement_with_people() -> None:
+    generator = torch.Generator().manual_seed(0)
+    people = torch.rand(50, 4, generator=generator).pow(6).double()
+    people[:10] = torch.eye(4, dtype=torch.float64)[0]
+    people = people / people.sum(1, keepdim=True)
+    log_p = (people + 0.1 * torch.rand(50, 4, generator=generator)).log().log_softmax(1)
+    found = audit.agreement(log_p, people)
+    target = torch.distributions.Categorical(probs=people)
+    posterior = torch.distributions.Categorical(logits=log_p)
+    assert found.kl == pytest.approx(float(torch.distributions.kl_divergence(target, posterior).mean()), rel=1e-5)
+    rank = spearmanr(target.entropy().round(decimals=12), posterior.entropy().round(decimals=12)).statistic
+    assert found.entropy_rank == pytest.approx(float(rank), abs=0.02)
+    assert audit.agreement(people.clamp(min=1e-300).log(), people).kl == pytest.approx(0.0, abs=1e-9)
+    with pytest.raises(ValueError, match="the same shape"):
+        audit.agreement(log_p[:3], people)
 
 
 def plain_gradient(members: list[PointwisePosterior], x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

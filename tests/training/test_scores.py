@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from killing import Hit, Start, status
@@ -337,13 +338,21 @@ def test_an_audit_says_what_it_found(call: Any, tmp_path: Path, monkeypatch: pyt
     assert found["verdict"] in page
 
     Path("here/audit.json").unlink()
-    again = call("score", "--resume", "here", "--audit", "--eps", "0.2", "--norm", "l2")
+    people = np.full((500, 10), 0.1)
+    np.save("people.npy", people)
+    again = call("score", "--resume", "here", "--audit", "--eps", "0.2", "--norm", "l2", "--human-labels", "people.npy")
     assert again.status == 0, again
     repeated = json.loads(Path("here/audit.json").read_text())
     assert repeated["threat_model"] == {"norm": "l2", "eps": 0.2}
     assert repeated["noise"] == pytest.approx(0.2 / 8)
+    assert repeated["people"]["kl"] > 0
+    assert "people who labelled" in again.out
     ending = call("score", "--resume", "here", "--eps", "0.2")
     assert (ending.status, "eps: is for --audit" in ending.err) == (2, True)
+    for wrong, told in ((people[:3], "float64 [3, 10], allowed: probabilities [500, 10]"), (2 * people, "no distrib")):
+        np.save("people.npy", wrong)
+        ending = call("score", "--resume", "here", "--audit", "--human-labels", "people.npy")
+        assert (ending.status, told in ending.err) == (2, True), ending.err
 
 
 def test_findings_follow_the_numbers() -> None:
