@@ -9,6 +9,8 @@ from ..attacks.pgd import ascend, check_batch
 from ..posteriors import Posterior
 from ..threat_model import ThreatModel
 
+LARGE = 1e30  # takes a class out of a softmax; smaller than the largest float32 and bfloat16
+
 
 def robust_accuracy(
     posterior: Posterior,
@@ -50,7 +52,10 @@ def robust_accuracy(
         def gradient(x_adv: Tensor, trace=trace) -> Tensor:  # type: ignore[no-untyped-def]
             trace.move(x_adv)
             robust.logical_and_(trace.log_p.argmax(1) == y)
-            return trace.pull_back(-one_hot, torch.zeros_like(x_adv))  # ascends −log p(y|x')
+            # The direction of −∇ log p(y|x'), but for a factor: the other classes by their shares, minus the label. As
+            # −1 + p(y|x') its weight of the label would lose all digits where p(y|x') rounds to 1.
+            others = (trace.log_p - LARGE * one_hot).softmax(1)
+            return trace.pull_back(others - one_hot, torch.zeros_like(x_adv))
 
         trace.move(ascend(x, gradient, threat_model, steps=steps, generator=generator))
         robust.logical_and_(trace.log_p.argmax(1) == y)

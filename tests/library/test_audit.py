@@ -308,6 +308,23 @@ def test_bad_input_of_the_judge(options: dict, message: str) -> None:
         consistency(truth.log_joint, truth, x, y, free(1.0), **options)
 
 
+def test_an_attack_on_a_saturated_posterior_keeps_its_direction() -> None:
+    """Where p(y|x) rounds to 1 in float32 the attack is as strong as in float64, up to the starts, which differ."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(300) % 3
+    centres = torch.randn(3, 20, generator=generator)
+    x = (0.5 + 0.05 * centres[y] + 0.1 * torch.randn(300, 20, generator=generator)).clamp(0, 1)
+    threat_model = ThreatModel("linf", 0.07)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        density = KernelDensity(x.to(dtype), y, num_classes=3, sigma=0.02)
+        assert float((density(x.to(dtype)).gather(1, y[:, None]) > -1e-12).double().mean()) > 0.9
+        start = torch.Generator().manual_seed(1)
+        found.append(audit.robust_accuracy(density, x.to(dtype), y, threat_model, steps=20, generator=start)[1])
+    assert found[0] == pytest.approx(found[1], abs=0.03)
+    assert 0.1 < found[1] < 0.9
+
+
 def test_kernel_density_is_right_about_itself() -> None:
     """Its own points, at no noise, have all of their mass in their class: evidence on them says nothing."""
     x, y = sample(mixture(), 40)
