@@ -54,6 +54,7 @@ class Grid:
     batch_size: int = 128
     lr: float = 1e-3
     selection_sigma: float = 0.5  # noise level at which held-out loss decides
+    kernels: int = 2000  # training points under a kernel density, at most
     components: tuple[int, ...] = (1, 2, 3, 4, 6)  # of the factor analysers
     ranks: tuple[int, ...] = (1, 4)
     drawn: int = 5000  # samples of the score network under a kernel density
@@ -210,7 +211,8 @@ def _kernel_density(bench: Bench, drawn: bool) -> Estimated:
 
     def points(fold: int | None) -> tuple[Tensor, Tensor]:
         if not drawn:
-            return (problem.x, problem.y) if fold is None else problem.fold(fold)[:2]
+            x, y = (problem.x, problem.y) if fold is None else problem.fold(fold)[:2]
+            return x[: bench.grid.kernels], y[: bench.grid.kernels]
         denoiser = bench.network("denoiser", fold or 0)
         assert isinstance(denoiser, Denoiser)
         labels = _labels_like(problem.y, bench.grid.drawn)

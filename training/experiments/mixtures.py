@@ -43,7 +43,7 @@ SURROGATES = (
     *(f"trades:kl:{beta}:soft" for beta in (0.25, 0.5, 1)),  # soft targets of the classifier
 )
 MOVED = tuple(f"trades:kl:{beta}:moved" for beta in (0.5, 1))  # by the classifier
-ABLATED = ("oracle", "classifier")
+ABLATED = ("oracle", "classifier", "energy_ensemble")
 ABLATION = {"A": "direct:kl:fixed", "B": "direct:kl:model-only", "C": "direct:kl", "D": "direct:kl:noise"}
 
 
