@@ -34,15 +34,17 @@ from training.experiments.estimators import ESTIMATORS, Bench, Estimated
 from training.experiments.problems import Problem
 from training.experiments.runner import Notebook
 
+# An objective, and after a space the posterior that it asks, if any.
+SOFT_TARGETS = ("classifier", "energy_ensemble")
 SURROGATES = (
     "standard:kl",
     "pgd_at:kl",
     "pgd_at:se",
     *(f"trades:kl:{beta}" for beta in (0.25, 0.5, 1, 2, 4)),
     *(f"trades:se:{beta}" for beta in (1, 4)),
-    *(f"trades:kl:{beta}:soft" for beta in (0.25, 0.5, 1)),  # soft targets of the classifier
+    *(f"trades:kl:{beta}:soft {posterior}" for posterior in SOFT_TARGETS for beta in (0.25, 0.5, 1)),
 )
-MOVED = tuple(f"trades:kl:{beta}:moved" for beta in (0.5, 1))  # by the classifier
+MOVED = tuple(f"trades:kl:{beta}:moved {posterior}" for posterior in SOFT_TARGETS for beta in (0.5, 1))
 ABLATED = ("oracle", "classifier", "energy_ensemble")
 ABLATION = {"A": "direct:kl:fixed", "B": "direct:kl:model-only", "C": "direct:kl", "D": "direct:kl:noise"}
 
@@ -92,8 +94,9 @@ def run(cell: Cell) -> None:
             estimated[name] = ESTIMATORS[name](bench)
         return estimated[name]
 
-    def student(objective: str, name: str | None, picked: bool = False) -> dict[str, Any]:
-        posterior = None if name is None else estimate(name).posterior
+    def student(form: str, picked: bool = False) -> dict[str, Any]:
+        objective, _, name = form.partition(" ")
+        posterior = estimate(name).posterior if name else None
         trains = students.objective_of(objective, problem, posterior, budget)
         made = students.train(problem, trains, cell.seed, budget, picked=picked)
         measured = {"last": students.measure(problem, made.last, cell.seed)}
@@ -104,21 +107,14 @@ def run(cell: Cell) -> None:
     def recorded(name: str) -> dict[str, Any]:
         return posterior_record(problem, estimate(name))
 
-    for objective in SURROGATES:
-        notebook.once(f"student {objective}", partial(student, objective, _asked(objective), picked=True))
-    for objective in MOVED:
-        notebook.once(f"student {objective}", partial(student, objective, _asked(objective)))
+    for form in SURROGATES:
+        notebook.once(f"student {form}", partial(student, form, picked=True))
     for name in ("oracle", *ESTIMATORS):
         notebook.once(f"posterior {name}", partial(recorded, name))
-        notebook.once(f"student direct:kl {name}", partial(student, "direct:kl", name))
-    for name in ABLATED:
-        for objective in ABLATION.values():
-            notebook.once(f"student {objective} {name}", partial(student, objective, name))
-
-
-def _asked(objective: str) -> str | None:
-    """The posterior that a surrogate asks, if any."""
-    return "classifier" if objective.endswith((":soft", ":moved")) else None
+    others = [f"direct:kl {name}" for name in ("oracle", *ESTIMATORS)]
+    others += [f"{objective} {name}" for name in ABLATED for objective in ABLATION.values()]
+    for form in (*others, *MOVED):
+        notebook.once(f"student {form}", partial(student, form))
 
 
 def facts(problem: Problem) -> dict[str, Any]:

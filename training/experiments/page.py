@@ -294,15 +294,17 @@ def _table(title: str, group: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _surrogate_label(name: str) -> str:
-    kind, divergence, *words = name.split(":")
+def _surrogate_label(form: str) -> str:
+    objective, _, posterior = form.partition(" ")
+    kind, divergence, *words = objective.split(":")
     title = {"standard": "standard", "pgd_at": "PGD-AT", "trades": "TRADES"}[kind]
     if kind != "standard":
         title += f" {divergence.upper()}"
     if kind == "trades":
         title += f", β {words[0]}"
-    endings = {"soft": ", soft targets of the classifier", "moved": ", target moved by the classifier"}
-    return title + "".join(endings[word] for word in words[1:])
+    if posterior:
+        title += f", {'soft targets' if 'soft' in words else 'target moved'} by {FAMILIES[posterior][0]}"
+    return title
 
 
 def _difference(
@@ -469,6 +471,7 @@ def section_ablation(cells: Sequence[dict[str, Any]]) -> str:
             f"| posterior | {' | '.join(titles.values())} | A − B | B − C | D − C |",
             "| --- |" + " --- |" * 7,
         ]
+        verdicts = {}
         for name in mixtures.ABLATED:
 
             def of(cell: dict[str, Any], letter: str, name: str = name) -> float:
@@ -477,10 +480,13 @@ def section_ablation(cells: Sequence[dict[str, Any]]) -> str:
 
             values = [shown(estimate([of(cell, letter) for cell in group]), 3) for letter in titles]
             differences = [
-                shown(estimate([of(cell, a) - of(cell, b) for cell in group]), 3)
-                for a, b in (("A", "B"), ("B", "C"), ("D", "C"))
+                estimate([of(cell, a) - of(cell, b) for cell in group]) for a, b in (("A", "B"), ("B", "C"), ("D", "C"))
             ]
-            lines.append(f"| {FAMILIES[name][0]} | {' | '.join(values + differences)} |")
+            cells_of_row = [*values, *(shown(difference, 3) for difference in differences)]
+            lines.append(f"| {FAMILIES[name][0]} | {' | '.join(cells_of_row)} |")
+            verdicts[name] = all(difference.low is not None and difference.low > 0 for difference in differences)
+        judged = [f"with {FAMILIES[name][0]} it {verdict(holds)}" for name, holds in verdicts.items()]
+        lines += ["", f"H4, all three differences are positive beyond their intervals: {'; '.join(judged)}."]
     return "\n".join(lines)
 
 
