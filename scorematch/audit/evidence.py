@@ -21,23 +21,24 @@ def log_likelihood(
 ) -> Tensor:
     """log p̂(y|x + noise · ω) of held-out labels, in nats, [N]: the mean over ``repeats`` noise vectors.
 
-    A label of x is a label of the noisy point too, drawn from p_noise(y|x'), so this is a proper score: its mean is
+    A label of x is a label of the noisy point x' too, drawn from p_noise(y|x'), so this is a proper score: its mean is
     highest for p_noise itself. Set ``noise`` to the length of the attack, eps / √features, to ask about the values that
-    the attack meets.
+    the attack meets. An estimate that integrates along a path comes to x' from x' + noise · ω', of which the label is
+    independent given x'. Had it come from x, it would know more of the label than x' tells.
 
     Args:
-        posterior: the estimate, which may integrate along a path from x.
+        posterior: the estimate; one that is anchored at labels is told the label, and says nothing here.
         x: [N, …] held-out inputs.
         y: int64 [N] their labels.
         noise: standard deviation in input units, ≥ 0.
         repeats: noise vectors for each point, ≥ 1; the same in every call with this seed.
         seed: decides them.
     """
-    generator = torch.Generator(x.device).manual_seed(seed)
+    generator, of_starts = (torch.Generator(x.device).manual_seed(seed + offset) for offset in (0, 1_000_003))
     total = x.new_zeros(len(x))
     for _ in range(repeats):
         moved = x + noise * torch.empty_like(x).normal_(generator=generator)
-        trace = posterior.trace(x, y)
+        trace = posterior.trace(moved + noise * torch.empty_like(x).normal_(generator=of_starts), y)
         trace.move(moved)
         total = total + trace.log_p.gather(1, y[:, None])[:, 0]
     return total / repeats

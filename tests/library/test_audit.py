@@ -78,6 +78,23 @@ def test_the_truth_has_the_highest_held_out_likelihood() -> None:
         for t in (0.7, 1.0, 1.5)
     }
     assert max(values, key=values.__getitem__) == 1.0
+
+    # An estimate that stays where its path began is no better for it, though the label is that of another point.
+    class Still(Trace):
+        def __init__(self, x: Tensor) -> None:
+            self.x, self.log_p = x, truth.smoothed(noise)(x)
+
+        def move(self, x: Tensor) -> None:
+            self.x = x
+
+        def pull_back(self, weights: Tensor, grad: Tensor) -> Tensor:
+            raise NotImplementedError
+
+    class Lazy(Altered):
+        def trace(self, x: Tensor, y: Tensor) -> Trace:
+            return Still(x)
+
+    assert float(audit.log_likelihood(Lazy(truth), x, y, noise=noise).mean()) < values[1.0] - 0.005
     # and at no noise it is the log-likelihood of the labels
     plain = audit.log_likelihood(truth, x, y, noise=0.0, repeats=1)
     torch.testing.assert_close(plain, truth(x).gather(1, y[:, None])[:, 0], **F64)

@@ -28,6 +28,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+TITLES = {"kl": "KL", "r_score": "R_SCORE", "clean": "clean accuracy", "robust": "robust accuracy by label"}
 MEASURES = ("kl", "r_score", "disagrees", "clean", "robust")
 HEADER = "KL | R_SCORE | disagrees, % | clean, % | robust by label, %"
 FAMILIES = {
@@ -334,10 +335,29 @@ def _against_all(group: Sequence[dict[str, Any]], direct: Callable[[dict[str, An
         interval = "" if difference.low is None else f" [{difference.low:+.{digits}f}, {difference.high:+.{digits}f}]"
         picked = ", picked by the oracle" if best[1] == "best" else ""
         lines.append(
-            f"  - {measure.replace('kl', 'KL').replace('r_score', 'R_SCORE')}: {difference.mean:+.{digits}f}{interval} "
+            f"  - {TITLES[measure]}: {difference.mean:+.{digits}f}{interval} "
             f"against {_surrogate_label(best[0])}{picked}: {word}"
         )
     return lines
+
+
+def _dominated(group: Sequence[dict[str, Any]], direct: Callable[[dict[str, Any]], dict[str, float]]) -> str:
+    """Against how many surrogates direct SCORE is better in all four measures, and where the others are ahead."""
+    own = {measure: np.mean([direct(cell)[measure] for cell in group]) for measure in MEASURES}
+    ahead: dict[str, list[str]] = defaultdict(list)
+    for name in SURROGATES:
+        for measure in ("kl", "r_score", "clean", "robust"):
+            value = np.mean([of_surrogate(cell, name, "last")[measure] for cell in group])
+            better = value < own[measure] if measure in ("kl", "r_score") else value > own[measure]
+            if better:
+                ahead[name].append(TITLES[measure])
+    count = len(SURROGATES) - len(ahead)
+    every = f"{count} of the {len(SURROGATES)} surrogates with their last weights"
+    text = f"  - by the means it is better in all four than {every}"
+    if not ahead:
+        return text
+    others = "; ".join(f"{_surrogate_label(name)} in {' and '.join(measures)}" for name, measures in ahead.items())
+    return f"{text}; ahead of it are {others}"
 
 
 def _of(rival: tuple[str, str], cell: dict[str, Any]) -> dict[str, float]:
@@ -378,9 +398,11 @@ def _hypotheses(group: Sequence[dict[str, Any]]) -> list[str]:
         "- H1, with p_d itself direct SCORE is ahead of every surrogate, each picked as suits it best: "
         f"{verdict(_holds(group, oracle))}; its differences from the best surrogate in each measure:",
         *_against_all(group, oracle),
+        _dominated(group, oracle),
         f"- H3, with a learned posterior, chosen by evidence alone ({chosen}): {verdict(_holds(group, learned))}; the "
         "differences:",
         *_against_all(group, learned),
+        _dominated(group, learned),
         "- H5, a score network that trains to its last step is a worse posterior than one that stops by held-out loss; "
         f"difference of the KL of the posteriors in the ball {shown(worse, 3)}: "
         f"{verdict(worse.low is not None and worse.low > 0)}.",
