@@ -27,6 +27,7 @@ from training.experiments.mixtures import SURROGATES
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 TITLES = {"kl": "KL", "r_score": "R_SCORE", "clean": "clean accuracy", "robust": "robust accuracy by label"}
 MEASURES = ("kl", "r_score", "disagrees", "clean", "robust")
@@ -464,6 +465,8 @@ def _scatter(points: Sequence[tuple[float, dict[str, float], str]]) -> Figure:
             axis.scatter(*zip(*own, strict=True), s=18, color=colour, marker=marker, label=label, linewidths=0.8)
         axis.set(xscale="log", yscale="log", xlabel="KL of the posterior, nats", ylabel=f"{title} of the student, nats")
         axis.spines[["top", "right"]].set_visible(False)
+        axis.set_axisbelow(True)
+        axis.yaxis.set_minor_formatter(NullFormatter())
     low, high = axes[0].get_xlim()
     axes[0].plot([low, high], [low, high], color="#b8b8b8", lw=1, zorder=0)
     axes[0].set_xlim(low, high)
@@ -488,7 +491,7 @@ def section_ablation(cells: Sequence[dict[str, Any]]) -> str:
     for title, group in groups(cells).items():
         lines += [
             "",
-            f"### {title[0].upper()}{title[1:]}",
+            f"### {title}",
             "",
             f"| posterior | {' | '.join(titles.values())} | A − B | B − C | D − C |",
             "| --- |" + " --- |" * 7,
