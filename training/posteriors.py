@@ -303,7 +303,7 @@ def at_speed(posterior: Posterior, speed: Speed) -> Posterior:
         fast.denoiser = fast.denoiser.with_backbone(_called(fast.denoiser.backbone, speed))
         if isinstance(fast.anchor, NoiseConditionalClassifier):
             fast.anchor = at_speed(fast.anchor, speed)  # type: ignore[assignment]
-    elif isinstance(fast, NoiseConditionalClassifier) and isinstance(fast.network, _ScaledClassifier):
+    elif isinstance(fast, NoiseConditionalClassifier) and isinstance(fast.network, ScaledClassifier):
         fast.network = fast.network.with_backbone(_called(fast.network.backbone, speed))
     return fast
 
@@ -328,7 +328,7 @@ def audit(
     return {"posterior_clean_acc": 100.0 * clean, "posterior_robust_acc": 100.0 * robust}
 
 
-class _ScaledClassifier(nn.Module):
+class ScaledClassifier(nn.Module):
     """A backbone as a noise-conditional classifier: inputs at unit scale, σ as ln(σ)/4 (Karras et al., 2022)."""
 
     center: Tensor
@@ -344,7 +344,7 @@ class _ScaledClassifier(nn.Module):
         logits: Tensor = self.backbone((x - self.center) * scale, sigma.log() / 4)
         return logits
 
-    def with_backbone(self, backbone: nn.Module) -> _ScaledClassifier:
+    def with_backbone(self, backbone: nn.Module) -> ScaledClassifier:
         """This classifier with another backbone, and everything else shared with it."""
         other = copy.copy(self)
         other._modules = {**self._modules, "backbone": backbone}
@@ -423,7 +423,7 @@ class _Builder:
 
     def noise_conditional_classifier(self) -> NoiseConditionalClassifier:
         self._seed(1)
-        network = _ScaledClassifier(self._backbone(self.num_classes, pooled=True), self.center, self.sigma_data)
+        network = ScaledClassifier(self._backbone(self.num_classes, pooled=True), self.center, self.sigma_data)
         network = network.to(self.x.device)
         if self.trains is not None:
             weight = self.settings.likelihood_weight

@@ -26,6 +26,7 @@ from scorematch.posteriors import (
 )
 from scorematch.posteriors.base import PointwisePosterior
 from training.experiments.problems import FOLDS, Problem
+from training.posteriors import ScaledClassifier
 
 # Of trainings, in units of the problem's scale. Samples are drawn from the highest, which outweighs the data's spread.
 LOWEST_NOISE, HIGHEST_NOISE = 0.05, 3.0
@@ -122,7 +123,7 @@ class Bench:
                 )
                 return fit_denoiser(denoiser, problem.x, problem.y, long, generator=generator)
             return fit_denoiser(denoiser, x, y, fit, generator=generator, held_out=watched)
-        network = Classifier(problem.backbone(problem.num_classes, True), center, sigma_data)
+        network = ScaledClassifier(problem.backbone(problem.num_classes, True), center, sigma_data)
         energy = JointEnergy(grid.energy_weight, center, sigma_data) if kind == "energy" else None
         return fit_classifier(network, x, y, fit, generator=generator, energy=energy, held_out=watched)
 
@@ -139,22 +140,6 @@ class Bench:
     def evidence(self, posterior: Posterior, fold: int) -> Tensor:
         _, _, x, y = self.problem.fold(fold)
         return audit.log_likelihood(posterior, x, y, noise=self.problem.reach)
-
-
-class Classifier(nn.Module):
-    """A backbone as a noise-conditional classifier, its inputs at unit scale for every σ."""
-
-    center: Tensor
-
-    def __init__(self, backbone: nn.Module, center: Tensor, sigma_data: float) -> None:
-        super().__init__()
-        self.backbone, self.sigma_data = backbone, sigma_data
-        self.register_buffer("center", center)
-
-    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
-        scale = (sigma.square() + self.sigma_data**2).rsqrt().reshape(-1, *[1] * (x.dim() - 1))
-        logits: Tensor = self.backbone((x - self.center) * scale, sigma.log() / 4)
-        return logits
 
 
 def _pointwise(bench: Bench, kind: str, folds: range) -> Estimated:

@@ -224,16 +224,7 @@ def section_mixtures(cells: Sequence[dict[str, Any]]) -> str:
         "keeps its last weights. “Chosen by evidence” is, for each seed, the learned posterior with the highest "
         "held-out likelihood.",
     ]
-    for title, group in groups(cells).items():
-        parts += ["", *_table(title, group), "", *_hypotheses(group)]
-    parts += [
-        "",
-        "`python -m training.experiments --name mixtures --dimensions "
-        f"{' '.join(str(d) for d in sorted({c['dimension'] for c in cells}))} --counts "
-        f"{' '.join(str(n) for n in sorted({c['count'] for c in cells}))} --seeds {_seeds(cells)} "
-        "--out docs/evidence/mixtures`",
-    ]
-    return "\n".join(parts)
+    return "\n".join([*parts, *_tables(cells)])
 
 
 def section_digits(cells: Sequence[dict[str, Any]]) -> str:
@@ -246,15 +237,21 @@ def section_digits(cells: Sequence[dict[str, Any]]) -> str:
         "and a p_d in closed form. L2, eps 0.25, in whose ball the most likely class of p_d itself changes for a fifth "
         "of the points. Everything else is as above; the factor analysers among the posteriors know the family again.",
     ]
+    return "\n".join([*parts, *_tables(cells)])
+
+
+def _tables(cells: Sequence[dict[str, Any]]) -> list[str]:
+    """For each problem the table, the hypotheses and the command."""
+    parts = []
     for title, group in groups(cells).items():
-        parts += ["", *_table(title, group), "", *_hypotheses(group)]
-    counts = " ".join(str(n) for n in sorted({c["count"] for c in cells}))
-    parts += [
-        "",
-        f"`python -m training.experiments --name digits --counts {counts} --seeds {_seeds(cells)} --out "
-        "docs/evidence/digits`",
-    ]
-    return "\n".join(parts)
+        first = group[0]
+        options = (
+            "--name digits" if first["problem"] == "digits" else f"--name mixtures --dimensions {first['dimension']}"
+        )
+        folder = "digits" if first["problem"] == "digits" else "mixtures"
+        command = f"python -m training.experiments {options} --counts {first['count']} --seeds {_seeds(group)}"
+        parts += ["", *_table(title, group), "", *_hypotheses(group), "", f"`{command} --out docs/evidence/{folder}`"]
+    return parts
 
 
 def _seeds(cells: Sequence[dict[str, Any]]) -> str:
