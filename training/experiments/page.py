@@ -32,6 +32,7 @@ from matplotlib.ticker import NullFormatter
 TITLES = {"kl": "KL", "r_score": "R_SCORE", "clean": "clean accuracy", "robust": "robust accuracy by label"}
 MEASURES = ("kl", "r_score", "disagrees", "clean", "robust")
 HEADER = "KL | R_SCORE | disagrees, % | clean, % | robust by label, %"
+R_SCORE_TICKS = (0.02, 0.05, 0.1, 0.2, 0.5)
 FAMILIES = {
     "kernel_density": ("kernel density of the training points", "#e69f00", "D"),
     "kernel_density_drawn": ("kernel density of drawn samples", "#b8860b", "d"),
@@ -470,6 +471,7 @@ def _scatter(points: Sequence[tuple[float, dict[str, float], str]]) -> Figure:
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_axisbelow(True)
         axis.yaxis.set_minor_formatter(NullFormatter())
+    axes[1].set_yticks(R_SCORE_TICKS, [f"{tick:g}" for tick in R_SCORE_TICKS])
     low, high = axes[0].get_xlim()
     axes[0].plot([low, high], [low, high], color="#b8b8b8", lw=1, zorder=0)
     axes[0].set_xlim(low, high)
