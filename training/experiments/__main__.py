@@ -12,7 +12,7 @@ from typing import Literal
 
 from training import command_line, config
 from training.errors import Interrupted, run_program
-from training.experiments import gradients, mixtures
+from training.experiments import gradients, mixtures, problems, real_digits
 from training.experiments.runner import run_cells
 
 
@@ -20,10 +20,13 @@ from training.experiments.runner import run_cells
 class ExperimentSettings:
     """Which experiment, and how much of it. Called again, it does what is missing."""
 
-    name: Literal["mixtures", "digits", "gradients"] = "mixtures"
+    name: Literal["mixtures", "digits", "images", "gradients", "real-digits"] = "mixtures"
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # a cell each: its own problem, data, initialisation
     dimensions: tuple[int, ...] = (16,)  # mixtures: features of x
-    counts: tuple[int, ...] = (2000, 10_000)  # mixtures and digits: labelled training points
+    counts: tuple[int, ...] = (2000, 10_000)  # mixtures, digits, images: labelled training points
+    folds: tuple[int, ...] = (0, 1, 2, 3, 4)  # real-digits: which fifths of the images are tested on
+    radii: tuple[float, ...] = (real_digits.EPS,)  # real-digits: eps of the training
+    root: Path | None = None  # images: folder of CIFAR-10, to which their distribution is fitted; see training.run
     quick: bool = False  # a few steps of everything, to see that it runs; its numbers mean nothing
     jobs: int = 0  # cells side by side, one CPU thread each; 0 is the number of cores
     out: Path | None = None  # folder of the results, one JSON a cell; None is runs/experiments/NAME
@@ -33,6 +36,11 @@ RANGES: dict[str, config.Check] = {
     "seeds": (lambda v: len(v) > 0 and len(set(v)) == len(v) and min(v) >= 0, "one or more different seeds from 0"),
     "dimensions": (lambda v: len(v) > 0 and min(v) >= 1, "one or more, each at least 1"),
     "counts": (lambda v: len(v) > 0 and min(v) >= 40, "one or more, each at least 40"),
+    "folds": (
+        lambda v: len(v) > 0 and len(set(v)) == len(v) and 0 <= min(v) <= max(v) < problems.REAL_FOLDS,
+        f"one or more different folds from 0 to {problems.REAL_FOLDS - 1}",
+    ),
+    "radii": (lambda v: len(v) > 0 and 0 < min(v) <= max(v) < 1, "one or more between 0 and 1"),
     "jobs": config.RANGES["threads"],
 }
 
@@ -42,7 +50,7 @@ def main(arguments: list[str]) -> None:
         ExperimentSettings,
         arguments,
         program="python -m training.experiments",
-        description="Compare direct SCORE with its surrogates where the truth is known.",
+        description="Compare direct SCORE with its surrogates, most of all where the truth is known.",
         default=ExperimentSettings(),
     )
     config.check_ranges(settings, RANGES)
@@ -61,13 +69,25 @@ def run(settings: ExperimentSettings, out: Path, jobs: int) -> int:
         cells = [gradients.Cell(seed, out, settings.quick) for seed in settings.seeds]
         run_cells(gradients.run, cells, jobs)
         return len(cells)
-    dimensions = (None,) if settings.name == "digits" else settings.dimensions
+    if settings.name == "real-digits":
+        trained = [
+            real_digits.Cell(fold, seed, eps, out, settings.quick)
+            for eps in settings.radii
+            for seed in settings.seeds
+            for fold in settings.folds
+        ]
+        run_cells(real_digits.run, trained, jobs)
+        return len(trained)
+    kinds: dict[str, mixtures.Kind] = {"mixtures": "mixture", "digits": "digits", "images": "images"}
+    dimensions = settings.dimensions if settings.name == "mixtures" else (None,)
     planned = [
-        mixtures.Cell(dimension, count, seed, out, settings.quick)
+        mixtures.Cell(kinds[settings.name], count, seed, out, settings.quick, dimension, settings.root)
         for seed in settings.seeds
         for dimension in dimensions
         for count in settings.counts
     ]
+    if settings.name == "images":
+        planned[0].analysers()  # before several processes ask for them at once
     run_cells(mixtures.run, planned, jobs)
     return len(planned)
 

@@ -25,7 +25,7 @@ from scorematch.posteriors import (
     ScoreNetwork,
 )
 from scorematch.posteriors.base import PointwisePosterior
-from training.experiments.problems import FOLDS, Problem
+from training.experiments.problems import FOLDS, Task
 from training.posteriors import ScaledClassifier
 
 # Of trainings, in units of the problem's scale. Samples are drawn from the highest, which outweighs the data's spread.
@@ -51,6 +51,7 @@ class Grid:
     steps_to_the_last: int = 3000  # of the score network that does not
     interval: int = 50
     patience: int = 10
+    held_out: int = 4000  # points of a fold on which losses and evidence are computed, at most
     energy_weight: float = 100.0
     batch_size: int = 128
     lr: float = 1e-3
@@ -61,6 +62,8 @@ class Grid:
     drawn: int = 5000  # samples of the score network under a kernel density
 
 
+# Of images: the loss of a gradient is a mean over features, and 3,072 of them have many more than 16 to share it.
+IMAGES = Grid(energy_weight=1000.0, interval=100, patience=6, components=(1, 2), ranks=(2, 4))
 # A few steps of everything, to see that it runs: the numbers mean nothing.
 QUICK = Grid(steps=20, steps_to_the_last=20, interval=10, drawn=200, components=(1, 2), ranks=(1,), batch_size=32)
 
@@ -69,10 +72,11 @@ QUICK = Grid(steps=20, steps_to_the_last=20, interval=10, drawn=200, components=
 class Bench:
     """The estimators of one problem; networks that several of them share are trained once."""
 
-    problem: Problem
+    problem: Task
     seed: int
     grid: Grid = field(default_factory=Grid)
     _networks: dict[tuple[str, int], nn.Module] = field(default_factory=dict)
+    _drawn: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
     def sigmas(self) -> list[float]:
@@ -96,7 +100,8 @@ class Bench:
         problem, grid = self.problem, self.grid
         torch.manual_seed(1000 * self.seed + fold)
         generator = Generator().manual_seed(1000 * self.seed + fold)
-        x, y, x_held, y_held = problem.fold(fold)
+        x, y, *_ = problem.fold(fold)
+        x_held, y_held = self.held_out(fold)
         scale = problem.scale
         watched = HeldOut(x_held, y_held, scale * grid.selection_sigma, grid.interval, grid.patience)
         fit = Fit(
@@ -127,6 +132,23 @@ class Bench:
         energy = JointEnergy(grid.energy_weight, center, sigma_data) if kind == "energy" else None
         return fit_classifier(network, x, y, fit, generator=generator, energy=energy, held_out=watched)
 
+    def drawn(self, fold: int) -> tuple[Tensor, Tensor]:
+        """Samples of the score network of this fold, and the labels that it was given."""
+        if fold not in self._drawn:
+            denoiser, problem = self.network("denoiser", fold), self.problem
+            assert isinstance(denoiser, Denoiser)
+            labels = _labels_like(problem.y, self.grid.drawn)
+            x = sampling.heun(
+                denoiser,
+                (len(labels), *problem.x.shape[1:]),
+                class_labels=labels,
+                generator=Generator().manual_seed(self.seed),
+                sigmas=sampling.noise_levels(problem.scale * HIGHEST_NOISE, problem.scale * LOWEST_NOISE, 20),
+            )
+            ball = problem.threat_model
+            self._drawn[fold] = x.clamp(ball.lower, ball.upper), labels
+        return self._drawn[fold]
+
     def chosen(
         self, candidates: Mapping[str, Callable[[int], Posterior]], folds: range
     ) -> tuple[str, dict[str, float]]:
@@ -137,8 +159,13 @@ class Bench:
             evidence[name] = torch.cat(values).mean().item()
         return max(evidence, key=evidence.__getitem__), evidence
 
-    def evidence(self, posterior: Posterior, fold: int) -> Tensor:
+    def held_out(self, fold: int) -> tuple[Tensor, Tensor]:
+        """Points that the networks of this fold have not seen."""
         _, _, x, y = self.problem.fold(fold)
+        return x[: self.grid.held_out], y[: self.grid.held_out]
+
+    def evidence(self, posterior: Posterior, fold: int) -> Tensor:
+        x, y = self.held_out(fold)
         return audit.log_likelihood(posterior, x, y, noise=self.problem.reach)
 
 
@@ -155,7 +182,7 @@ def _pointwise(bench: Bench, kind: str, folds: range) -> Estimated:
     for fold in folds:
         plain = at(float(name))(fold)
         assert isinstance(plain, PointwisePosterior)
-        _, _, x, y = bench.problem.fold(fold)
+        x, y = bench.held_out(fold)
         temperature = fit_temperature(plain.log_prob, x, y, noise=bench.problem.reach)
         members.append(
             NoiseConditionalClassifier(
@@ -195,26 +222,13 @@ def _kernel_density(bench: Bench, drawn: bool) -> Estimated:
     problem = bench.problem
 
     def points(fold: int | None) -> tuple[Tensor, Tensor]:
-        if not drawn:
-            x, y = (problem.x, problem.y) if fold is None else problem.fold(fold)[:2]
-            return x[: bench.grid.kernels], y[: bench.grid.kernels]
-        denoiser = bench.network("denoiser", fold or 0)
-        assert isinstance(denoiser, Denoiser)
-        labels = _labels_like(problem.y, bench.grid.drawn)
-        sigmas = sampling.noise_levels(problem.scale * HIGHEST_NOISE, problem.scale * LOWEST_NOISE, 20)
-        generator = Generator().manual_seed(bench.seed)
-        start_of_heun = (len(labels), *problem.x.shape[1:])
-        return sampling.heun(denoiser, start_of_heun, class_labels=labels, generator=generator, sigmas=sigmas), labels
-
-    cache: dict[int | None, tuple[Tensor, Tensor]] = {}
+        if drawn:
+            return bench.drawn(fold or 0)
+        x, y = (problem.x, problem.y) if fold is None else problem.fold(fold)[:2]
+        return x[: bench.grid.kernels], y[: bench.grid.kernels]
 
     def at(sigma: float) -> Callable[[int | None], Posterior]:
-        def build(fold: int | None) -> Posterior:
-            if fold not in cache:
-                cache[fold] = points(fold)
-            return KernelDensity(*cache[fold], num_classes=problem.num_classes, sigma=sigma)
-
-        return build
+        return lambda fold: KernelDensity(*points(fold), num_classes=problem.num_classes, sigma=sigma)
 
     folds = ONE if drawn else ALL
     name, evidence = bench.chosen({str(sigma): at(sigma) for sigma in bench.kernel_sigmas}, folds)

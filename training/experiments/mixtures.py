@@ -1,6 +1,6 @@
 """Problems whose p_d is known: every estimator and every objective is compared with it.
 
-Mixtures of Gaussians, and draws from factor analysers that were fitted to the 8×8 digits.
+Mixtures of Gaussians, and draws from factor analysers that were fitted to the 8×8 digits or to CIFAR-10.
 
 Hypotheses, written down before the runs:
 
@@ -14,25 +14,29 @@ H4  Following the posterior (target at x') is better than standing still (target
     than none and than noise of the same norm: R_SCORE falls from A to B to C, and D is above C.
 H5  A score network that trains to its last step is a worse posterior than one that stops by held-out loss.
 
+H1 to H4 are asked of the digits and of the images, too.
+
 Comparisons are paired over seeds; each seed has means, data, initialisation and batches of its own. H3 is one
 comparison for each number of labels; the other tables are descriptions.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Generator
 
 from scorematch import audit
+from scorematch.posteriors import FactorAnalysers
 from training.experiments import estimators, problems, students
-from training.experiments.estimators import ESTIMATORS, Bench, Estimated
+from training.experiments.estimators import ESTIMATORS, Bench, Estimated, Grid
 from training.experiments.problems import Problem
 from training.experiments.runner import Notebook
+from training.experiments.students import Budget
 
 # An objective, and after a space the posterior that it asks, if any.
 SOFT_TARGETS = ("classifier", "energy_ensemble")
@@ -50,35 +54,90 @@ ABLATION = {"A": "direct:kl:fixed", "B": "direct:kl:model-only", "C": "direct:kl
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One problem: a mixture of Gaussians of this dimension, or with None the known digits."""
+class Plan:
+    """What is trained on a problem."""
 
-    dimension: int | None
+    surrogates: tuple[str, ...] = SURROGATES
+    estimators: tuple[str, ...] = tuple(ESTIMATORS)
+    ablated: tuple[str, ...] = ABLATED
+    moved: tuple[str, ...] = MOVED
+    grid: Grid = field(default_factory=Grid)
+    budget: Budget = field(default_factory=Budget)
+
+
+Kind = Literal["mixture", "digits", "images"]
+PLANS: dict[Kind, Plan] = {
+    "mixture": Plan(),
+    "digits": Plan(
+        surrogates=tuple(form for form in SURROGATES if not form.endswith("soft classifier")),
+        estimators=(
+            "energy_ensemble",
+            "classifier_ensemble",
+            "energy",
+            "classifier",
+            "score",
+            "kernel_density",
+            "factor_analysers",
+        ),
+        ablated=("oracle", "energy_ensemble"),
+        moved=(),
+    ),
+    "images": Plan(
+        surrogates=(
+            "standard:kl",
+            "pgd_at:kl",
+            *(f"trades:kl:{beta}" for beta in (0.25, 0.5, 1)),
+            *(f"trades:kl:{beta}:soft energy_ensemble" for beta in (0.25, 0.5)),
+        ),
+        estimators=("energy_ensemble", "classifier_ensemble", "factor_analysers", "score"),
+        ablated=("oracle", "energy_ensemble"),
+        moved=(),
+        grid=estimators.IMAGES,
+        budget=Budget(steps=1500),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One problem, and where its results go."""
+
+    kind: Kind
     count: int
     seed: int
     folder: Path
     quick: bool = False
+    dimension: int | None = None  # of a mixture
+    root: Path | None = None  # of CIFAR-10, for images
 
     @property
     def name(self) -> str:
-        kind = "digits" if self.dimension is None else f"d{self.dimension}"
+        kind = f"d{self.dimension}" if self.kind == "mixture" else self.kind
         return f"{kind}-n{self.count}-seed{self.seed}"
 
     def problem(self) -> Problem:
         sizes = problems.QUICK if self.quick else {}
-        if self.dimension is None:
+        if self.kind == "digits":
             return problems.known_digits(self.count, self.seed, **sizes)
+        if self.kind == "images":
+            return problems.known_cifar(self.analysers(), self.count, self.seed, **sizes)
+        assert self.dimension is not None
         return problems.gaussian_mixture(self.dimension, self.count, self.seed, **sizes)
+
+    def analysers(self) -> FactorAnalysers:
+        """Of the images; fitted by the first cell that asks."""
+        return problems.image_analysers(self.root, self.folder / "analysers.pt")
 
 
 def run(cell: Cell) -> None:
-    """Everything of one mixture."""
+    """Everything of one problem."""
     problem = cell.problem()
-    budget = students.QUICK if cell.quick else students.Budget()
-    grid = estimators.QUICK if cell.quick else estimators.Grid()
+    plan = PLANS[cell.kind]
+    budget = students.QUICK if cell.quick else plan.budget
+    grid = estimators.QUICK if cell.quick else plan.grid
     bench = Bench(problem, cell.seed, grid)
     about = {
-        "problem": "digits" if cell.dimension is None else "mixture",
+        "problem": cell.kind,
         "dimension": problem.x[0].numel(),
         "count": cell.count,
         "seed": cell.seed,
@@ -98,7 +157,8 @@ def run(cell: Cell) -> None:
         objective, _, name = form.partition(" ")
         posterior = estimate(name).posterior if name else None
         trains = students.objective_of(objective, problem, posterior, budget)
-        made = students.train(problem, trains, cell.seed, budget, picked=picked)
+        judge = partial(students.r_score, problem) if picked else None
+        made = students.train(problem, trains, cell.seed, budget, judge=judge)
         measured = {"last": students.measure(problem, made.last, cell.seed)}
         if made.best is not None:
             measured["best"] = students.measure(problem, made.best, cell.seed)
@@ -107,13 +167,13 @@ def run(cell: Cell) -> None:
     def recorded(name: str) -> dict[str, Any]:
         return posterior_record(problem, estimate(name))
 
-    for form in SURROGATES:
+    for form in plan.surrogates:
         notebook.once(f"student {form}", partial(student, form, picked=True))
-    for name in ("oracle", *ESTIMATORS):
+    for name in ("oracle", *plan.estimators):
         notebook.once(f"posterior {name}", partial(recorded, name))
-    others = [f"direct:kl {name}" for name in ("oracle", *ESTIMATORS)]
-    others += [f"{objective} {name}" for name in ABLATED for objective in ABLATION.values()]
-    for form in (*others, *MOVED):
+        for objective in ABLATION.values() if name in plan.ablated else ["direct:kl"]:
+            notebook.once(f"student {objective} {name}", partial(student, f"{objective} {name}"))
+    for form in plan.moved:
         notebook.once(f"student {form}", partial(student, form))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Generator, Tensor, nn
@@ -12,23 +13,22 @@ from torch import Generator, Tensor, nn
 from scorematch import ThreatModel
 from scorematch.networks import MLPBackbone
 from scorematch.posteriors import FactorAnalysers, GaussianMixture
-from training import data, known_images
+from training import data, known_images, models
 from training.data import DataSettings
 
 FOLDS = 4  # a posterior is fitted on three and picks its weights on the fourth
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Data, the truth about them, and the networks that fit them."""
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Data to learn from, and the networks that fit them."""
 
     name: str
-    oracle: GaussianMixture | FactorAnalysers  # p_d, in closed form
     x: Tensor  # [N, …] training inputs
     y: Tensor  # int64 [N] their labels
-    x_test: Tensor  # a fresh sample, for the final measurement
+    x_test: Tensor  # for the final measurement
     y_test: Tensor
-    x_choice: Tensor  # another one, by which the oracle picks the weights of surrogates
+    x_choice: Tensor  # by which weights are chosen
     y_choice: Tensor
     threat_model: ThreatModel
     student: Callable[[], nn.Module]  # a fresh classifier
@@ -46,6 +46,13 @@ class Problem:
         """x, y to fit on and x, y held out; the points of a sample are in no order, so every fourth is a fold."""
         held = torch.arange(len(self.x)) % FOLDS == index
         return self.x[~held], self.y[~held], self.x[held], self.y[held]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem(Task):
+    """A task whose p_d is known. Test and choice are fresh samples; the oracle chooses the weights of surrogates."""
+
+    oracle: GaussianMixture | FactorAnalysers  # p_d, in closed form
 
 
 class Perceptron(nn.Sequential):
@@ -131,4 +138,133 @@ def known_digits(count: int, seed: int, *, test: int = 4000, choice: int = 1000)
         backbone=lambda outputs, pooled: MLPBackbone((64,), outputs if pooled else outputs * 64, width=128, depth=2),
         num_classes=digits.num_classes,
         scale=noise,
+    )
+
+
+IMAGE_FEATURES = 3 * 32 * 32
+IMAGES_ERROR = 0.1  # Bayes error of the known images
+IMAGES_EPS = 0.5  # of the usual L2 threat model on CIFAR-10
+DIRECTIONS = 128  # principal components that networks see of an image
+
+
+class InComponents(nn.Module):
+    """A network that sees principal components of x instead of x itself; the directions are fixed.
+
+    Components come at the scale of the data as a whole, so that a network finds them as it would find x.
+
+    Args:
+        network: maps (components [N, K], …) to [N, outputs], or with ``heads`` to [N, heads · K].
+        directions: [D, K], orthonormal.
+        scales: [K] standard deviations of the components, relative to that of a feature of x.
+        center: subtracted from x.
+        heads: of an answer in the space of x, which is carried back to it, [N, heads · D]; None is any other answer.
+    """
+
+    directions: Tensor
+    scales: Tensor
+    center: Tensor
+
+    def __init__(
+        self, network: nn.Module, directions: Tensor, scales: Tensor, center: Tensor, heads: int | None = None
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.heads = heads
+        self.register_buffer("directions", directions)
+        self.register_buffer("scales", scales)
+        self.register_buffer("center", center)
+
+    def forward(self, x: Tensor, *others: Tensor) -> Tensor:
+        answer: Tensor = self.network(((x - self.center) @ self.directions) / self.scales, *others)
+        if self.heads is None:
+            return answer
+        return ((answer.unflatten(1, (self.heads, -1)) * self.scales) @ self.directions.T).flatten(1)
+
+
+def principal_components(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The leading ``count`` directions [D, K] of x [M, D] and their relative scales [K], see :class:`InComponents`."""
+    centred = x - x.mean(0)
+    variances, directions = torch.linalg.eigh(centred.T @ centred / len(x))  # rising
+    return directions[:, -count:].contiguous(), (variances[-count:] / variances.mean()).sqrt()
+
+
+def image_analysers(root: Path | None, cache: Path) -> FactorAnalysers:
+    """The factor analysers of the training images of CIFAR-10, one of rank 4 for each class, from ``cache`` if there.
+
+    With more, or of higher rank, 50,000 images are too few to learn them from: see the page of results.
+    """
+    return known_images.fitted(DataSettings("cifar10", root=root), cache, components=1, rank=4)
+
+
+def known_cifar(analysers: FactorAnalysers, count: int, seed: int, *, test: int = 1000, choice: int = 300) -> Problem:
+    """Draws from factor analysers of the classes of CIFAR-10, with noise to a Bayes error of 10 %; no box.
+
+    p_d is the same for every seed; what is drawn differs. All networks see principal components of the training data.
+    """
+    noise = known_images.noise_for(analysers, IMAGES_ERROR)
+    oracle = analysers.smoothed(noise)
+    drawn = known_images.drawn(oracle, (count, choice, test), shape=(IMAGE_FEATURES,), seed=seed)
+    classes = oracle.num_classes
+    x = drawn.x_train
+    # 10,000 images give the leading components as well as all do.
+    directions, scales = principal_components(x[:10_000], DIRECTIONS)
+
+    def student() -> nn.Module:
+        return InComponents(Perceptron(DIRECTIONS, classes, 256), directions, scales, x.mean(0))
+
+    def backbone(outputs: int, pooled: bool) -> nn.Module:
+        values = outputs if pooled else outputs * DIRECTIONS
+        network = MLPBackbone((DIRECTIONS,), values, width=256, depth=2)
+        return InComponents(network, directions, scales, torch.zeros(()), None if pooled else outputs)
+
+    return Problem(
+        name=f"images-n{count}-seed{seed}",
+        oracle=oracle,
+        x=x,
+        y=drawn.y_train,
+        x_test=drawn.x_test,
+        y_test=drawn.y_test,
+        x_choice=drawn.x_validation,
+        y_choice=drawn.y_validation,
+        threat_model=ThreatModel("l2", eps=IMAGES_EPS, step_size=IMAGES_EPS / 4, lower=-math.inf, upper=math.inf),
+        student=student,
+        backbone=backbone,
+        num_classes=classes,
+        scale=noise,
+    )
+
+
+REAL_FOLDS = 5  # of all 1,797 digits, so that every one of them is tested on once
+REAL_CHOICE = 240  # images of the others by which weights are chosen
+
+
+def real_digits(fold: int, eps: float) -> Task:
+    """The 8×8 digits of scikit-learn: 359 or 360 to test, 240 to choose weights, about 1,200 to train on. Linf, [0, 1].
+
+    The images are in the same random order for every fold and seed; a fold is every fifth of them.
+    """
+    digits = data.load(DataSettings("digits"))
+    parts = ("train", "validation", "test")
+    x = torch.cat([getattr(digits, f"x_{part}") for part in parts])
+    y = torch.cat([getattr(digits, f"y_{part}") for part in parts])
+    order = torch.randperm(len(x), generator=Generator().manual_seed(0))
+    tested = torch.arange(len(x)) % REAL_FOLDS == fold
+    test, rest = order[tested], order[~tested]
+    choice, train = rest[:REAL_CHOICE], rest[REAL_CHOICE:]
+    shape = tuple(x.shape[1:])
+    return Task(
+        name=f"real-digits-fold{fold}",
+        x=x[train],
+        y=y[train],
+        x_test=x[test],
+        y_test=y[test],
+        x_choice=x[choice],
+        y_choice=y[choice],
+        threat_model=ThreatModel("linf", eps=eps, step_size=eps / 4),
+        student=lambda: models.build("digits_cnn", shape, digits.num_classes),
+        backbone=lambda outputs, pooled: MLPBackbone(
+            shape, outputs if pooled else outputs * math.prod(shape), width=256, depth=2, dropout=0.1
+        ),
+        num_classes=digits.num_classes,
+        scale=0.5,
     )

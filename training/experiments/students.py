@@ -14,10 +14,10 @@ from scorematch import PGD, objectives
 from scorematch.objectives import Outcome
 from scorematch.posteriors import Posterior
 from scorematch.self_consistency import consistency
-from training.experiments.problems import Problem
+from training.experiments.problems import Problem, Task
 
 Objective = Callable[[nn.Module, Tensor, Tensor, Generator], Outcome]
-LOOKS = 8  # checkpoints among which the oracle picks the weights of a surrogate
+LOOKS = 8  # checkpoints among which weights are picked
 
 
 @dataclass(frozen=True)
@@ -33,32 +33,40 @@ class Budget:
 QUICK = Budget(steps=8, batch_size=32, attack_steps=2)
 
 
-def objective_of(name: str, problem: Problem, posterior: Posterior | None, budget: Budget) -> Objective:
+def objective_of(name: str, task: Task, posterior: Posterior | None, budget: Budget) -> Objective:
     """``standard:kl``, ``pgd_at:kl``, ``trades:kl:4`` (β third) or ``direct:kl``, and further words.
 
-    ``soft`` gives TRADES the posterior at clean x instead of labels, ``moved`` moves its clean prediction by the
-    posterior (κ = 1). Of direct SCORE ``fixed`` compares with the posterior at clean x, ``model-only`` leaves the data
-    gradient out, ``noise`` replaces it by noise of the same norm.
+    ``soft`` gives a surrogate the posterior at clean x instead of labels, ``moved`` moves the clean prediction of
+    TRADES by the posterior (κ = 1). Of direct SCORE ``fixed`` compares with the posterior at clean x, ``model-only``
+    leaves the data gradient out, ``noise`` replaces it by noise of the same norm.
     """
     kind, divergence, *more = name.split(":")
-    attack: dict[str, Any] = {"threat_model": problem.threat_model, "steps": budget.attack_steps}
+    attack: dict[str, Any] = {"threat_model": task.threat_model, "steps": budget.attack_steps}
+
+    def targets(x: Tensor, y: Tensor) -> Tensor:
+        if "soft" not in more:
+            return y
+        assert posterior is not None
+        return objectives.soft_targets(posterior, x, y)
+
     if kind == "standard":
-        return lambda model, x, y, g: objectives.standard(model, x, y, divergence=divergence)
+        return lambda model, x, y, g: objectives.standard(model, x, targets(x, y), divergence=divergence)
     if kind == "pgd_at":
-        return lambda model, x, y, g: objectives.pgd_at(model, x, y, divergence=divergence, generator=g, **attack)
+        return lambda model, x, y, g: objectives.pgd_at(
+            model, x, targets(x, y), divergence=divergence, generator=g, **attack
+        )
     if kind == "trades":
-        beta, *words = more
-        moving = posterior if "moved" in words else None
-
-        def trades(model: nn.Module, x: Tensor, y: Tensor, g: Generator) -> Outcome:
-            if "soft" in words:
-                assert posterior is not None
-                y = objectives.soft_targets(posterior, x, y)
-            return objectives.trades(
-                model, x, y, divergence=divergence, beta=float(beta), posterior=moving, generator=g, **attack
-            )
-
-        return trades
+        moving = posterior if "moved" in more else None
+        return lambda model, x, y, g: objectives.trades(
+            model,
+            x,
+            targets(x, y),
+            divergence=divergence,
+            beta=float(more[0]),
+            posterior=moving,
+            generator=g,
+            **attack,
+        )
     assert posterior is not None
     forms: dict[str, dict[str, Any]] = {
         "fixed": {"target_mix": 0.0},
@@ -75,46 +83,44 @@ def objective_of(name: str, problem: Problem, posterior: Posterior | None, budge
 
 @dataclass(frozen=True)
 class Student:
-    """A trained classifier: its last weights, and for a surrogate those that the oracle likes best."""
+    """A trained classifier: its last weights, and those of the checkpoint that was judged best, if one was to be."""
 
     last: nn.Module
-    best: nn.Module | None  # of the checkpoint with the lowest R_SCORE on the sample for choices
+    best: nn.Module | None
     data_gradient_ratio: float | None
 
 
-def train(problem: Problem, objective: Objective, seed: int, budget: Budget, *, picked: bool) -> Student:
-    """Train a student on all of the data; ``picked`` lets the oracle look for its best weights."""
+def train(
+    task: Task, objective: Objective, seed: int, budget: Budget, *, judge: Callable[[nn.Module], float] | None = None
+) -> Student:
+    """Train a student on all of the data; ``judge`` gives what the best weights have the least of."""
     torch.manual_seed(seed)
     generator = Generator().manual_seed(seed)
-    model = problem.student()
+    model = task.student()
     optimizer = torch.optim.Adam(model.parameters(), lr=budget.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, budget.steps)
     best, lowest, ratios = copy.deepcopy(model), float("inf"), []
     for step in range(1, budget.steps + 1):
-        index = torch.randint(len(problem.x), (budget.batch_size,), generator=generator)
+        index = torch.randint(len(task.x), (budget.batch_size,), generator=generator)
         model.train()
-        outcome = objective(model, problem.x[index], problem.y[index], generator)
+        outcome = objective(model, task.x[index], task.y[index], generator)
         optimizer.zero_grad()
         outcome.loss.mean().backward()
         optimizer.step()
         schedule.step()
         if "data_gradient_ratio" in outcome.metrics:
             ratios.append(float(outcome.metrics["data_gradient_ratio"]))
-        if picked and step % max(1, budget.steps // LOOKS) == 0:
-            model.eval()
-            found = consistency(
-                model,
-                problem.oracle,
-                problem.x_choice,
-                problem.y_choice,
-                problem.threat_model,
-                steps=10,
-                restarts=0,
-            )
-            value = found.r_score.mean().item()
+        if judge is not None and step % max(1, budget.steps // LOOKS) == 0:
+            value = judge(model.eval())
             if value < lowest:
                 best, lowest = copy.deepcopy(model), value
-    return Student(model.eval(), best.eval() if picked else None, sum(ratios) / len(ratios) if ratios else None)
+    return Student(model.eval(), best.eval() if judge else None, sum(ratios) / len(ratios) if ratios else None)
+
+
+def r_score(problem: Problem, model: nn.Module) -> float:
+    """R_SCORE on the sample for choices, in nats: how the oracle picks weights."""
+    x, y, ball = problem.x_choice, problem.y_choice, problem.threat_model
+    return consistency(model, problem.oracle, x, y, ball, steps=10, restarts=0).r_score.mean().item()
 
 
 def measure(problem: Problem, model: nn.Module, seed: int) -> dict[str, float]:

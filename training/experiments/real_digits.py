@@ -1,0 +1,195 @@
+"""Real images, where only labels judge: the 8×8 digits, all 1,797 of them over five folds.
+
+Hypotheses, written down before the runs (Linf; every objective has its weights chosen on validation images by their
+robust accuracy, and among the objectives of a family one is chosen in the same way; test images choose nothing):
+
+R1  Somewhere on the front of clean and robust accuracy direct SCORE is not dominated: no surrogate of the same budget
+    is better in one of the two and as good in the other.
+R2  With samples drawn from the score network in half of every batch, each objective is more robust than without.
+R3  The ablation of H4, judged by robust accuracy by label: B is above A, C above B and D.
+
+Comparisons are paired over folds and seeds. A cell is a fold, a seed and the radius of the training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from scorematch import PGD, AutoAttack, ThreatModel, audit
+from scorematch.matching import losses_by_level
+from training.experiments import estimators, problems, students
+from training.experiments.estimators import ESTIMATORS, Bench, Estimated, Grid
+from training.experiments.mixtures import ABLATION
+from training.experiments.problems import Task
+from training.experiments.runner import Notebook
+from training.experiments.students import Budget
+
+EPS = 0.15  # at which all are compared, whatever the radius of the training
+RADII = (0.1, 0.2, 0.3)  # of further attacks by PGD
+POSTERIORS = ("energy_ensemble", "score", "kernel_density_drawn")
+# An objective, after a colon how it differs, and after a space the posterior that it asks.
+SURROGATES = (
+    "standard:kl",
+    "pgd_at:kl",
+    "pgd_at:se",
+    "trades:kl:1",
+    "trades:kl:4",
+    "trades:se:4",
+    "pgd_at:kl:soft energy_ensemble",
+    "trades:kl:2:soft energy_ensemble",
+    "pgd_at:kl:drawn",
+    "trades:kl:4:drawn",
+    "pgd_at:kl:soft:drawn energy_ensemble",
+)
+DIRECT = (
+    "direct:kl energy_ensemble",
+    "direct:kl score",
+    "direct:kl:drawn energy_ensemble",
+    "direct:kl:drawn kernel_density_drawn",
+)
+ABLATED = tuple(f"{ABLATION[letter]} energy_ensemble" for letter in "ABD")
+GRID = Grid(steps=4000, drawn=10_000, kernels=1200)
+BUDGET = Budget(steps=800, batch_size=64, lr=2e-3, attack_steps=10)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One fold and seed, trained at one radius."""
+
+    fold: int
+    seed: int
+    eps: float
+    folder: Path
+    quick: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"eps{self.eps:g}-fold{self.fold}-seed{self.seed}"
+
+
+def run(cell: Cell) -> None:
+    """Every objective on one fold."""
+    task = problems.real_digits(cell.fold, cell.eps)
+    if cell.quick:
+        parts = {name: getattr(task, name)[:40] for name in ("x_test", "y_test", "x_choice", "y_choice")}
+        task = dataclasses.replace(task, **parts)
+    grid, budget = (estimators.QUICK, students.QUICK) if cell.quick else (GRID, BUDGET)
+    bench = Bench(task, cell.seed, grid)
+    about = {
+        "problem": "real digits",
+        "fold": cell.fold,
+        "seed": cell.seed,
+        "eps": cell.eps,
+        "count": len(task.x),
+        "budget": asdict(budget),
+        "grid": asdict(grid),
+    }
+    notebook = Notebook(cell.folder / f"{cell.name}.json", about)
+    estimated: dict[str, Estimated] = {}
+
+    def estimate(name: str) -> Estimated:
+        if name not in estimated:
+            estimated[name] = ESTIMATORS[name](bench)
+        return estimated[name]
+
+    def student(form: str) -> dict[str, Any]:
+        objective, _, name = form.partition(" ")
+        words = objective.split(":")
+        seen = with_drawn(task, *bench.drawn(0)) if "drawn" in words else task
+        objective = ":".join(word for word in words if word != "drawn")
+        trains = students.objective_of(objective, seen, estimate(name).posterior if name else None, budget)
+        made = students.train(seen, trains, cell.seed, budget, judge=partial(validation_error, task))
+        assert made.best is not None
+        measured = measure(task, made.best, cell.seed, quick=cell.quick)
+        return {**measured, "data_gradient_ratio": made.data_gradient_ratio}
+
+    def recorded(name: str) -> dict[str, Any]:
+        return posterior_record(task, estimate(name))
+
+    for form in (*SURROGATES, *DIRECT, *ABLATED):
+        notebook.once(f"student {form}", partial(student, form))
+    for name in POSTERIORS:
+        notebook.once(f"posterior {name}", partial(recorded, name))
+    notebook.once("memory", lambda: memory(bench))
+
+
+def with_drawn(task: Task, x: Tensor, y: Tensor) -> Task:
+    """The task with drawn samples, so that they are about half of every batch."""
+    times = max(1, round(len(x) / len(task.x)))
+    repeated = task.x.repeat(times, *[1] * (task.x.dim() - 1))
+    return dataclasses.replace(task, x=torch.cat([repeated, x]), y=torch.cat([task.y.repeat(times), y]))
+
+
+def validation_error(task: Task, model: nn.Module) -> float:
+    """One minus the robust accuracy on validation images at the radius of the training, clean errors breaking ties."""
+    x, y = task.x_choice, task.y_choice
+    moved = PGD(task.threat_model, steps=10, losses=("ce",))(model, x, y, generator=Generator().manual_seed(0))
+    with torch.no_grad():
+        clean, robust = ((model(points).argmax(1) == y).double().mean().item() for points in (x, moved))
+    return 1 - robust + 1e-3 * (1 - clean)
+
+
+def measure(task: Task, model: nn.Module, seed: int, *, quick: bool = False) -> dict[str, float]:
+    """Accuracies in per cent; ``nll`` and ``nll_attacked``, the mean −log p of the label, in nats.
+
+    ``validation`` is the robust accuracy under PGD on the validation images, by which objectives are chosen.
+    """
+
+    def attacked(x: Tensor, y: Tensor, eps: float) -> Tensor:
+        attack = PGD(ThreatModel("linf", eps), steps=5 if quick else 40, restarts=2, losses=("ce", "margin"))
+        return attack(model, x, y, generator=Generator().manual_seed(seed))
+
+    def accuracy(x: Tensor, y: Tensor) -> float:
+        with torch.no_grad():
+            return 100 * (model(x).argmax(1) == y).double().mean().item()
+
+    x, y = task.x_test, task.y_test
+    strong = AutoAttack(model, "Linf", EPS, seed=seed, verbose=False)
+    if quick:
+        strong = AutoAttack(model, "Linf", EPS, verbose=False, version="custom", attacks_to_run=["apgd-ce"])
+        strong.apgd.n_iter = 3
+    strong.run_standard_evaluation(x, y, bs=500)
+    moved = attacked(x, y, EPS)
+    with torch.no_grad():
+        nll, nll_attacked = (cross_entropy(model(points), y).item() for points in (x, moved))
+    return {
+        "clean": accuracy(x, y),
+        "pgd": accuracy(moved, y),
+        "autoattack": 100 * strong.report["robust_accuracy"],
+        **{f"pgd_{eps:g}": accuracy(attacked(x, y, eps), y) for eps in RADII},
+        "nll": nll,
+        "nll_attacked": nll_attacked,
+        "validation": accuracy(attacked(task.x_choice, task.y_choice, EPS), task.y_choice),
+    }
+
+
+def posterior_record(task: Task, estimated: Estimated) -> dict[str, Any]:
+    """What was chosen and why, and the posterior's own accuracy on test images."""
+    ball = ThreatModel("linf", EPS)
+    clean, robust = audit.robust_accuracy(
+        estimated.posterior, task.x_test, task.y_test, ball, steps=20, generator=Generator().manual_seed(0)
+    )
+    return {
+        "settings": estimated.settings,
+        "evidence": estimated.evidence,
+        "clean": 100 * clean,
+        "robust": 100 * robust,
+    }
+
+
+def memory(bench: Bench) -> dict[str, Any]:
+    """The denoising loss on held-out images over that on as many training images, at each noise level."""
+    x, y, *_ = bench.problem.fold(0)
+    x_held, y_held = bench.held_out(0)
+    network, sigmas = bench.network("denoiser", 0), tuple(bench.sigmas)
+    seen = losses_by_level(network, x[: len(x_held)], y[: len(x_held)], sigmas, repeats=4)
+    unseen = losses_by_level(network, x_held, y_held, sigmas, repeats=4)
+    return {"held_out_over_training": {f"{sigma:g}": unseen[sigma] / seen[sigma] for sigma in sigmas}}

@@ -1,0 +1,48 @@
+"""What the sections of the page share: reading results, and how numbers and verdicts are written."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from training.compare import Estimate
+from training.errors import InputError
+
+# Of each posterior its name in words, colour and marker.
+FAMILIES = {
+    "kernel_density": ("kernel density of the training points", "#e69f00", "D"),
+    "kernel_density_drawn": ("kernel density of drawn samples", "#b8860b", "d"),
+    "factor_analysers": ("factor analysers, the family of p_d", "#222222", "*"),
+    "classifier": ("noise-conditional classifier", "#cc79a7", "v"),
+    "classifier_ensemble": ("ensemble of classifiers", "#8c3a6b", "v"),
+    "energy": ("joint energy", "#009e73", "s"),
+    "energy_ensemble": ("ensemble of joint energies", "#005a41", "s"),
+    "score": ("score network", "#d55e00", "^"),
+    "score_ensemble": ("ensemble of score networks", "#8f3f00", "^"),
+    "score_last": ("score network, trained to the last step", "#f0a070", "^"),
+    "score_literal": ("score network, literal Eq. (34)", "#767676", "x"),
+    "oracle": ("p_d itself", "#56b4e9", "P"),
+}
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """The finished cells of an experiment, in the order of their names."""
+    paths = sorted(folder.glob("*.json"))
+    if not paths:
+        raise InputError(f"evidence: {folder} holds no results, expected the JSON files of an experiment")
+    return [json.loads(path.read_text()) for path in paths]
+
+
+def shown(value: Estimate, digits: int) -> str:
+    """Mean ± half the 95 % interval over seeds."""
+    if value.high is None:
+        return f"{value.mean:.{digits}f}"
+    return f"{value.mean:.{digits}f} ± {value.high - value.mean:.{digits}f}"
+
+
+def verdict(holds: bool) -> str:
+    return "**holds**" if holds else "**fails**"
+
+
+def seeds(cells: Sequence[dict[str, Any]]) -> str:
+    return " ".join(str(seed) for seed in sorted({cell["seed"] for cell in cells}))
