@@ -1,13 +1,15 @@
 """Whether a trained posterior is worth following: ``python -m training.score --audit``.
 
-Searches the noise levels and anchors that the trained networks allow by held-out likelihood, audits the best, and says
-in words what was found: audit.json, audit.html, and chosen.toml with the settings and their evidence.
+Searches the ways to read the trained networks (noise level, anchor, the classifier without the score network) by
+held-out likelihood, audits the best, and says in words what was found: audit.json, audit.html, and chosen.toml with the
+settings and their evidence.
 """
 
 import html
 import itertools
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +24,8 @@ from matplotlib.figure import Figure
 from torch import Generator, Tensor
 
 from scorematch import ThreatModel, audit
-from scorematch.matching import losses_by_level
-from scorematch.posteriors import KernelDensity, NoiseConditionalClassifier, ScoreNetwork
+from scorematch.matching import fit_temperature, losses_by_level
+from scorematch.posteriors import KernelDensity, NoiseConditionalClassifier, Posterior, ScoreNetwork
 from scorematch.posteriors.base import PointwisePosterior
 from training import checkpoint, plots, report, scores
 from training.data import Data
@@ -33,6 +35,11 @@ POINTS = 500  # held-out points of the audit
 DENSITY_POINTS = 5000  # training points under a kernel density
 GAP = 1.1  # held-out denoising loss over that of the training data, from which a network memorises
 CALIBRATED = 0.05  # expected calibration error that is small
+ANCHORS = {
+    "classifier": "score network from classifier",
+    "kernel_density": "score network from kernel density",
+    "alone": "classifier alone",
+}
 CLOSED = 0.1  # nats that a closed path may gain, as a share of what log p changes along it
 
 
@@ -40,11 +47,18 @@ class Candidate(NamedTuple):
     """Settings at which the trained networks can be read."""
 
     sigma: float
-    anchor: str  # classifier or kernel_density
+    anchor: str  # of the score network: classifier or kernel_density; alone: the classifier without a score network
 
     @property
     def title(self) -> str:
-        return f"σ {self.sigma:g}, {self.anchor.replace('_', ' ')}"
+        return f"σ {self.sigma:g}, {ANCHORS[self.anchor]}"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Options of training.run that read the networks so."""
+        if self.anchor == "alone":
+            return {"posterior": "noise_conditional_classifier", "posterior_settings": {"sigma": self.sigma}}
+        return {"posterior": "score_network", "posterior_settings": self._asdict()}
 
 
 def reach(threat_model: ThreatModel, features: int) -> float:
@@ -59,12 +73,23 @@ def write(
     *,
     seed: int,
     out: Path,
+    temperature: bool = True,
     people: Tensor | None = None,
 ) -> str:
-    """Search, audit, write; returns the verdict in words. ``people`` [N, L]: label distributions of the test points."""
+    """Search, audit, write; returns the verdict in words.
+
+    Args:
+        posterior: the trained networks.
+        data: its validation part judges.
+        threat_model: of the attack that the posterior is to guide.
+        seed: of noise and attacks.
+        out: folder of the files.
+        temperature: whether classifiers get one, as ``PosteriorSettings.temperature`` says.
+        people: [N, L] label distributions of the test points.
+    """
     x, y = data.x_validation[:POINTS], data.y_validation[:POINTS]
     noise = reach(threat_model, x[0].numel())
-    build = _builder(posterior, data, seed)
+    build = _builder(posterior, data, seed, temperature)
     evidence = search(build, candidates(posterior), x, y, noise, seed)
     best = max(evidence, key=lambda candidate: evidence[candidate]["moved"])
     chosen = build(best)
@@ -83,7 +108,7 @@ def write(
     found["findings"] = [finding._asdict() for finding in findings]
     found["verdict"] = verdict(findings)
     checkpoint.write_json(out / "audit.json", found)
-    settings = {"posterior_settings": {**best._asdict()}, "evidence": {c.title: evidence[c]["moved"] for c in evidence}}
+    settings = {**best.settings, "evidence": {c.title: evidence[c]["moved"] for c in evidence}}
     checkpoint.write_atomically(out / "chosen.toml", tomli_w.dumps(settings))
     checkpoint.write_atomically(out / "audit.html", page(found, findings, data.name))
     return "\n".join([*(f"{finding.mark} {finding.text}" for finding in findings), found["verdict"]])
@@ -94,30 +119,40 @@ def candidates(posterior: ScoreNetwork) -> list[Candidate]:
     sigmas = sorted({*scores.SIGMAS, posterior.sigma})
     anchors = ["kernel_density"]
     if isinstance(posterior.anchor, NoiseConditionalClassifier):
-        anchors.insert(0, "classifier")
+        anchors = list(ANCHORS)
     return [Candidate(sigma, anchor) for anchor, sigma in itertools.product(anchors, sigmas)]
 
 
-def _builder(posterior: ScoreNetwork, data: Data, seed: int) -> Callable[[Candidate], ScoreNetwork]:
+def _builder(
+    posterior: ScoreNetwork, data: Data, seed: int, temperature: bool
+) -> Callable[[Candidate], ScoreNetwork | NoiseConditionalClassifier]:
     keep = torch.randperm(len(data.x_train), generator=Generator().manual_seed(seed))[:DENSITY_POINTS]
     keep = keep.to(data.x_train.device)
     points = data.x_train[keep], data.y_train[keep]
 
-    def build(candidate: Candidate) -> ScoreNetwork:
-        anchor: PointwisePosterior
-        if candidate.anchor == "classifier":
-            assert isinstance(posterior.anchor, NoiseConditionalClassifier)
-            network = posterior.anchor.network
-            anchor = NoiseConditionalClassifier(network, num_classes=data.num_classes, sigma=candidate.sigma)
-        else:
-            anchor = KernelDensity(*points, num_classes=data.num_classes, sigma=candidate.sigma)
+    def classifier(sigma: float) -> NoiseConditionalClassifier:
+        """As :func:`training.posteriors.build` makes it: with a temperature of its own at each noise level."""
+        assert isinstance(posterior.anchor, NoiseConditionalClassifier)
+        read = partial(NoiseConditionalClassifier, posterior.anchor.network, num_classes=data.num_classes, sigma=sigma)
+        if not temperature:
+            return read()
+        return read(temperature=fit_temperature(read().log_prob, data.x_validation, data.y_validation, repeats=1))
+
+    def build(candidate: Candidate) -> ScoreNetwork | NoiseConditionalClassifier:
+        if candidate.anchor == "alone":
+            return classifier(candidate.sigma).to(data.x_train.device)
+        anchor: PointwisePosterior = (
+            classifier(candidate.sigma)
+            if candidate.anchor == "classifier"
+            else KernelDensity(*points, num_classes=data.num_classes, sigma=candidate.sigma)
+        )
         return ScoreNetwork(posterior.denoiser, sigma=candidate.sigma, anchor=anchor).to(data.x_train.device)
 
     return build
 
 
 def search(
-    build: Callable[[Candidate], ScoreNetwork],
+    build: Callable[[Candidate], Posterior],
     tried: list[Candidate],
     x: Tensor,
     y: Tensor,
@@ -135,7 +170,13 @@ def search(
 
 
 def measured(
-    posterior: ScoreNetwork, data: Data, x: Tensor, y: Tensor, threat_model: ThreatModel, noise: float, seed: int
+    posterior: ScoreNetwork | NoiseConditionalClassifier,
+    data: Data,
+    x: Tensor,
+    y: Tensor,
+    threat_model: ThreatModel,
+    noise: float,
+    seed: int,
 ) -> dict[str, Any]:
     """The audits of the chosen posterior."""
     levels = tuple(sorted({*scores.SIGMAS, posterior.sigma}))
@@ -143,10 +184,8 @@ def measured(
         "train": (data.x_train[: len(x)], data.y_train[: len(x)]),
         "held_out": (x, y),
     }
-    losses = {
-        name: losses_by_level(posterior.denoiser, *points, levels, seed=seed, repeats=2)
-        for name, points in splits.items()
-    }
+    network = posterior.denoiser if isinstance(posterior, ScoreNetwork) else posterior.network
+    losses = {name: losses_by_level(network, *points, levels, seed=seed, repeats=2) for name, points in splits.items()}
     side = noise * math.sqrt(x[0].numel())
     gained = audit.closed_loop(posterior, x, y, length=side, seed=seed)
     trace = posterior.trace(x, y)
@@ -159,6 +198,7 @@ def measured(
     clean, robust = audit.robust_accuracy(posterior, x, y, threat_model, steps=20, generator=generator)
     frequencies = torch.bincount(data.y_train, minlength=data.num_classes).double() / len(data.y_train)
     return {
+        "loss": "denoising loss" if isinstance(posterior, ScoreNetwork) else "cross-entropy",
         "losses": [{"sigma": s, **{name: values[s] for name, values in losses.items()}} for s in levels],
         "calibration": audit.calibration(posterior, x, y, noise=noise, seed=seed)._asdict(),
         "closed_loop": gained.mean().item(),
@@ -192,7 +232,7 @@ def judged(found: dict[str, Any]) -> list[Finding]:
     findings = [
         Finding(
             ratio <= GAP,
-            f"at σ {chosen['sigma']:g} the denoising loss on held-out data is {100 * (ratio - 1):+.0f} % of that on "
+            f"at σ {chosen['sigma']:g} the {found['loss']} on held-out data is {100 * (ratio - 1):+.0f} % of that on "
             f"training data: {'no memory to speak of' if ratio <= GAP else 'the network memorises'}",
         ),
         Finding(
@@ -277,9 +317,9 @@ def page(found: dict[str, Any], findings: list[Finding], data: str) -> str:
         f"<p class='lead'>{html.escape(found['verdict'])}</p>",
         f"<ul>{items}</ul>",
         f"<p class='note'>{found['points']} held-out points; {norm}, eps {eps:g}; noise {found['noise']:.4g}.</p>",
-        plots.as_image(plot(found), "held-out likelihood by noise level, and denoising losses"),
+        plots.as_image(plot(found), "held-out likelihood and losses by noise level"),
         "<h2>Evidence</h2>",
-        "<p>Every noise level and anchor that the trained networks allow; the first was chosen.</p>",
+        "<p>Every way to read the trained networks; the first was chosen.</p>",
         report.html_table(rows),
     ]
     return report.PAGE.format(title=f"audit of {html.escape(data)}", body="\n".join(body))
@@ -287,10 +327,11 @@ def page(found: dict[str, Any], findings: list[Finding], data: str) -> str:
 
 def plot(found: dict[str, Any]) -> Figure:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for anchor, colour, marker in (("classifier", "#cc79a7", "v"), ("kernel_density", "#e69f00", "D")):
+    styles = {"classifier": ("#d55e00", "^"), "kernel_density": ("#e69f00", "D"), "alone": ("#cc79a7", "v")}
+    for anchor, (colour, marker) in styles.items():
         own = [(e["sigma"], e["moved"]) for e in found["evidence"] if e["anchor"] == anchor]
         if own:
-            left.plot(*zip(*own, strict=True), color=colour, marker=marker, label=anchor.replace("_", " "))
+            left.plot(*zip(*own, strict=True), color=colour, marker=marker, label=ANCHORS[anchor])
     left.axhline(found["guess"], color="#b8b8b8", lw=1)
     left.set(xscale="log", xlabel="σ", ylabel="held-out log p(y|x + noise), nats")
     left.legend(frameon=False)
@@ -298,7 +339,7 @@ def plot(found: dict[str, Any]) -> Figure:
     for name, colour, dashes in (("train", "#0072b2", "--"), ("held_out", "#0072b2", "-")):
         values = [row[name] for row in found["losses"]]
         right.plot(sigmas, values, dashes, color=colour, label=name.replace("_", " "))
-    right.set(xscale="log", xlabel="σ", ylabel="denoising loss")
+    right.set(xscale="log", xlabel="σ", ylabel=found["loss"])
     right.legend(frameon=False)
     for axis in (left, right):
         axis.set_xticks(scores.SIGMAS, [f"{sigma:g}" for sigma in scores.SIGMAS])

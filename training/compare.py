@@ -326,6 +326,7 @@ MEASURES = (
     "clean_acc",
     "pgd_acc",
     "autoattack_acc",
+    "r_standard",
     "r_score",
     "r_madry",
     "data_gradient_ratio",

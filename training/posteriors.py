@@ -15,7 +15,15 @@ from torch import Tensor, nn
 
 from scorematch import audit as scorematch_audit
 from scorematch import augmentation
-from scorematch.matching import ClassificationLoss, DenoisingLoss, DistillationLoss, Fit, JointEnergy, MatchingLoss
+from scorematch.matching import (
+    ClassificationLoss,
+    DenoisingLoss,
+    DistillationLoss,
+    Fit,
+    JointEnergy,
+    MatchingLoss,
+    fit_temperature,
+)
 from scorematch.matching.fit import Augment
 from scorematch.networks import ConvBackbone, Denoiser, EmbeddedDenoiser, MLPBackbone, UNetBackbone
 from scorematch.posteriors import Ensemble, KernelDensity, NoiseConditionalClassifier, Posterior, ScoreNetwork
@@ -93,6 +101,8 @@ class PosteriorSettings:
     likelihood_weight: float = 0.0  # classifier: weight of denoising likelihood score matching; 0 turns it off
     # classifier: train it as a joint energy, with this weight of conditional denoising score matching; 0 turns it off
     energy_weight: float = 0.0
+    # classifier: divide its logits by the temperature that makes held-out labels most likely
+    temperature: bool = True
     # cross-fitting: so many posteriors, each fitted without one fold, by which its weights are picked, and their mean
     folds: int = 1
     max_points: int | None = None  # kernel_density: training points kept (a random subset); None keeps all
@@ -434,7 +444,13 @@ class _Builder:
             loss = ClassificationLoss(called, weight, self.denoiser() if weight else None, energy)
             # It is not told how images were augmented, so that it must not be asked about those alone that were not.
             self._train("classifier", network, loss, 1, self._mirror())
-        return NoiseConditionalClassifier(network, num_classes=self.num_classes, sigma=self.sigma)
+        plain = NoiseConditionalClassifier(network, num_classes=self.num_classes, sigma=self.sigma)
+        if self.trains is None or not self.settings.temperature or not len(self.held_out[0]):
+            return plain
+        temperature = fit_temperature(plain.log_prob, *self.held_out, repeats=1)
+        return NoiseConditionalClassifier(
+            network, num_classes=self.num_classes, sigma=self.sigma, temperature=temperature
+        )
 
     def denoiser(self) -> Denoiser:
         """The score network of the data set."""

@@ -70,14 +70,15 @@ def table_rows(comparison: Comparison) -> list[list[str]]:
     eps = f"{comparison['norm']} {comparison['eps']:g}"
     header = ["objective", "clean, %", f"PGD, {eps}, %"]
     gaps = ["difference from the best surrogate, PGD", "the same, AutoAttack"]
-    header += ["R_SCORE, nat", "R_Madry, nat"] if on_toy else ["AutoAttack, %", *gaps]
+    header += ["R_Standard, nat", "R_SCORE, nat", "R_Madry, nat"] if on_toy else ["AutoAttack, %", *gaps]
     header += ["data / model gradient, %", "step signs changed, %", "training, s"]
     rows = [header]
     paired = comparison["paired"]
     for name, entry in comparison["aggregate"].items():
         row = [entry["label"], interval(entry["clean_acc"]), interval(entry["pgd_acc"])]
         if on_toy:
-            row += [interval(entry.get("r_score"), ".5f"), interval(entry.get("r_madry"), ".4f")]
+            errors = {"r_standard": ".5f", "r_score": ".5f", "r_madry": ".4f"}
+            row += [interval(entry.get(name), form) for name, form in errors.items()]
         else:
             differences = paired.get("differences", {}).get(name, {})
             gaps = [difference(differences.get(measure)) for measure in ("pgd_acc", "autoattack_acc")]

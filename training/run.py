@@ -384,6 +384,8 @@ def print_table(summary: dict[str, Any]) -> None:
     if summary["autoattack_acc"] is not None:
         shown = f"{accuracy('autoattack')}, {summary['autoattack_samples']} samples"
         rows.append((f"AutoAttack accuracy, {summary['autoattack_version']}", shown))
+    if "r_standard" in summary:
+        rows.append(("R_Standard", f"{summary['r_standard']:.5f} nat"))
     if "r_score" in summary:
         rows.append(("R_SCORE", f"{summary['r_score']:.5f} nat"))
     if "r_madry" in summary:

@@ -73,8 +73,8 @@ class ScoreSettings:
     sampler: Literal["auto", "heun", "langevin"] = "auto"
     levels: int = 20  # noise levels of the sampler, falling geometrically
     steps_per_level: int = 10  # Langevin steps at each of them
-    # search the noise levels and anchors of the trained network by held-out likelihood, and say whether its posterior
-    # is worth following: audit.html, audit.json, chosen.toml
+    # search the ways to read the trained networks by held-out likelihood, and say whether the best posterior is worth
+    # following: audit.html, audit.json, chosen.toml
     audit: bool = False
     eps: float | None = None  # audit: radius of the attack in input units; None is that of the data set's recipe
     norm: Literal["linf", "l2"] | None = None  # audit: its norm; None is that of the data set's recipe
@@ -287,7 +287,12 @@ def audited(settings: ScoreSettings, loaded: Data, posterior: ScoreNetwork, peop
         settings.norm or recipe.norm, settings.eps or recipe.eps, lower=loaded.lower, upper=loaded.upper
     )
     print(f"audit under {threat_model.norm}, eps {threat_model.eps:g}")
-    print(audit.write(posterior, loaded, threat_model, seed=settings.seed, out=out, people=people))
+    temperature = settings.posterior_settings.temperature
+    print(
+        audit.write(
+            posterior, loaded, threat_model, seed=settings.seed, out=out, temperature=temperature, people=people
+        )
+    )
     print(f"{out / 'audit.html'} shows it, {out / 'chosen.toml'} has the best settings with their evidence")
 
 

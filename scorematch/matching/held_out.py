@@ -103,7 +103,14 @@ class BestWeights:
 
 @torch.no_grad()
 def fit_temperature(
-    logits: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, *, noise: float = 0.0, repeats: int = 4, seed: int = 0
+    logits: Callable[[Tensor], Tensor],
+    x: Tensor,
+    y: Tensor,
+    *,
+    noise: float = 0.0,
+    repeats: int = 4,
+    seed: int = 0,
+    chunk: int = 250,
 ) -> float:
     """The temperature by which the logits of a classifier are best divided on held-out data.
 
@@ -117,10 +124,11 @@ def fit_temperature(
         noise: standard deviation of the Gaussian noise at which it is fitted, in input units; ≥ 0.
         repeats: noise vectors for each point, ≥ 1.
         seed: decides them.
+        chunk: points at a time.
     """
     generator = torch.Generator(x.device).manual_seed(seed)
     omega = [torch.empty_like(x).normal_(generator=generator) for _ in range(repeats)]
-    values = torch.cat([logits(x + noise * o) for o in omega]).double()
+    values = torch.cat([logits(part) for o in omega for part in (x + noise * o).split(chunk)]).double()
     one_hot = torch.nn.functional.one_hot(y.repeat(repeats), values.shape[1])
     low, high = math.log(0.05), math.log(20.0)  # of 1 / temperature; the slope rises through zero
     for _ in range(50):

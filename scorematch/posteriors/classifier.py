@@ -19,11 +19,14 @@ class NoiseConditionalClassifier(PointwisePosterior):
         network: maps (x [N, …], sigma [N]) to logits [N, L].
         num_classes: L.
         sigma: the noise level p_σ at which it is read, in input units; > 0.
-        temperature: divides the logits; 1 leaves the estimate as trained.
+        temperature: divides the logits; 1 leaves the estimate as trained. Saved with the state, see
+            :func:`scorematch.matching.fit_temperature`.
 
     Raises:
         ValueError: an argument is outside its range.
     """
+
+    temperature: Tensor
 
     def __init__(self, network: nn.Module, *, num_classes: int, sigma: float, temperature: float = 1.0) -> None:
         super().__init__()
@@ -34,7 +37,7 @@ class NoiseConditionalClassifier(PointwisePosterior):
         self.network = network.eval().requires_grad_(False)
         self.num_classes = num_classes
         self.sigma = sigma
-        self.temperature = temperature
+        self.register_buffer("temperature", torch.tensor(float(temperature)))
 
     def train(self, mode: bool = True) -> NoiseConditionalClassifier:
         """A posterior is fixed: its network stays in eval mode."""
@@ -43,7 +46,7 @@ class NoiseConditionalClassifier(PointwisePosterior):
 
     def forward(self, x: Tensor) -> Tensor:
         logits = self.network(x, torch.full((len(x),), self.sigma, dtype=x.dtype, device=x.device))
-        return torch.log_softmax(logits / self.temperature, 1)
+        return torch.log_softmax(logits / self.temperature.to(logits.dtype), 1)
 
     def _trace_at(self, x: Tensor) -> Trace:
         return _ClassifierTrace(self, x)

@@ -178,6 +178,21 @@ def test_networks_of_components_see_and_answer_in_them() -> None:
     torch.testing.assert_close(back, x @ directions @ directions.T, rtol=1e-4, atol=1e-4)
 
 
+def test_features_tell_all_that_the_image_tells() -> None:
+    generator = torch.Generator().manual_seed(1)
+    means, factors = torch.randn(3, 2, 40, generator=generator), torch.randn(3, 2, 40, 2, generator=generator)
+    noise = torch.full((3, 2), 0.3)
+    analysers = FactorAnalysers(means, factors, noise, torch.rand(3, 2, generator=generator) + 0.1)
+    small, basis = problems.features_of(analysers)
+    assert basis.shape == (40, 18)
+    x, _ = analysers.sample(50, generator)
+    whole, seen = (oracle.log_joint(points).log_softmax(1) for oracle, points in ((analysers, x), (small, x @ basis)))
+    torch.testing.assert_close(seen, whole, rtol=1e-4, atol=1e-4)
+    noise[1] = 0.4
+    with pytest.raises(ValueError, match="same isotropic noise"):
+        problems.features_of(FactorAnalysers(means, factors, noise))
+
+
 def test_the_known_images_are_as_hard_as_they_say() -> None:
     generator = torch.Generator().manual_seed(0)
     means = 0.05 * torch.randn(3, 1, problems.IMAGE_FEATURES, generator=generator)

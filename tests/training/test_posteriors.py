@@ -1,5 +1,6 @@
 """Posteriors of the programs: settings, training, saved states, and the program ``training.score``."""
 
+import dataclasses
 import json
 import tempfile
 from pathlib import Path
@@ -150,6 +151,22 @@ def test_likelihood_matching_trains_a_score_network_beside_the_classifier(digits
     matched = PosteriorSettings("noise_conditional_classifier", likelihood_weight=1.0, **QUICK)  # type: ignore[arg-type]
     x = digits.x_test[:8]
     assert not torch.equal(build(plain, digits)(x), build(matched, digits)(x))  # type: ignore[operator]
+
+
+def test_the_temperature_is_fitted_on_held_out_points_and_saved(digits: data.Data) -> None:
+    # steps that suffice to be surer than right
+    settings = PosteriorSettings("noise_conditional_classifier", sigma=0.05, **{**QUICK, "steps": 150})  # type: ignore[arg-type]
+    fitted, plain = build(settings, digits), build(dataclasses.replace(settings, temperature=False), digits)
+    assert isinstance(fitted, NoiseConditionalClassifier)
+    assert isinstance(plain, NoiseConditionalClassifier)
+    assert float(plain.temperature) == 1.0
+    assert float(fitted.temperature) != 1.0
+    x, y = digits.x_validation, digits.y_validation
+    torch.testing.assert_close(fitted(x), (plain(x) / fitted.temperature).log_softmax(1))
+    losses = [torch.nn.functional.cross_entropy(posterior(x), y) for posterior in (fitted, plain)]
+    assert losses[0] < losses[1]
+    again = posteriors.build(settings, digits, seed=0, state=fitted.state_dict())
+    assert torch.equal(again(x), fitted(x))  # type: ignore[operator]
 
 
 def test_max_points_bounds_the_kernel_density(digits: data.Data) -> None:

@@ -326,11 +326,13 @@ def test_an_audit_says_what_it_found(call: Any, tmp_path: Path, monkeypatch: pyt
     found = json.loads(Path("here/audit.json").read_text())
     assert found["threat_model"] == {"norm": "linf", "eps": 0.15}
     evidence = {(row["sigma"], row["anchor"]): row["moved"] for row in found["evidence"]}
-    assert {anchor for _, anchor in evidence} == {"classifier", "kernel_density"}
-    best = max(evidence, key=evidence.__getitem__)
+    assert {anchor for _, anchor in evidence} == {"classifier", "kernel_density", "alone"}
+    sigma, anchor = max(evidence, key=evidence.__getitem__)
     chosen = tomllib.loads(Path("here/chosen.toml").read_text())
-    assert (chosen["posterior_settings"]["sigma"], chosen["posterior_settings"]["anchor"]) == best
-    PosteriorSettings(**chosen["posterior_settings"])
+    name = "noise_conditional_classifier" if anchor == "alone" else "score_network"
+    assert (chosen["posterior"], chosen["posterior_settings"]["sigma"]) == (name, sigma)
+    assert chosen["posterior_settings"].get("anchor", "alone") == anchor
+    PosteriorSettings(chosen["posterior"], **chosen["posterior_settings"])
     assert found["verdict"] in ending.out
     assert all(finding["text"] in ending.out for finding in found["findings"])
     page = Path("here/audit.html").read_text()
@@ -360,6 +362,7 @@ def test_findings_follow_the_numbers() -> None:
     good: dict[str, Any] = {
         "chosen": {"sigma": 0.2, "anchor": "classifier"},
         "evidence": [{"sigma": 0.2, "anchor": "classifier", "moved": -0.3, "clean": -0.2}],
+        "loss": "denoising loss",
         "losses": [{"sigma": s, "train": 1.0, "held_out": 1.05} for s in (0.1, 0.2, 0.4)],
         "calibration": {"error": 0.02, "confidence": 0.9, "accuracy": 0.9},
         "closed_loop": 0.01,

@@ -46,7 +46,12 @@ def brute_force(model: nn.Module) -> dict[str, float]:
         worst = (log_p.exp() * (log_p - log_q)).sum(2).amax(1)
         return (torch.trapezoid(density * worst, x) / torch.trapezoid(density, x)).item()
 
-    return {"r_score": expected_maximum(log_p_there), "r_madry": expected_maximum(log_p_here)}
+    here = (log_p_here.exp() * (log_p_here - log_q)).sum(2)[:, len(offsets) // 2]
+    return {
+        "r_standard": (torch.trapezoid(density * here, x) / torch.trapezoid(density, x)).item(),
+        "r_score": expected_maximum(log_p_there),
+        "r_madry": expected_maximum(log_p_here),
+    }
 
 
 def test_robust_errors_agree_with_brute_force(model: nn.Module) -> None:
@@ -60,6 +65,7 @@ def test_refining_the_grid_changes_little(model: nn.Module) -> None:
 
 def test_the_oracle_has_no_self_consistent_error_but_a_robust_error() -> None:
     errors = toy.robust_errors(Oracle())
+    assert errors["r_standard"] == pytest.approx(0.0, abs=1e-12)
     assert errors["r_score"] == pytest.approx(0.0, abs=1e-12)
     assert errors["r_madry"] > 0.01
 

@@ -20,7 +20,7 @@ from training.experiments.runner import run_cells
 class ExperimentSettings:
     """Which experiment, and how much of it. Called again, it does what is missing."""
 
-    name: Literal["mixtures", "digits", "images", "gradients", "real-digits"] = "mixtures"
+    name: Literal["mixtures", "digits", "images", "features", "gradients", "real-digits"] = "mixtures"
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # a cell each: its own problem, data, initialisation
     dimensions: tuple[int, ...] = (16,)  # mixtures: features of x
     counts: tuple[int, ...] = (2000, 10_000)  # mixtures, digits, images: labelled training points
@@ -78,15 +78,15 @@ def run(settings: ExperimentSettings, out: Path, jobs: int) -> int:
         ]
         run_cells(real_digits.run, trained, jobs)
         return len(trained)
-    kinds: dict[str, mixtures.Kind] = {"mixtures": "mixture", "digits": "digits", "images": "images"}
+    kind = "mixture" if settings.name == "mixtures" else settings.name
     dimensions = settings.dimensions if settings.name == "mixtures" else (None,)
     planned = [
-        mixtures.Cell(kinds[settings.name], count, seed, out, settings.quick, dimension, settings.root)
+        mixtures.Cell(kind, count, seed, out, settings.quick, dimension, settings.root)
         for seed in settings.seeds
         for dimension in dimensions
         for count in settings.counts
     ]
-    if settings.name == "images":
+    if kind in ("images", "features"):
         planned[0].analysers()  # before several processes ask for them at once
     run_cells(mixtures.run, planned, jobs)
     return len(planned)

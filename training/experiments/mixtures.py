@@ -22,7 +22,7 @@ comparison for each number of labels; the other tables are descriptions.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -65,7 +65,7 @@ class Plan:
     budget: Budget = field(default_factory=Budget)
 
 
-Kind = Literal["mixture", "digits", "images"]
+Kind = Literal["mixture", "digits", "images", "features"]
 PLANS: dict[Kind, Plan] = {
     "mixture": Plan(),
     "digits": Plan(
@@ -81,6 +81,19 @@ PLANS: dict[Kind, Plan] = {
         ),
         ablated=("oracle", "energy_ensemble"),
         moved=(),
+    ),
+    "features": Plan(
+        surrogates=(
+            "standard:kl",
+            "pgd_at:kl",
+            "pgd_at:se",
+            *(f"trades:kl:{beta}" for beta in (0.25, 0.5, 1, 2)),
+            *(f"trades:kl:{beta}:soft energy_ensemble" for beta in (0.25, 0.5, 1)),
+        ),
+        estimators=("energy_ensemble", "classifier_ensemble", "factor_analysers", "classifier", "energy", "score"),
+        ablated=("oracle", "energy_ensemble"),
+        moved=(),
+        grid=replace(estimators.IMAGES, energy_weight=100.0),
     ),
     "images": Plan(
         surrogates=(
@@ -108,7 +121,7 @@ class Cell:
     folder: Path
     quick: bool = False
     dimension: int | None = None  # of a mixture
-    root: Path | None = None  # of CIFAR-10, for images
+    root: Path | None = None  # of CIFAR-10, for images and features
 
     @property
     def name(self) -> str:
@@ -119,13 +132,14 @@ class Cell:
         sizes = problems.QUICK if self.quick else {}
         if self.kind == "digits":
             return problems.known_digits(self.count, self.seed, **sizes)
-        if self.kind == "images":
-            return problems.known_cifar(self.analysers(), self.count, self.seed, **sizes)
+        if self.kind in ("images", "features"):
+            build = problems.known_cifar if self.kind == "images" else problems.known_features
+            return build(self.analysers(), self.count, self.seed, **sizes)
         assert self.dimension is not None
         return problems.gaussian_mixture(self.dimension, self.count, self.seed, **sizes)
 
     def analysers(self) -> FactorAnalysers:
-        """Of the images; fitted by the first cell that asks."""
+        """Of the images, whose features the others are, too; fitted by the first cell that asks."""
         return problems.image_analysers(self.root, self.folder / "analysers.pt")
 
 

@@ -1,7 +1,7 @@
 """docs/direct-score.md and its figures from the stored results: ``python -m training.experiments.page``.
 
-Reads the JSON files of EVIDENCE/gradients, mixtures, digits, images and real-digits; the last three may be missing.
-Every number and every verdict on the page is computed here; the words around them stand in this file.
+Reads the JSON files of EVIDENCE/gradients and mixtures, and those of digits, features, images and real-digits if they
+are there. Every number and every verdict on the page is computed here; the words around them stand in this file.
 """
 
 import sys
@@ -53,18 +53,18 @@ def main(arguments: list[str]) -> None:
         default=PageSettings(),
     )
     of_gradients, of_mixtures = (read(settings.evidence / name) for name in ("gradients", "mixtures"))
-    of_digits, of_images, of_real_digits = (
+    of_digits, of_features, of_images, of_real_digits = (
         read(settings.evidence / name) if (settings.evidence / name).exists() else []
-        for name in ("digits", "images", "real-digits")
+        for name in ("digits", "features", "images", "real-digits")
     )
-    known = [*of_mixtures, *of_digits, *of_images]
+    known = [*of_mixtures, *of_digits, *of_features, *of_images]
     (settings.docs / "figures").mkdir(parents=True, exist_ok=True)
     sections = [
         INTRODUCTION,
         section_gradients(of_gradients),
         section_mixtures(of_mixtures),
         *([section_digits(of_digits)] if of_digits else []),
-        *([section_images(of_images)] if of_images else []),
+        *([section_images(of_features, of_images)] if of_features or of_images else []),
         section_law(known, settings.docs / "figures" / "direct-law.png"),
         section_ablation(known),
         *([real_digits_page.section(of_real_digits, settings.docs / "figures")] if of_real_digits else []),
@@ -157,7 +157,7 @@ def _ranks(cells: Sequence[dict[str, Any]], sigma: float) -> Estimate:
 def groups(cells: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """The cells of each problem, under its title."""
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    order = ("mixture", "digits", "images")
+    order = ("mixture", "digits", "features", "images")
     for cell in sorted(cells, key=lambda cell: (order.index(cell["problem"]), cell["dimension"], cell["count"])):
         kind = f"d = {cell['dimension']}" if cell["problem"] == "mixture" else f"known {cell['problem']}"
         found[f"{kind}, {cell['count']:,} labels"].append(cell)
@@ -225,19 +225,33 @@ def section_digits(cells: Sequence[dict[str, Any]]) -> str:
     return "\n".join([*parts, *_tables(cells)])
 
 
-def section_images(cells: Sequence[dict[str, Any]]) -> str:
-    """The same table at the dimension of CIFAR-10."""
+def section_images(of_features: Sequence[dict[str, Any]], of_images: Sequence[dict[str, Any]]) -> str:
+    """The same tables at the dimension of CIFAR-10, by what p_d depends on and by principal components."""
     parts = [
         "## Images whose posterior is known, 3,072 dimensions",
         "",
         "Draws from one factor analyser of rank 4 for each class of CIFAR-10, with noise until the Bayes error is "
-        f"10 %; L2, eps 0.5, the usual radius. All networks see the {problems.DIRECTIONS} leading principal components "
-        "of the training images; p_d and the attacks see all of x. The student has two hidden layers of 256, trained "
-        f"for {cells[0]['budget']['steps']} steps. Everything else is as above. One component of low rank is a choice: "
-        "with four components of rank 16 for each class, 50,000 samples are too few for any of these networks to come "
-        "near the Bayes accuracy.",
+        "10 %; L2, eps 0.5, the usual radius. Everything else is as above.",
     ]
-    return "\n".join([*parts, *_tables(cells)])
+    if of_features:
+        parts += [
+            "",
+            "**By features.** The noise is the same in all classes. Then p_d(y|x) depends on "
+            f"{of_features[0]['dimension']} linear features of the image alone, which the networks are given: they can "
+            "represent p_d, and what a perturbation does across the features changes nothing. The student has two "
+            "hidden layers of 256.",
+            *_tables(of_features),
+        ]
+    if of_images:
+        parts += [
+            "",
+            f"**By principal components.** Networks see the {problems.DIRECTIONS} leading principal components of the "
+            "training images; p_d and the attacks see all of x. The noise differs a little between the classes, which "
+            "p_d reads off the length of all that the components leave out: no network here can represent p_d. "
+            f"The student has two hidden layers of 256, trained for {of_images[0]['budget']['steps']} steps.",
+            *_tables(of_images),
+        ]
+    return "\n".join(parts)
 
 
 def _tables(cells: Sequence[dict[str, Any]]) -> list[str]:
@@ -249,7 +263,7 @@ def _tables(cells: Sequence[dict[str, Any]]) -> list[str]:
         options = f"--name {name}"
         if name == "mixtures":
             options += f" --dimensions {first['dimension']}"
-        if name == "images":
+        if name in ("images", "features"):
             options += " --root DIR"
         command = f"python -m training.experiments {options} --counts {first['count']} --seeds {seeds(group)}"
         parts += ["", *_table(title, group), "", *_hypotheses(group), "", f"`{command} --out docs/evidence/{name}`"]

@@ -200,25 +200,63 @@ def known_cifar(analysers: FactorAnalysers, count: int, seed: int, *, test: int 
     """Draws from factor analysers of the classes of CIFAR-10, with noise to a Bayes error of 10 %; no box.
 
     p_d is the same for every seed; what is drawn differs. All networks see principal components of the training data.
+    p_d knows more: the noise differs a little between the classes, and shows in the length of what is left of x.
     """
-    noise = known_images.noise_for(analysers, IMAGES_ERROR)
-    oracle = analysers.smoothed(noise)
-    drawn = known_images.drawn(oracle, (count, choice, test), shape=(IMAGE_FEATURES,), seed=seed)
-    classes = oracle.num_classes
-    x = drawn.x_train
+    oracle = analysers.smoothed(known_images.noise_for(analysers, IMAGES_ERROR))
+    return _of_analysers("images", oracle, count, seed, test, choice, DIRECTIONS)
+
+
+def known_features(
+    analysers: FactorAnalysers, count: int, seed: int, *, test: int = 4000, choice: int = 1000
+) -> Problem:
+    """Such images by the features on which p_d depends, so that networks can represent it.
+
+    The noise of the analysers is made the same for all classes, see :func:`features_of`.
+    """
+    noise = analysers.noise.mean().expand_as(analysers.noise)
+    alike = FactorAnalysers(analysers.means, analysers.factors, noise, analysers.log_weights.exp())
+    oracle = features_of(alike.smoothed(known_images.noise_for(alike, IMAGES_ERROR)))[0]
+    return _of_analysers("features", oracle, count, seed, test, choice, oracle.means.shape[-1])
+
+
+def features_of(analysers: FactorAnalysers) -> tuple[FactorAnalysers, Tensor]:
+    """The analysers in an orthonormal basis [D, K'] of what p(y|x) depends on, K' = L K (1 + R), and that basis.
+
+    Where all classes have the same isotropic noise, log p(x, y) of one class differs from that of another through the
+    projection of x on the means and factors alone. There p(y|x) is the same function, and so is the L2 ball: what a
+    perturbation does across the basis is nothing.
+
+    Raises:
+        ValueError: the noise is not the same for all.
+    """
+    if not torch.equal(analysers.noise, analysers.noise.flatten()[0].expand_as(analysers.noise)):
+        raise ValueError("analysers must have the same isotropic noise in all classes and components")
+    span = torch.cat([analysers.means.flatten(0, 1), analysers.factors.mT.flatten(0, 2)])
+    basis = torch.linalg.qr(span.T.double())[0].to(span.dtype)
+    means, factors = analysers.means @ basis, (analysers.factors.mT @ basis).mT
+    return FactorAnalysers(means, factors, analysers.noise, analysers.log_weights.exp()), basis
+
+
+def _of_analysers(
+    name: str, oracle: FactorAnalysers, count: int, seed: int, test: int, choice: int, components: int
+) -> Problem:
+    """Draws from the oracle, L2 eps of the images; networks see so many principal components of the training data."""
+    features = oracle.means.shape[-1]
+    drawn = known_images.drawn(oracle, (count, choice, test), shape=(features,), seed=seed)
+    classes, x = oracle.num_classes, drawn.x_train
     # 10,000 images give the leading components as well as all do.
-    directions, scales = principal_components(x[:10_000], DIRECTIONS)
+    directions, scales = principal_components(x[:10_000], components)
 
     def student() -> nn.Module:
-        return InComponents(Perceptron(DIRECTIONS, classes, 256), directions, scales, x.mean(0))
+        return InComponents(Perceptron(components, classes, 256), directions, scales, x.mean(0))
 
     def backbone(outputs: int, pooled: bool) -> nn.Module:
-        values = outputs if pooled else outputs * DIRECTIONS
-        network = MLPBackbone((DIRECTIONS,), values, width=256, depth=2)
+        values = outputs if pooled else outputs * components
+        network = MLPBackbone((components,), values, width=256, depth=2)
         return InComponents(network, directions, scales, torch.zeros(()), None if pooled else outputs)
 
     return Problem(
-        name=f"images-n{count}-seed{seed}",
+        name=f"{name}-n{count}-seed{seed}",
         oracle=oracle,
         x=x,
         y=drawn.y_train,
@@ -230,7 +268,7 @@ def known_cifar(analysers: FactorAnalysers, count: int, seed: int, *, test: int 
         student=student,
         backbone=backbone,
         num_classes=classes,
-        scale=noise,
+        scale=float(oracle.noise.flatten()[0].sqrt()),
     )
 
 
