@@ -36,6 +36,7 @@ from .attacks.pgd import ascend, input_gradient
 from .attacks.single_step import SINGLE_STEP, single_step, single_step_start
 from .divergences import check_kind, clip_bound
 from .graphs import Attack, AttackGraphs
+from .inputs import check_inputs
 from .model_state import borrowed
 from .ops.divergence import divergence as divergence_of
 from .ops.logit_divergence import logit_divergence
@@ -115,8 +116,12 @@ def standard(model: nn.Module, x: Tensor, y: Tensor, *, divergence: str = "kl") 
         x: [N, …] inputs.
         y: int64 [N] labels, or probabilities [N, L].
         divergence: name of D, see :data:`scorematch.divergences.KINDS`.
+
+    Raises:
+        TypeError, ValueError: an argument is not what it must be; see :func:`scorematch.inputs.check_inputs` for x, y.
     """
     check_kind(divergence)
+    check_inputs(model, x, y, None)
     logits = model(x)
     return Outcome(divergence_of(logits, y, kind=divergence), x, {"accuracy": accuracy(logits, y)})
 
@@ -159,9 +164,10 @@ def pgd_at(
         generator: randomness of the start, on the device of x.
 
     Raises:
-        ValueError: an argument is outside its range.
+        TypeError, ValueError: an argument is not what it must be; see :func:`scorematch.inputs.check_inputs` for x, y.
     """
     check_kind(divergence)
+    check_inputs(model, x, y, threat_model)
 
     def search(x: Tensor, y: Tensor, first: Tensor) -> dict[str, Tensor]:
         with borrowed(model, attack_mode):
@@ -222,9 +228,10 @@ def trades(
         those of the data gradient of :func:`score_direct`.
 
     Raises:
-        ValueError: an argument is outside its range.
+        TypeError, ValueError: an argument is not what it must be; see :func:`scorematch.inputs.check_inputs` for x, y.
     """
     check_kind(divergence)
+    check_inputs(model, x, y, threat_model)
     if not beta >= 0.0:
         raise ValueError(f"beta must not be negative, got {beta}")
     if not 0.0 <= transport < math.inf:
@@ -314,10 +321,12 @@ def score_direct(
         adding the data gradient changes the sign of the step.
 
     Raises:
-        ValueError: an argument is outside its range, or ``target_mix`` is not 1 with a posterior whose ``centering``
-            is ``"network"``: Eq. (34) to the letter has no such form.
+        TypeError, ValueError: an argument is not what it must be; see :func:`scorematch.inputs.check_inputs` for x, y.
+            ``target_mix`` must be 1 with a posterior whose ``centering`` is ``"network"``: Eq. (34) to the letter has
+            no such form.
     """
     check_kind(divergence)
+    check_inputs(model, x, y, threat_model)
     if not 0.0 <= target_mix <= 1.0:
         raise ValueError(f"target_mix must lie in [0, 1], got {target_mix}")
     literal = posterior.centering == "network"

@@ -27,7 +27,7 @@ class ThreatModel:
         upper: largest allowed feature value; may be inf.
 
     Raises:
-        ValueError: an argument is outside its range; the message names it.
+        ValueError: an argument is outside its range, or an Linf ball is larger than the box; the message names it.
     """
 
     norm: str
@@ -45,6 +45,24 @@ class ThreatModel:
             raise ValueError(f"step_size must be positive and finite, or None for eps / 4, got {self.step_size}")
         if not self.lower < self.upper:
             raise ValueError(f"the box is empty: lower = {self.lower} is not below upper = {self.upper}")
+        if self.norm == "linf" and self.eps > self.upper - self.lower:
+            hint = "" if self.upper - self.lower != 1.0 else f"; for 8-bit pixels write {self.eps:g}/255"
+            box = f"[{self.lower:g}, {self.upper:g}]"
+            raise ValueError(f"eps must not be larger than the box {box} is wide, got {self.eps:g}{hint}")
+
+    def check_radius(self, features: int) -> None:
+        """Refuse an L2 radius that is larger than the box of inputs with so many features.
+
+        Raises:
+            ValueError: it does.
+        """
+        diagonal = math.sqrt(features) * (self.upper - self.lower)
+        if self.norm == "l2" and self.eps > diagonal * (1 + 1e-6):
+            hint = "" if self.upper - self.lower != 1.0 else f"; for 8-bit pixels write {self.eps:g}/255"
+            raise ValueError(
+                f"eps must not be larger than the diagonal of the box, {diagonal:.4g} for {features} features, "
+                f"got {self.eps:g}{hint}"
+            )
 
     @property
     def step_length(self) -> float:

@@ -187,6 +187,7 @@ def check_batch(x: Tensor, y: Tensor, threat_model: ThreatModel) -> None:
         raise ValueError(f"x must be [N, …] and y [N], got x {list(x.shape)} and y {list(y.shape)}")
     if len(x) == 0:
         return
+    threat_model.check_radius(x[0].numel())
     low, high = (float(v) for v in torch.aminmax(x.detach()))
     if not (low >= threat_model.lower and high <= threat_model.upper):
         raise ValueError(

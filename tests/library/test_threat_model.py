@@ -26,7 +26,7 @@ def inside(threat_model: ThreatModel, x: torch.Tensor, x0: torch.Tensor) -> bool
 )
 def test_every_move_stays_in_the_ball_and_the_box(norm: str, eps: float, step: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    threat_model = ThreatModel(norm, eps, step)
+    threat_model = ThreatModel(norm, min(eps, 1.0) if norm == "linf" else eps, step)
     x0 = torch.rand(4, 2, 3, 3, generator=generator)
     x = threat_model.random_start(x0, generator)
     assert inside(threat_model, x, x0)
@@ -99,3 +99,19 @@ def test_random_starts_do_not_depend_on_the_memory_format(norm: str) -> None:
     )
     torch.testing.assert_close(arranged, plain, rtol=0, atol=1e-7)
     assert arranged.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_radius_in_pixel_values_is_refused() -> None:
+    """The classic mistake: 8 for 8/255, of which an attack would make a model that is never right."""
+    with pytest.raises(ValueError, match=r"larger than the box \[0, 1\] is wide, got 8; for 8-bit pixels write 8/255"):
+        ThreatModel("linf", 8)
+    ThreatModel("linf", 8, upper=255.0)
+    ThreatModel("linf", 1.0)  # all of the box, to see that an attack without limits succeeds
+    ball = ThreatModel("l2", 128)
+    with pytest.raises(
+        ValueError, match=r"diagonal of the box, 55\.43 for 3072 features, got 128; for 8-bit pixels write"
+    ):
+        ball.check_radius(3072)
+    ball.replace(eps=0.5).check_radius(3072)
+    ball.replace(eps=math.sqrt(3072)).check_radius(3072)
+    ThreatModel("l2", 128, lower=-math.inf, upper=math.inf).check_radius(3072)

@@ -1,0 +1,93 @@
+"""The classic mistakes get an error that says what to do."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from scorematch import PGD, AutoAttack, ThreatModel, objectives
+from scorematch.inputs import check_inputs
+from scorematch.objectives import Outcome
+from scorematch.posteriors import KernelDensity
+
+BALL = ThreatModel("linf", 0.1)
+X = torch.rand(6, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+Y = torch.arange(6) % 3
+DENSITY = KernelDensity(X, Y, num_classes=3, sigma=0.3)
+OBJECTIVES = {
+    "pgd_at": partial(objectives.pgd_at, threat_model=BALL, steps=1),
+    "trades": partial(objectives.trades, threat_model=BALL, steps=1),
+    "score_direct": partial(objectives.score_direct, threat_model=BALL, posterior=DENSITY, steps=1),
+}
+
+
+def model() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize(
+    ("x", "told"),
+    [
+        (255 * X, r"box \[0, 1\] of the threat model, got \[.*\]; divide pixels in 0…255 by 255"),
+        ((X - 0.5) / 0.25, "if images are normalised, do that in the model"),
+        (X + 2000, r"got \[2000, 2001\]$"),
+        (X.masked_fill(X > 0.9, math.nan), "got .nan, nan"),
+    ],
+    ids=["pixels", "normalised", "far", "nan"],
+)
+def test_images_outside_the_box(name: str, x: Tensor, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        OBJECTIVES[name](model(), x, Y)
+
+
+@pytest.mark.parametrize("name", [*OBJECTIVES, "standard"])
+@pytest.mark.parametrize(
+    ("x", "y", "error", "told"),
+    [
+        ((255 * X).byte(), Y, TypeError, r"got torch.uint8; divide pixels in 0…255 by 255: x.float\(\) / 255"),
+        (X, Y.float(), TypeError, r"got torch.float32 \[N\]; y.long\(\) makes labels"),
+        (X, Y.int(), TypeError, "got torch.int32"),
+        (X, Y[:, None], TypeError, r"got torch.int64 \[6, 1\]; y\[:, 0\] makes labels"),
+        (X, nn.functional.one_hot(Y), TypeError, r"y.argmax\(1\) makes labels of a one-hot code"),
+        (X, Y[:5], ValueError, r"got x \[6, 1, 4, 4\] and y \[5\]"),
+        (X.numpy(), Y, TypeError, "must be tensors, got ndarray"),
+    ],
+    ids=["bytes", "floats", "int32", "column", "one-hot", "short", "array"],
+)
+def test_odd_batches(name: str, x: Tensor, y: Tensor, error: type[Exception], told: str) -> None:
+    objective = {**OBJECTIVES, "standard": objectives.standard}[name]
+    with pytest.raises(error, match=told):
+        objective(model(), x, y)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_rounding_and_probabilities_are_fine(name: str) -> None:
+    x = (X / X.amax()) * 1.00001 - 0.00001
+    outcome: Outcome = OBJECTIVES[name](model(), x, nn.functional.one_hot(Y, 3).float())
+    assert torch.isfinite(outcome.loss).all()
+    assert len(OBJECTIVES[name](model(), X[:0], Y[:0]).loss) == 0
+
+
+def test_values_of_a_gpu_are_looked_at_once_for_each_model() -> None:
+    """The meta device has no values at all: looking at one fails."""
+    network, x, y = model(), X.to("meta"), Y.to("meta")
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        check_inputs(network, x, y, BALL)
+    check_inputs(network, X, Y, BALL)
+    check_inputs(network, x, y, BALL)
+    with pytest.raises(TypeError, match="uint8"):
+        check_inputs(network, (255 * x).byte(), y, BALL)
+    with pytest.raises(ValueError, match="got \\[0"):
+        check_inputs(network, 255 * X, Y, BALL)
+
+
+def test_a_radius_in_pixel_values_stops_attacks_too() -> None:
+    with pytest.raises(ValueError, match="for 8-bit pixels write 8/255"):
+        AutoAttack(model(), "Linf", 8, verbose=False).run_standard_evaluation(X, Y)
+    with pytest.raises(ValueError, match="for 8-bit pixels write 128/255"):
+        AutoAttack(model(), "L2", 128, verbose=False).run_standard_evaluation(X, Y)
+    with pytest.raises(ValueError, match="for 8-bit pixels write 128/255"):
+        PGD(ThreatModel("l2", 128))(model(), X, Y)
