@@ -9,7 +9,7 @@ import torch
 from library_models import UNBOUNDED, log_posterior, mixture, plain_divergence, smooth_mlp
 from torch import Tensor, nn
 
-from scorematch import ThreatModel, bounds
+from scorematch import ThreatModel, bounds, consistency
 from scorematch.bounds import Inequality, RobustErrors, Theorem3
 from scorematch.divergences import DIVERGENCES, KINDS
 from scorematch.networks import Denoiser, MLPBackbone
@@ -133,6 +133,43 @@ def test_the_search_finds_what_fills_the_disc(kind: str) -> None:
     alone = bounds.data_constant(truth, x, y, threat_model, divergence=kind, steps=25, restarts=3, generator=seeded())
     assert float((alone.values > 0.98 * exact.constant - 1e-9).double().mean()) > 0.95
     assert alone.mean.mean == pytest.approx(float(alone.values.mean()))
+
+
+def test_the_search_finds_what_the_judge_of_self_consistency_finds() -> None:
+    """In more dimensions, where only an ascent of R_SCORE itself comes far."""
+    truth, model = mixture(3, 2, 8), steep(8, 3, 1.5)
+    x, y = truth.sample(80, seeded())
+    threat_model = ThreatModel("l2", 1.0, **UNBOUNDED)
+    judged = consistency(model, truth, x, y, threat_model, steps=8, generator=seeded())
+    found = bounds.robust_errors(model, truth, x, y, threat_model, divergences="kl", steps=8, generator=seeded())["kl"]
+    torch.testing.assert_close(found.standard, judged.divergence, **F64)
+    assert float((found.score > 0.999 * judged.r_score).double().mean()) > 0.9
+    # The other errors of the same call are found at other points.
+    assert found.madry.mean() > 1.02 * judged.divergence.mean()
+
+
+def test_clean_x_counts_beside_the_candidates() -> None:
+    """As it must for the upper bound of Theorem 3: x ∈ B(x)."""
+    truth, model = mixture(3, 2, 5), smooth_mlp(5, 3)
+    x, y = truth.sample(20, seeded())
+    moved = x + 0.1
+    threat_model = ThreatModel("linf", 0.2, **UNBOUNDED)
+    found = bounds.robust_errors(model, truth, x, y, threat_model, divergences="l1", candidates=moved[:, None])["l1"]
+    p, p1, q, q1 = (
+        values.exp()
+        for values in (
+            log_posterior(truth, x),
+            log_posterior(truth, moved),
+            *(model(points).log_softmax(1) for points in (x, moved)),
+        )
+    )
+    here = plain_divergence(p, q, "l1")
+    torch.testing.assert_close(found.standard, here, **F64)
+    torch.testing.assert_close(found.madry, torch.maximum(here, plain_divergence(p, q1, "l1")), **F64)
+    torch.testing.assert_close(found.score, torch.maximum(here, plain_divergence(p1, q1, "l1")), **F64)
+    torch.testing.assert_close(found.constant, plain_divergence(p, p1, "l1"), **F64)
+    assert (found.score == found.standard).any()
+    assert all(holds(inequality) for inequality in bounds.theorem_3(found, beta=1.0))
 
 
 def test_every_posterior_can_be_searched() -> None:
@@ -454,22 +491,40 @@ def test_two_lines_of_the_proof_of_corollary_1_are_false_as_printed() -> None:
 def test_intervals_contain_the_truth_as_often_as_they_say() -> None:
     """Of means, shares, roots of means and differences, over 400 draws of 200 samples."""
     generator = seeded(1)
-    truth = {"mean": 0.5, "share": 0.3, "root": 1 / math.sqrt(3), "slack": 1 / math.sqrt(3) - 0.25}
+    root = 1 / math.sqrt(3)
+    truth = {"mean": 0.5, "share": 0.3, "root": root, "above": root - 0.25, "below": root - 0.25, "kl": 1.0, "l1": 0.75}
     hits = dict.fromkeys(truth, 0)
     for _ in range(400):
         u = torch.rand(200, generator=generator, dtype=torch.float64)
         zero = torch.zeros_like(u)
-        errors = RobustErrors("l2", zero, u, 0.5 * u, zero, zero)
-        inequality = bounds.theorem_2(errors)  # ½ E u ≤ √(E u²), E u² = 1/3
+        above = bounds.theorem_2(RobustErrors("l2", zero, u, 0.5 * u, zero, zero))  # |½ E u| ≤ √(E u²), E u² = 1/3
+        below = bounds.theorem_2(RobustErrors("l2", zero, u, zero, 0.5 * u, zero))  # |−½ E u| ≤ √(E u²)
+        other = torch.rand(200, generator=generator, dtype=torch.float64)
+        distance = RobustErrors("l1", zero, u, 0.5 * other, zero, zero)
+        corollary = bounds.corollary_1(distance, RobustErrors("kl", zero, u, zero, zero, zero))  # ½ E v ≤ √(2 E u)
         for name, found in (
             ("mean", bounds.estimate(u)),
             ("share", bounds.estimate(u < 0.3)),
-            ("root", inequality.right_mean),
-            ("slack", inequality.slack),
+            ("root", above.right_mean),
+            ("above", above.slack),
+            ("below", below.slack),
+            ("kl", corollary.right_mean),
+            ("l1", corollary.slack),
         ):
             hits[name] += found.low <= truth[name] <= found.high
     for name, count in hits.items():
         assert 0.92 <= count / 400 <= 0.98, name
+
+
+def test_the_interval_of_an_absolute_value() -> None:
+    """|E (a − b)| has the absolute values of its interval, from 0 where the sign is not known."""
+    zero = torch.zeros(4, dtype=torch.float64)
+    for shift, low in ((0.0, 0.0), (-5.0, 5.0 - 1.96 * math.sqrt(4 / 3) / 2)):
+        madry = torch.tensor([-1.0, 1.0, -1.0, 1.0], dtype=torch.float64) + shift
+        left = bounds.theorem_1(RobustErrors("l1", zero, madry, zero, zero, zero)).lower.left_mean
+        assert left.mean == pytest.approx(-shift)
+        assert left.low == pytest.approx(low, abs=1e-4)
+        assert left.high == pytest.approx(-shift + 1.96 * math.sqrt(4 / 3) / 2, abs=1e-4)
 
 
 def test_a_sample_and_the_grid_agree(on_grid: Toy) -> None:
@@ -596,6 +651,9 @@ def test_the_gradients_of_theorem_4_are_those_of_automatic_differentiation(norm:
     order = 1 if norm == "linf" else 2
     torch.testing.assert_close(found.alignment, 0.2 * alignment.norm(p=order, dim=1), **F64)
     torch.testing.assert_close(found.first_order, 0.1 * slope.norm(p=order, dim=1), **F64)
+    # One step of a search is too short; the first-order solution is among the points all the same.
+    near = bounds.theorem_4(model, truth, x, y, ThreatModel(norm, 1e-3, **UNBOUNDED), steps=1, generator=seeded())
+    assert float((near.increase > 0.98 * near.first_order).double().mean()) > 0.97
 
 
 def test_one_hot_data_have_no_gradient_to_align_with() -> None:
@@ -658,6 +716,13 @@ def test_theorem_5_in_one_dimension_by_finite_differences() -> None:
         assert half < 0.1 * abs(expected)
     assert abs(found.difference.mean) < 1.6 * (found.difference.high - found.difference.mean)
     assert abs(2 * sigma * slope - slope) > 3 * (found.left_mean.high - found.left_mean.mean)
+
+
+def test_both_signs_of_the_noise_of_theorem_5_cancel_a_constant_gradient() -> None:
+    truth, slope = mixture(2, 2, 1), 0.01
+    x, y = truth.sample(500, seeded())
+    found = bounds.theorem_5(lambda v: torch.cat([slope * v, 0 * v], 1), truth, x, y, sigma=0.5, generator=seeded(1))
+    assert found.left.abs().max() < 2 * slope**2  # one sign alone leaves terms of the order of the slope
 
 
 def test_theorem_5_in_five_dimensions_by_monte_carlo() -> None:
@@ -774,6 +839,23 @@ def test_the_search_finds_the_zero_one_errors_of_a_filled_disc() -> None:
         assert 0.05 < float(expected.double().mean()) < 0.95, name
         assert int((expected & ~values).sum()) <= 5, name
         assert int((values & ~expected).sum()) <= 5, name  # corners that the points miss
+
+
+def test_the_search_finds_where_a_model_close_to_p_d_disagrees() -> None:
+    """Such points lie in narrow strips between two boundaries, where ascents by Eq. (4) alone hardly come."""
+    truth, bump = mixture(3, 2, 2), smooth_mlp(2, 3)
+
+    def model(points: Tensor) -> Tensor:
+        return log_posterior(truth, points) + 0.1 * bump(points)
+
+    x, y = truth.sample(200, seeded())
+    threat_model = ThreatModel("l2", 0.5, **UNBOUNDED)
+    full = bounds.zero_one_errors(model, truth, x, y, threat_model, candidates=disc(x, 0.5, radii=24, angles=64))
+    found = bounds.zero_one_errors(model, truth, x, y, threat_model, steps=12, generator=seeded())
+    assert int(found.score.sum()) > 0.92 * int(full.score.sum())
+    assert int(full.standard.sum()) < 0.1 * int(full.score.sum())
+    judged = consistency(model, truth, x, y, threat_model, steps=12, generator=seeded())
+    assert int(found.score.sum()) > 1.5 * int(judged.disagrees.sum())
 
 
 # Bad input
