@@ -68,10 +68,10 @@ def theorem_1(errors: RobustErrors, *, weights: Tensor | None = None) -> Theorem
     """Theorem 1: R_Madry and C^D bound R_SCORE from both sides, for any metric D (Eqs. 14 to 16).
 
     At each sample |M − C| ≤ S ≤ M + C, so even E|M − C| ≤ R_SCORE, where the paper has |E M − E C|. The lower bound is
-    attained where q = p_d (then S = 0 and M = C), the upper one where q moves away from p_d(·|x) opposite to p_d. The
-    proof uses symmetry and the triangle inequality alone, so 0-1 errors obey it, too, although different
-    distributions may have the same most likely class (:class:`scorematch.bounds.ZeroOneErrors`). For KL, squared error,
-    JS and squared l1 it is false; Theorem 2 is about these.
+    attained where q = p_d (then S = 0 and M = C), the upper one, for l1, l2 and linf, where q moves away from p_d(·|x)
+    opposite to p_d. The proof uses symmetry and the triangle inequality alone, so 0-1 errors obey it, too, although
+    different distributions may have the same most likely class (:class:`scorematch.bounds.ZeroOneErrors`). For KL,
+    squared error, JS and squared l1 it is false; Theorem 2 and Corollary 1 are about these.
 
     Args:
         errors: of a metric: ``"l2"``, ``"l1"``, ``"linf"``, ``"js_distance"`` or ``"zero_one"``.
@@ -134,11 +134,11 @@ def theorem_2(
 def theorem_3(errors: RobustErrors, *, beta: float, weights: Tensor | None = None) -> Theorem3:
     """Theorem 3: R_Madry^D ≤ R_TRADES^D(β) ≤ (1 + 2β) R_Madry^D for any metric D and β ≥ 1 (Eq. 21).
 
-    The lower bound is attained for β = 1 where q(x) = p_d(·|x), the upper one where p_d(·|x) lies in the middle between
-    q(x) and the q(x') that is farthest from it. The upper bound needs x ∈ B(x), which always holds here, the lower
-    one β ≥ 1: for smaller β it is β R_Madry ≤ R_TRADES. That two errors bound each other does not give them the same
-    minimisers: p_d itself has R_Madry = C^D but R_TRADES = β C^D, so that for large β TRADES prefers a constant model
-    where R_Madry prefers p_d.
+    The lower bound is attained for β = 1 where q(x) = p_d(·|x), the upper one, for l1, l2 and linf, where p_d(·|x)
+    lies in the middle between q(x) and the q(x') that is farthest from it. The upper bound needs x ∈ B(x), which always
+    holds here, the lower one β ≥ 1: for smaller β it is β R_Madry ≤ R_TRADES. That two errors bound each other does not
+    give them the same minimisers: p_d itself has R_Madry = C^D but R_TRADES = β C^D, so that for large β TRADES prefers
+    a constant model where R_Madry prefers p_d.
 
     Args:
         errors: of a metric D, as for :func:`theorem_1`.
