@@ -1,0 +1,232 @@
+"""Theorems 4 and 5: two identities between losses and gradients, evaluated on both sides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from ..ops.logit_divergence import logit_divergence
+from ..posteriors.base import Posterior
+from ..threat_model import ThreatModel
+from .estimates import Estimate, estimate
+from .search import Ascent, Problem, clean_values, explore
+
+
+class Theorem4(NamedTuple):
+    """R_SCORE^l1 − R_Standard^l1 and what it is to first order in ε.
+
+    Attributes:
+        increase: [N] max_{x'} ‖p(x') − q(x')‖₁ − ‖p(x) − q(x)‖₁, the left side; ≥ 0, at most 2.
+        first_order: [N] ε ‖∇ₓ ‖p(x) − q(x)‖₁‖_q, the right side of Eqs. (22) and (23), which asks nothing of the signs.
+        alignment: [N] 2ε ‖∇ₓ p(Y_d(x)|x) − ∇ₓ q(Y_d(x)|x)‖_q, the right side of the theorem (Eq. 25).
+        assumption: bool [N], whether the theorem's assumption holds at the sample.
+        increase_mean, first_order_mean, alignment_mean: their means over p_d(x).
+        remainder: the mean of (increase − alignment) / ε, in inverse input units. The theorem says that it goes to 0
+            with ε.
+    """
+
+    increase: Tensor
+    first_order: Tensor
+    alignment: Tensor
+    assumption: Tensor
+    increase_mean: Estimate
+    first_order_mean: Estimate
+    alignment_mean: Estimate
+    remainder: Estimate
+
+
+def theorem_4(
+    model: Callable[[Tensor], Tensor],
+    posterior: Posterior,
+    x: Tensor,
+    y: Tensor,
+    threat_model: ThreatModel,
+    *,
+    candidates: Tensor | None = None,
+    weights: Tensor | None = None,
+    steps: int = 20,
+    restarts: int = 1,
+    generator: torch.Generator | None = None,
+) -> Theorem4:
+    """Theorem 4: R_SCORE^l1 = R_Standard^l1 + 2ε E‖∇ₓ p_d(Y_d(x)|x) − ∇ₓ p_θ(Y_d(x)|x)‖_q + o(ε) (Eqs. 22 to 25).
+
+    Y_d(x) = arg max_y p_d(y|x), and ‖·‖_q is dual to the norm of B(x): l1 for linf, l2 for l2. The identity is one of
+    limits, so call it for falling ``eps`` and see ``remainder`` vanish.
+
+    The assumption, p_d > p_θ at Y_d(x) and p_d < p_θ at every other class, is needed from three classes on; without
+    it ``first_order`` is right and ``alignment`` is not. With two classes both agree without it, since the
+    differences of the two classes are opposite. A class with p_d(y|x) = p_θ(y|x) is at a kink of l1; ``first_order``
+    counts it as 0, which is too little. The paper calls the assumption trivially true for one-hot p_d. But then
+    ∇ₓ p_d(y|x) = 0, and there is no gradient of the data left to align with: the term asks for a small ∇ₓ p_θ.
+
+    ``increase`` is searched by gradient ascent, from x, from random points and from the first-order solution, a lower
+    bound of the maximum over B(x); with candidates it is exact over these.
+
+    Args:
+        threat_model: B(x); its box must be at least eps away from every x, since the theorem is about whole balls.
+        weights: [N] quadrature weights of p_d(x), see :func:`scorematch.bounds.estimate`; None: x are draws.
+
+    The other arguments are those of :func:`scorematch.bounds.robust_errors`.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+    """
+    problem = Problem(model, posterior, x, y, threat_model)
+    log_p, logits = clean_values(problem)
+    eps = threat_model.eps
+    low, high = (float(v) for v in torch.aminmax(x))
+    if low - eps < threat_model.lower or high + eps > threat_model.upper:
+        raise ValueError(
+            f"x must be at least eps = {eps} inside the box [{threat_model.lower}, {threat_model.upper}] of the threat "
+            f"model, got values in [{low:g}, {high:g}]"
+        )
+    p, q = log_p.exp(), logits.softmax(1)
+    one_hot = torch.nn.functional.one_hot(log_p.argmax(1), log_p.shape[1]).to(p.dtype)
+    signs = 2 * one_hot - 1  # s_y of Eq. (23) under the assumption
+    slope = _difference_gradient(problem, (p - q).sign())
+    alignment = 2 * eps * _dual_norm(_difference_gradient(problem, one_hot), threat_model.norm)
+
+    clean = logit_divergence(logits, log_p, kind="l1")
+    largest = clean.clone()
+
+    def look(found_p: Tensor, found_logits: Tensor) -> None:
+        count, points, classes = found_p.shape
+        values = logit_divergence(found_logits.reshape(-1, classes), found_p.reshape(-1, classes), kind="l1")
+        torch.maximum(largest, values.reshape(count, points).amax(1), out=largest)
+
+    along = threat_model.replace(step_size=eps).step(x, slope, x)
+    climb = Ascent(lambda found, z: logit_divergence(z, found, kind="l1"), starts=(along,))
+    explore(problem, [climb], look, candidates=candidates, steps=steps, restarts=restarts, generator=generator)
+    increase = largest - clean
+    first_order = eps * _dual_norm(slope, threat_model.norm)
+    return Theorem4(
+        increase,
+        first_order,
+        alignment,
+        ((p - q).sign() == signs).all(1),
+        estimate(increase, weights),
+        estimate(first_order, weights),
+        estimate(alignment, weights),
+        estimate((increase - alignment) / eps, weights),
+    )
+
+
+def _difference_gradient(problem: Problem, coefficients: Tensor) -> Tensor:
+    """Σ_y c_y (∇ₓ p_d(y|x) − ∇ₓ p_θ(y|x)) for c [N, L], [N, …]."""
+    with torch.enable_grad():
+        point = problem.x.detach().requires_grad_()
+        value = (coefficients * problem.model(point).softmax(1)).sum()
+        by_model = torch.zeros_like(problem.x)
+        if value.requires_grad:
+            (by_model,) = torch.autograd.grad(value, point, allow_unused=True, materialize_grads=True)
+    trace = problem.posterior.trace(problem.x, problem.y)
+    return trace.pull_back((coefficients * trace.log_p.exp()).contiguous(), -by_model)
+
+
+def _dual_norm(gradient: Tensor, norm: str) -> Tensor:
+    flat = gradient.flatten(1)
+    return flat.abs().sum(1) if norm == "linf" else flat.norm(dim=1)
+
+
+@runtime_checkable
+class SmoothDensity(Protocol):
+    """A joint density p(x, y) that can be convolved with noise, such as a Gaussian mixture or factor analysers."""
+
+    def smoothed(self, sigma: float) -> SmoothDensity:
+        """p_σ, this one convolved with N(0, σ² I)."""
+
+    def log_joint(self, x: Tensor) -> Tensor:
+        """log p(x, y) [N, L] for x [N, …], differentiable."""
+
+
+class Theorem5(NamedTuple):
+    """d R_G / d(σ²) and the alignment of gradients that it is equal to, in nats by squared input unit.
+
+    Attributes:
+        left: [N] ∂/∂(σ²) of −log p_θ(y|x + σω), the mean over the noise drawn for a sample.
+        right: [N] ½ ∇ log p_θ(y|x̃)ᵀ ∇ log p_σ(x̃|y) at the same noisy points x̃ = x + σω.
+        loss: R_G(θ; σ) in nats (Eqs. 9, 35).
+        left_mean, right_mean: both sides of the theorem.
+        difference: left minus right, with the interval of the difference. The theorem says that it is 0.
+    """
+
+    left: Tensor
+    right: Tensor
+    loss: Estimate
+    left_mean: Estimate
+    right_mean: Estimate
+    difference: Estimate
+
+
+def theorem_5(
+    model: Callable[[Tensor], Tensor],
+    density: SmoothDensity,
+    x: Tensor,
+    y: Tensor,
+    *,
+    sigma: float,
+    repeats: int = 1,
+    generator: torch.Generator | None = None,
+) -> Theorem5:
+    """Theorem 5: d R_G / d(σ²) = ½ E[∇ₓ log p_θ(y|x̃)ᵀ ∇ₓ log p_σ(x̃|y)], x̃ = x + σω (Eqs. 9, 26, 27).
+
+    σ is a standard deviation here and a variance in the paper, so the derivative is one in σ²; that in σ is 2σ times
+    it. Each noise vector is used with both signs. Given x̃ and y, the right side is the conditional mean of the left
+    one, since ∇ₓ log p_σ(x̃|y) = E[−ω/σ | x̃, y] (Tweedie's formula).
+
+    The proof drops a boundary term: log p_θ(y|x) must not grow faster than p_σ(x|y) decays, which all models whose
+    logits grow like a polynomial satisfy. Eq. (10), the expansion at σ = 0, needs a p_d(x|y) with a score, which the
+    empirical distribution of a training set has not.
+
+    Args:
+        model: maps [N, …] to logits [N, L], in eval mode; differentiable almost everywhere and continuous.
+        density: p_d(x, y) before noise, in closed form, such as :class:`scorematch.posteriors.GaussianMixture`.
+        x: [N, …] draws from it, N ≥ 2.
+        y: int64 [N] their labels in [0, L).
+        sigma: σ > 0, in input units.
+        repeats: noise vectors for each sample, ≥ 1.
+        generator: randomness of the noise, on the device of x.
+
+    Raises:
+        ValueError: an argument is outside its range, or shapes do not fit.
+        TypeError: the density cannot be smoothed, or y is not int64.
+    """
+    if not isinstance(density, SmoothDensity):
+        raise TypeError(f"density must have smoothed(sigma) and log_joint(x), got {type(density).__name__}")
+    if not sigma > 0.0:
+        raise ValueError(f"sigma must be positive, got {sigma}")
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1, got {repeats}")
+    if y.dtype != torch.int64:
+        raise TypeError(f"y must be int64, got {y.dtype}")
+    if x.dim() < 2 or y.shape != x.shape[:1]:
+        raise ValueError(f"x must be [N, …] and y [N], got x {list(x.shape)} and y {list(y.shape)}")
+    smooth = density.smoothed(sigma)
+    left, right, loss = (torch.zeros(len(x), dtype=torch.float64, device=x.device) for _ in range(3))
+    for _ in range(repeats):
+        omega = torch.empty_like(x, memory_format=torch.contiguous_format).normal_(generator=generator)
+        for noise in (omega, -omega):
+            log_q, by_model = _label_gradient(lambda point: model(point).log_softmax(1), x + sigma * noise, y)
+            _, score = _label_gradient(smooth.log_joint, x + sigma * noise, y)
+            left -= (by_model * noise).flatten(1).sum(1).double() / (2 * sigma)
+            right += 0.5 * (by_model.double() * score.double()).flatten(1).sum(1)
+            loss -= log_q.double()
+    left, right, loss = (total / (2 * repeats) for total in (left, right, loss))
+    return Theorem5(left, right, estimate(loss), estimate(left), estimate(right), estimate(left - right))
+
+
+def _label_gradient(values: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Of values(x) [N, L] those of the labels, [N], and their gradients in x, [N, …]."""
+    with torch.enable_grad():
+        point = x.detach().requires_grad_()
+        rows = values(point)
+        if not bool(((y >= 0) & (y < rows.shape[1])).all()):
+            raise ValueError(f"y must lie in [0, {rows.shape[1]}), got values in [{int(y.min())}, {int(y.max())}]")
+        own = rows.gather(1, y[:, None])[:, 0]
+        if not own.requires_grad:
+            return own, torch.zeros_like(x)
+        (gradient,) = torch.autograd.grad(own.sum(), point, allow_unused=True, materialize_grads=True)
+    return own.detach(), gradient
