@@ -27,7 +27,8 @@ class Consistency(NamedTuple):
         divergence: D(p_d(·|x) ‖ q(x)) at clean x, in nats for KL.
         r_score: the largest D(p_d(·|x') ‖ q(x')) found in B(x); its mean is R_SCORE (Eq. 4, Eq. 6).
         disagrees: bool, whether at some point of these searches the class of the model is not the most likely class of
-            p_d there.
+            p_d there. They look for divergence: of a model that is close to p_d they miss many points where the class
+            differs, which :func:`scorematch.bounds.zero_one_errors` searches for by itself.
         x_score: [N, …] the points at which ``r_score`` was found.
     """
 
