@@ -52,7 +52,15 @@ def parse_known(
     except SystemExit as end:
         if not end.code:
             raise
-        raise InputError(_one_line(messages.getvalue())) from None
+        message = _one_line(messages.getvalue())
+        if message.startswith("Missing"):
+            # A required option that is missing may be there, misspelt.
+            known = _options(settings)
+            for option in (a.split("=")[0].replace("_", "-") for a in arguments if a.startswith("--")):
+                if option not in known and option != "--":
+                    message = _unknown_option(option, program, settings)
+                    break
+        raise InputError(message) from None
     return parsed, list(unknown)
 
 
@@ -78,9 +86,13 @@ def _one_line(box: str) -> str:
 
 
 def _unknown_option(option: str, program: str, settings: Callable) -> str:
-    known = sorted(set(re.findall(r"--[a-z0-9.-]+", _help(settings))))
+    known = _options(settings)
     close = difflib.get_close_matches(option.split("=")[0], known, n=1)
     return f"{option}: unknown option{f', did you mean {close[0]}' if close else ''}; {program} --help lists all"
+
+
+def _options(settings: Callable) -> list[str]:
+    return sorted(set(re.findall(r"--[a-z0-9.-]+", _help(settings))))
 
 
 def _help(settings: Callable) -> str:

@@ -11,6 +11,7 @@ BAD = {
     "run without an objective": ("run", "", "--objective"),
     "unknown objective": ("run", "--objective madry", "'score_direct'"),
     "unknown option": ("run", "--objective standard --epoch 3", "--epochs"),
+    "misspelt objective": ("run", "--objectiv standard", "--objectiv: unknown option, did you mean --objective"),
     "option without value": ("run", "--objective standard --epochs", "--epochs"),
     "text for a number": ("run", "--objective standard --eps much", "--eps"),
     "unknown data": ("run", "--objective standard --data mnist", "svhn, folder, module:function"),
