@@ -22,8 +22,9 @@ from ..threat_model import ThreatModel
 from . import inspection
 from .apgd import APGD
 from .classifier import Classifier, cache_chunk, channels_last_works, folding_that_works, full_precision
-from .evaluation_state import Cost, EvaluationState, digest
+from .evaluation_state import Cost, EvaluationState
 from .fab import FAB, distance
+from .identity import Fingerprint, clean_logits, digest, digest_of_tensors
 from .inspection import AutoAttackWarning
 from .parts import Attack
 from .pgd import check_batch
@@ -171,8 +172,9 @@ class AutoAttack:
             y_orig: int64 [N] labels.
             bs: samples at a time; decides memory and speed, not the verdicts.
             return_labels: also return the predicted classes.
-            state_path: file to resume from if it is there, and to write what was found so far. Under ``torchrun`` each
-                rank has its own, with ``.rank…`` appended.
+            state_path: file to resume from if it is there, and to write what was found so far. It must be of the same
+                model, by its tensors and by its clean logits but for rounding. Under ``torchrun`` each rank has its
+                own, with ``.rank…`` appended.
 
         Returns:
             The adversarial points [N, …] on the device of x_orig, the original where none was found; with
@@ -180,7 +182,7 @@ class AutoAttack:
 
         Raises:
             ValueError: x leaves [0, 1], labels and shapes do not fit, the batch is empty, the model returns NaN or no
-                logits, or the state is of another evaluation.
+                logits, or the state is damaged or of another evaluation.
         """
         state = self._evaluate(x_orig, y_orig, bs, state_path, self._attacks())
         adversarial = state.adversarial.to(x_orig.device)
@@ -312,8 +314,11 @@ class _Evaluation:
         self.say(f"warning: {text}")
         warnings.warn(text, AutoAttackWarning, stacklevel=6)
 
-    def say_accuracy(self, name: str) -> None:
-        robust, count = int(self.state.robust[self.mine].sum()), len(self.mine)
+    def say_accuracy(self, index: int) -> None:
+        """The accuracy after a stage; on a resume later ones may have lowered it already."""
+        name, count = self.stages[index].attack.name, len(self.mine)
+        fallen = (self.state.fallen_by >= 0) & (self.state.fallen_by <= index)
+        robust = int((self.state.clean & ~fallen)[self.mine].sum())
         low, high = wilson(robust, count)
         where = f" (rank 0's {count} samples)" if self.world > 1 else ""
         self.say(
@@ -386,17 +391,12 @@ class _Evaluation:
     def _identity(self) -> dict[str, Any]:
         """What a state file must be of to go on with it."""
         settings = self.settings
-        model = (
-            digest(*self.model.state_dict().values())
-            if isinstance(self.model, nn.Module)
-            else f"callable {type(self.model).__qualname__}"
-        )
         attacks = []
         for attack in self.attacks:
             options = {k: v for k, v in asdict(attack).items() if k != "threat_model"}  # type: ignore[call-overload]
             attacks.append(f"{attack.name} {options}")
         return {
-            "model": model,
+            "model": digest_of_tensors(self.model),
             "data set": digest(self.x, self.y),
             "norm": settings.threat_model.norm,
             "eps": settings.eps,
@@ -414,6 +414,7 @@ class _Evaluation:
             if self.settings.seed is not None:
                 identity["seed"] = self.settings.seed
             state = EvaluationState.load(self.state_path, identity, self.x)
+            self._check_fingerprint(state)
             standing, begun = int(state.robust[self.mine].sum()), int((state.finished[self.mine] > 0).sum())
             self.say(f"resumed from {self.state_path}: {standing} samples stand, {begun} were attacked")
         else:
@@ -431,6 +432,7 @@ class _Evaluation:
                 fallen_by=torch.full((count,), -1),
             )
             if self.state_path is not None:
+                state.fingerprint = Fingerprint.take(self.model, self.x, self.device)
                 state.save(self.state_path)  # a path that cannot be written shows now
         self.seed = state.settings["seed"]
         attacks = ", ".join(attack.name for attack in self.attacks)
@@ -439,6 +441,15 @@ class _Evaluation:
             f"{self.settings.eps:g}; {len(self.x)} samples; seed {self.seed}, rng {self.settings.rng}"
         )
         return state
+
+    def _check_fingerprint(self, state: EvaluationState) -> None:
+        assert state.fingerprint is not None
+        logits = clean_logits(self.model, self.x, self.device)
+        if not state.fingerprint.fits(logits):
+            raise ValueError(
+                f"state_path: {self.state_path} is of another model: at {state.fingerprint.strangers(logits)} of "
+                f"{len(logits)} samples its clean logits are others"
+            )
 
     def _shared(self, value: int) -> int:
         """The value of rank 0."""
@@ -490,7 +501,7 @@ class _Evaluation:
                 self._account(name)
                 self._save()
             if index + 1 == len(self.stages) or self.stages[index + 1].attack.name != name:
-                self.say_accuracy(name)
+                self.say_accuracy(index)
 
     def _attack_batch(self, index: int, stage: Stage, samples: Tensor) -> None:
         state = self.state

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import pickle
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .identity import Fingerprint, checksum
 from .square import Search
 
-FORMAT = "scorematch AutoAttack 1"
+FORMATS = "scorematch AutoAttack "
+FORMAT = f"{FORMATS}2"
 
 
 @dataclass
@@ -38,7 +38,7 @@ class EvaluationState:
     """Verdicts so far. Samples are numbered as in the data set.
 
     Attributes:
-        settings: what the evaluation is of: hashes of model and data, threat model, attacks, seed.
+        settings: what the evaluation is of: hashes of the model's tensors and of the data, threat model, attacks, seed.
         robust: bool [N], whether a sample stands so far.
         clean: bool [N], whether it is classified correctly before any attack.
         finished: int64 [N], how many stages each sample is through with.
@@ -46,6 +46,7 @@ class EvaluationState:
         labels: int64 [N], the class predicted there.
         fallen_by: int64 [N], the stage at which a sample fell; -1 if it stands or was wrong from the start.
         costs: of each attack.
+        fingerprint: what the model computes at some clean samples; None where no file is kept.
         search: samples of the batch whose Square run was interrupted, and how far it has come.
     """
 
@@ -56,6 +57,7 @@ class EvaluationState:
     adversarial: Tensor
     labels: Tensor
     fallen_by: Tensor
+    fingerprint: Fingerprint | None = None
     costs: dict[str, Cost] = field(default_factory=dict)
     search: tuple[Tensor, Search] | None = None
 
@@ -72,6 +74,7 @@ class EvaluationState:
             "fallen_by": self.fallen_by,
             "adversarial": self.adversarial[fallen],
             "costs": {name: asdict(cost) for name, cost in self.costs.items()},
+            "fingerprint": asdict(self.fingerprint) if self.fingerprint is not None else None,
             "search": None,
         }
         if self.search is not None:
@@ -82,6 +85,7 @@ class EvaluationState:
                 "best": search.best.cpu(),
                 "margin": search.margin.cpu(),
             }
+        content["checksum"] = checksum(content)
         beside = path.with_name(path.name + ".part")
         try:
             with open(beside, "wb") as file:
@@ -101,14 +105,9 @@ class EvaluationState:
             x: [N, …] the data set.
 
         Raises:
-            ValueError: the file is no state, or is of another model, data set or setting.
+            ValueError: the file is damaged or no state, or is of another data set or setting.
         """
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
-            raise ValueError(f"state_path: {path} is no readable state of an evaluation ({error})") from None
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise ValueError(f"state_path: {path} is no state of an evaluation by scorematch.AutoAttack")
+        content = _read(path)
         for name, value in settings.items():
             if content["settings"].get(name) != value:
                 raise ValueError(
@@ -122,17 +121,34 @@ class EvaluationState:
         return cls(
             settings=content["settings"],
             adversarial=adversarial,
+            fingerprint=Fingerprint(**content["fingerprint"]),
             costs={name: Cost(**cost) for name, cost in content["costs"].items()},
             search=search,
             **{name: content[name] for name in ("robust", "clean", "finished", "labels", "fallen_by")},
         )
 
 
-def digest(*tensors: Tensor) -> str:
-    """A short hash of the values of tensors."""
-    total = hashlib.sha256()
-    for tensor in tensors:
-        total.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
-        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-        total.update(data.numpy().data)
-    return total.hexdigest()[:16]
+def _read(path: Path) -> dict[str, Any]:
+    """What :meth:`EvaluationState.save` wrote, to the last bit.
+
+    Raises:
+        ValueError: the file holds anything else.
+    """
+    unreadable = f"state_path: {path} is no readable state of an evaluation"
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged bytes raise whatever they happen to stand for
+        raise ValueError(f"{unreadable} ({type(error).__name__}: {error})") from None
+    name = content.get("format") if isinstance(content, dict) else None
+    if not isinstance(name, str) or not name.startswith(FORMATS):
+        raise ValueError(f"state_path: {path} is no state of an evaluation by scorematch.AutoAttack")
+    if name != FORMAT:
+        raise ValueError(f"state_path: {path} was written by another version of scorematch: {name!r}, not {FORMAT!r}")
+    kept = content.pop("checksum", None)
+    try:
+        found = checksum(content)
+    except Exception:  # of values that no state holds
+        found = None
+    if kept is None or found != kept:
+        raise ValueError(f"{unreadable} (it is damaged: its contents do not fit their checksum)")
+    return content
