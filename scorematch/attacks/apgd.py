@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..ops.apgd_step import apgd_step
 from ..threat_model import ThreatModel
-from .classifier import Classifier, Loss
+from .classifier import Classifier, Loss, predicted
 from .losses import UNTARGETED, ranked_targets, targeted_dlr_loss
 from .parts import run_alone
 from .randomness import Noise, start_at_distance
@@ -113,7 +113,7 @@ class APGD:
         """Algorithm 1 of the paper from ``start``; ``goals`` are the labels and, for a targeted loss, the targets."""
         found, fooled = start.clone(), torch.zeros(len(x0), dtype=torch.bool, device=x0.device)
         logits, value, grad = classifier.gradient(start, loss, *goals, passes=self.eot_iter)
-        state = _State.begin(start, value, grad, logits.argmax(1) != goals[0], 2 * self.threat_model.eps)
+        state = _State.begin(start, value, grad, predicted(logits) != goals[0], 2 * self.threat_model.eps)
         interval, since = max(int(0.22 * self.n_iter), 1), 0
         shorter, shortest = max(int(0.03 * self.n_iter), 1), max(int(0.06 * self.n_iter), 1)
 
@@ -139,7 +139,7 @@ class APGD:
                 upper=self.threat_model.upper,
             )
             logits, value, state.grad = classifier.gradient(state.x, loss, *here, passes=self.eot_iter)
-            state.judge(logits.argmax(1) != here[0], value)
+            state.judge(predicted(logits) != here[0], value)
             since += 1
             if since == interval:
                 state.adapt(self.rho * interval)

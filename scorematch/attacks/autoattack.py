@@ -21,7 +21,14 @@ from ..model_state import borrowed
 from ..threat_model import ThreatModel
 from . import inspection
 from .apgd import APGD
-from .classifier import Classifier, cache_chunk, channels_last_works, folding_that_works, full_precision
+from .classifier import (
+    Classifier,
+    cache_chunk,
+    channels_last_works,
+    folding_that_works,
+    full_precision,
+    predicted,
+)
 from .evaluation_state import Cost, EvaluationState
 from .fab import FAB, distance
 from .identity import Fingerprint, clean_logits, digest, digest_of_tensors
@@ -67,8 +74,12 @@ class AutoAttack:
     Under ``torchrun`` (an initialised ``torch.distributed``) every rank attacks its share of the samples and all return
     the same whole result.
 
+    A sample counts as misclassified wherever the model returns NaN among its logits, when clean or under attack, and is
+    listed in the report. A gradient that is NaN in some pixel leaves that pixel where it is.
+
     Args:
-        model: maps x [N, …] to logits [N, L]; a module, or any callable (then its mode is its own affair).
+        model: maps x [N, …] to logits [N, L] of any floating-point type; a module, scripted ones included, or any
+            callable (then its mode is its own affair).
         norm: ``"Linf"`` or ``"L2"``.
         eps: radius, pixels in [0, 1].
         seed: of the random numbers; None draws one.
@@ -90,7 +101,8 @@ class AutoAttack:
     Attributes:
         report: of the last evaluation: ``robust_accuracy``, ``clean_accuracy`` and ``attacks``, for each attack in turn
             the accuracy after it, its 95 % interval (Wilson), its forward and backward passes (one for each sample) and
-            its seconds.
+            its seconds. ``nan_samples`` lists the samples at whose points the model returned NaN: ``clean``, and
+            ``attacked`` for those that fell so.
 
     Raises:
         ValueError, TypeError: an argument is outside its range; the message names it.
@@ -178,11 +190,12 @@ class AutoAttack:
 
         Returns:
             The adversarial points [N, …] on the device of x_orig, the original where none was found; with
-            ``return_labels`` also the class predicted at each, int64 [N].
+            ``return_labels`` also the class predicted at each, int64 [N], −1 where the model returned NaN.
 
         Raises:
-            ValueError: x leaves [0, 1], labels and shapes do not fit, the batch is empty, the model returns NaN or no
-                logits, or the state is damaged or of another evaluation.
+            ValueError: x leaves [0, 1], labels and shapes do not fit, the batch is empty, the model returns no logits,
+                or NaN for every sample of the first batch or, on the way, for samples that it classified before, or the
+                state is damaged or of another evaluation.
         """
         state = self._evaluate(x_orig, y_orig, bs, state_path, self._attacks())
         adversarial = state.adversarial.to(x_orig.device)
@@ -331,7 +344,7 @@ class _Evaluation:
     def run(self) -> EvaluationState:
         with ExitStack() as stack:
             if isinstance(self.model, nn.Module):
-                if self.model.training:
+                if getattr(self.model, "training", False):  # a frozen script has no mode
                     self.warn("the model is in training mode; it is evaluated in eval mode")
                 stack.enter_context(borrowed(self.model, "eval"))
             stack.enter_context(inspection.unchanged_buffers(self.model, self.warn))
@@ -368,9 +381,9 @@ class _Evaluation:
     def _inspect(self) -> int:
         """Warn of what makes the evaluation doubtful; returns the number of classes."""
         x, y = self.x[: self.bs].to(self.device), self.y[: self.bs].to(self.device)
-        with torch.no_grad():
-            logits = self.model(x)
-        inspection.check_logits(logits, x)
+        classifier = Classifier(self.model)
+        logits = classifier.logits(x)
+        inspection.no_classifier(logits)
         classes = logits.shape[1]
         low, high = (int(v) for v in torch.aminmax(self.y))
         if low < 0 or high >= classes:
@@ -383,7 +396,9 @@ class _Evaluation:
         self.warn(inspection.dynamic(self.model, x))
         names = [attack.name for attack in self.attacks]
         if any(name != "square" for name in names):
-            self.warn(inspection.zero_gradients(Classifier(self.model), x, y))
+            self.warn(inspection.zero_gradients(classifier, x, y))
+            known = predicted(logits) >= 0
+            self.warn(inspection.broken_gradients(classifier, x[known], y[known]))
         targets = max((getattr(a, "n_target_classes", 0) for a in self.attacks if a.name.endswith("-t")), default=0)
         self.warn(inspection.few_classes(classes, names, targets))
         return classes
@@ -476,8 +491,7 @@ class _Evaluation:
             x, y = self._batch(samples)
             with full_precision():
                 logits = self.verify.logits(x)
-            inspection.check_logits(logits, x)
-            labels = logits.argmax(1)
+            labels = predicted(logits)
             state.labels[samples] = labels.cpu()
             state.clean[samples] = state.robust[samples] = (labels == y).cpu()
             state.finished[samples] = 0
@@ -485,6 +499,7 @@ class _Evaluation:
         self._account("clean")
         correct, count = int(state.clean[self.mine].sum()), len(self.mine)
         self.say(f"clean accuracy: {100 * correct / count:.2f} %")
+        self.warn(inspection.nan_samples(self._nan_samples(self.state.fallen_by < 0), "clean"))
 
         self.progress = tqdm(
             total=self._passes_left(0),
@@ -531,18 +546,35 @@ class _Evaluation:
             state.search = None
             with full_precision():
                 logits = self.verify.logits(points)
-            inspection.check_logits(logits, points)
-            confirmed = logits.argmax(1) != y[rows]
+            labels = predicted(logits)
+            confirmed = labels != y[rows]
             confirmed &= wrong  # FAB's points beyond eps are misclassified and do not count
             state.costs[stage.attack.name].unverified += int((wrong & ~confirmed).sum())
+            self._check_still_classifies(x[rows[confirmed & (labels < 0)]])
             found[rows[confirmed]], fooled[rows[confirmed]] = points[confirmed], True
             fallen = samples[rows[confirmed].cpu()]
-            state.labels[fallen] = logits.argmax(1)[confirmed].cpu()
+            state.labels[fallen] = labels[confirmed].cpu()
         fallen = samples[fooled.cpu()]
         state.robust[fallen] = False
         state.fallen_by[fallen] = index
         state.adversarial[fallen] = found[fooled].cpu()
         state.finished[samples] = index + 1
+
+    def _check_still_classifies(self, x: Tensor) -> None:
+        """Of clean samples x [N, …] that were classified: a NaN near them is found by an attack only if they still are.
+
+        Raises:
+            ValueError: none of them is; the model has changed on the way.
+        """
+        if len(x) and bool((nan := self.verify.label(x) < 0).all()):
+            raise ValueError(
+                f"the model returned NaN for {int(nan.sum())} of {len(x)} clean samples that it classified before"
+            )
+
+    def _nan_samples(self, where: Tensor) -> Tensor:
+        """Those of ``where``, bool [N], at whose points the model returned NaN."""
+        state = self.state
+        return self.mine[(where & (state.finished >= 0) & (state.labels < 0))[self.mine]]
 
     def _batch(self, samples: Tensor) -> tuple[Tensor, Tensor]:
         return self.x[samples].to(self.device), self.y[samples].to(self.device)
@@ -580,6 +612,7 @@ class _Evaluation:
         for classifier in (self.search, self.verify):
             cost.forwards += classifier.forwards
             cost.backwards += classifier.backwards
+            cost.broken_gradients += classifier.take_broken()
             classifier.forwards = classifier.backwards = 0
         now = time.perf_counter()
         cost.seconds += now - self.last_tick
@@ -624,6 +657,7 @@ class _Evaluation:
                 total = state.costs.setdefault(name, Cost())
                 total.forwards += cost.forwards
                 total.backwards += cost.backwards
+                total.broken_gradients += cost.broken_gradients
                 total.seconds = max(total.seconds, cost.seconds)
                 total.unverified += cost.unverified
             self.warnings += [note for note in notes if note not in self.warnings]
@@ -645,6 +679,9 @@ class _Evaluation:
             attacks[name] = {**accuracy(standing), **asdict(state.costs.get(name, Cost()))}
         if before_square is not None and len(self.attacks) > 1:
             self.warn(inspection.masking(before_square / count, attacks["square"]["accuracy"]))
+        fallen = state.fallen_by >= 0
+        nan = {"clean": self._nan_samples(~fallen), "attacked": self._nan_samples(fallen)}
+        self.warn(inspection.nan_samples(nan["attacked"], "attacked"))
         clean, robust = accuracy(int(state.clean.sum())), accuracy(int(state.robust.sum()))
         return {
             "clean_accuracy": clean["accuracy"],
@@ -653,6 +690,7 @@ class _Evaluation:
             "robust_interval": robust["interval"],
             "attacks": attacks,
             "samples": count,
+            "nan_samples": {name: samples.tolist() for name, samples in nan.items()},
             "norm": self.settings.threat_model.norm,
             "eps": self.settings.eps,
             "version": self.settings.version,

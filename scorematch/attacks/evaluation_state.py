@@ -24,11 +24,13 @@ class Cost:
     Attributes:
         forwards, backwards: passes of one sample, the verification in float32 included.
         seconds: of wall-clock time.
+        broken_gradients: gradients of one sample that were NaN or infinite in some element.
         unverified: successes of a search in low precision that float32 did not confirm.
     """
 
     forwards: int = 0
     backwards: int = 0
+    broken_gradients: int = 0
     seconds: float = 0.0
     unverified: int = 0
 
@@ -43,7 +45,7 @@ class EvaluationState:
         clean: bool [N], whether it is classified correctly before any attack.
         finished: int64 [N], how many stages each sample is through with.
         adversarial: [N, …], the misclassified point of each sample that fell, the original of every other.
-        labels: int64 [N], the class predicted there.
+        labels: int64 [N], the class predicted there; -1 where a logit is NaN.
         fallen_by: int64 [N], the stage at which a sample fell; -1 if it stands or was wrong from the start.
         costs: of each attack.
         fingerprint: what the model computes at some clean samples; None where no file is kept.

@@ -18,6 +18,7 @@ from .randomness import Noise, start_at_distance
 ALPHA_MAX = 0.1  # how far a step is drawn towards the projection of the original point
 OVERSHOOT = 1.05  # of a step beyond the hyperplane
 BACKWARD = 0.9  # of the distance that is kept after a success
+HELD = 1 << 24  # numbers in the gradients of several classes that are held at once
 
 
 @dataclass
@@ -115,17 +116,19 @@ class FAB:
                 centre, labels = x0[rows], y[rows]
                 boundary = self._boundary_to(target[rows] if target is not None else None, labels)
             value, normal = boundary(classifier, x)
-            x = fab_step(
+            moved = fab_step(
                 x,
                 centre,
                 normal,
-                value,
+                value.to(x.dtype),
                 norm=model.norm,
                 alpha_max=ALPHA_MAX,
                 overshoot=OVERSHOOT,
                 lower=model.lower,
                 upper=model.upper,
             )
+            # To an infinite difference of logits no hyperplane leads: the point stays.
+            x = torch.where(_beside(moved.isfinite().flatten(1).all(1), x), moved, x)
             crossed = classifier.label(x) != labels
             near = crossed & (distance(x, centre, model.norm) <= model.eps)
             near_x = torch.where(_beside(near, x), x, near_x)
@@ -145,16 +148,28 @@ class FAB:
             return targeted
 
         def nearest(classifier: Classifier, x: Tensor) -> tuple[Tensor, Tensor]:
-            logits, gradients = classifier.class_gradients(x)
-            index = y.view(-1, 1, *[1] * (x.dim() - 1)).expand(-1, 1, *x.shape[1:])
-            values = logits - logits.gather(1, y[:, None])  # [N, L]
-            normals = gradients - gradients.gather(1, index)  # [N, L, …]
-            flat = normals.flatten(2)
-            dual = flat.abs().sum(2) if self.threat_model.norm == "linf" else flat.norm(dim=2)
-            distances = (values.abs() / (1e-12 + dual)).scatter(1, y[:, None], torch.inf)
-            choice = distances.argmin(1)
-            every = torch.arange(len(x), device=x.device)
-            return values[every, choice], normals[every, choice]
+            logits, gradient_of = classifier.class_gradients(x)
+            values = (logits - logits.gather(1, y[:, None])).to(x.dtype)  # [N, L]
+            classes, every = values.shape[1], torch.arange(len(x), device=x.device)
+            held = max(HELD // x.numel(), 1)
+            own = gradient_of(y) if held < classes else None
+            least = x.new_full((len(x),), torch.inf)
+            value, normal = torch.zeros_like(least), torch.zeros_like(x)
+            for some in torch.arange(classes, device=x.device).split(held):
+                gradients = torch.stack([gradient_of(c.expand_as(y)) for c in some], 1)  # [N, K, …]
+                if own is None:
+                    own = gradients[every, y]
+                normals = gradients.sub_(own[:, None])
+                flat = normals.flatten(2)
+                dual = flat.abs().sum(2) if self.threat_model.norm == "linf" else flat.norm(dim=2)
+                distances = (values[:, some].abs() / (1e-12 + dual)).nan_to_num(nan=torch.inf, posinf=torch.inf)
+                distances = distances.masked_fill(some == y[:, None], torch.inf)
+                choice = distances.argmin(1)
+                nearer = distances[every, choice] < least
+                least = torch.where(nearer, distances[every, choice], least)
+                value = torch.where(nearer, values[every, some[choice]], value)
+                normal = torch.where(_beside(nearer, x), normals[every, choice], normal)
+            return value, normal
 
         return nearest
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..model_state import borrowed
 from ..threat_model import ThreatModel
-from .classifier import Classifier
+from .classifier import Classifier, predicted
 from .pgd import check_batch
 from .randomness import KeyedNoise, Noise
 
@@ -39,7 +39,7 @@ def run_alone(attack: Attack, model: nn.Module, x: Tensor, y: Tensor, seed: int)
     with borrowed(model, "eval"):
         classifier = Classifier(model)
         logits = classifier.logits(adversarial)
-        alive = (logits.argmax(1) == y).nonzero().squeeze(1)
+        alive = (predicted(logits) == y).nonzero().squeeze(1)
         for part in range(attack.parts(logits.shape[1])):
             if len(alive) == 0:
                 break

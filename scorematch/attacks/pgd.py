@@ -11,6 +11,7 @@ from ..divergences import KINDS
 from ..model_state import borrowed
 from ..ops.divergence import divergence
 from ..threat_model import ThreatModel
+from .classifier import logits_of
 from .losses import margin_loss
 
 LOSSES = ("ce", "margin", *KINDS)
@@ -61,7 +62,8 @@ class PGD:
 
     A misclassified point always wins; among correctly classified ones, that of higher loss, compared only within one
     loss. A sample is left alone as soon as it is misclassified. Every iterate is judged, not only the last.
-    The model is used in eval mode and left as found: no gradient in its parameters, no mode changed.
+    The model is used in eval mode and left as found: no gradient in its parameters, no mode changed. A NaN among the
+    logits counts as misclassified; an element of a gradient that is NaN leaves its pixel where it is.
 
     Args:
         threat_model: B(x) and the step size.
@@ -120,8 +122,10 @@ class PGD:
         x = x.detach()
         with borrowed(model, "eval"):
             worst = x.clone()
-            with torch.no_grad():
-                fooled = misclassified(model(x), y) if len(x) else torch.zeros(0, dtype=torch.bool, device=x.device)
+            fooled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+            if len(x):
+                with torch.no_grad():
+                    fooled = misclassified(logits_of(model, x), y)
             for loss in self.losses:
                 best = x.new_full((len(x),), -torch.inf)
                 for _ in range(self.restarts):
@@ -149,17 +153,18 @@ class PGD:
             last = step == self.steps
             with torch.set_grad_enabled(not last):
                 x_adv = x_adv.detach().requires_grad_(not last)
-                logits = model(x_adv)
+                logits = logits_of(model, x_adv)
                 value = attack_loss(logits, y[alive], loss)
             with torch.no_grad():
                 wrong = misclassified(logits, y[alive])
                 improved = wrong | (value > best[alive])
                 worst[alive[improved]] = x_adv.detach()[improved]
-                best[alive] = torch.maximum(best[alive], value.detach())
+                best[alive] = torch.where(improved, value.detach().to(best.dtype), best[alive])
                 fooled[alive[wrong]] = True
             if last or bool(wrong.all()):
                 return
             (gradient,) = torch.autograd.grad(value.sum(), x_adv)
+            gradient = gradient.nan_to_num(nan=0.0)  # a pixel of NaN stays where it is
             keep = ~wrong
             alive = alive[keep]
             x_adv = self.threat_model.step(x_adv.detach()[keep], gradient[keep], x[alive])

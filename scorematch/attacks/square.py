@@ -130,7 +130,7 @@ class Square:
             raise ValueError(f"Square Attack takes images [N, C, H, W], got x of shape {list(x.shape)}")
         if search is None:
             first = self._first(x, samples, noise)
-            search = Search(0, first, -margin_loss(classifier.logits(first), y))
+            search = Search(0, first, _margin_of_truth(classifier.logits(first), y))
         best, margin = search.best.clone(), search.margin.clone()
         rows = (margin > 0).nonzero().squeeze(1)  # the samples still attacked; the next five tensors are theirs
         current, current_margin = best[rows], margin[rows]
@@ -170,9 +170,9 @@ class Square:
             if len(moved) < len(proposal):
                 margin = current_margin.clone()
                 if len(moved):
-                    margin[moved] = -margin_loss(classifier.logits(proposal[moved]), labels[moved])
+                    margin[moved] = _margin_of_truth(classifier.logits(proposal[moved]), labels[moved])
                 return margin
-        return -margin_loss(classifier.logits(proposal), labels)
+        return _margin_of_truth(classifier.logits(proposal), labels)
 
     def _first(self, x: Tensor, samples: Tensor, noise: Noise) -> Tensor:
         """Vertical stripes of ±eps (linf), or tiles of the l2 pattern, scaled to length eps; clipped to the box."""
@@ -209,6 +209,11 @@ class Square:
             return square_linf(best, x, corner, sign.to(x), side=side, **box)
         corners, transpose, sign = noise.windows(samples, channels, room, query)
         return square_l2(best, x, corners, sign.to(x), l2_pattern(side).to(x), transpose, **box)
+
+
+def _margin_of_truth(logits: Tensor, labels: Tensor) -> Tensor:
+    """z_y − max of the others, [N]: −∞, as of a point that fools the model, where a logit is NaN."""
+    return -margin_loss(logits, labels).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
 @cache
