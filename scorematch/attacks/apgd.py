@@ -13,6 +13,7 @@ from .classifier import Classifier, Loss, predicted
 from .losses import UNTARGETED, ranked_targets, targeted_dlr_loss
 from .parts import run_alone
 from .randomness import Noise, start_at_distance
+from .settings import AttackSettings
 
 MOMENTUM = 0.75  # weight of the new step against the last move
 SETTLE_EVERY = 4  # steps after which samples that fell leave the batch; on CUDA this waits for the device
@@ -20,7 +21,7 @@ LOSSES = ("ce", "dlr", "dlr-targeted")
 
 
 @dataclass
-class APGD:
+class APGD(AttackSettings):
     """Auto-PGD with cross-entropy, DLR or targeted DLR.
 
     Every iterate is judged, the start included. A sample that falls leaves the batch a few steps later: what is
@@ -54,11 +55,8 @@ class APGD:
         """Raise ValueError for settings outside their range."""
         if self.loss not in LOSSES:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
-        for name in ("n_iter", "n_restarts", "n_target_classes", "eot_iter"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.rho <= 1:
-            raise ValueError(f"rho must lie in [0, 1], got {self.rho}")
+        self.check_counts("n_iter", "n_restarts", "n_target_classes", "eot_iter")
+        self.check_share("rho")
 
     @property
     def name(self) -> str:

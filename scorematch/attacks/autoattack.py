@@ -32,10 +32,11 @@ from .classifier import (
 from .evaluation_state import Cost, EvaluationState
 from .fab import FAB, distance
 from .identity import Fingerprint, clean_logits, digest, digest_of_tensors
+from .inputs import clean_batch
 from .inspection import AutoAttackWarning
 from .parts import Attack
-from .pgd import check_batch
 from .randomness import ATTACK_KEYS, KeyedNoise, Noise, ReferenceNoise
+from .settings import refuse_unknown
 from .square import Search, Square
 
 NORMS = {"Linf": "linf", "L2": "l2", "linf": "linf", "l2": "l2"}
@@ -47,6 +48,11 @@ VERSIONS: dict[str, tuple[str, ...]] = {
     "custom": (),
 }
 RNGS = ("keyed", "reference")
+FIXED = ("norm", "eps", "threat_model", "version")  # decided when an AutoAttack is made
+SETTINGS = (
+    *("model", "seed", "verbose", "attacks_to_run", "device", "rng", "search_dtype", "compile", "save_every"),
+    *("apgd", "apgd_targeted", "fab", "square"),
+)
 
 
 @dataclass(frozen=True)
@@ -87,8 +93,8 @@ class AutoAttack:
         attacks_to_run: for ``version="custom"``: names among apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square.
         version: ``"standard"`` (apgd-ce, apgd-t, fab-t, square), ``"plus"`` (six attacks, with restarts), ``"rand"``
             (apgd-ce and apgd-dlr with gradients averaged over 20 passes, for randomised models), ``"fast"`` (apgd-ce
-            and apgd-t), or ``"custom"``: set ``attacks_to_run``, and the attributes of ``apgd``, ``apgd_targeted``,
-            ``fab``, ``square`` (``n_iter``, ``n_restarts``, ``n_target_classes``, ``n_queries``, ``eot_iter``).
+            and apgd-t), or ``"custom"``: set ``attacks_to_run``. The attributes of ``apgd``, ``apgd_targeted``, ``fab``
+            and ``square`` are those of :class:`APGD`, :class:`FAB`, :class:`Square`, and can be set for any version.
         is_tf_model: not supported, must be False.
         device: where to attack; None is the device of the model, or that of x.
         log_path: a file to which what is printed is appended.
@@ -106,7 +112,14 @@ class AutoAttack:
 
     Raises:
         ValueError, TypeError: an argument is outside its range; the message names it.
+        AttributeError: something is assigned that is no setting, or is fixed: ``norm``, ``eps``, ``version``.
     """
+
+    norm: str
+    version: str
+    threat_model: ThreatModel
+    report: dict[str, Any]
+    _log_path: str | Path | None
 
     def __init__(
         self,
@@ -136,14 +149,10 @@ class AutoAttack:
             raise ValueError(f"version must be one of {', '.join(VERSIONS)}, got {version!r}")
         if attacks_to_run and version != "custom":
             raise ValueError(f'attacks_to_run is for version="custom", got version={version!r}')
-        if seed is not None and not (isinstance(seed, int) and 0 <= seed < 2**63):
-            raise ValueError(f"seed must be a whole number from 0 to 2^63 - 1, or None, got {seed!r}")
-        if rng not in RNGS:
-            raise ValueError(f"rng must be one of {', '.join(RNGS)}, got {rng!r}")
-        if search_dtype not in (None, torch.bfloat16, torch.float16):
-            raise ValueError(f"search_dtype must be None, torch.bfloat16 or torch.float16, got {search_dtype}")
+        self.__dict__.update(
+            norm=norm, version=version, threat_model=ThreatModel(NORMS[norm], eps), report={}, _log_path=log_path
+        )
         self.model = model
-        self.norm = norm
         self.seed = seed
         self.verbose = verbose
         self.device = device
@@ -151,19 +160,46 @@ class AutoAttack:
         self.search_dtype = search_dtype
         self.compile = compile
         self.save_every = save_every
-        self._log_path = log_path
-        self.threat_model = ThreatModel(NORMS[norm], eps)
         self.apgd = APGD(self.threat_model)
         self.apgd_targeted = APGD(self.threat_model, loss="dlr-targeted")
         self.fab = FAB(self.threat_model)
         self.square = Square(self.threat_model)
-        self.version = version
         self.attacks_to_run = list(VERSIONS[version] or attacks_to_run)
         if version == "plus":
             self.apgd.n_restarts = self.fab.n_restarts = 5
         if version == "rand":
             self.apgd.eot_iter = 20
-        self.report: dict[str, Any] = {}
+        self._check_settings()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in FIXED:
+            raise AttributeError(f"{name} is fixed when an AutoAttack is made; make another one")
+        refuse_unknown(self, name, SETTINGS)
+        object.__setattr__(self, name, value)
+
+    def _check_settings(self) -> None:
+        """Raise ValueError or TypeError for what was given or assigned and is outside its range."""
+        seed = self.seed
+        if seed is not None and not (isinstance(seed, int) and 0 <= seed < 2**63):
+            raise ValueError(f"seed must be a whole number from 0 to 2^63 - 1, or None, got {seed!r}")
+        if self.rng not in RNGS:
+            raise ValueError(f"rng must be one of {', '.join(RNGS)}, got {self.rng!r}")
+        if self.search_dtype not in (None, torch.bfloat16, torch.float16):
+            raise ValueError(f"search_dtype must be None, torch.bfloat16 or torch.float16, got {self.search_dtype}")
+        if not self.save_every >= 0:
+            raise ValueError(f"save_every must be a number of seconds, at least 0, got {self.save_every}")
+        for name, kind in (("apgd", APGD), ("apgd_targeted", APGD), ("fab", FAB), ("square", Square)):
+            attack = getattr(self, name)
+            if not isinstance(attack, kind):
+                raise TypeError(f"{name} must be a {kind.__name__}, got {type(attack).__name__}")
+            if attack.eps > self.eps:
+                raise ValueError(
+                    f"{name}.eps is {attack.eps}, but the evaluation is of eps {self.eps}: make an AutoAttack of the "
+                    "larger radius"
+                )
+            ours, own = self.threat_model, attack.threat_model
+            if (own.norm, own.lower, own.upper) != (ours.norm, ours.lower, ours.upper):
+                raise ValueError(f"{name} is made for another norm or box than the evaluation")
 
     @property
     def eps(self) -> float:
@@ -180,8 +216,9 @@ class AutoAttack:
         """Attack every sample until it falls or all attacks are through.
 
         Args:
-            x_orig: [N, …] in [0, 1], float32 or float64; images [N, C, H, W] for Square.
-            y_orig: int64 [N] labels.
+            x_orig: [N, …] in [0, 1], float32 or float64; images [N, C, H, W] for Square. What rounding put outside,
+                1e-6 at most, is clamped.
+            y_orig: class indices [N] or [N, 1], of any integer type.
             bs: samples at a time; decides memory and speed, not the verdicts.
             return_labels: also return the predicted classes.
             state_path: file to resume from if it is there, and to write what was found so far. It must be of the same
@@ -217,11 +254,15 @@ class AutoAttack:
             adversarial = state.adversarial.to(x_orig.device)
             results[attack.name] = (adversarial, state.labels.to(y_orig.device)) if return_labels else adversarial
             reports[attack.name] = self.report
-        self.report = reports
+        self.__dict__["report"] = reports
         return results
 
     def clean_accuracy(self, x_orig: Tensor, y_orig: Tensor, bs: int = 250) -> float:
-        """Share of samples that the model gets right."""
+        """Share of samples that the model gets right.
+
+        Args, Raises: as for :meth:`run_standard_evaluation`.
+        """
+        x_orig, y_orig = self._check_input(x_orig, y_orig, bs)
         device = self._device(x_orig)
         with borrowed(self.model, "eval") if isinstance(self.model, nn.Module) else nullcontext():
             classifier = Classifier(self.model)
@@ -231,6 +272,7 @@ class AutoAttack:
 
     def _attacks(self) -> list[Attack]:
         """The attacks in their order, with the settings that they have now."""
+        self._check_settings()
         if not self.attacks_to_run:
             raise ValueError(f"attacks_to_run is empty; choose among {', '.join(ATTACK_KEYS)}")
         known: dict[str, Attack] = {
@@ -257,28 +299,27 @@ class AutoAttack:
     def _evaluate(
         self, x: Tensor, y: Tensor, bs: int, state_path: str | Path | None, attacks: list[Attack]
     ) -> EvaluationState:
-        self._check_input(x, y, bs, attacks)
-        evaluation = _Evaluation(self, x.detach(), y, bs, state_path, attacks)
+        x, y = self._check_input(x, y, bs)
+        if any(isinstance(attack, Square) for attack in attacks) and x.dim() != 4:
+            raise ValueError(f"square takes images [N, C, H, W], got x_orig of shape {list(x.shape)}")
+        evaluation = _Evaluation(self, x, y, bs, state_path, attacks)
         state = evaluation.run()
-        self.report = evaluation.report()
+        self.__dict__["report"] = evaluation.report()
         evaluation.say_result()
         return state
 
-    def _check_input(self, x: Tensor, y: Tensor, bs: int, attacks: list[Attack]) -> None:
+    def _check_input(self, x: Tensor, y: Tensor, bs: int) -> tuple[Tensor, Tensor]:
+        """x [N, …] in the box and y int64 [N]."""
         for name, tensor in (("x_orig", x), ("y_orig", y)):
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
         if x.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"x_orig must be float32 or float64 in [0, 1], got {x.dtype}")
-        if y.dtype != torch.int64:
-            raise ValueError(f"y_orig must be int64 labels, got {y.dtype}")
         if bs < 1:
             raise ValueError(f"bs must be at least 1, got {bs}")
         if len(x) == 0:
             raise ValueError("x_orig is empty, nothing can be evaluated")
-        check_batch(x, y, self.threat_model)
-        if any(isinstance(attack, Square) for attack in attacks) and x.dim() != 4:
-            raise ValueError(f"square takes images [N, C, H, W], got x_orig of shape {list(x.shape)}")
+        return clean_batch(x, y, self.threat_model, "y_orig")
 
 
 class _Evaluation:
@@ -409,7 +450,7 @@ class _Evaluation:
         attacks = []
         for attack in self.attacks:
             options = {k: v for k, v in asdict(attack).items() if k != "threat_model"}  # type: ignore[call-overload]
-            attacks.append(f"{attack.name} {options}")
+            attacks.append(f"{attack.name} {options | {'eps': attack.threat_model.eps}}")
         return {
             "model": digest_of_tensors(self.model),
             "data set": digest(self.x, self.y),

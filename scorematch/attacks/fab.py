@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,15 +15,13 @@ from .classifier import Classifier
 from .losses import difference, ranked_targets
 from .parts import run_alone
 from .randomness import Noise, start_at_distance
+from .settings import AttackSettings
 
-ALPHA_MAX = 0.1  # how far a step is drawn towards the projection of the original point
-OVERSHOOT = 1.05  # of a step beyond the hyperplane
-BACKWARD = 0.9  # of the distance that is kept after a success
 HELD = 1 << 24  # numbers in the gradients of several classes that are held at once
 
 
 @dataclass
-class FAB:
+class FAB(AttackSettings):
     """FAB, targeted (the boundary to the classes of rank 2, 3, … in turn) or to the nearest boundary.
 
     The first restart starts at x and draws nothing. A sample is done once a misclassified point within eps was found.
@@ -33,6 +32,9 @@ class FAB:
         n_iter: steps of one run.
         n_restarts: runs (of each target).
         n_target_classes: how many classes are tried when targeted, at most L − 1.
+        alpha_max: how far a step is drawn towards the projection of the original point, at most; in [0, 1].
+        eta: factor on a step towards the hyperplane, at least 0; above 1 it crosses.
+        beta: share of the distance to the original that is kept after a success, in [0, 1].
 
     Raises:
         ValueError: an argument is outside its range.
@@ -43,15 +45,20 @@ class FAB:
     n_iter: int = 100
     n_restarts: int = 1
     n_target_classes: int = 9
+    alpha_max: float = 0.1
+    eta: float = 1.05
+    beta: float = 0.9
 
     def __post_init__(self) -> None:
         self.check()
 
     def check(self) -> None:
         """Raise ValueError for settings outside their range."""
-        for name in ("n_iter", "n_restarts", "n_target_classes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        self.check_counts("n_iter", "n_restarts", "n_target_classes")
+        self.check_share("alpha_max")
+        self.check_share("beta")
+        if not 0 <= self.eta < math.inf:
+            raise ValueError(f"eta must be finite and at least 0, got {self.eta}")
         if not abs(self.threat_model.upper - self.threat_model.lower) < float("inf"):
             raise ValueError(
                 f"FAB needs a finite box, the threat model has [{self.threat_model.lower}, {self.threat_model.upper}]"
@@ -122,8 +129,8 @@ class FAB:
                 normal,
                 value.to(x.dtype),
                 norm=model.norm,
-                alpha_max=ALPHA_MAX,
-                overshoot=OVERSHOOT,
+                alpha_max=self.alpha_max,
+                overshoot=self.eta,
                 lower=model.lower,
                 upper=model.upper,
             )
@@ -133,7 +140,7 @@ class FAB:
             near = crossed & (distance(x, centre, model.norm) <= model.eps)
             near_x = torch.where(_beside(near, x), x, near_x)
             within = within | near
-            x = torch.where(_beside(crossed, x), centre + (x - centre) * BACKWARD, x)
+            x = torch.where(_beside(crossed, x), centre + (x - centre) * self.beta, x)
         found[rows[within]], fooled[rows[within]] = near_x[within], True
         return found, fooled
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..model_state import borrowed
 from ..threat_model import ThreatModel
 from .classifier import Classifier, predicted
-from .pgd import check_batch
+from .inputs import clean_batch
 from .randomness import KeyedNoise, Noise
 
 
@@ -32,8 +32,8 @@ class Attack(Protocol):
 def run_alone(attack: Attack, model: nn.Module, x: Tensor, y: Tensor, seed: int) -> Tensor:
     """All parts of ``attack`` on the samples of x [N, …] that the model gets right; [N, …]."""
     attack.check()
-    check_batch(x, y, attack.threat_model)
-    adversarial = x.detach().clone()
+    x, y = clean_batch(x, y, attack.threat_model)
+    adversarial = x.clone()
     if len(x) == 0:
         return adversarial
     with borrowed(model, "eval"):

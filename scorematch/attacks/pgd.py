@@ -12,6 +12,7 @@ from ..model_state import borrowed
 from ..ops.divergence import divergence
 from ..threat_model import ThreatModel
 from .classifier import logits_of
+from .inputs import clean_batch
 from .losses import margin_loss
 
 LOSSES = ("ce", "margin", *KINDS)
@@ -108,18 +109,17 @@ class PGD:
 
         Args:
             model: maps [N, …] to logits [N, L].
-            x: [N, …] clean inputs inside the box.
-            y: int64 [N] labels.
+            x: [N, …] clean inputs inside the box; what rounding put outside, 1e-6 of its bound at most, is clamped.
+            y: class indices [N] or [N, 1], of any integer type.
             generator: randomness of the starts; the same numbers are drawn whatever the model does.
 
         Returns:
             [N, …] inside B(x).
 
         Raises:
-            ValueError: x is outside the box, or shapes do not fit.
+            ValueError: x is outside the box, or shapes or types do not fit.
         """
-        check_batch(x, y, self.threat_model)
-        x = x.detach()
+        x, y = clean_batch(x, y, self.threat_model)
         with borrowed(model, "eval"):
             worst = x.clone()
             fooled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
@@ -180,21 +180,3 @@ def attack_loss(logits: Tensor, labels: Tensor, loss: str) -> Tensor:
 def misclassified(logits: Tensor, labels: Tensor) -> Tensor:
     """Whether the true class is not the strict maximum, [N]; a NaN anywhere counts as misclassified."""
     return ~(margin_loss(logits, labels) < 0)
-
-
-def check_batch(x: Tensor, y: Tensor, threat_model: ThreatModel) -> None:
-    """Refuse a batch that an attack cannot mean; reads x once (synchronises a GPU), so not for training steps.
-
-    Raises:
-        ValueError: shapes do not fit, or x leaves the box of the threat model or is not finite.
-    """
-    if x.dim() < 2 or y.dim() < 1 or len(x) != len(y):
-        raise ValueError(f"x must be [N, …] and y [N], got x {list(x.shape)} and y {list(y.shape)}")
-    if len(x) == 0:
-        return
-    low, high = (float(v) for v in torch.aminmax(x.detach()))
-    if not (low >= threat_model.lower and high <= threat_model.upper):
-        raise ValueError(
-            f"x must lie in the box [{threat_model.lower}, {threat_model.upper}] of the threat model, "
-            f"got values in [{low:g}, {high:g}]"
-        )

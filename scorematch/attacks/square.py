@@ -16,6 +16,7 @@ from .classifier import Classifier
 from .losses import margin_loss
 from .parts import run_alone
 from .randomness import Noise
+from .settings import AttackSettings
 
 SETTLE_EVERY = 8  # queries after which samples that fell leave the batch; on CUDA this waits for the device
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries (of 10,000) after which the window's area halves
@@ -37,7 +38,7 @@ class Search:
 
 
 @dataclass
-class Square:
+class Square(AttackSettings):
     """Square Attack on the margin, for images [N, C, H, W].
 
     Args:
@@ -64,9 +65,7 @@ class Square:
 
     def check(self) -> None:
         """Raise ValueError for settings outside their range."""
-        for name in ("n_queries", "n_restarts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        self.check_counts("n_queries", "n_restarts")
         if not 0 < self.p_init <= 1:
             raise ValueError(f"p_init must lie in (0, 1], got {self.p_init}")
 
