@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -11,7 +12,7 @@ from ..ops.apgd_step import apgd_step
 from ..threat_model import ThreatModel
 from .classifier import Classifier, Loss, predicted
 from .losses import UNTARGETED, ranked_targets, targeted_dlr_loss
-from .parts import run_alone
+from .parts import Search, run_alone
 from .randomness import Noise, start_at_distance
 from .settings import AttackSettings
 
@@ -87,9 +88,17 @@ class APGD(AttackSettings):
         return run_alone(self, model, x, y, seed)
 
     def run_part(
-        self, classifier: Classifier, x: Tensor, y: Tensor, samples: Tensor, part: int, noise: Noise
+        self,
+        classifier: Classifier,
+        x: Tensor,
+        y: Tensor,
+        samples: Tensor,
+        part: int,
+        noise: Noise,
+        search: Search | None = None,
+        pause: Callable[[Search], None] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """One run on samples that are classified correctly.
+        """One run on samples that are classified correctly; too short to stop within.
 
         Returns:
             Points [N, …], and bool [N], whether the point is misclassified.

@@ -34,10 +34,10 @@ from .fab import FAB, distance
 from .identity import Fingerprint, clean_logits, digest, digest_of_tensors
 from .inputs import clean_batch
 from .inspection import AutoAttackWarning
-from .parts import Attack
+from .parts import Attack, Search
 from .randomness import ATTACK_KEYS, KeyedNoise, Noise, ReferenceNoise
 from .settings import refuse_unknown
-from .square import Search, Square
+from .square import Square
 
 NORMS = {"Linf": "linf", "L2": "l2", "linf": "linf", "l2": "l2"}
 VERSIONS: dict[str, tuple[str, ...]] = {
@@ -300,8 +300,9 @@ class AutoAttack:
         self, x: Tensor, y: Tensor, bs: int, state_path: str | Path | None, attacks: list[Attack]
     ) -> EvaluationState:
         x, y = self._check_input(x, y, bs)
-        if any(isinstance(attack, Square) for attack in attacks) and x.dim() != 4:
-            raise ValueError(f"square takes images [N, C, H, W], got x_orig of shape {list(x.shape)}")
+        for attack in attacks:
+            if attack.images_only and x.dim() != 4:
+                raise ValueError(f"{attack.name} takes images [N, C, H, W], got x_orig of shape {list(x.shape)}")
         evaluation = _Evaluation(self, x, y, bs, state_path, attacks)
         state = evaluation.run()
         self.__dict__["report"] = evaluation.report()
@@ -568,12 +569,6 @@ class _Evaluation:
             rows = (~fooled).nonzero().squeeze(1)
             if len(rows) == 0:
                 break
-            options: dict[str, Any] = {}
-            if isinstance(stage.attack, Square):
-                options = {
-                    "search": self._resumed_search(samples[rows.cpu()]),
-                    "pause": self._pause(samples[rows.cpu()]),
-                }
             with self.folding.applied() if self.folding is not None else nullcontext():
                 points, wrong = stage.attack.run_part(
                     self.search,
@@ -582,7 +577,8 @@ class _Evaluation:
                     samples.to(self.device)[rows],
                     part,
                     noise or KeyedNoise(self.seed, stage.attack.name, part),
-                    **options,
+                    self._resumed_search(samples[rows.cpu()]),
+                    self._pause(stage.attack.name, samples[rows.cpu()]),
                 )
             state.search = None
             with full_precision():
@@ -633,10 +629,10 @@ class _Evaluation:
             return None
         return Search(search.queries, search.best.to(self.device), search.margin.to(self.device))
 
-    def _pause(self, samples: Tensor) -> Callable[[Search], None]:
+    def _pause(self, name: str, samples: Tensor) -> Callable[[Search], None]:
         def pause(search: Search) -> None:
             self.state.search = (samples, search)
-            self._account("square")
+            self._account(name)
             self._save()
 
         return pause

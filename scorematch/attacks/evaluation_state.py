@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .identity import Fingerprint, checksum
-from .square import Search
+from .parts import Search
 
 FORMATS = "scorematch AutoAttack "
 FORMAT = f"{FORMATS}2"
@@ -49,7 +49,7 @@ class EvaluationState:
         fallen_by: int64 [N], the stage at which a sample fell; -1 if it stands or was wrong from the start.
         costs: of each attack.
         fingerprint: what the model computes at some clean samples; None where no file is kept.
-        search: samples of the batch whose Square run was interrupted, and how far it has come.
+        search: samples of the batch whose run was interrupted within, and how far it has come.
     """
 
     settings: dict[str, Any]

@@ -13,7 +13,7 @@ from ..ops.fab_step import fab_step
 from ..threat_model import ThreatModel
 from .classifier import Classifier
 from .losses import difference, ranked_targets
-from .parts import run_alone
+from .parts import Search, run_alone
 from .randomness import Noise, start_at_distance
 from .settings import AttackSettings
 
@@ -91,9 +91,17 @@ class FAB(AttackSettings):
         return run_alone(self, model, x, y, seed)
 
     def run_part(
-        self, classifier: Classifier, x: Tensor, y: Tensor, samples: Tensor, part: int, noise: Noise
+        self,
+        classifier: Classifier,
+        x: Tensor,
+        y: Tensor,
+        samples: Tensor,
+        part: int,
+        noise: Noise,
+        search: Search | None = None,
+        pause: Callable[[Search], None] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """One run on samples that are classified correctly.
+        """One run on samples that are classified correctly; too short to stop within.
 
         Returns:
             Points [N, …], and bool [N], whether the point is misclassified and within eps.

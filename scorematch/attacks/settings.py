@@ -17,6 +17,7 @@ class AttackSettings:
     """
 
     threat_model: ThreatModel
+    images_only = False
 
     def __setattr__(self, name: str, value: Any) -> None:
         refuse_unknown(self, name, [*(field.name for field in fields(self)), "eps"])  # type: ignore[arg-type]

@@ -14,27 +14,12 @@ from ..ops.square import square_l2, square_linf
 from ..threat_model import ThreatModel
 from .classifier import Classifier
 from .losses import margin_loss
-from .parts import run_alone
+from .parts import Search, run_alone
 from .randomness import Noise
 from .settings import AttackSettings
 
 SETTLE_EVERY = 8  # queries after which samples that fell leave the batch; on CUDA this waits for the device
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries (of 10,000) after which the window's area halves
-
-
-@dataclass
-class Search:
-    """How far a run has come: enough to go on with it later.
-
-    Attributes:
-        queries: proposals made so far.
-        best: [N, …], the point of lowest margin of each sample of the batch.
-        margin: [N], z_y − max of the others at ``best``.
-    """
-
-    queries: int
-    best: Tensor
-    margin: Tensor
 
 
 @dataclass
@@ -59,6 +44,7 @@ class Square(AttackSettings):
     rescale_schedule: bool = False
 
     name = "square"
+    images_only = True
 
     def __post_init__(self) -> None:
         self.check()
