@@ -142,8 +142,10 @@ class FAB(AttackSettings):
                 lower=model.lower,
                 upper=model.upper,
             )
-            # To an infinite difference of logits no hyperplane leads: the point stays.
-            x = torch.where(_beside(moved.isfinite().flatten(1).all(1), x), moved, x)
+            # To an infinite difference of logits no hyperplane leads: all elements are NaN, and the point stays.
+            goes = moved.sum(tuple(range(1, x.dim()))).isfinite()
+            on_cpu = x.device.type == "cpu"  # elsewhere asking would wait for the device
+            x = moved if on_cpu and bool(goes.all()) else torch.where(_beside(goes, x), moved, x)
             crossed = classifier.label(x) != labels
             near = crossed & (distance(x, centre, model.norm) <= model.eps)
             near_x = torch.where(_beside(near, x), x, near_x)
