@@ -10,29 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .accounting import Cost
 from .identity import Fingerprint, checksum
 from .parts import Search
 
 FORMATS = "scorematch AutoAttack "
 FORMAT = f"{FORMATS}2"
-
-
-@dataclass
-class Cost:
-    """What one attack took.
-
-    Attributes:
-        forwards, backwards: passes of one sample, the verification in float32 included.
-        seconds: of wall-clock time.
-        broken_gradients: gradients of one sample that were NaN or infinite in some element.
-        unverified: successes of a search in low precision that float32 did not confirm.
-    """
-
-    forwards: int = 0
-    backwards: int = 0
-    broken_gradients: int = 0
-    seconds: float = 0.0
-    unverified: int = 0
 
 
 @dataclass
@@ -62,6 +45,20 @@ class EvaluationState:
     fingerprint: Fingerprint | None = None
     costs: dict[str, Cost] = field(default_factory=dict)
     search: tuple[Tensor, Search] | None = None
+
+    @classmethod
+    def new(cls, settings: dict[str, Any], x: Tensor, y: Tensor) -> EvaluationState:
+        """Before the first pass over the samples of x [N, …] with labels y int64 [N]."""
+        count = len(x)
+        return cls(
+            settings=settings,
+            robust=torch.ones(count, dtype=torch.bool),
+            clean=torch.ones(count, dtype=torch.bool),
+            finished=torch.full((count,), -1),
+            adversarial=x.clone(),
+            labels=y.clone(),
+            fallen_by=torch.full((count,), -1),
+        )
 
     def save(self, path: Path) -> None:
         """Write the state so that an interruption leaves the old file or the new one."""

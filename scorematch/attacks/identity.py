@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .classifier import Classifier, full_precision
+from .parts import Attack
 
 PROBES = 100  # samples whose clean logits are kept, spread evenly over the data set
 PROBE_BATCH = 8  # the same in every run, so that the batch size of an evaluation changes nothing
@@ -50,6 +53,26 @@ class Fingerprint:
     def fits(self, logits: Tensor) -> bool:
         """Whether clean logits [K, L] are of the same model."""
         return self.strangers(logits) <= JUMPS * len(self.logits)
+
+
+def check_model(path: Path, fingerprint: Fingerprint | None, model: Any, x: Tensor, device: torch.device) -> None:
+    """Raise ValueError unless the model in eval mode has the fingerprint in the file ``path``."""
+    assert fingerprint is not None, "a state in a file has one"
+    logits = clean_logits(model, x, device)
+    if not fingerprint.fits(logits):
+        raise ValueError(
+            f"state_path: {path} is of another model: at {fingerprint.strangers(logits)} of {len(logits)} samples its "
+            "clean logits are others"
+        )
+
+
+def identity_of(model: Any, x: Tensor, y: Tensor, attacks: Sequence[Attack]) -> dict[str, Any]:
+    """What a state file must be of to go on with it, by the name that an error gives it."""
+    settings = []
+    for attack in attacks:
+        options = {k: v for k, v in asdict(attack).items() if k != "threat_model"}  # type: ignore[call-overload]
+        settings.append(f"{attack.name} {options | {'eps': attack.threat_model.eps}}")
+    return {"model": digest_of_tensors(model), "data set": digest(x, y), "list of attacks": settings}
 
 
 def clean_logits(model: Any, x: Tensor, device: torch.device) -> Tensor:

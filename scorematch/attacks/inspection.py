@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .classifier import Classifier
+from .classifier import Classifier, predicted
 from .losses import cross_entropy, dlr_loss
+from .parts import Attack
 
 
 class AutoAttackWarning(UserWarning):
@@ -19,6 +20,31 @@ class AutoAttackWarning(UserWarning):
 
 
 Model = Callable[[Tensor], Tensor]
+
+
+def doubts(
+    model: Any, x: Tensor, y: Tensor, logits: Tensor, attacks: Sequence[Attack], version: str
+) -> Iterator[str | None]:
+    """What makes the evaluation of a model in eval mode doubtful, seen at its first batch; None where nothing does.
+
+    Args:
+        x: [N, …], on the device of the model.
+        y: int64 [N].
+        logits: [N, L], of the model at x.
+        version: of :class:`scorematch.AutoAttack`; ``"rand"`` expects a randomised model.
+    """
+    names = [attack.name for attack in attacks]
+    yield probabilities(logits)
+    if version != "rand":
+        yield randomised(model, x, y)
+    yield dynamic(model, x)
+    if any(name != "square" for name in names):
+        classifier = Classifier(model)
+        yield zero_gradients(classifier, x, y)
+        known = predicted(logits) >= 0
+        yield broken_gradients(classifier, x[known], y[known])
+    targets = max((getattr(a, "n_target_classes", 0) for a in attacks if a.name.endswith("-t")), default=0)
+    yield few_classes(logits.shape[1], names, targets)
 
 
 def no_classifier(logits: Tensor) -> None:

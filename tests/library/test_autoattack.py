@@ -333,7 +333,7 @@ def test_batch_norm_is_folded_in_the_search_alone(norm: str, monkeypatch: pytest
     hook.remove()
     folded = attack(model, norm)
     expected = folded.run_standard_evaluation(x, y)
-    monkeypatch.setattr("scorematch.attacks.autoattack.folding_that_works", lambda model, x: None)
+    monkeypatch.setattr("scorematch.attacks.evaluation.folding_that_works", lambda model, x: None)
     unfolded = attack(model, norm)
     torch.testing.assert_close(unfolded.run_standard_evaluation(x, y), expected, rtol=0, atol=1e-6)
     assert 0 < folded.report["robust_accuracy"] < folded.report["clean_accuracy"]
