@@ -1,4 +1,4 @@
-"""The classic mistakes of a training step, found before it runs: pixels in 0…255, normalised images, odd labels."""
+"""What objectives and attacks are given. The classic mistakes are found first: pixels in 0…255, normalised images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from .threat_model import ThreatModel
 
-SLACK = 1e-4  # of the box, for rounding in a data pipeline
+SLACK = 1e-4  # of the width of the box, for rounding in the data pipeline of a training
+OUTSIDE = 1e-6  # of its largest bound: what rounding may add to points that are attacked, eight steps of float32 at 1
 _seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose images on a GPU have been looked at
 
 
@@ -32,9 +33,7 @@ def check_inputs(model: nn.Module, x: Tensor, y: Tensor, threat_model: ThreatMod
     """
     if not isinstance(x, Tensor) or not isinstance(y, Tensor):
         raise TypeError(f"x and y must be tensors, got {type(x).__name__} and {type(y).__name__}")
-    if not x.dtype.is_floating_point:
-        hint = "; divide pixels in 0…255 by 255: x.float() / 255" if x.dtype == torch.uint8 else ""
-        raise TypeError(f"x must be floating point, got {x.dtype}{hint}")
+    check_floating(x)
     if x.dim() < 2 or y.dim() not in (1, 2) or len(x) != len(y):
         raise ValueError(f"x must be [N, …] and y [N] or [N, L], got x {list(x.shape)} and y {list(y.shape)}")
     if y.dim() == 1 and y.dtype != torch.int64:
@@ -46,20 +45,76 @@ def check_inputs(model: nn.Module, x: Tensor, y: Tensor, threat_model: ThreatMod
         threat_model.check_radius(math.prod(x.shape[1:]))
     if threat_model is None or len(x) == 0 or (x.device.type != "cpu" and model in _seen):
         return
-    _check_box(x, threat_model)
+    check_box(x, threat_model, SLACK * (threat_model.upper - threat_model.lower))
     _seen.add(model)
 
 
-def _check_box(x: Tensor, threat_model: ThreatModel) -> None:
+def clean_batch(x: Tensor, y: Tensor, threat_model: ThreatModel, label_name: str = "y") -> tuple[Tensor, Tensor]:
+    """The batch and its labels as attacks take them; reads x once (synchronises a GPU), so not for training steps.
+
+    Args:
+        x: [N, …] inside the box of the threat model, or outside by at most 1e-6 of its largest bound; then it is
+            clamped.
+        y: class indices of any integer type, [N] or [N, 1]. One-hot labels are refused.
+        threat_model: its box is checked.
+        label_name: what errors call y.
+
+    Returns:
+        x [N, …] in the box, without a graph, and y int64 [N]. The tensors given are not written to.
+
+    Raises:
+        TypeError: x is not floating point.
+        ValueError: shapes do not fit, labels are no class indices, x leaves the box or is not finite, or an L2 radius
+            is larger than the box.
+    """
+    check_floating(x)
+    labels = y.squeeze(1) if y.dim() == 2 and y.shape[1] == 1 else y
+    if y.dim() == 2 and labels is y and len(x) == len(y):
+        raise ValueError(
+            f"{label_name} must be class indices [N], got labels {list(y.shape)}: of one-hot labels pass "
+            f"{label_name}.argmax(1)"
+        )
+    if x.dim() < 2 or labels.dim() != 1 or len(x) != len(y):
+        raise ValueError(f"x must be [N, …] and y [N], got x {list(x.shape)} and y {list(y.shape)}")
+    if y.dtype == torch.bool or y.is_floating_point() or y.is_complex():
+        raise ValueError(f"{label_name} must be int64 labels, got {y.dtype}")
+    x, labels = x.detach(), labels.long()
+    if len(x) == 0:
+        return x, labels
+    threat_model.check_radius(math.prod(x.shape[1:]))
+    lower, upper = threat_model.lower, threat_model.upper
+    rounding = OUTSIDE * max((abs(bound) for bound in (lower, upper) if math.isfinite(bound)), default=0.0)
+    low, high = check_box(x, threat_model, rounding)
+    return (x if lower <= low and high <= upper else x.clamp(lower, upper)), labels
+
+
+def check_floating(x: Tensor) -> None:
+    """Refuse x of whole numbers.
+
+    Raises:
+        TypeError: it is.
+    """
+    if not x.dtype.is_floating_point:
+        hint = "; divide pixels in 0…255 by 255: x.float() / 255" if x.dtype == torch.uint8 else ""
+        raise TypeError(f"x must be floating point, got {x.dtype}{hint}")
+
+
+def check_box(x: Tensor, threat_model: ThreatModel, slack: float = 0.0) -> tuple[float, float]:
+    """The least and the largest value of x [N, …], N ≥ 1, once they are in the box but for ``slack``.
+
+    Raises:
+        ValueError: they are not, or not finite.
+    """
     low, high = (float(value) for value in torch.aminmax(x.detach()))
     lower, upper = threat_model.lower, threat_model.upper
-    slack = SLACK * (upper - lower)
     if low >= lower - slack and high <= upper + slack and low > -torch.inf and high < torch.inf:
-        return
+        return low, high
     hint = ""
     if (lower, upper) == (0.0, 1.0):
-        if low >= 0.0 and 1.0 < high <= 255.0:
+        if low >= 0.0 and 1.5 < high <= 255.0:
             hint = "; divide pixels in 0…255 by 255"
-        elif low < 0.0:
+        elif low < -0.1:
             hint = "; if images are normalised, do that in the model, so that eps counts in pixels"
-    raise ValueError(f"x must lie in the box [{lower:g}, {upper:g}] of the threat model, got [{low:g}, {high:g}]{hint}")
+    raise ValueError(
+        f"x must lie in the box [{lower}, {upper}] of the threat model, got values in [{low!r}, {high!r}]{hint}"
+    )

@@ -41,12 +41,13 @@ def borrowed(model: nn.Module, mode: str = "eval") -> Iterator[None]:
     """
     if mode not in ATTACK_MODES:
         raise ValueError(f"attack_mode must be one of {', '.join(ATTACK_MODES)}, got {mode!r}")
-    training = [(module, module.training) for module in model.modules()]
+    training = [(m, m.training) for m in model.modules() if hasattr(m, "training")]  # a frozen script has no mode
     trainable = [p for p in model.parameters() if p.requires_grad]
     try:
         for parameter in trainable:
             parameter.requires_grad_(False)
-        model.train(mode != "eval")
+        if training:
+            model.train(mode != "eval")
         with frozen_statistics(model) if mode == "frozen" else nullcontext():
             yield
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -9,10 +10,11 @@ from torch import Tensor, nn
 
 from ..ops.apgd_step import apgd_step
 from ..threat_model import ThreatModel
-from .classifier import Classifier, Loss
+from .classifier import Classifier, Loss, predicted
 from .losses import UNTARGETED, ranked_targets, targeted_dlr_loss
-from .parts import run_alone
+from .parts import Search, run_alone
 from .randomness import Noise, start_at_distance
+from .settings import AttackSettings
 
 MOMENTUM = 0.75  # weight of the new step against the last move
 SETTLE_EVERY = 4  # steps after which samples that fell leave the batch; on CUDA this waits for the device
@@ -20,7 +22,7 @@ LOSSES = ("ce", "dlr", "dlr-targeted")
 
 
 @dataclass
-class APGD:
+class APGD(AttackSettings):
     """Auto-PGD with cross-entropy, DLR or targeted DLR.
 
     Every iterate is judged, the start included. A sample that falls leaves the batch a few steps later: what is
@@ -54,11 +56,8 @@ class APGD:
         """Raise ValueError for settings outside their range."""
         if self.loss not in LOSSES:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
-        for name in ("n_iter", "n_restarts", "n_target_classes", "eot_iter"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.rho <= 1:
-            raise ValueError(f"rho must lie in [0, 1], got {self.rho}")
+        self.check_counts("n_iter", "n_restarts", "n_target_classes", "eot_iter")
+        self.check_share("rho")
 
     @property
     def name(self) -> str:
@@ -89,9 +88,17 @@ class APGD:
         return run_alone(self, model, x, y, seed)
 
     def run_part(
-        self, classifier: Classifier, x: Tensor, y: Tensor, samples: Tensor, part: int, noise: Noise
+        self,
+        classifier: Classifier,
+        x: Tensor,
+        y: Tensor,
+        samples: Tensor,
+        part: int,
+        noise: Noise,
+        search: Search | None = None,
+        pause: Callable[[Search], None] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """One run on samples that are classified correctly.
+        """One run on samples that are classified correctly; too short to stop within.
 
         Returns:
             Points [N, …], and bool [N], whether the point is misclassified.
@@ -113,7 +120,7 @@ class APGD:
         """Algorithm 1 of the paper from ``start``; ``goals`` are the labels and, for a targeted loss, the targets."""
         found, fooled = start.clone(), torch.zeros(len(x0), dtype=torch.bool, device=x0.device)
         logits, value, grad = classifier.gradient(start, loss, *goals, passes=self.eot_iter)
-        state = _State.begin(start, value, grad, logits.argmax(1) != goals[0], 2 * self.threat_model.eps)
+        state = _State.begin(start, value, grad, predicted(logits) != goals[0], 2 * self.threat_model.eps)
         interval, since = max(int(0.22 * self.n_iter), 1), 0
         shorter, shortest = max(int(0.03 * self.n_iter), 1), max(int(0.06 * self.n_iter), 1)
 
@@ -139,7 +146,7 @@ class APGD:
                 upper=self.threat_model.upper,
             )
             logits, value, state.grad = classifier.gradient(state.x, loss, *here, passes=self.eot_iter)
-            state.judge(logits.argmax(1) != here[0], value)
+            state.judge(predicted(logits) != here[0], value)
             since += 1
             if since == interval:
                 state.adapt(self.rho * interval)

@@ -14,13 +14,43 @@ from ..folding import Folding
 Loss = Callable[..., Tensor]  # (logits [N, L], labels [N], …) to [N]
 
 
+def logits_of(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """What a model returns for x [N, …]: [N, L] in float32 or float64; half precision becomes float32.
+
+    Raises:
+        ValueError: that is no tensor [N, L] of floating-point numbers with L ≥ 2.
+    """
+    logits = model(x)
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"the model must return a tensor of logits [N, L], got {type(logits).__name__}")
+    if logits.dim() != 2 or len(logits) != len(x) or logits.shape[1] < 2:
+        raise ValueError(
+            f"the model must return logits [N, L] with L >= 2, got {list(logits.shape)} for x of shape {list(x.shape)}"
+        )
+    if not logits.is_floating_point():
+        raise ValueError(f"the model must return floating-point logits, got {logits.dtype}")
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def predicted(logits: Tensor) -> Tensor:
+    """The class of the largest logit, int64 [N]; −1, which is no class, where a logit is NaN.
+
+    So a NaN counts as misclassified, whatever the label is.
+
+    Args:
+        logits: [N, L].
+    """
+    largest, labels = logits.max(1)  # NaN counts as the largest
+    return labels.masked_fill(largest.isnan(), -1)
+
+
 class Classifier:
     """Calls a model and counts its passes over samples.
 
     Args:
         model: maps [N, …] to logits [N, L]; its parameters should not ask for gradients meanwhile.
         dtype: None computes as the model does; bfloat16 or float16 runs it under autocast. Logits come back in float32
-            either way (float64 stays).
+            either way (float64 stays). Gradients have no NaN: it becomes 0, an infinite value the largest finite one.
         on_pass: called with the number of samples after each pass, forward or backward.
         chunk: about how many samples go through the model at once, fewer than twice as many; None is all.
         channels_last: hand images to the model in this memory format.
@@ -41,14 +71,20 @@ class Classifier:
         self._arranged = in_channels_last if channels_last else torch.detach
         self.forwards = 0  # passes of one sample
         self.backwards = 0
+        self._broken: Tensor | int = 0
+
+    def take_broken(self) -> int:
+        """Gradients of one sample since the last call in which an element was NaN or infinite; waits for the device."""
+        broken, self._broken = int(self._broken), 0
+        return broken
 
     def _logits(self, x: Tensor) -> Tensor:
         self.forwards += len(x)
         self._on_pass(len(x))
         if self._dtype is None:
-            return self._model(x)
+            return logits_of(self._model, x)
         with torch.autocast(x.device.type, self._dtype):
-            return self._model(x).float()
+            return logits_of(self._model, x)
 
     def _parts(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """Tensors [N, …], cut alike, into parts of equal size."""
@@ -61,11 +97,11 @@ class Classifier:
             return _joined([self._logits(self._arranged(part)) for (part,) in self._parts(x)])
 
     def label(self, x: Tensor) -> Tensor:
-        """The predicted class, int64 [N]."""
-        return self.logits(x).argmax(1)
+        """The predicted class, int64 [N]; −1 where a logit is NaN."""
+        return predicted(self.logits(x))
 
     def gradient(self, x: Tensor, loss: Loss, *goals: Tensor, passes: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits [N, L], loss [N] and its gradient like x [N, …].
+        """Logits [N, L], loss [N] (−∞ where it is NaN) and its gradient like x [N, …].
 
         Args:
             x: [N, …].
@@ -86,22 +122,36 @@ class Classifier:
                 logits = self._logits(x)
                 value = loss(logits, *goals)
                 (gradient,) = torch.autograd.grad(value.sum(), x)
-            self.backwards += len(x)
-            self._on_pass(len(x))
+            gradient = self._usable(gradient, passes)
             total = gradient if total is None else total + gradient
         assert total is not None
-        return logits.detach(), value.detach(), (total if passes == 1 else total / passes).contiguous()
+        value = value.detach().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        return logits.detach(), value, (total if passes == 1 else total / passes).contiguous()
 
-    def class_gradients(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [N, L] and the gradient of each, [N, L, …]: L backward passes."""
+    def class_gradients(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Logits [N, L], and a function that takes one class of each sample, int64 [N], and returns the gradients of
+        their logits, [N, …]: one backward pass a call."""
         x = x.detach().requires_grad_()
         with torch.enable_grad():
             logits = self._logits(x)
-        classes = logits.shape[1]
-        self.backwards += classes * len(x)
-        self._on_pass(classes * len(x))
-        columns = [torch.autograd.grad(logits[:, c].sum(), x, retain_graph=c + 1 < classes)[0] for c in range(classes)]
-        return logits.detach(), torch.stack(columns, 1)
+
+        def gradient(classes: Tensor) -> Tensor:
+            with torch.enable_grad():
+                chosen = logits.gather(1, classes[:, None]).sum()
+            return self._usable(torch.autograd.grad(chosen, x, retain_graph=True)[0])
+
+        return logits.detach(), gradient
+
+    def _usable(self, gradient: Tensor, passes: int = 1) -> Tensor:
+        """Count a backward pass and take out of its gradient [N, …] what is not finite."""
+        self.backwards += len(gradient)
+        self._on_pass(len(gradient))
+        finite = gradient.sum(tuple(range(1, gradient.dim()))).isfinite()  # NaN and infinite elements show in the sum
+        if gradient.device.type == "cpu" and bool(finite.all()):
+            return gradient
+        self._broken = self._broken + (~finite).sum()
+        largest = torch.finfo(gradient.dtype).max / passes
+        return gradient.nan_to_num(nan=0.0, posinf=largest, neginf=-largest)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
@@ -160,7 +210,8 @@ def folding_that_works(model: Any, x: Tensor) -> Folding | None:
 
 def _same(given: Tensor, expected: Tensor) -> bool:
     """Whether logits agree but for rounding."""
-    return torch.allclose(given, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+    size = float(expected.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).abs().max())
+    return torch.allclose(given, expected, rtol=1e-3, atol=1e-3 * size, equal_nan=True)
 
 
 def cache_chunk(model: Any, x: Tensor, cache: int = 1 << 20) -> int | None:
@@ -178,6 +229,9 @@ def cache_chunk(model: Any, x: Tensor, cache: int = 1 << 20) -> int | None:
     """
     if x.device.type != "cpu" or not isinstance(model, nn.Module):
         return None
+    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    if not modules:  # scripted modules take no hooks
+        return None
     widest = 1
 
     def measure(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -185,7 +239,7 @@ def cache_chunk(model: Any, x: Tensor, cache: int = 1 << 20) -> int | None:
         if isinstance(output, Tensor):
             widest = max(widest, output.numel() * output.element_size())
 
-    hooks = [module.register_forward_hook(measure) for module in model.modules()]
+    hooks = [module.register_forward_hook(measure) for module in modules]
     try:
         with torch.no_grad():
             model(x[:1])

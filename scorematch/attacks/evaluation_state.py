@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import pickle
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,25 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .square import Search
+from .accounting import Cost
+from .identity import Fingerprint, checksum
+from .parts import Search
 
-FORMAT = "scorematch AutoAttack 1"
-
-
-@dataclass
-class Cost:
-    """What one attack took.
-
-    Attributes:
-        forwards, backwards: passes of one sample, the verification in float32 included.
-        seconds: of wall-clock time.
-        unverified: successes of a search in low precision that float32 did not confirm.
-    """
-
-    forwards: int = 0
-    backwards: int = 0
-    seconds: float = 0.0
-    unverified: int = 0
+FORMATS = "scorematch AutoAttack "
+FORMAT = f"{FORMATS}2"
 
 
 @dataclass
@@ -38,15 +23,16 @@ class EvaluationState:
     """Verdicts so far. Samples are numbered as in the data set.
 
     Attributes:
-        settings: what the evaluation is of: hashes of model and data, threat model, attacks, seed.
+        settings: what the evaluation is of: hashes of the model's tensors and of the data, threat model, attacks, seed.
         robust: bool [N], whether a sample stands so far.
         clean: bool [N], whether it is classified correctly before any attack.
         finished: int64 [N], how many stages each sample is through with.
         adversarial: [N, …], the misclassified point of each sample that fell, the original of every other.
-        labels: int64 [N], the class predicted there.
+        labels: int64 [N], the class predicted there; -1 where a logit is NaN.
         fallen_by: int64 [N], the stage at which a sample fell; -1 if it stands or was wrong from the start.
         costs: of each attack.
-        search: samples of the batch whose Square run was interrupted, and how far it has come.
+        fingerprint: what the model computes at some clean samples; None where no file is kept.
+        search: samples of the batch whose run was interrupted within, and how far it has come.
     """
 
     settings: dict[str, Any]
@@ -56,8 +42,23 @@ class EvaluationState:
     adversarial: Tensor
     labels: Tensor
     fallen_by: Tensor
+    fingerprint: Fingerprint | None = None
     costs: dict[str, Cost] = field(default_factory=dict)
     search: tuple[Tensor, Search] | None = None
+
+    @classmethod
+    def new(cls, settings: dict[str, Any], x: Tensor, y: Tensor) -> EvaluationState:
+        """Before the first pass over the samples of x [N, …] with labels y int64 [N]."""
+        count = len(x)
+        return cls(
+            settings=settings,
+            robust=torch.ones(count, dtype=torch.bool),
+            clean=torch.ones(count, dtype=torch.bool),
+            finished=torch.full((count,), -1),
+            adversarial=x.clone(),
+            labels=y.clone(),
+            fallen_by=torch.full((count,), -1),
+        )
 
     def save(self, path: Path) -> None:
         """Write the state so that an interruption leaves the old file or the new one."""
@@ -72,6 +73,7 @@ class EvaluationState:
             "fallen_by": self.fallen_by,
             "adversarial": self.adversarial[fallen],
             "costs": {name: asdict(cost) for name, cost in self.costs.items()},
+            "fingerprint": asdict(self.fingerprint) if self.fingerprint is not None else None,
             "search": None,
         }
         if self.search is not None:
@@ -82,6 +84,7 @@ class EvaluationState:
                 "best": search.best.cpu(),
                 "margin": search.margin.cpu(),
             }
+        content["checksum"] = checksum(content)
         beside = path.with_name(path.name + ".part")
         try:
             with open(beside, "wb") as file:
@@ -101,14 +104,9 @@ class EvaluationState:
             x: [N, …] the data set.
 
         Raises:
-            ValueError: the file is no state, or is of another model, data set or setting.
+            ValueError: the file is damaged or no state, or is of another data set or setting.
         """
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
-            raise ValueError(f"state_path: {path} is no readable state of an evaluation ({error})") from None
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise ValueError(f"state_path: {path} is no state of an evaluation by scorematch.AutoAttack")
+        content = _read(path)
         for name, value in settings.items():
             if content["settings"].get(name) != value:
                 raise ValueError(
@@ -122,17 +120,34 @@ class EvaluationState:
         return cls(
             settings=content["settings"],
             adversarial=adversarial,
+            fingerprint=Fingerprint(**content["fingerprint"]),
             costs={name: Cost(**cost) for name, cost in content["costs"].items()},
             search=search,
             **{name: content[name] for name in ("robust", "clean", "finished", "labels", "fallen_by")},
         )
 
 
-def digest(*tensors: Tensor) -> str:
-    """A short hash of the values of tensors."""
-    total = hashlib.sha256()
-    for tensor in tensors:
-        total.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
-        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-        total.update(data.numpy().data)
-    return total.hexdigest()[:16]
+def _read(path: Path) -> dict[str, Any]:
+    """What :meth:`EvaluationState.save` wrote, to the last bit.
+
+    Raises:
+        ValueError: the file holds anything else.
+    """
+    unreadable = f"state_path: {path} is no readable state of an evaluation"
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged bytes raise whatever they happen to stand for
+        raise ValueError(f"{unreadable} ({type(error).__name__}: {error})") from None
+    name = content.get("format") if isinstance(content, dict) else None
+    if not isinstance(name, str) or not name.startswith(FORMATS):
+        raise ValueError(f"state_path: {path} is no state of an evaluation by scorematch.AutoAttack")
+    if name != FORMAT:
+        raise ValueError(f"state_path: {path} was written by another version of scorematch: {name!r}, not {FORMAT!r}")
+    kept = content.pop("checksum", None)
+    try:
+        found = checksum(content)
+    except Exception:  # of values that no state holds
+        found = None
+    if kept is None or found != kept:
+        raise ValueError(f"{unreadable} (it is damaged: its contents do not fit their checksum)")
+    return content

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,16 +13,15 @@ from ..ops.fab_step import fab_step
 from ..threat_model import ThreatModel
 from .classifier import Classifier
 from .losses import difference, ranked_targets
-from .parts import run_alone
+from .parts import Search, run_alone
 from .randomness import Noise, start_at_distance
+from .settings import AttackSettings
 
-ALPHA_MAX = 0.1  # how far a step is drawn towards the projection of the original point
-OVERSHOOT = 1.05  # of a step beyond the hyperplane
-BACKWARD = 0.9  # of the distance that is kept after a success
+HELD = 1 << 24  # numbers in the gradients of several classes that are held at once
 
 
 @dataclass
-class FAB:
+class FAB(AttackSettings):
     """FAB, targeted (the boundary to the classes of rank 2, 3, … in turn) or to the nearest boundary.
 
     The first restart starts at x and draws nothing. A sample is done once a misclassified point within eps was found.
@@ -32,6 +32,9 @@ class FAB:
         n_iter: steps of one run.
         n_restarts: runs (of each target).
         n_target_classes: how many classes are tried when targeted, at most L − 1.
+        alpha_max: how far a step is drawn towards the projection of the original point, at most; in [0, 1].
+        eta: factor on a step towards the hyperplane, at least 0; above 1 it crosses.
+        beta: share of the distance to the original that is kept after a success, in [0, 1].
 
     Raises:
         ValueError: an argument is outside its range.
@@ -42,15 +45,20 @@ class FAB:
     n_iter: int = 100
     n_restarts: int = 1
     n_target_classes: int = 9
+    alpha_max: float = 0.1
+    eta: float = 1.05
+    beta: float = 0.9
 
     def __post_init__(self) -> None:
         self.check()
 
     def check(self) -> None:
         """Raise ValueError for settings outside their range."""
-        for name in ("n_iter", "n_restarts", "n_target_classes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        self.check_counts("n_iter", "n_restarts", "n_target_classes")
+        self.check_share("alpha_max")
+        self.check_share("beta")
+        if not 0 <= self.eta < math.inf:
+            raise ValueError(f"eta must be finite and at least 0, got {self.eta}")
         if not abs(self.threat_model.upper - self.threat_model.lower) < float("inf"):
             raise ValueError(
                 f"FAB needs a finite box, the threat model has [{self.threat_model.lower}, {self.threat_model.upper}]"
@@ -83,9 +91,17 @@ class FAB:
         return run_alone(self, model, x, y, seed)
 
     def run_part(
-        self, classifier: Classifier, x: Tensor, y: Tensor, samples: Tensor, part: int, noise: Noise
+        self,
+        classifier: Classifier,
+        x: Tensor,
+        y: Tensor,
+        samples: Tensor,
+        part: int,
+        noise: Noise,
+        search: Search | None = None,
+        pause: Callable[[Search], None] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """One run on samples that are classified correctly.
+        """One run on samples that are classified correctly; too short to stop within.
 
         Returns:
             Points [N, …], and bool [N], whether the point is misclassified and within eps.
@@ -115,22 +131,26 @@ class FAB:
                 centre, labels = x0[rows], y[rows]
                 boundary = self._boundary_to(target[rows] if target is not None else None, labels)
             value, normal = boundary(classifier, x)
-            x = fab_step(
+            moved = fab_step(
                 x,
                 centre,
                 normal,
-                value,
+                value.to(x.dtype),
                 norm=model.norm,
-                alpha_max=ALPHA_MAX,
-                overshoot=OVERSHOOT,
+                alpha_max=self.alpha_max,
+                overshoot=self.eta,
                 lower=model.lower,
                 upper=model.upper,
             )
+            # To an infinite difference of logits no hyperplane leads: all elements are NaN, and the point stays.
+            goes = moved.sum(tuple(range(1, x.dim()))).isfinite()
+            on_cpu = x.device.type == "cpu"  # elsewhere asking would wait for the device
+            x = moved if on_cpu and bool(goes.all()) else torch.where(_beside(goes, x), moved, x)
             crossed = classifier.label(x) != labels
             near = crossed & (distance(x, centre, model.norm) <= model.eps)
             near_x = torch.where(_beside(near, x), x, near_x)
             within = within | near
-            x = torch.where(_beside(crossed, x), centre + (x - centre) * BACKWARD, x)
+            x = torch.where(_beside(crossed, x), centre + (x - centre) * self.beta, x)
         found[rows[within]], fooled[rows[within]] = near_x[within], True
         return found, fooled
 
@@ -145,16 +165,28 @@ class FAB:
             return targeted
 
         def nearest(classifier: Classifier, x: Tensor) -> tuple[Tensor, Tensor]:
-            logits, gradients = classifier.class_gradients(x)
-            index = y.view(-1, 1, *[1] * (x.dim() - 1)).expand(-1, 1, *x.shape[1:])
-            values = logits - logits.gather(1, y[:, None])  # [N, L]
-            normals = gradients - gradients.gather(1, index)  # [N, L, …]
-            flat = normals.flatten(2)
-            dual = flat.abs().sum(2) if self.threat_model.norm == "linf" else flat.norm(dim=2)
-            distances = (values.abs() / (1e-12 + dual)).scatter(1, y[:, None], torch.inf)
-            choice = distances.argmin(1)
-            every = torch.arange(len(x), device=x.device)
-            return values[every, choice], normals[every, choice]
+            logits, gradient_of = classifier.class_gradients(x)
+            values = (logits - logits.gather(1, y[:, None])).to(x.dtype)  # [N, L]
+            classes, every = values.shape[1], torch.arange(len(x), device=x.device)
+            held = max(HELD // x.numel(), 1)
+            own = gradient_of(y) if held < classes else None
+            least = x.new_full((len(x),), torch.inf)
+            value, normal = torch.zeros_like(least), torch.zeros_like(x)
+            for some in torch.arange(classes, device=x.device).split(held):
+                gradients = torch.stack([gradient_of(c.expand_as(y)) for c in some], 1)  # [N, K, …]
+                if own is None:
+                    own = gradients[every, y]
+                normals = gradients.sub_(own[:, None])
+                flat = normals.flatten(2)
+                dual = flat.abs().sum(2) if self.threat_model.norm == "linf" else flat.norm(dim=2)
+                distances = (values[:, some].abs() / (1e-12 + dual)).nan_to_num(nan=torch.inf, posinf=torch.inf)
+                distances = distances.masked_fill(some == y[:, None], torch.inf)
+                choice = distances.argmin(1)
+                nearer = distances[every, choice] < least
+                least = torch.where(nearer, distances[every, choice], least)
+                value = torch.where(nearer, values[every, some[choice]], value)
+                normal = torch.where(_beside(nearer, x), normals[every, choice], normal)
+            return value, normal
 
         return nearest
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .classifier import Classifier
+from .classifier import Classifier, predicted
 from .losses import cross_entropy, dlr_loss
+from .parts import Attack
 
 
 class AutoAttackWarning(UserWarning):
@@ -21,26 +22,68 @@ class AutoAttackWarning(UserWarning):
 Model = Callable[[Tensor], Tensor]
 
 
-def check_logits(logits: Tensor, x: Tensor) -> None:
-    """Refuse what no classifier returns.
+def doubts(
+    model: Any, x: Tensor, y: Tensor, logits: Tensor, attacks: Sequence[Attack], version: str
+) -> Iterator[str | None]:
+    """What makes the evaluation of a model in eval mode doubtful, seen at its first batch; None where nothing does.
+
+    Args:
+        x: [N, …], on the device of the model.
+        y: int64 [N].
+        logits: [N, L], of the model at x.
+        version: of :class:`scorematch.AutoAttack`; ``"rand"`` expects a randomised model.
+    """
+    names = [attack.name for attack in attacks]
+    yield probabilities(logits)
+    if version != "rand":
+        yield randomised(model, x, y)
+    yield dynamic(model, x)
+    if any(name != "square" for name in names):
+        classifier = Classifier(model)
+        yield zero_gradients(classifier, x, y)
+        known = predicted(logits) >= 0
+        yield broken_gradients(classifier, x[known], y[known])
+    targets = max((getattr(a, "n_target_classes", 0) for a in attacks if a.name.endswith("-t")), default=0)
+    yield few_classes(logits.shape[1], names, targets)
+
+
+def no_classifier(logits: Tensor) -> None:
+    """Refuse a model that returns a NaN among the logits [N, L] of every sample.
 
     Raises:
-        ValueError: logits are not [N, L] with L ≥ 2 for x [N, …], or hold a NaN.
+        ValueError: it does.
     """
-    if not isinstance(logits, Tensor):
-        raise ValueError(f"the model must return a tensor of logits [N, L], got {type(logits).__name__}")
-    if logits.dim() != 2 or len(logits) != len(x) or logits.shape[1] < 2:
-        raise ValueError(
-            f"the model must return logits [N, L] with L >= 2, got {list(logits.shape)} for x of shape {list(x.shape)}"
-        )
-    if bool(logits.isnan().any()):
-        raise ValueError(f"the model returned NaN for {int(logits.isnan().any(1).sum())} of {len(x)} points")
+    nan = int(logits.isnan().any(1).sum())
+    if nan == len(logits):
+        raise ValueError(f"the model returned NaN for {nan} of {len(logits)} points")
+
+
+def nan_samples(samples: Tensor, what: str) -> str | None:
+    """What to say of the samples int64 [K] at whose ``what`` points a logit is NaN."""
+    if len(samples) == 0:
+        return None
+    first = ", ".join(str(int(n)) for n in samples[:10])
+    return (
+        f"the model returns NaN for {len(samples)} {what} samples ({first}{', …' if len(samples) > 10 else ''}): "
+        "a NaN counts as misclassified"
+    )
+
+
+def broken_gradients(classifier: Classifier, x: Tensor, y: Tensor) -> str | None:
+    """Whether some gradients at x [N, …] have elements that are NaN or infinite."""
+    if len(x) == 0:
+        return None
+    classifier.take_broken()
+    classifier.gradient(x, cross_entropy, y)
+    if count := classifier.take_broken():
+        return f"gradients are not finite for {count} of {len(x)} points: a NaN counts as 0 and leaves its pixel alone"
+    return None
 
 
 def randomised(model: Model, x: Tensor, y: Tensor, passes: int = 5, tolerance: float = 1e-4) -> str | None:
     """Whether repeated passes over x [N, …] disagree."""
     with torch.no_grad():
-        outputs = [model(x).float() for _ in range(passes)]
+        outputs = [model(x).float().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) for _ in range(passes)]
     labels = [output.argmax(1) == y for output in outputs]
     scaled = [output / (output.norm(dim=1, keepdim=True) + 1e-10) for output in outputs]
     difference = max(float((one - scaled[0]).norm(dim=1).max()) for one in scaled)
@@ -51,6 +94,9 @@ def randomised(model: Model, x: Tensor, y: Tensor, passes: int = 5, tolerance: f
 
 def probabilities(logits: Tensor, tolerance: float = 1e-5) -> str | None:
     """Whether the outputs [N, L] are probabilities instead of logits."""
+    logits = logits[logits.isfinite().all(1)]
+    if len(logits) == 0:
+        return None
     low, high = float(logits.min()), float(logits.max())
     sums = float((logits.sum(1) - 1).abs().max())
     if low > -tolerance and high < 1 + tolerance and sums < tolerance:

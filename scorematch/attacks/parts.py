@@ -2,22 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor, nn
 
+from ..inputs import clean_batch
 from ..model_state import borrowed
 from ..threat_model import ThreatModel
-from .classifier import Classifier
-from .pgd import check_batch
+from .classifier import Classifier, predicted
 from .randomness import KeyedNoise, Noise
 
 
+@dataclass
+class Search:
+    """How far a run has come: enough to go on with it later.
+
+    Attributes:
+        queries: proposals made so far.
+        best: [N, …], the point of lowest margin of each sample of the batch.
+        margin: [N], z_y − max of the others at ``best``.
+    """
+
+    queries: int
+    best: Tensor
+    margin: Tensor
+
+
 class Attack(Protocol):
-    """What AutoAttack needs of an attack: it consists of parts, each of which may find more."""
+    """What AutoAttack needs of an attack: it consists of parts, each of which may find more.
+
+    A part that takes long goes on from ``search``, where an interrupted run of the same batch stopped, and calls
+    ``pause`` now and then with how far it has come. Others are done anew after an interruption, and ignore both.
+
+    Attributes:
+        images_only: whether x must be [N, C, H, W].
+    """
 
     threat_model: ThreatModel
     n_restarts: int
+    images_only: bool
 
     @property
     def name(self) -> str: ...
@@ -25,21 +50,29 @@ class Attack(Protocol):
     def parts(self, num_classes: int) -> int: ...
     def cost(self) -> tuple[int, int]: ...
     def run_part(
-        self, classifier: Classifier, x: Tensor, y: Tensor, samples: Tensor, part: int, noise: Noise
+        self,
+        classifier: Classifier,
+        x: Tensor,
+        y: Tensor,
+        samples: Tensor,
+        part: int,
+        noise: Noise,
+        search: Search | None = None,
+        pause: Callable[[Search], None] | None = None,
     ) -> tuple[Tensor, Tensor]: ...
 
 
 def run_alone(attack: Attack, model: nn.Module, x: Tensor, y: Tensor, seed: int) -> Tensor:
     """All parts of ``attack`` on the samples of x [N, …] that the model gets right; [N, …]."""
     attack.check()
-    check_batch(x, y, attack.threat_model)
-    adversarial = x.detach().clone()
+    x, y = clean_batch(x, y, attack.threat_model)
+    adversarial = x.clone()
     if len(x) == 0:
         return adversarial
     with borrowed(model, "eval"):
         classifier = Classifier(model)
         logits = classifier.logits(adversarial)
-        alive = (logits.argmax(1) == y).nonzero().squeeze(1)
+        alive = (predicted(logits) == y).nonzero().squeeze(1)
         for part in range(attack.parts(logits.shape[1])):
             if len(alive) == 0:
                 break

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ..divergences import KINDS
+from ..inputs import clean_batch
 from ..model_state import borrowed
 from ..ops.divergence import divergence
 from ..threat_model import ThreatModel
+from .classifier import logits_of
 from .losses import margin_loss
 
 LOSSES = ("ce", "margin", *KINDS)
@@ -61,7 +63,8 @@ class PGD:
 
     A misclassified point always wins; among correctly classified ones, that of higher loss, compared only within one
     loss. A sample is left alone as soon as it is misclassified. Every iterate is judged, not only the last.
-    The model is used in eval mode and left as found: no gradient in its parameters, no mode changed.
+    The model is used in eval mode and left as found: no gradient in its parameters, no mode changed. A NaN among the
+    logits counts as misclassified; an element of a gradient that is NaN leaves its pixel where it is.
 
     Args:
         threat_model: B(x) and the step size.
@@ -106,22 +109,23 @@ class PGD:
 
         Args:
             model: maps [N, …] to logits [N, L].
-            x: [N, …] clean inputs inside the box.
-            y: int64 [N] labels.
+            x: [N, …] clean inputs inside the box; what rounding put outside, 1e-6 of its bound at most, is clamped.
+            y: class indices [N] or [N, 1], of any integer type.
             generator: randomness of the starts; the same numbers are drawn whatever the model does.
 
         Returns:
             [N, …] inside B(x).
 
         Raises:
-            ValueError: x is outside the box, or shapes do not fit.
+            ValueError: x is outside the box, or shapes or types do not fit.
         """
-        check_batch(x, y, self.threat_model)
-        x = x.detach()
+        x, y = clean_batch(x, y, self.threat_model)
         with borrowed(model, "eval"):
             worst = x.clone()
-            with torch.no_grad():
-                fooled = misclassified(model(x), y) if len(x) else torch.zeros(0, dtype=torch.bool, device=x.device)
+            fooled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+            if len(x):
+                with torch.no_grad():
+                    fooled = misclassified(logits_of(model, x), y)
             for loss in self.losses:
                 best = x.new_full((len(x),), -torch.inf)
                 for _ in range(self.restarts):
@@ -149,17 +153,18 @@ class PGD:
             last = step == self.steps
             with torch.set_grad_enabled(not last):
                 x_adv = x_adv.detach().requires_grad_(not last)
-                logits = model(x_adv)
+                logits = logits_of(model, x_adv)
                 value = attack_loss(logits, y[alive], loss)
             with torch.no_grad():
                 wrong = misclassified(logits, y[alive])
                 improved = wrong | (value > best[alive])
                 worst[alive[improved]] = x_adv.detach()[improved]
-                best[alive] = torch.maximum(best[alive], value.detach())
+                best[alive] = torch.where(improved, value.detach().to(best.dtype), best[alive])
                 fooled[alive[wrong]] = True
             if last or bool(wrong.all()):
                 return
             (gradient,) = torch.autograd.grad(value.sum(), x_adv)
+            gradient = gradient.nan_to_num(nan=0.0)  # a pixel of NaN stays where it is
             keep = ~wrong
             alive = alive[keep]
             x_adv = self.threat_model.step(x_adv.detach()[keep], gradient[keep], x[alive])
@@ -175,22 +180,3 @@ def attack_loss(logits: Tensor, labels: Tensor, loss: str) -> Tensor:
 def misclassified(logits: Tensor, labels: Tensor) -> Tensor:
     """Whether the true class is not the strict maximum, [N]; a NaN anywhere counts as misclassified."""
     return ~(margin_loss(logits, labels) < 0)
-
-
-def check_batch(x: Tensor, y: Tensor, threat_model: ThreatModel) -> None:
-    """Refuse a batch that an attack cannot mean; reads x once (synchronises a GPU), so not for training steps.
-
-    Raises:
-        ValueError: shapes do not fit, or x leaves the box of the threat model or is not finite.
-    """
-    if x.dim() < 2 or y.dim() < 1 or len(x) != len(y):
-        raise ValueError(f"x must be [N, …] and y [N], got x {list(x.shape)} and y {list(y.shape)}")
-    if len(x) == 0:
-        return
-    threat_model.check_radius(x[0].numel())
-    low, high = (float(v) for v in torch.aminmax(x.detach()))
-    if not (low >= threat_model.lower and high <= threat_model.upper):
-        raise ValueError(
-            f"x must lie in the box [{threat_model.lower}, {threat_model.upper}] of the threat model, "
-            f"got values in [{low:g}, {high:g}]"
-        )

@@ -14,30 +14,16 @@ from ..ops.square import square_l2, square_linf
 from ..threat_model import ThreatModel
 from .classifier import Classifier
 from .losses import margin_loss
-from .parts import run_alone
+from .parts import Search, run_alone
 from .randomness import Noise
+from .settings import AttackSettings
 
 SETTLE_EVERY = 8  # queries after which samples that fell leave the batch; on CUDA this waits for the device
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries (of 10,000) after which the window's area halves
 
 
 @dataclass
-class Search:
-    """How far a run has come: enough to go on with it later.
-
-    Attributes:
-        queries: proposals made so far.
-        best: [N, …], the point of lowest margin of each sample of the batch.
-        margin: [N], z_y − max of the others at ``best``.
-    """
-
-    queries: int
-    best: Tensor
-    margin: Tensor
-
-
-@dataclass
-class Square:
+class Square(AttackSettings):
     """Square Attack on the margin, for images [N, C, H, W].
 
     Args:
@@ -58,15 +44,14 @@ class Square:
     rescale_schedule: bool = False
 
     name = "square"
+    images_only = True
 
     def __post_init__(self) -> None:
         self.check()
 
     def check(self) -> None:
         """Raise ValueError for settings outside their range."""
-        for name in ("n_queries", "n_restarts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        self.check_counts("n_queries", "n_restarts")
         if not 0 < self.p_init <= 1:
             raise ValueError(f"p_init must lie in (0, 1], got {self.p_init}")
 
@@ -130,7 +115,7 @@ class Square:
             raise ValueError(f"Square Attack takes images [N, C, H, W], got x of shape {list(x.shape)}")
         if search is None:
             first = self._first(x, samples, noise)
-            search = Search(0, first, -margin_loss(classifier.logits(first), y))
+            search = Search(0, first, _margin_of_truth(classifier.logits(first), y))
         best, margin = search.best.clone(), search.margin.clone()
         rows = (margin > 0).nonzero().squeeze(1)  # the samples still attacked; the next five tensors are theirs
         current, current_margin = best[rows], margin[rows]
@@ -170,9 +155,9 @@ class Square:
             if len(moved) < len(proposal):
                 margin = current_margin.clone()
                 if len(moved):
-                    margin[moved] = -margin_loss(classifier.logits(proposal[moved]), labels[moved])
+                    margin[moved] = _margin_of_truth(classifier.logits(proposal[moved]), labels[moved])
                 return margin
-        return -margin_loss(classifier.logits(proposal), labels)
+        return _margin_of_truth(classifier.logits(proposal), labels)
 
     def _first(self, x: Tensor, samples: Tensor, noise: Noise) -> Tensor:
         """Vertical stripes of ±eps (linf), or tiles of the l2 pattern, scaled to length eps; clipped to the box."""
@@ -209,6 +194,11 @@ class Square:
             return square_linf(best, x, corner, sign.to(x), side=side, **box)
         corners, transpose, sign = noise.windows(samples, channels, room, query)
         return square_l2(best, x, corners, sign.to(x), l2_pattern(side).to(x), transpose, **box)
+
+
+def _margin_of_truth(logits: Tensor, labels: Tensor) -> Tensor:
+    """z_y − max of the others, [N]: −∞, as of a point that fools the model, where a logit is NaN."""
+    return -margin_loss(logits, labels).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
 @cache

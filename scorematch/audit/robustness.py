@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..attacks.pgd import ascend, check_batch
+from ..attacks.pgd import ascend
+from ..inputs import clean_batch
 from ..posteriors import Posterior
 from ..threat_model import ThreatModel
 
@@ -33,7 +34,7 @@ def robust_accuracy(
     Args:
         posterior: the estimate.
         x: [N, …] clean inputs inside the box.
-        y: int64 [N] labels.
+        y: class indices [N].
         threat_model: B(x) and the step size.
         steps: steps of one restart; every iterate is judged.
         restarts: random starts.
@@ -42,7 +43,7 @@ def robust_accuracy(
     Returns:
         clean and robust accuracy, each in [0, 1].
     """
-    check_batch(x, y, threat_model)
+    x, y = clean_batch(x, y, threat_model)
     clean = posterior.trace(x, y).log_p.argmax(1) == y
     robust = clean.clone()
     one_hot = torch.nn.functional.one_hot(y, posterior.num_classes).to(x.dtype)

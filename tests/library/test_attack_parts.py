@@ -360,8 +360,11 @@ def test_a_model_that_folding_would_change_is_not_folded() -> None:
 def test_class_gradients() -> None:
     model = Linear(4, 6)
     x = torch.rand(3, 6, dtype=torch.float64)
-    logits, gradients = Classifier(model).class_gradients(x)
-    torch.testing.assert_close(gradients, model.weight.expand(3, 4, 6))
+    classifier = Classifier(model)
+    logits, gradient_of = classifier.class_gradients(x)
+    for classes in ([0, 0, 0], [3, 1, 2]):
+        torch.testing.assert_close(gradient_of(torch.tensor(classes)), model.weight[classes])
+    assert (classifier.forwards, classifier.backwards) == (3, 6)
     torch.testing.assert_close(margin_loss(logits, logits.argmax(1)), logits.topk(2).values.diff(dim=1).squeeze(1))
 
 

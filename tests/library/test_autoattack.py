@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing
+from library_autoattack import COUNT, EPS, attack, data, verdict
 from library_models import small_cnn
 from torch import Tensor, nn
 
@@ -18,33 +19,6 @@ from scorematch.attacks import APGD, AutoAttackWarning, inspection
 from scorematch.attacks.classifier import Classifier
 from scorematch.attacks.losses import dlr_loss
 from scorematch.intervals import wilson
-
-EPS = {"Linf": 0.03, "L2": 0.2}
-COUNT = 40
-
-
-def data(classes: int = 10, count: int = COUNT, **options) -> tuple[nn.Module, Tensor, Tensor]:
-    """A network in float64 (so that rounding in other batch shapes does not matter), with two labels wrong."""
-    model = small_cnn(classes=classes, **options).double().eval()
-    x = torch.rand(count, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    y = model(x).argmax(1)
-    y[:2] = (y[:2] + 1) % classes
-    return model, x, y
-
-
-def attack(model, norm: str = "Linf", **options) -> AutoAttack:
-    """The standard version with fewer steps."""
-    options = {"eps": EPS[norm], "seed": 0, "verbose": False, **options}
-    adversary = AutoAttack(model, norm, **options)
-    adversary.apgd.n_iter = adversary.apgd_targeted.n_iter = 20
-    adversary.fab.n_iter = 10
-    adversary.square.n_queries = 150
-    return adversary
-
-
-def verdict(model: nn.Module, x_adv: Tensor, y: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(x_adv).argmax(1) == y
 
 
 def test_signature_is_that_of_the_official_class() -> None:
@@ -359,7 +333,7 @@ def test_batch_norm_is_folded_in_the_search_alone(norm: str, monkeypatch: pytest
     hook.remove()
     folded = attack(model, norm)
     expected = folded.run_standard_evaluation(x, y)
-    monkeypatch.setattr("scorematch.attacks.autoattack.folding_that_works", lambda model, x: None)
+    monkeypatch.setattr("scorematch.attacks.evaluation.folding_that_works", lambda model, x: None)
     unfolded = attack(model, norm)
     torch.testing.assert_close(unfolded.run_standard_evaluation(x, y), expected, rtol=0, atol=1e-6)
     assert 0 < folded.report["robust_accuracy"] < folded.report["clean_accuracy"]

@@ -1,0 +1,81 @@
+"""What an evaluation says: lines on stdout and in a log file, warnings, a progress bar."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
+from tqdm import tqdm
+
+from .inspection import AutoAttackWarning
+
+PACKAGE = __name__.split(".", maxsplit=1)[0]
+
+
+class Console:
+    """The voice of one process.
+
+    Args:
+        verbose: print lines, and a progress bar where stderr is a terminal.
+        log_path: file to which lines are appended.
+        speaks: whether this process says anything; all of them warn.
+
+    Attributes:
+        warnings: the texts that were warned of.
+    """
+
+    def __init__(self, verbose: bool, log_path: str | Path | None, speaks: bool) -> None:
+        self.warnings: list[str] = []
+        self._verbose = verbose and speaks
+        self._log_path = log_path if speaks else None
+        self._progress: tqdm | None = None
+
+    def say(self, text: str) -> None:
+        if self._verbose:
+            tqdm.write(text, file=sys.stdout)
+        if self._log_path is not None:
+            with open(self._log_path, "a") as file:
+                file.write(text + "\n")
+
+    def warn(self, text: str | None) -> None:
+        """Warn of a doubt, if there is one, in the name of the line that called the package."""
+        if text is None:
+            return
+        self.warnings.append(text)
+        self.say(f"warning: {text}")
+        warnings.warn(text, AutoAttackWarning, stacklevel=_frames_of_the_package() + 1)
+
+    def start_progress(self, passes: int) -> None:
+        """Show how many of so many passes of one sample are done."""
+        self._progress = tqdm(
+            total=passes,
+            unit="pass",
+            unit_scale=True,
+            smoothing=0.05,
+            disable=not (self._verbose and sys.stderr.isatty()),
+        )
+
+    def advance(self, passes: int) -> None:
+        if self._progress is not None:
+            self._progress.update(passes)
+
+    def expect(self, passes_left: int, text: str) -> None:
+        """So many passes are left; ``text`` stands before the bar."""
+        if self._progress is not None:
+            self._progress.total = self._progress.n + passes_left
+            self._progress.set_description(text, refresh=False)
+
+    def end_progress(self) -> None:
+        if self._progress is not None:
+            self._progress.close()
+
+
+def _frames_of_the_package() -> int:
+    """How many frames lie between the caller and the line outside that called the package, itself included."""
+    frame, depth, outermost = sys._getframe(1), 1, 1
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").split(".", maxsplit=1)[0] == PACKAGE:
+            outermost = depth
+        frame, depth = frame.f_back, depth + 1  # type: ignore[assignment]
+    return outermost

@@ -1,0 +1,86 @@
+"""The numbers of an evaluation, and the lines that say them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor
+
+from ..intervals import wilson
+from . import inspection
+from .accounting import Cost
+from .evaluation_state import EvaluationState
+from .fab import distance
+from .schedule import Stage
+
+
+def accuracy(hits: int, count: int) -> dict[str, Any]:
+    """The share, and its 95 % interval (Wilson)."""
+    return {"accuracy": hits / count, "interval": list(wilson(hits, count))}
+
+
+def standing_after(state: EvaluationState, index: int) -> Tensor:
+    """Which samples stood after a stage, bool [N]; later ones may have lowered it since."""
+    return state.clean & ~((state.fallen_by >= 0) & (state.fallen_by <= index))
+
+
+def nan_samples(state: EvaluationState) -> dict[str, Tensor]:
+    """Samples at whose points the model returned NaN, int64 [K]: at the clean ones, and at those that attacks found."""
+    nan, fallen = (state.finished >= 0) & (state.labels < 0), state.fallen_by >= 0
+    return {"clean": (nan & ~fallen).nonzero().squeeze(1), "attacked": (nan & fallen).nonzero().squeeze(1)}
+
+
+def report_of(state: EvaluationState, stages: Sequence[Stage]) -> dict[str, Any]:
+    """Accuracies and costs, clean, after each attack and at the end."""
+    count = len(state.robust)
+    attacks: dict[str, Any] = {}
+    for index, stage in enumerate(stages):
+        name = stage.attack.name
+        after = accuracy(int(standing_after(state, index).sum()), count)
+        attacks[name] = {**after, **asdict(state.costs.get(name, Cost()))}
+    clean, robust = accuracy(int(state.clean.sum()), count), accuracy(int(state.robust.sum()), count)
+    return {
+        "clean_accuracy": clean["accuracy"],
+        "clean_interval": clean["interval"],
+        "robust_accuracy": robust["accuracy"],
+        "robust_interval": robust["interval"],
+        "attacks": attacks,
+        "samples": count,
+        "nan_samples": {name: samples.tolist() for name, samples in nan_samples(state).items()},
+        "seconds": sum(cost.seconds for cost in state.costs.values()),
+    }
+
+
+def doubts_of(report: dict[str, Any], state: EvaluationState) -> list[str | None]:
+    """What about a finished evaluation makes it doubtful."""
+    doubts = [inspection.nan_samples(nan_samples(state)["attacked"], "attacked")]
+    names = list(report["attacks"])
+    if "square" in names and len(names) > 1:
+        place = names.index("square")
+        before = report["attacks"][names[place - 1]]["accuracy"] if place else report["clean_accuracy"]
+        doubts.append(inspection.masking(before, report["attacks"]["square"]["accuracy"]))
+    return doubts
+
+
+def stage_line(state: EvaluationState, index: int, name: str, mine: Tensor) -> str:
+    """The accuracy after a stage on the samples ``mine`` of rank 0, which are all where it is alone."""
+    robust, count = int(standing_after(state, index)[mine].sum()), len(mine)
+    low, high = wilson(robust, count)
+    where = f" (rank 0's {count} samples)" if count < len(state.robust) else ""
+    return (
+        f"robust accuracy after {name}: {100 * robust / count:.2f} % "
+        f"(95 % interval {100 * low:.1f} to {100 * high:.1f}), {state.costs[name].seconds:.1f} s{where}"
+    )
+
+
+def result_line(report: dict[str, Any], state: EvaluationState, x: Tensor, norm: str, norm_name: str) -> str:
+    """The result, with the largest perturbation of x [N, …]."""
+    largest = distance(state.adversarial, x, norm).max()
+    low, high = report["robust_interval"]
+    return (
+        f"robust accuracy: {100 * report['robust_accuracy']:.2f} % "
+        f"(95 % interval {100 * low:.1f} to {100 * high:.1f}); "
+        f"largest {norm_name} perturbation {float(largest):.5f}; {report['seconds']:.1f} s"
+    )

@@ -1,0 +1,42 @@
+"""In which order an evaluation runs the parts of its attacks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .parts import Attack
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A pass over the surviving samples: some parts of one attack, on each batch in turn."""
+
+    attack: Attack
+    parts: range
+
+
+def stages_of(attacks: Sequence[Attack], classes: int, rng: str) -> list[Stage]:
+    """With keyed numbers each part passes over all samples, in full batches; the reference's batches go through all
+    parts of an attack, since its stream of numbers does."""
+    stages = []
+    for attack in attacks:
+        parts = attack.parts(classes)
+        if rng == "keyed":
+            stages += [Stage(attack, range(part, part + 1)) for part in range(parts)]
+        else:
+            stages.append(Stage(attack, range(parts)))
+    return stages
+
+
+def passes_left(stages: Sequence[Stage], finished: Tensor) -> int:
+    """Passes of one sample that are still to be made if every sample survives.
+
+    Args:
+        finished: int64 [K], how many stages each standing sample is through with; negative before the first.
+    """
+    costs = torch.tensor([sum(stage.attack.cost()) * len(stage.parts) for stage in stages] + [0])
+    return int(costs.flip(0).cumsum(0).flip(0)[finished.clamp_min(0)].sum())
