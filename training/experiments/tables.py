@@ -40,6 +40,9 @@ def shown(value: Estimate, digits: int) -> str:
     return f"{value.mean:.{digits}f} ± {value.high - value.mean:.{digits}f}"
 
 
+OPEN = "**open**, for want of a second seed"
+
+
 def verdict(holds: bool) -> str:
     return "**holds**" if holds else "**fails**"
 
