@@ -43,10 +43,15 @@ def check_inputs(model: nn.Module, x: Tensor, y: Tensor, threat_model: ThreatMod
         raise TypeError(f"y must be int64 labels [N] or probabilities [N, L], got {y.dtype} {list(y.shape)}; {hint}")
     if threat_model is not None:
         threat_model.check_radius(math.prod(x.shape[1:]))
-    if threat_model is None or len(x) == 0 or (x.device.type != "cpu" and model in _seen):
+    if threat_model is None or len(x) == 0 or not _looks(model, x.device):
         return
     check_box(x, threat_model, SLACK * (threat_model.upper - threat_model.lower))
     _seen.add(model)
+
+
+def _looks(model: nn.Module, device: torch.device) -> bool:
+    """Whether the values of a batch are looked at; the meta device has none."""
+    return device.type == "cpu" or (device.type != "meta" and model not in _seen)
 
 
 def clean_batch(x: Tensor, y: Tensor, threat_model: ThreatModel, label_name: str = "y") -> tuple[Tensor, Tensor]:

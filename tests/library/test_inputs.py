@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scorematch import PGD, AutoAttack, ThreatModel, objectives
+from scorematch import PGD, AutoAttack, ThreatModel, inputs, objectives
 from scorematch.inputs import check_inputs
 from scorematch.objectives import Outcome
 from scorematch.posteriors import KernelDensity
@@ -72,12 +72,14 @@ def test_rounding_and_probabilities_are_fine(name: str) -> None:
 
 
 def test_values_of_a_gpu_are_looked_at_once_for_each_model() -> None:
-    """The meta device has no values at all: looking at one fails."""
-    network, x, y = model(), X.to("meta"), Y.to("meta")
-    with pytest.raises((NotImplementedError, RuntimeError)):
-        check_inputs(network, x, y, BALL)
+    network, gpu = model(), torch.device("cuda")
+    assert inputs._looks(network, gpu)
     check_inputs(network, X, Y, BALL)
-    check_inputs(network, x, y, BALL)
+    assert not inputs._looks(network, gpu)
+    assert inputs._looks(model(), gpu)
+    assert inputs._looks(network, torch.device("cpu"))
+    x, y = X.to("meta"), Y.to("meta")
+    check_inputs(model(), x, y, BALL)
     with pytest.raises(TypeError, match="uint8"):
         check_inputs(network, (255 * x).byte(), y, BALL)
     with pytest.raises(ValueError, match=r"got values in \[0"):
