@@ -121,6 +121,31 @@ def accuracy_against_eps(
     return figure
 
 
+def certified_accuracy(series: Sequence[Series], *, largest: float) -> Figure:
+    """Against the L2 radius; ``largest`` is what the number of noise vectors can certify at best."""
+    figure, axes = plt.subplots(figsize=(7.2, 4.2))
+    for line in series:
+        line.draw(axes, marker=False)
+    axes.axvline(largest, color=FAINT, linewidth=1.2, zorder=0)
+    axes.text(
+        largest,
+        1.01,
+        "largest certifiable",
+        transform=axes.get_xaxis_transform(),
+        ha="right",
+        color="#707070",
+        fontsize=8,
+    )
+    axes.set(
+        xlabel="certified radius (L2, input units)",
+        ylabel="certified accuracy (% of samples)",
+        ylim=(0, 102),
+        xlim=(0, 1.02 * largest),
+    )
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=3.2)
+    return figure
+
+
 def training_curves(panels: Mapping[str, Sequence[Series]], *, log: Sequence[str] = ()) -> Figure:
     """One panel for each measure, against the epoch."""
     figure, grid = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.4), squeeze=False)
