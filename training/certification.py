@@ -12,7 +12,7 @@ from scorematch.smoothing import ABSTAIN, Certificates, SmoothedClassifier, cert
 from training import distributed, measures, plots
 from training.errors import InputError
 
-SIGMA = 0.25  # of a run that was not trained with noise
+SIGMA = 0.25  # of a model that is no run's
 PLOTTED = 101  # radii of the curve
 
 

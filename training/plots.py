@@ -20,6 +20,7 @@ from matplotlib.ticker import MaxNLocator
 INK, FAINT = "#222222", "#b8b8b8"
 COLOURS = {
     "standard": "#767676",
+    "gaussian": "#8a5a2b",
     "pgd_at": "#0072b2",
     "trades": "#009e73",
     "score_network": "#d55e00",
@@ -27,11 +28,13 @@ COLOURS = {
     "noise_conditional_classifier": "#cc79a7",
     "oracle": "#56b4e9",
     "standard with a posterior": "#3f3f3f",
+    "gaussian with a posterior": "#4d3013",
     "pgd_at with a posterior": "#00406b",
     "trades with a posterior": "#005a41",
 }
 MARKERS = {
     "standard": "x",
+    "gaussian": "*",
     "pgd_at": "o",
     "trades": "s",
     "score_network": "^",
@@ -39,6 +42,7 @@ MARKERS = {
     "noise_conditional_classifier": "v",
     "oracle": "P",
     "standard with a posterior": "+",
+    "gaussian with a posterior": "1",
     "pgd_at with a posterior": "p",
     "trades with a posterior": "h",
 }

@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 import torch
 
-from scorematch import smoothing
-from training import evaluate, measures, run
+from scorematch import objectives, smoothing
+from scorematch.objectives import Outcome
+from training import compare, config, evaluate, measures, run
+from training.config import tomllib
 from training.errors import run_program
 
 TRAINING = (
@@ -84,3 +87,97 @@ def test_bad_options(call: Any, trained: Path, options: list[str], told: str) ->
     assert ending.status == 2, ending
     assert told in ending.err
     assert ending.err.count("\n") == 1
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_training_with_noise(call: Any, tiny: list[str], tmp_path: Path) -> None:
+    """A run whose evaluation takes its σ, and its metrics: the two losses of Eq. (36)."""
+    options = ["--objective", "gaussian", "--sigma", "0.1", "0.3", "--gamma", "0.5", "--out", "noisy"]
+    ending = call("run", *options, *tiny)
+    assert ending.status == 0, ending
+    for entry in lines(tmp_path / "noisy"):
+        assert entry["loss"] == pytest.approx(2 * entry["noisy"] - entry["natural"], rel=1e-4)
+        assert 0 <= entry["train_attacked_acc"] <= 100
+    summary = json.loads((tmp_path / "noisy" / "summary.json").read_text())
+    assert (summary["sigma"], summary["gamma"], summary["final_sigma"]) == ([0.1, 0.3], 0.5, None)
+    assert call("evaluate", "--run", "noisy", *FAST, "--out", "report.json").status == 0
+    assert json.loads((tmp_path / "report.json").read_text())["sigma"] == 0.3
+
+
+def test_noise_belongs_to_the_batch_not_to_its_parts(call: Any, tiny: list[str], tmp_path: Path) -> None:
+    options = ["--objective", "gaussian", "--sigma", "0.1", "0.5", "--alignment", "0.2", "--epochs", "1"]
+    for parts in (1, 3):
+        assert call("run", *tiny, *options, "--accumulate", parts, "--out", f"parts{parts}").status == 0
+    one, three = (lines(tmp_path / f"parts{parts}")[0] for parts in (1, 3))
+    for key in ("loss", "natural", "noisy", "gradient_norm", "weight_norm"):
+        assert three[key] == pytest.approx(one[key], rel=1e-3), key
+
+
+def test_annealing_in_a_run(call: Any, tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """σ falls from step to step to its last value, and the coefficient of the alignment stays."""
+    seen = []
+    original = objectives.gaussian
+
+    def watched(*arguments: Any, sigma: torch.Tensor, **options: Any) -> Outcome:
+        seen.append((float(sigma.min()), float(sigma.max()), options["alignment"], options["antithetic"]))
+        return original(*arguments, sigma=sigma, **options)
+
+    monkeypatch.setattr(objectives, "gaussian", watched)
+    options = ["--objective", "gaussian", "--sigma", "0.4", "--final-sigma", "0.1", "--gamma", "0.5", "--antithetic"]
+    assert call("run", *options, *tiny, "--out", "annealed").status == 0
+    assert all(low == high for low, high, *_ in seen)
+    levels = [high for _, high, *_ in seen]
+    assert levels == sorted(levels, reverse=True)
+    assert (levels[0], levels[-1]) == pytest.approx((0.4, 0.1), rel=1e-6)
+    assert [alignment for *_, alignment, _ in seen] == pytest.approx([0.16] * len(seen))
+    assert all(pairs for *_, pairs in seen)
+
+
+def test_weights_are_picked_by_clean_accuracy(call: Any, tiny: list[str], tmp_path: Path) -> None:
+    ending = call("run", "--objective", "gaussian", *tiny, "--epochs", "4", "--out", "noisy")
+    assert ending.status == 0, ending
+    summary = json.loads((tmp_path / "noisy" / "summary.json").read_text())
+    best = max(lines(tmp_path / "noisy"), key=lambda e: (e["val_acc"], e["val_pgd_acc"]))
+    chosen = lines(tmp_path / "noisy")[summary["selected_epoch"] - 1]
+    assert (chosen["val_acc"], chosen["val_pgd_acc"]) == (best["val_acc"], best["val_pgd_acc"])
+
+
+def test_a_comparison_names_it(tmp_path: Path) -> None:
+    settings = compare.CompareSettings(objectives=("gaussian", "gaussian:se", "standard"), seeds=(0,))
+    jobs = compare.plan(settings, ["--sigma", "0.5", "--gamma", "0.3"], tmp_path, 1)
+    assert [job.entry.label for job in jobs] == ["Gaussian", "Gaussian SE", "standard"]
+    assert [(job.settings.objective, job.settings.divergence) for job in jobs[:2]] == [
+        ("gaussian", "kl"),
+        ("gaussian", "se"),
+    ]
+    assert jobs[0].settings.sigma == (0.5,)
+    assert jobs[0].settings.gamma == 0.3
+
+
+def test_settings_with_noise_are_read_back() -> None:
+    settings = config.parse(["--objective", "gaussian", "--sigma", "0.1", "0.5", "--gamma", "-1"])
+    saved = config.from_table(tomllib.loads(tomli_w.dumps(config.as_table(settings))), "here")
+    assert (saved.sigma, saved.gamma, saved.alignment) == ((0.1, 0.5), -1.0, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (
+            "--sigma 0.5 0.1",
+            "sigma: (0.5, 0.1) is out of range, allowed: a finite number above 0, or two",
+        ),
+        ("--gamma 0.5 --alignment 0.1", "gamma: 0.5 with alignment, which decides it, allowed: one of the two"),
+        ("--sigma 0.1 0.2 --final-sigma 0.1", "final_sigma: 0.1 with a range of sigma, allowed: with one sigma"),
+        ("--awp 0.01", "awp: 0.01 with gaussian training, allowed: with an adversarial objective"),
+        ("--graph on", "graph: 'on' with gaussian training, which has no attack to record"),
+        ("--posterior kernel_density", "posterior: 'kernel_density' with gaussian, which asks none"),
+    ],
+)
+def test_bad_options_of_training(call: Any, options: str, told: str) -> None:
+    ending = call("run", "--objective", "gaussian", *options.split())
+    assert ending.status == 2, ending
+    assert told in ending.err
