@@ -1,7 +1,7 @@
 """Self-consistent robust training: kernels, data posteriors, attacks and objectives (SCORE, Pang et al., ICML 2022)."""
 
 from . import _extension as _extension
-from . import attacks, audit, bounds, divergences, matching, networks, objectives, posteriors, sampling
+from . import attacks, audit, bounds, divergences, matching, networks, objectives, posteriors, sampling, smoothing
 from .attacks import PGD, AutoAttack
 from .free import FreeAttack
 from .ops import divergence, logit_divergence, pgd_step, project, random_start, score_line_integral, score_step
@@ -36,4 +36,5 @@ __all__ = [
     "sampling",
     "score_line_integral",
     "score_step",
+    "smoothing",
 ]

@@ -71,6 +71,7 @@ def gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
     ("objective", "options"),
     [
         ("standard", {}),
+        ("gaussian", {"sigma": 0.3, "gamma": 0.5, "antithetic": True}),
         ("pgd_at", {"divergence": "se", "clip": 0.1}),
         ("pgd_at", {"attack": "fgsm_rs"}),
         ("trades", {"divergence": "js"}),
@@ -89,7 +90,9 @@ def test_objectives(objective: str, options: dict[str, Any], norm: str, device: 
         arguments = dict(options)
         if "posterior" in arguments:
             arguments["posterior"] = posterior(arguments["posterior"]).double().to(place)
-        if objective != "standard":
+        if objective == "gaussian":
+            arguments["noise"] = (start - x).to(place)
+        elif objective != "standard":
             arguments |= {"threat_model": threat_model, "start": start.to(place)}
             arguments |= {} if "attack" in arguments else {"steps": 4}
         outcome = objectives.OBJECTIVES[objective](model, x.to(place), y.to(place), **arguments)

@@ -89,9 +89,15 @@ class Entry(NamedTuple):
 
     @property
     def label(self) -> str:
-        titles = {"standard": "standard", "pgd_at": "PGD-AT", "trades": "TRADES", "score_direct": "direct"}
+        titles = {
+            "standard": "standard",
+            "gaussian": "Gaussian",
+            "pgd_at": "PGD-AT",
+            "trades": "TRADES",
+            "score_direct": "direct",
+        }
         words = [titles[self.objective], {"kl": "KL", "se": "SE"}.get(self.divergence, self.divergence)]
-        if self.objective == "standard" and self.divergence == "kl":
+        if self.objective in ("standard", "gaussian") and self.divergence == "kl":
             words.pop()
         notes = [", generated data too"] if self.generated else []
         if self.posterior:

@@ -18,6 +18,7 @@ import tyro
 
 from scorematch import ThreatModel
 from scorematch.divergences import KINDS
+from scorematch.objectives import alignment_of
 from training import command_line, tables
 from training import data as data_sets
 from training.data import DataName, DataSettings, Format, ToyLabels
@@ -31,7 +32,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-Objective = Literal["standard", "pgd_at", "trades", "score_direct"]
+Objective = Literal["standard", "gaussian", "pgd_at", "trades", "score_direct"]
 Attack = Literal["pgd", "fgsm_rs", "n_fgsm"]
 Posterior = Literal["score_network", "kernel_density", "noise_conditional_classifier", "oracle"]
 DataGradient = Literal["scores", "none", "noise"]
@@ -51,7 +52,8 @@ SMALL_GREY, SMALL = 32, 16  # height and width up to which images of one channel
 class RunSettings:
     """Everything that decides a run. Lengths (eps, step_size) are in the units of the input: pixels in [0, 1]."""
 
-    objective: Objective  # what is minimised: clean loss, adversarial training, TRADES, or SCORE itself
+    # what is minimised: clean loss, that under Gaussian noise, adversarial training, TRADES, or SCORE itself
+    objective: Objective
     divergence: str = "kl"  # D(target || model): kl, se, l2, l1, linf, js, js_distance or l1_squared
 
     # Data and model
@@ -85,6 +87,11 @@ class RunSettings:
 
     # Objective
     beta: float = 4.0  # TRADES: weight of the robust term
+    sigma: tuple[float, ...] = (0.25,)  # gaussian: standard deviation of the noise, in input units; two: low and high
+    gamma: float = 0.0  # gaussian: γ of Eqs. (36) and (37); 0 is plain augmentation, above 1 turns the alignment's sign
+    alignment: float | None = None  # gaussian: σ²/(2(1-γ)), in squared input units, in the place of gamma
+    final_sigma: float | None = None  # gaussian: σ at the end of training, σ²/(2(1-γ)) kept; None keeps σ
+    antithetic: bool = False  # gaussian: every noise vector with both signs, one more pass
     clip: float = 0.0  # clipping threshold c; 0 turns clipping off
     clip_form: ClipForm = "total"  # what is clipped: relu(total - bound(c)), relu(robust term - bound(c) or - c)
     label_smoothing: float = 0.0  # probability that a target spreads over the classes
@@ -99,7 +106,7 @@ class RunSettings:
     data_gradient: DataGradient = "scores"  # score_direct: in its attack; noise: of the same length, a control
     # trades with a posterior: how far the target q(x) moves with log p(y|x'); None is 1, with soft_targets 0
     transport: float | None = None
-    soft_targets: bool = False  # standard, pgd_at, trades: the posterior's p(y|x), x augmented, in the place of labels
+    soft_targets: bool = False  # all but score_direct: the posterior's p(y|x), x augmented, in the place of labels
 
     # Optimisation
     epochs: int = 40  # passes over the training data
@@ -182,6 +189,18 @@ class RunSettings:
             return 0.0
         return float(not self.soft_targets) if self.transport is None else self.transport
 
+    @property
+    def searches(self) -> bool:
+        """Whether x' is searched by an attack in training."""
+        return self.objective not in ("standard", "gaussian")
+
+    @property
+    def held_alignment(self) -> float | None:
+        """gaussian: the coefficient σ² / (2 (1 − γ)) where γ follows σ; None where γ is fixed."""
+        if self.alignment is None and self.final_sigma is not None:
+            return alignment_of(self.sigma[0], self.gamma)
+        return self.alignment
+
     def threat_model(self, lower: float, upper: float) -> ThreatModel:
         return ThreatModel(self.norm, self.eps, self.step_size, lower, upper)
 
@@ -213,6 +232,13 @@ RANGES: dict[str, Check] = {
     "free_replays": (lambda v: v >= 0, "0 (off) or a number of passes"),
     "steps": (lambda v: v >= 1, "at least 1"),
     "beta": (_not_negative, "a finite number of at least 0"),
+    "sigma": (
+        lambda v: len(v) in (1, 2) and all(map(_positive, v)) and list(v) == sorted(v),
+        "a finite number above 0, or two: low and high",
+    ),
+    "gamma": (lambda v: math.isfinite(v) and v != 1, "any finite number but 1"),
+    "alignment": (lambda v: v is None or (math.isfinite(v) and v != 0), "any finite number but 0"),
+    "final_sigma": (lambda v: v is None or _positive(v), "a finite number above 0"),
     "clip": (lambda v: 0 <= v < 1, "0 up to but not including 1"),
     "label_smoothing": (lambda v: 0 <= v < 1, "0 up to but not including 1"),
     "target_mix": (lambda v: 0 <= v <= 1, "0 to 1"),
@@ -352,8 +378,8 @@ def _validate_posterior(settings: RunSettings) -> None:
         raise InputError(f"target_mix: {settings.target_mix!r} with centering 'network', allowed: 1, or 'posterior'")
     if settings.soft_targets and direct:
         raise InputError(
-            "soft_targets: True with score_direct, whose targets are p_d(y|x'), allowed: with standard, pgd_at and "
-            "trades; --target-mix 0 leaves its target at clean x"
+            "soft_targets: True with score_direct, whose targets are p_d(y|x'), allowed: with standard, gaussian, "
+            "pgd_at and trades; --target-mix 0 leaves its target at clean x"
         )
     if settings.transport is not None and objective != "trades":
         raise InputError(f"transport: {settings.transport!r} with {objective}, allowed: with trades")
@@ -369,7 +395,7 @@ def _validate_posterior(settings: RunSettings) -> None:
     if settings.cutmix and (direct or posterior is not None):
         raise InputError(
             f"cutmix: {settings.cutmix:g} with {objective} and a posterior, which is that of the images as they are, "
-            "allowed: 0, or with standard, pgd_at and trades without one"
+            "allowed: 0, or with standard, gaussian, pgd_at and trades without one"
         )
     if settings.label_smoothing and settings.soft_targets:
         raise InputError(f"label_smoothing: {settings.label_smoothing} with soft_targets, allowed: 0")
@@ -401,8 +427,14 @@ def _validate_optimisation(settings: RunSettings) -> None:
         raise InputError(f"{name}: {getattr(settings, name)} without averaging, allowed: with averaging above 0")
     if settings.batchnorm_first and settings.batchnorm_momentum is None:
         raise InputError("batchnorm_first: True without batchnorm_momentum, which holds from the second step on")
-    if settings.awp and settings.objective == "standard":
-        raise InputError(f"awp: {settings.awp} with standard training, allowed: with an adversarial objective")
+    if settings.alignment is not None and settings.gamma != 0:
+        raise InputError(f"gamma: {settings.gamma:g} with alignment, which decides it, allowed: one of the two")
+    if settings.final_sigma is not None and len(settings.sigma) > 1:
+        raise InputError(f"final_sigma: {settings.final_sigma:g} with a range of sigma, allowed: with one sigma")
+    if settings.awp and not settings.searches:
+        raise InputError(
+            f"awp: {settings.awp} with {settings.objective} training, allowed: with an adversarial objective"
+        )
     if settings.awp_warmup and not settings.awp:
         raise InputError(f"awp_warmup: {settings.awp_warmup} without awp, allowed: with awp above 0")
     if settings.awp and settings.awp_warmup >= settings.epochs:
@@ -429,8 +461,8 @@ def _validate_training_attack(settings: RunSettings) -> None:
         raise InputError(
             f"attack_start: {settings.attack_start!r} with {settings.attack}, which has its own, allowed: with pgd"
         )
-    if settings.graph == "on" and (settings.free_replays or settings.objective == "standard"):
-        what = "free_replays" if settings.free_replays else "standard training"
+    if settings.graph == "on" and (settings.free_replays or not settings.searches):
+        what = "free_replays" if settings.free_replays else f"{settings.objective} training"
         raise InputError(f"graph: 'on' with {what}, which has no attack to record, allowed: auto or off")
     if not settings.free_replays:
         return

@@ -5,6 +5,7 @@
     python -m training.evaluate --model-from weights.pt --model wrn-28-10-silu --data cifar10 --eps 0.031372549 \
         --attack autoattack --compile
     python -m training.evaluate --run runs/digits-pgd_at-kl-seed0 --attack obfuscation --plot accuracy.png
+    python -m training.evaluate --run runs/digits-gaussian-kl-seed0 --attack certify --limit 200 --plot certified.png
 
 Under torchrun the samples are dealt out to its processes, one device each; there name the weights by --checkpoint, as
 torchrun takes --run for an option of its own.
@@ -26,7 +27,18 @@ from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
 from scorematch import AutoAttack, ThreatModel
-from training import checkpoint, command_line, config, data, distributed, hardware, measures, models, obfuscation
+from training import (
+    certification,
+    checkpoint,
+    command_line,
+    config,
+    data,
+    distributed,
+    hardware,
+    measures,
+    models,
+    obfuscation,
+)
 from training.data import Data, DataName, DataSettings
 from training.errors import InputError, Interrupted, run_program
 from training.forward import Forward
@@ -50,7 +62,9 @@ USES = {
     "state": ("autoattack",),
     "transfer_from": ("obfuscation",),
     "transfer_model": ("obfuscation",),
-    "plot": ("obfuscation",),
+    "plot": ("obfuscation", "certify"),
+    **dict.fromkeys(("norm", "eps"), ("clean", "pgd", "autoattack", "obfuscation")),
+    **dict.fromkeys(("sigma", "n0", "n", "alpha", "radii"), ("certify",)),
 }
 
 
@@ -72,9 +86,8 @@ class EvaluateSettings:
     limit: int = 0  # the first so many samples of the split; 0 is all
 
     # Attack
-    attack: Literal["clean", "pgd", "autoattack", "obfuscation"] = (
-        "pgd"  # clean accuracy alone, or also PGD, AutoAttack, or the checks for masked gradients
-    )
+    # clean accuracy alone, or also PGD, AutoAttack, the checks for masked gradients, or certified accuracy under noise
+    attack: Literal["clean", "pgd", "autoattack", "obfuscation", "certify"] = "pgd"
     norm: Literal["linf", "l2"] | None = None  # norm of the perturbation; None is the run's, or linf
     eps: float | None = None  # radius in input units; None is the run's
     step_size: float | None = None  # PGD: length of a step in input units; None is eps / 4
@@ -93,6 +106,13 @@ class EvaluateSettings:
     state: Path | None = None  # AutoAttack: file to resume from and to keep up to date
     transfer_from: str | None = None  # obfuscation: a second classifier, as --model-from, whose attacks are tried
     transfer_model: str | None = None  # obfuscation: architecture of --transfer-from, where its weights do not tell
+    sigma: float | None = (
+        None  # certify: standard deviation of the noise, in input units; None is the run's largest, or .25
+    )
+    n0: int = 100  # certify: noise vectors a sample that choose its class
+    n: int = 1000  # certify: noise vectors a sample that bound the probability of that class; more certify larger radii
+    alpha: float = 0.001  # certify: probability that the certificate of a sample is wrong
+    radii: tuple[float, ...] = ()  # certify: L2 radii to tell the accuracy at, in input units; none: multiples of σ/2
 
     # How, and where to
     batch: int = measures.BATCH  # samples at a time; decides memory (and which random start a sample gets from PGD)
@@ -100,7 +120,7 @@ class EvaluateSettings:
     threads: int = 0  # CPU threads; 0 is all available
     device: str = "auto"  # torch device; auto is cuda where there is one
     out: Path | None = None  # JSON file to write
-    plot: Path | None = None  # obfuscation: PNG file to write, accuracy against eps
+    plot: Path | None = None  # PNG file to write: obfuscation: accuracy against eps; certify: against the radius
     export: Path | None = None  # file to write the weights to, as a bare state dict
 
 
@@ -145,6 +165,8 @@ def evaluate(settings: EvaluateSettings, device: torch.device) -> None:
         if settings.export is not None:
             loading.export(subject.model, settings.export)
             print(f"the weights are in {settings.export}, a bare state dict")
+        if settings.attack == "certify":
+            print(f"L2, {settings.n0} and {settings.n} noise vectors a sample, alpha {settings.alpha:g}")
         if threat_model is not None and settings.attack != "clean":
             step = f", step {threat_model.step_length:g}" if settings.attack in USES["step_size"] else ""
             print(f"{threat_model.norm}, eps {threat_model.eps:g}{step}")
@@ -169,6 +191,14 @@ def evaluate(settings: EvaluateSettings, device: torch.device) -> None:
         results |= obfuscation.audit(
             subject.model, x, y, threat_model, other=other, **_pgd_options(settings), batch=settings.batch
         )
+    elif settings.attack == "certify":
+        results |= certification.certify(
+            subject.model,
+            x,
+            y,
+            sigma=settings.sigma or (subject.run.sigma[-1] if subject.run else certification.SIGMA),
+            **{name: getattr(settings, name) for name in ("n0", "n", "alpha", "radii", "seed", "batch")},
+        )
     else:
         results |= clean_and_pgd(settings, subject, threat_model, x, y)
     results["seconds"] = time.perf_counter() - begin
@@ -178,12 +208,14 @@ def evaluate(settings: EvaluateSettings, device: torch.device) -> None:
 
 def report(settings: EvaluateSettings, results: dict[str, Any]) -> None:
     """Print the table, write the files."""
-    if settings.attack == "obfuscation":
-        print(obfuscation.table(results))
-    else:
+    pages = {"obfuscation": obfuscation, "certify": certification}
+    page = pages.get(settings.attack)
+    if page is None:
         print_accuracies(results)
-    if settings.plot is not None:
-        checkpoint.write_atomically(settings.plot, obfuscation.plot(results))
+    else:
+        print(page.table(results))
+        if settings.plot is not None:
+            checkpoint.write_atomically(settings.plot, page.plot(results))
     if settings.out is not None:
         checkpoint.write_json(settings.out, results)
 
@@ -380,6 +412,8 @@ def _samples(settings: EvaluateSettings, loaded: Data) -> tuple[Tensor, Tensor]:
 
 def _threat_model(settings: EvaluateSettings, subject: Subject) -> ThreatModel | None:
     """What to attack with; None where clean accuracy is all that is asked for and nothing is known."""
+    if settings.attack == "certify":
+        return None
     run = subject.run
     norm, eps = settings.norm or (run.norm if run else "linf"), settings.eps
     if eps is None:
@@ -456,6 +490,11 @@ def _check(settings: EvaluateSettings) -> None:
         "steps": config.RANGES["eval_steps"],
         "restarts": (lambda v: v is None or v >= 1, "at least 1"),
         "losses": config.RANGES["eval_losses"],
+        "sigma": (lambda v: v is None or 0 < v < math.inf, "a finite number above 0"),
+        "n0": (lambda v: v >= 1, "at least 1"),
+        "n": (lambda v: v >= 1, "at least 1"),
+        "alpha": (lambda v: 0 < v < 1, "between 0 and 1, exclusive"),
+        "radii": (lambda v: all(0 <= r < math.inf for r in v), "finite numbers of at least 0"),
         "seed": config.RANGES["seed"],
         "threads": config.RANGES["threads"],
     }

@@ -36,7 +36,8 @@ from training.optimisation import (
 # Each purpose draws from a generator of its own, so that a longer attack does not change the order of the data.
 PURPOSES = ("order", "augmentation", "attack", "validation", "evaluation")
 
-# Of (model, x, y, first iterate of the attack, noise in the place of its data gradient, weight perturbation).
+# Of (model, x, y, first iterate of the attack, noise in the place of its data gradient, weight perturbation). With
+# Gaussian augmentation the two in the middle are the noise [N, …] and its standard deviations [1, N].
 StepObjective = Callable[[nn.Module, Tensor, Tensor, Tensor | None, Tensor | None, WeightPerturbation | None], Outcome]
 
 
@@ -72,6 +73,15 @@ def _objective_of_targets(
         return lambda model, x, y, start, noise, weights: free.step(model, x, y)
     if settings.objective == "standard":
         return lambda model, x, y, *others: objectives.standard(model, x, y, divergence=settings.divergence)
+    if settings.objective == "gaussian":
+        options: dict[str, Any] = {"divergence": settings.divergence, "antithetic": settings.antithetic}
+        if settings.held_alignment is None:
+            options["gamma"] = settings.gamma
+        else:
+            options["alignment"] = settings.held_alignment
+        return lambda model, x, y, omega, levels, weights: objectives.gaussian(
+            model, x, y, sigma=_present(levels)[0], noise=_present(omega), **options
+        )
     attack: dict[str, Any] = {
         "divergence": settings.divergence,
         "threat_model": settings.threat_model(data.lower, data.upper),
@@ -109,6 +119,12 @@ def _objective_of_targets(
     return step
 
 
+def _present(drawn: Tensor | None) -> Tensor:
+    """What a step of this objective always draws."""
+    assert drawn is not None
+    return drawn
+
+
 def add_metrics(sums: dict[str, Tensor], outcome: Outcome) -> None:
     """Add the loss, the metrics and the number of the samples of an outcome; accuracies in per cent."""
     metrics = dict(outcome.metrics)
@@ -143,7 +159,7 @@ def speed_of(settings: RunSettings, device: Hardware, steps: int, processes: int
     Raises:
         InputError: a graph is asked for, and the attack communicates, which no graph can.
     """
-    searches = settings.objective != "standard" and not settings.free_replays
+    searches = settings.searches and not settings.free_replays
     attack_steps = settings.free_replays or (settings.steps if searches else 0)
     attack_mode = settings.attack_mode or (
         objectives.default_of(settings.objective, "attack_mode") if searches else None
@@ -329,7 +345,11 @@ class Trainer(Engine):
         self.model.train()
         self._set_batchnorm(self.steps_done)
         start = noise = None
-        if settings.objective != "standard" and self.free is None:
+        if settings.objective == "gaussian":
+            noise = self._noise_levels(x)[None]
+            start = torch.empty_like(x, memory_format=torch.contiguous_format)
+            start.normal_(generator=self.generators["attack"])
+        elif settings.searches and self.free is None:
             assert self.start is not None
             start = first_iterate(x, self.threat_model, self.start, self.generators["attack"], settings.attack)
         if settings.data_gradient == "noise":
@@ -342,6 +362,16 @@ class Trainer(Engine):
             sums["gradient_norm"] = sums.get("gradient_norm", torch.zeros_like(norm)) + norm * counted
             self._update()
         return sums
+
+    def _noise_levels(self, x: Tensor) -> Tensor:
+        """The standard deviations [N] of this step's Gaussian augmentation."""
+        settings = self.settings
+        first, last = settings.sigma[0], settings.sigma[-1]
+        sigma: float | tuple[float, float] = (first, last) if first < last else first
+        if settings.final_sigma is not None:
+            share = self.steps_done / max(self.course.all_steps - 1, 1)
+            sigma = objectives.annealed(share, sigma=first, final_sigma=settings.final_sigma).sigma
+        return objectives.noise_levels(x, sigma, self.generators["attack"])
 
     def _accumulated(
         self, x: Tensor, targets: Tensor, start: Tensor | None, noise: Tensor | None, sums: dict[str, Tensor]
@@ -422,7 +452,7 @@ class Trainer(Engine):
 
         Standard training is ranked by clean accuracy first: its robust accuracy is highest before it has learned much.
         """
-        order = ("val_acc", "val_pgd_acc") if self.settings.objective == "standard" else ("val_pgd_acc", "val_acc")
+        order = ("val_pgd_acc", "val_acc") if self.settings.searches else ("val_acc", "val_pgd_acc")
         if not len(self.data.x_validation):
             return False
         better = [entry[key] for key in order] >= [self.best.get(key, -1.0) for key in order]

@@ -76,8 +76,8 @@ def main(arguments: list[str]) -> None:
     run = config.parse(rest)
     if run.posterior is not None:
         raise InputError(
-            f"objective: {run.objective!r}, whose cost depends on its posterior, allowed: standard, pgd_at and trades "
-            "without one; python -m benchmarks.training measures score_direct"
+            f"objective: {run.objective!r}, whose cost depends on its posterior, allowed: standard, gaussian, "
+            "pgd_at and trades without one; python -m benchmarks.training measures score_direct"
         )
     count = settings.train_images or training_images(run)
     cost = plan(run, count, settings)
@@ -136,12 +136,14 @@ def _step(run: RunSettings, model: nn.Module, x: Tensor, y: Tensor, threat_model
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
         x_adv = x
-        if run.objective != "standard":
+        if run.searches:
             x_adv = _attacked(run, model, x, y, threat_model)
         in_attack = False
-        clean = model(x) if run.objective in ("standard", "trades") else None
-        logits = model(x_adv) if run.objective != "standard" else None
-        terms = [objectives.divergence_of(z, y, kind=run.divergence) for z in (clean, logits) if z is not None]
+        # Of Gaussian augmentation: the noisy pass, that with the other sign, and the clean one.
+        passes = 1 + run.antithetic + (run.gamma != 0 or run.held_alignment is not None)
+        count = {"trades": 2, "gaussian": passes}.get(run.objective, 1)
+        logits = [model(point) for point in ([x] * (count - 1) + [x_adv])]
+        terms = [objectives.divergence_of(z, y, kind=run.divergence) for z in logits]
         sum(term.mean() for term in terms).backward()  # type: ignore[union-attr]
     return sum(kept.values())
 

@@ -20,6 +20,7 @@ from matplotlib.ticker import MaxNLocator
 INK, FAINT = "#222222", "#b8b8b8"
 COLOURS = {
     "standard": "#767676",
+    "gaussian": "#8a5a2b",
     "pgd_at": "#0072b2",
     "trades": "#009e73",
     "score_network": "#d55e00",
@@ -27,11 +28,13 @@ COLOURS = {
     "noise_conditional_classifier": "#cc79a7",
     "oracle": "#56b4e9",
     "standard with a posterior": "#3f3f3f",
+    "gaussian with a posterior": "#4d3013",
     "pgd_at with a posterior": "#00406b",
     "trades with a posterior": "#005a41",
 }
 MARKERS = {
     "standard": "x",
+    "gaussian": "*",
     "pgd_at": "o",
     "trades": "s",
     "score_network": "^",
@@ -39,6 +42,7 @@ MARKERS = {
     "noise_conditional_classifier": "v",
     "oracle": "P",
     "standard with a posterior": "+",
+    "gaussian with a posterior": "1",
     "pgd_at with a posterior": "p",
     "trades with a posterior": "h",
 }
@@ -116,6 +120,31 @@ def accuracy_against_eps(
         ylabel="accuracy under PGD (% of test samples)",
         ylim=(0, 102),
         xlim=(0, None),
+    )
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=3.2)
+    return figure
+
+
+def certified_accuracy(series: Sequence[Series], *, largest: float) -> Figure:
+    """Against the L2 radius; ``largest`` is what the number of noise vectors can certify at best."""
+    figure, axes = plt.subplots(figsize=(7.2, 4.2))
+    for line in series:
+        line.draw(axes, marker=False)
+    axes.axvline(largest, color=FAINT, linewidth=1.2, zorder=0)
+    axes.text(
+        largest,
+        1.01,
+        "largest certifiable",
+        transform=axes.get_xaxis_transform(),
+        ha="right",
+        color="#707070",
+        fontsize=8,
+    )
+    axes.set(
+        xlabel="certified radius (L2, input units)",
+        ylabel="certified accuracy (% of samples)",
+        ylim=(0, 102),
+        xlim=(0, 1.02 * largest),
     )
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=3.2)
     return figure

@@ -168,6 +168,10 @@ def train_and_evaluate(
         "transport": settings.transported,
         "target_mix": settings.target_mix if settings.objective == "score_direct" else None,
         "data_gradient": settings.data_gradient if settings.objective == "score_direct" else None,
+        **{
+            key: getattr(settings, key) if settings.objective == "gaussian" else None
+            for key in ("sigma", "gamma", "alignment", "final_sigma")
+        },
         "epochs": settings.epochs,
         "steps": settings.epochs * trainer.course.steps,
         "limit": settings.limit,

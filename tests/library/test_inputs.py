@@ -43,7 +43,7 @@ def test_images_outside_the_box(name: str, x: Tensor, told: str) -> None:
         OBJECTIVES[name](model(), x, Y)
 
 
-@pytest.mark.parametrize("name", [*OBJECTIVES, "standard"])
+@pytest.mark.parametrize("name", [*OBJECTIVES, "standard", "gaussian"])
 @pytest.mark.parametrize(
     ("x", "y", "error", "told"),
     [
@@ -58,7 +58,8 @@ def test_images_outside_the_box(name: str, x: Tensor, told: str) -> None:
     ids=["bytes", "floats", "int32", "column", "one-hot", "short", "array"],
 )
 def test_odd_batches(name: str, x: Tensor, y: Tensor, error: type[Exception], told: str) -> None:
-    objective = {**OBJECTIVES, "standard": objectives.standard}[name]
+    others = {"standard": objectives.standard, "gaussian": partial(objectives.gaussian, sigma=0.1, gamma=0.5)}
+    objective = {**OBJECTIVES, **others}[name]
     with pytest.raises(error, match=told):
         objective(model(), x, y)
 

@@ -29,11 +29,11 @@ BAD = {
     "folder without data": ("run", "--objective standard --data cifar10 --data-root none", "none/cifar-10-batches-py"),
     "CutMix of more than all": ("run", "--objective standard --cutmix 1.5", "0 (off) to 1"),
     "CutMix of points": ("run", "--objective standard --data toy --cutmix 1", "no images to mix"),
-    "CutMix with a posterior": ("run", "--objective score_direct --cutmix 1", "with standard, pgd_at and trades"),
+    "CutMix with a posterior": ("run", "--objective score_direct --cutmix 1", "with standard, gaussian, pgd_at"),
     "CutMix with a target that the data move": (
         "run",
         "--objective trades --posterior kernel_density --cutmix 1",
-        "with standard, pgd_at and trades without one",
+        "with standard, gaussian, pgd_at and trades without one",
     ),
     "flip on points": ("run", "--objective standard --data toy --flip", "no images to mirror"),
     "weights of no timm model": ("run", "--objective standard --pretrained", "allowed: with timm:NAME"),

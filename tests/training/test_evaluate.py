@@ -276,11 +276,13 @@ def _rank(number: int, port: int, arguments: list[str], log: Path) -> None:
     sys.exit(run_program(evaluate.main, arguments))
 
 
-@pytest.mark.parametrize("attack", ["autoattack", "pgd"])
+@pytest.mark.parametrize("attack", ["autoattack", "pgd", "certify"])
 def test_two_processes_say_what_one_says(call: Any, trained: Path, tmp_path: Path, attack: str) -> None:
     options = [*FAST, "--threads", "1"]
     if attack == "pgd":  # both steps reach the border of so small a ball: random starts do not matter
         options = ["--limit", "41", "--steps", "8", "--restarts", "1", "--threads", "1"]
+    if attack == "certify":
+        options = ["--attack", "certify", "--limit", "11", "--n", "100", "--threads", "1"]
     assert call("evaluate", "--run", trained, *options, "--out", "one.json").status == 0
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["training.run"])
@@ -296,10 +298,11 @@ def test_two_processes_say_what_one_says(call: Any, trained: Path, tmp_path: Pat
         process.join(180)
         assert process.exitcode == 0, log.read_text()
     one, two = read(tmp_path / "one.json"), read(tmp_path / "two.json")
-    for key in ("clean_acc", "samples", f"{attack}_acc"):
+    found = ("classes", "radii") if attack == "certify" else (f"{attack}_acc",)
+    for key in ("clean_acc", "samples", *found):
         assert one[key] == two[key]
-    assert "accuracy" in logs[0].read_text()
-    assert "accuracy" not in logs[1].read_text()
+    assert "95 % interval" in logs[0].read_text()
+    assert "95 % interval" not in logs[1].read_text()
 
 
 def test_verdicts_come_back_in_the_order_of_the_samples(trained: Path) -> None:

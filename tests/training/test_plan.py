@@ -25,7 +25,16 @@ def forward_operations(name: str) -> int:
 # Passes of 10 attack steps, in forward passes: each step is one forward and one backward pass to the input (of the same
 # cost); the loss one forward and two such backward passes, to inputs and weights; TRADES has two of these and one
 # forward pass for the clean prediction.
-@pytest.mark.parametrize(("objective", "passes"), [("standard", 3), ("pgd_at", 20 + 3), ("trades", 20 + 1 + 6)])
+@pytest.mark.parametrize(
+    ("objective", "passes"),
+    [
+        ("standard", 3),
+        ("gaussian", 3),
+        ("gaussian --gamma 0.5 --antithetic", 9),
+        ("pgd_at", 20 + 3),
+        ("trades", 20 + 1 + 6),
+    ],
+)
 def test_operations(objective: str, passes: int) -> None:
     run = parsed(f"--recipe cifar10 --objective {objective} --model wrn-10-1")
     cost = plan.plan(run, 48_976, PlanSettings())

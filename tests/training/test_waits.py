@@ -26,6 +26,8 @@ from training.loop import Trainer
 OPTIONS = "--epochs 4 --limit 60 --batch-size 25 --steps 2 --shift 1 --flip --averaging 0.9 --threads 1"
 CASES = {
     "standard": "--objective standard",
+    "Gaussian": "--objective gaussian --sigma 0.1 0.4 --gamma 0.5 --accumulate 2",
+    "Gaussian, annealed": "--objective gaussian --sigma 0.4 --final-sigma 0.1 --gamma 2 --antithetic",
     "PGD-AT with SGD": "--objective pgd_at --divergence se --clip 0.3 --optimizer sgd --batchnorm-momentum 0.1",
     "TRADES": "--objective trades --label-smoothing 0.1 --averaging-buffers copy --averaging-ramp",
     "CutMix": "--objective trades --cutmix 0.5",
