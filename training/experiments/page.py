@@ -300,7 +300,10 @@ def _table(title: str, group: Sequence[dict[str, Any]]) -> list[str]:
     lines += [
         row(f"direct, {FAMILIES[name][0]}", [of_direct(cell, name) for cell in group]) for name in estimators_of(group)
     ]
-    lines.append(row("**direct, chosen by evidence**", [of_direct(cell, chosen_by_evidence(cell)) for cell in group]))
+    if len(present(group, CROSS_FITTED, "student direct:kl {}")) > 1:
+        lines.append(
+            row("**direct, chosen by evidence**", [of_direct(cell, chosen_by_evidence(cell)) for cell in group])
+        )
     lines.append(row("direct, p_d itself", [of_direct(cell, "oracle") for cell in group]))
     return [
         *lines,
@@ -420,6 +423,8 @@ def _hypotheses(group: Sequence[dict[str, Any]]) -> list[str]:
     surrogates = present(group, SURROGATES)
     published = [name for name in surrogates if " " not in name]
     chosen = ", ".join(sorted({FAMILIES[chosen_by_evidence(cell)][0] for cell in group}))
+    fitted = present(group, CROSS_FITTED, "student direct:kl {}")
+    how = f"chosen by evidence alone ({chosen})" if len(fitted) > 1 else f"the {chosen}, the only one fitted here"
     judged = {
         "oracle": _judged(_failures(group, oracle, surrogates), len(group)),
         "learned": _judged(_failures(group, learned, surrogates), len(group)),
@@ -430,7 +435,7 @@ def _hypotheses(group: Sequence[dict[str, Any]]) -> list[str]:
         f"{judged['oracle']}; its differences from the best surrogate in each measure:",
         *_against_all(group, oracle),
         _dominated(group, oracle),
-        f"- H3, with a learned posterior, chosen by evidence alone ({chosen}), it is ahead of every surrogate in KL "
+        f"- H3, with a learned posterior, {how}, it is ahead of every surrogate in KL "
         "and R_SCORE and not clearly behind in the accuracies: "
         f"{judged['learned']} against all, {judged['published']} against the surrogates as published, which ask no "
         "posterior; "
@@ -541,7 +546,10 @@ def section_ablation(cells: Sequence[dict[str, Any]]) -> str:
             "| --- |" + " --- |" * 7,
         ]
         verdicts = {}
-        for name in present(group, mixtures.ABLATED, "student direct:kl:fixed {}"):
+        names = list(mixtures.ABLATED)
+        for objective in mixtures.ABLATION.values():
+            names = present(group, names, f"student {objective} {{}}")
+        for name in names:
 
             def of(cell: dict[str, Any], letter: str, name: str = name) -> float:
                 value: float = cell["entries"][f"student {mixtures.ABLATION[letter]} {name}"]["last"]["r_score"]
