@@ -84,7 +84,8 @@ def test_autoattack_goes_on_inside_itself(tmp_path: Path, start: Start, log: Pat
     assert status(start([*options, "--out", str(whole)])) == 0, log.read_text()
 
     state = out / run.STATE
-    assert status(start([*options, "--out", str(out)], Hit("pass", 150, signal.SIGTERM))) == 1, log.read_text()
+    # 65 passes tell what the model computes, the first attack has at least 100.
+    assert status(start([*options, "--out", str(out)], Hit("pass", 240, signal.SIGTERM))) == 1, log.read_text()
     assert log.read_text().splitlines()[-1].endswith(f"python -m training.run --resume {out}")
     assert torch.load(state, weights_only=True)["finished"].max() > 0, "the signal came after the first attack"
     assert log.read_text().count("robust accuracy after square") == 1, "of the whole run alone"
