@@ -93,15 +93,7 @@ def table(results: Mapping[str, Any]) -> str:
 
 def plot(results: Mapping[str, Any]) -> bytes:
     """Certified accuracy against the L2 radius with the 95 % band, as PNG."""
-    curve = results["curve"]
-    line = plots.Series(
-        f"σ = {results['sigma']:g}",
-        results["objective"] or "",
-        "kl",
-        [point["radius"] for point in curve],
-        [point["acc"] for point in curve],
-        [point["interval"][0] for point in curve],
-        [point["interval"][1] for point in curve],
-    )
+    label = f"σ = {results['sigma']:g}"
+    line = plots.Series.of_points(label, results["objective"] or "", "kl", results["curve"], "radius")
     figure = plots.certified_accuracy([line], largest=results["largest_radius"])
     return plots.rendered(figure, "png")

@@ -106,9 +106,8 @@ class EvaluateSettings:
     state: Path | None = None  # AutoAttack: file to resume from and to keep up to date
     transfer_from: str | None = None  # obfuscation: a second classifier, as --model-from, whose attacks are tried
     transfer_model: str | None = None  # obfuscation: architecture of --transfer-from, where its weights do not tell
-    sigma: float | None = (
-        None  # certify: standard deviation of the noise, in input units; None is the run's largest, or .25
-    )
+    # certify: standard deviation of the noise, in input units; None is the run's largest, or .25
+    sigma: float | None = None
     n0: int = 100  # certify: noise vectors a sample that choose its class
     n: int = 1000  # certify: noise vectors a sample that bound the probability of that class; more certify larger radii
     alpha: float = 0.001  # certify: probability that the certificate of a sample is wrong

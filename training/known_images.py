@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scorematch import ThreatModel, intervals
+from scorematch import ThreatModel
 from scorematch.attacks.pgd import ascend
+from scorematch.bounds import estimate
 from scorematch.posteriors import FactorAnalysers
 from training import checkpoint, data
 from training.data import Data, DataSettings
@@ -171,17 +172,16 @@ def difficulty(
     x, _ = p_d.sample(count, generator, shape)
     p = probabilities(p_d, x).double()
     result: dict[str, Any] = {
-        "bayes_error": _mean(1 - p.amax(1)),
-        "entropy": _mean(torch.special.entr(p).sum(1)),
+        "bayes_error": estimate(1 - p.amax(1))._asdict(),
+        "entropy": estimate(torch.special.entr(p).sum(1))._asdict(),
         "balls": [],
     }
     for radius in eps:
         threat_model = ThreatModel(norm, radius, lower=-math.inf, upper=math.inf)
         parts = [in_ball(p_d, part, threat_model, steps=steps, generator=generator) for part in x.split(batch)]
         divergences, flipped = (torch.cat(values) for values in zip(*parts, strict=True))
-        low, high = intervals.wilson(int(flipped.sum()), count)
-        flips = {"mean": float(flipped.double().mean()), "low": low, "high": high}
-        result["balls"].append({"eps": radius, "c_kl": _mean(divergences), "flips": flips})
+        found = {"c_kl": estimate(divergences), "flips": estimate(flipped)}
+        result["balls"].append({"eps": radius, **{name: value._asdict() for name, value in found.items()}})
     return result
 
 
@@ -236,9 +236,3 @@ def in_ball(
         moved = follow(one_hot[:, rank] - one_hot[:, 0], None)
         judge(follow(-p, moved))
     return largest, flipped
-
-
-def _mean(values: Tensor) -> dict[str, float]:
-    """The mean of values [N] with its 95 % interval, by the normal approximation."""
-    mean, half = float(values.double().mean()), 1.96 * float(values.double().std()) / math.sqrt(len(values))
-    return {"mean": mean, "low": mean - half, "high": mean + half}

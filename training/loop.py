@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,9 +36,33 @@ from training.optimisation import (
 # Each purpose draws from a generator of its own, so that a longer attack does not change the order of the data.
 PURPOSES = ("order", "augmentation", "attack", "validation", "evaluation")
 
-# Of (model, x, y, first iterate of the attack, noise in the place of its data gradient, weight perturbation). With
-# Gaussian augmentation the two in the middle are the noise [N, …] and its standard deviations [1, N].
-StepObjective = Callable[[nn.Module, Tensor, Tensor, Tensor | None, Tensor | None, WeightPerturbation | None], Outcome]
+
+class Draws(NamedTuple):
+    """The random numbers of one step, None where its objective needs none.
+
+    Attributes:
+        start: [N, …] first iterate of the attack.
+        directions: [K, N, …] noise in the place of the data gradient of its K steps.
+        noise: [N, …] that of Gaussian augmentation.
+        levels: [N] its standard deviations.
+    """
+
+    start: Tensor | None = None
+    directions: Tensor | None = None
+    noise: Tensor | None = None
+    levels: Tensor | None = None
+
+    def of(self, share: slice, dense: Callable[[Tensor], Tensor]) -> "Draws":
+        """Those of some samples, laid out as ``dense`` does."""
+        return Draws(
+            start=None if self.start is None else dense(self.start[share]),
+            directions=None if self.directions is None else self.directions[:, share].contiguous(),
+            noise=None if self.noise is None else dense(self.noise[share]),
+            levels=None if self.levels is None else self.levels[share],
+        )
+
+
+StepObjective = Callable[[nn.Module, Tensor, Tensor, Draws, WeightPerturbation | None], Outcome]
 
 
 def generator(seed: int, purpose: str, device: torch.device | str = "cpu") -> Generator:
@@ -70,18 +94,23 @@ def _objective_of_targets(
     free: FreeAttack | None,
 ) -> StepObjective:
     if free is not None:
-        return lambda model, x, y, start, noise, weights: free.step(model, x, y)
+        return lambda model, x, y, *others: free.step(model, x, y)
     if settings.objective == "standard":
         return lambda model, x, y, *others: objectives.standard(model, x, y, divergence=settings.divergence)
     if settings.objective == "gaussian":
-        options: dict[str, Any] = {"divergence": settings.divergence, "antithetic": settings.antithetic}
-        if settings.held_alignment is None:
-            options["gamma"] = settings.gamma
-        else:
-            options["alignment"] = settings.held_alignment
-        return lambda model, x, y, omega, levels, weights: objectives.gaussian(
-            model, x, y, sigma=_present(levels)[0], noise=_present(omega), **options
+        gaussian = functools.partial(
+            objectives.gaussian,
+            gamma=settings.gamma if settings.held_alignment is None else 0.0,
+            alignment=settings.held_alignment,
+            divergence=settings.divergence,
+            antithetic=settings.antithetic,
         )
+
+        def noisy(model: nn.Module, x: Tensor, y: Tensor, draws: Draws, weights: WeightPerturbation | None) -> Outcome:
+            assert draws.levels is not None
+            return gaussian(model, x, y, sigma=draws.levels, noise=draws.noise)
+
+        return noisy
     attack: dict[str, Any] = {
         "divergence": settings.divergence,
         "threat_model": settings.threat_model(data.lower, data.upper),
@@ -105,24 +134,11 @@ def _objective_of_targets(
         attack |= {"target_mix": settings.target_mix, "data_gradient": settings.data_gradient}
         function = functools.partial(objectives.score_direct, posterior=posterior, **attack)
 
-    def step(
-        model: nn.Module,
-        x: Tensor,
-        y: Tensor,
-        start: Tensor | None,
-        noise: Tensor | None,
-        weights: WeightPerturbation | None,
-    ) -> Outcome:
-        given = {} if noise is None else {"data_gradient": noise}
-        return function(model, x, y, start=start, weights=weights, **given)
+    def step(model: nn.Module, x: Tensor, y: Tensor, draws: Draws, weights: WeightPerturbation | None) -> Outcome:
+        given = {} if draws.directions is None else {"data_gradient": draws.directions}
+        return function(model, x, y, start=draws.start, weights=weights, **given)
 
     return step
-
-
-def _present(drawn: Tensor | None) -> Tensor:
-    """What a step of this objective always draws."""
-    assert drawn is not None
-    return drawn
 
 
 def add_metrics(sums: dict[str, Tensor], outcome: Outcome) -> None:
@@ -188,15 +204,8 @@ class LossOfStep(nn.Module):
         super().__init__()
         self.model, self.objective = model, objective
 
-    def forward(
-        self,
-        x: Tensor,
-        y: Tensor,
-        start: Tensor | None,
-        noise: Tensor | None,
-        weights: WeightPerturbation | None,
-    ) -> Outcome:
-        return self.objective(self.model, x, y, start, noise, weights)
+    def forward(self, x: Tensor, y: Tensor, draws: Draws, weights: WeightPerturbation | None) -> Outcome:
+        return self.objective(self.model, x, y, draws, weights)
 
 
 class Trainer(Engine):
@@ -344,24 +353,30 @@ class Trainer(Engine):
         x, targets = self.batches.batch(index, self.steps_done)
         self.model.train()
         self._set_batchnorm(self.steps_done)
-        start = noise = None
-        if settings.objective == "gaussian":
-            noise = self._noise_levels(x)[None]
-            start = torch.empty_like(x, memory_format=torch.contiguous_format)
-            start.normal_(generator=self.generators["attack"])
-        elif settings.searches and self.free is None:
-            assert self.start is not None
-            start = first_iterate(x, self.threat_model, self.start, self.generators["attack"], settings.attack)
-        if settings.data_gradient == "noise":
-            noise = noise_directions(x, settings.steps, self.generators["attack"], settings.attack)
+        draws = self._draws(x)
         sums: dict[str, Tensor] = {}
         for _ in range(settings.free_replays or 1):  # free adversarial training: each time an update
             self.optimizer.zero_grad(set_to_none=True)
-            counted = self._accumulated(x, targets, start, noise, sums)
+            counted = self._accumulated(x, targets, draws, sums)
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
             sums["gradient_norm"] = sums.get("gradient_norm", torch.zeros_like(norm)) + norm * counted
             self._update()
         return sums
+
+    def _draws(self, x: Tensor) -> Draws:
+        settings, generator = self.settings, self.generators["attack"]
+        if settings.objective == "gaussian":
+            levels = self._noise_levels(x)
+            noise = torch.empty_like(x, memory_format=torch.contiguous_format).normal_(generator=generator)
+            return Draws(noise=noise, levels=levels)
+        if not settings.searches or self.free is not None:
+            return Draws()
+        assert self.start is not None
+        start = first_iterate(x, self.threat_model, self.start, generator, settings.attack)
+        directions = None
+        if settings.data_gradient == "noise":
+            directions = noise_directions(x, settings.steps, generator, settings.attack)
+        return Draws(start, directions)
 
     def _noise_levels(self, x: Tensor) -> Tensor:
         """The standard deviations [N] of this step's Gaussian augmentation."""
@@ -373,9 +388,7 @@ class Trainer(Engine):
             sigma = objectives.annealed(share, sigma=first, final_sigma=settings.final_sigma).sigma
         return objectives.noise_levels(x, sigma, self.generators["attack"])
 
-    def _accumulated(
-        self, x: Tensor, targets: Tensor, start: Tensor | None, noise: Tensor | None, sums: dict[str, Tensor]
-    ) -> int:
+    def _accumulated(self, x: Tensor, targets: Tensor, draws: Draws, sums: dict[str, Tensor]) -> int:
         """The gradient of the mean loss over a batch, in parts; adds to the sums of the metrics.
 
         Returns the number of samples of this process.
@@ -383,12 +396,11 @@ class Trainer(Engine):
         settings, counted = self.settings, 0
         for part in range(settings.accumulate):
             share = slice(self.rank * settings.accumulate + part, None, self.world * settings.accumulate)
-            mine = None if start is None else self._dense(start[share])
-            my_noise = None if noise is None else noise[:, share].contiguous()
+            mine = draws.of(share, self._dense)
             with self._perturbation() as weights:
                 if isinstance(self.loss_of_step, DistributedDataParallel):
                     self.loss_of_step.require_backward_grad_sync = part == settings.accumulate - 1
-                outcome: Outcome = self.loss_of_step(self._dense(x[share]), targets[share], mine, my_noise, weights)
+                outcome: Outcome = self.loss_of_step(self._dense(x[share]), targets[share], mine, weights)
                 # DistributedDataParallel takes the mean over the processes.
                 whole = len(outcome.loss) == len(x)
                 (outcome.loss.mean() if whole else outcome.loss.sum() * (self.world / len(x))).backward()

@@ -271,16 +271,8 @@ def table(results: Mapping[str, Any]) -> str:
 
 def plot(results: Mapping[str, Any]) -> bytes:
     """Accuracy against eps with the 95 % band, as PNG."""
-    curve = results["curve"]
-    line = plots.Series(
-        f"PGD-{results['steps']}",
-        results["objective"] or "",
-        "kl",
-        [point["eps"] for point in curve],
-        [point["acc"] for point in curve],
-        [point["interval"][0] for point in curve],
-        [point["interval"][1] for point in curve],
-    )
+    label = f"PGD-{results['steps']}"
+    line = plots.Series.of_points(label, results["objective"] or "", "kl", results["curve"], "eps")
     threat_model = results["threat_model"]
     figure = plots.accuracy_against_eps(
         [line],

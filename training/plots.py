@@ -83,6 +83,14 @@ class Series(NamedTuple):
     high: Sequence[float] | None = None
     generated: bool = False
 
+    @classmethod
+    def of_points(
+        cls, label: str, family: str, divergence: str, points: Sequence[Mapping[str, Any]], key: str
+    ) -> "Series":
+        """The accuracies of points with their intervals, ``acc`` and ``interval``, against what ``key`` holds."""
+        low, high = zip(*(point["interval"] for point in points), strict=True)
+        return cls(label, family, divergence, [p[key] for p in points], [p["acc"] for p in points], low, high)
+
     def draw(self, axes: Axes, *, marker: bool = True) -> None:
         colour = COLOURS.get(self.family, INK)
         axes.plot(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -12,8 +11,8 @@ from ..ops.apgd_step import apgd_step
 from ..threat_model import ThreatModel
 from .classifier import Classifier, Loss, predicted
 from .losses import UNTARGETED, ranked_targets, targeted_dlr_loss
-from .parts import Search, run_alone
-from .randomness import Noise, start_at_distance
+from .parts import Batch, run_alone
+from .randomness import start_at_distance
 from .settings import AttackSettings
 
 MOMENTUM = 0.75  # weight of the new step against the last move
@@ -87,25 +86,16 @@ class APGD(AttackSettings):
         """
         return run_alone(self, model, x, y, seed)
 
-    def run_part(
-        self,
-        classifier: Classifier,
-        x: Tensor,
-        y: Tensor,
-        samples: Tensor,
-        part: int,
-        noise: Noise,
-        search: Search | None = None,
-        pause: Callable[[Search], None] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """One run on samples that are classified correctly; too short to stop within.
+    def run_part(self, classifier: Classifier, batch: Batch) -> tuple[Tensor, Tensor]:
+        """One run; too short to stop within.
 
         Returns:
             Points [N, …], and bool [N], whether the point is misclassified.
         """
-        start = start_at_distance(self.threat_model, self.threat_model.eps, x, samples, noise)
+        x, y = batch.x, batch.y
+        start = start_at_distance(self.threat_model, self.threat_model.eps, x, batch.samples, batch.noise)
         if self.loss == "dlr-targeted":
-            targets = ranked_targets(classifier.logits(x), 2 + part // self.n_restarts)
+            targets = ranked_targets(classifier.logits(x), 2 + batch.part // self.n_restarts)
             return self._ascend(classifier, x, targeted_dlr_loss, (y, targets), start)
         return self._ascend(classifier, x, UNTARGETED[self.loss], (y,), start)
 

@@ -95,12 +95,6 @@ class AutoAttack:
         AttributeError: something is assigned that is no setting, or is fixed: ``norm``, ``eps``, ``version``.
     """
 
-    norm: str
-    version: str
-    threat_model: ThreatModel
-    report: dict[str, Any]
-    _log_path: str | Path | None
-
     def __init__(
         self,
         model: Callable[[Tensor], Tensor],
@@ -129,9 +123,11 @@ class AutoAttack:
             raise ValueError(f"version must be one of {', '.join(VERSIONS)}, got {version!r}")
         if attacks_to_run and version != "custom":
             raise ValueError(f'attacks_to_run is for version="custom", got version={version!r}')
-        self.__dict__.update(
-            norm=norm, version=version, threat_model=ThreatModel(NORMS[norm], eps), report={}, _log_path=log_path
-        )
+        self.norm = norm
+        self.version = version
+        self.threat_model = ThreatModel(NORMS[norm], eps)
+        self._log_path = log_path
+        self._report: dict[str, Any] = {}
         self.model = model
         self.seed = seed
         self.verbose = verbose
@@ -152,10 +148,11 @@ class AutoAttack:
         self._check_settings()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in FIXED:
+        if name in FIXED and hasattr(self, name):
             raise AttributeError(f"{name} is fixed when an AutoAttack is made; make another one")
-        refuse_unknown(self, name, SETTINGS)
-        object.__setattr__(self, name, value)
+        if name not in FIXED and not name.startswith("_"):
+            refuse_unknown(self, name, SETTINGS)
+        super().__setattr__(name, value)
 
     def _check_settings(self) -> None:
         """Raise ValueError or TypeError for what was given or assigned and is outside its range."""
@@ -184,6 +181,10 @@ class AutoAttack:
     @property
     def eps(self) -> float:
         return self.threat_model.eps
+
+    @property
+    def report(self) -> dict[str, Any]:
+        return self._report
 
     def run_standard_evaluation(
         self,
@@ -236,7 +237,7 @@ class AutoAttack:
             adversarial = state.adversarial.to(x_orig.device)
             results[attack.name] = (adversarial, state.labels.to(y_orig.device)) if return_labels else adversarial
             reports[attack.name] = self.report
-        self.__dict__["report"] = reports
+        self._report = reports
         return results
 
     def clean_accuracy(self, x_orig: Tensor, y_orig: Tensor, bs: int = 250) -> float:
@@ -297,9 +298,8 @@ class AutoAttack:
             state_path=share.path(Path(state_path)) if state_path is not None else None,
         )
         x, y = x.cpu(), y.cpu()
-        state, report = evaluate(self.model, x, y, attacks, options, console, share)
-        self.__dict__["report"] = report
-        console.say(result_line(report, state, x, self.threat_model.norm, self.norm))
+        state, self._report = evaluate(self.model, x, y, attacks, options, console, share)
+        console.say(result_line(self._report, state, x, self.threat_model.norm, self.norm))
         return state
 
     def _check_input(self, x: Tensor, y: Tensor, bs: int, attacks: Sequence[Attack] = ()) -> tuple[Tensor, Tensor]:

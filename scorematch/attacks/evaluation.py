@@ -27,7 +27,7 @@ from .classifier import (
 from .console import Console
 from .evaluation_state import EvaluationState
 from .identity import Fingerprint, check_model, identity_of
-from .parts import Attack, Search
+from .parts import Attack, Batch, Search
 from .randomness import KeyedNoise, Noise, ReferenceNoise
 from .report import doubts_of, nan_samples, report_of, stage_line
 from .schedule import Stage, passes_left, stages_of
@@ -255,8 +255,7 @@ class _Engine:
                 break
             attacked = samples[rows.cpu()]
             with self.folding.applied() if self.folding is not None else nullcontext():
-                points, wrong = stage.attack.run_part(
-                    self.search,
+                batch = Batch(
                     x[rows],
                     y[rows],
                     attacked.to(device),
@@ -265,6 +264,7 @@ class _Engine:
                     self._resumed_search(attacked),
                     self._pause(name, attacked),
                 )
+                points, wrong = stage.attack.run_part(self.search, batch)
             state.search = None
             with full_precision():
                 labels = self.verify.label(points)

@@ -13,8 +13,8 @@ from ..ops.fab_step import fab_step
 from ..threat_model import ThreatModel
 from .classifier import Classifier
 from .losses import difference, ranked_targets
-from .parts import Search, run_alone
-from .randomness import Noise, start_at_distance
+from .parts import Batch, run_alone
+from .randomness import start_at_distance
 from .settings import AttackSettings
 
 HELD = 1 << 24  # numbers in the gradients of several classes that are held at once
@@ -90,27 +90,18 @@ class FAB(AttackSettings):
         """
         return run_alone(self, model, x, y, seed)
 
-    def run_part(
-        self,
-        classifier: Classifier,
-        x: Tensor,
-        y: Tensor,
-        samples: Tensor,
-        part: int,
-        noise: Noise,
-        search: Search | None = None,
-        pause: Callable[[Search], None] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """One run on samples that are classified correctly; too short to stop within.
+    def run_part(self, classifier: Classifier, batch: Batch) -> tuple[Tensor, Tensor]:
+        """One run; too short to stop within.
 
         Returns:
             Points [N, …], and bool [N], whether the point is misclassified and within eps.
         """
+        x, part = batch.x, batch.part
         target = ranked_targets(classifier.logits(x), 2 + part // self.n_restarts) if self.targeted else None
         start = x
         if part % self.n_restarts:
-            start = start_at_distance(self.threat_model, self.threat_model.eps / 2, x, samples, noise)
-        return self._descend(classifier, x, y, target, start)
+            start = start_at_distance(self.threat_model, self.threat_model.eps / 2, x, batch.samples, batch.noise)
+        return self._descend(classifier, x, batch.y, target, start)
 
     def _descend(
         self, classifier: Classifier, x0: Tensor, y: Tensor, target: Tensor | None, start: Tensor

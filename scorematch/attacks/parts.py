@@ -30,11 +30,34 @@ class Search:
     margin: Tensor
 
 
+@dataclass(frozen=True)
+class Batch:
+    """What a part of an attack runs on.
+
+    Attributes:
+        x: [N, …] samples that are classified correctly.
+        y: int64 [N] their labels.
+        samples: int64 [N] which samples of the data set they are, for numbers that belong to a sample.
+        part: which part of the attack it is.
+        noise: the random numbers.
+        search: where an interrupted run of the same batch stopped.
+        pause: called now and then with how far the run has come.
+    """
+
+    x: Tensor
+    y: Tensor
+    samples: Tensor
+    part: int
+    noise: Noise
+    search: Search | None = None
+    pause: Callable[[Search], None] | None = None
+
+
 class Attack(Protocol):
     """What AutoAttack needs of an attack: it consists of parts, each of which may find more.
 
-    A part that takes long goes on from ``search``, where an interrupted run of the same batch stopped, and calls
-    ``pause`` now and then with how far it has come. Others are done anew after an interruption, and ignore both.
+    A part that takes long goes on from the ``search`` of its batch, and calls ``pause``. Others are done anew after an
+    interruption, and ignore both.
 
     Attributes:
         images_only: whether x must be [N, C, H, W].
@@ -49,17 +72,7 @@ class Attack(Protocol):
     def check(self) -> None: ...
     def parts(self, num_classes: int) -> int: ...
     def cost(self) -> tuple[int, int]: ...
-    def run_part(
-        self,
-        classifier: Classifier,
-        x: Tensor,
-        y: Tensor,
-        samples: Tensor,
-        part: int,
-        noise: Noise,
-        search: Search | None = None,
-        pause: Callable[[Search], None] | None = None,
-    ) -> tuple[Tensor, Tensor]: ...
+    def run_part(self, classifier: Classifier, batch: Batch) -> tuple[Tensor, Tensor]: ...
 
 
 def run_alone(attack: Attack, model: nn.Module, x: Tensor, y: Tensor, seed: int) -> Tensor:
@@ -77,7 +90,7 @@ def run_alone(attack: Attack, model: nn.Module, x: Tensor, y: Tensor, seed: int)
             if len(alive) == 0:
                 break
             noise = KeyedNoise(seed, attack.name, part)
-            found, _ = attack.run_part(classifier, adversarial[alive], y[alive], alive, part, noise)
+            found, _ = attack.run_part(classifier, Batch(adversarial[alive], y[alive], alive, part, noise))
             fooled = classifier.label(found) != y[alive]
             adversarial[alive[fooled]] = found[fooled]
             alive = alive[~fooled]

@@ -21,7 +21,7 @@ class AttackSettings:
 
     def __setattr__(self, name: str, value: Any) -> None:
         refuse_unknown(self, name, [*(field.name for field in fields(self)), "eps"])  # type: ignore[arg-type]
-        object.__setattr__(self, name, value)
+        super().__setattr__(name, value)
 
     @property
     def eps(self) -> float:

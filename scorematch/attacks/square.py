@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -14,7 +13,7 @@ from ..ops.square import square_l2, square_linf
 from ..threat_model import ThreatModel
 from .classifier import Classifier
 from .losses import margin_loss
-from .parts import Search, run_alone
+from .parts import Batch, Search, run_alone
 from .randomness import Noise
 from .settings import AttackSettings
 
@@ -91,26 +90,13 @@ class Square(AttackSettings):
             side += side % 2 == 0
         return min(max(side, 1), height, width)
 
-    def run_part(
-        self,
-        classifier: Classifier,
-        x: Tensor,
-        y: Tensor,
-        samples: Tensor,
-        part: int,
-        noise: Noise,
-        search: Search | None = None,
-        pause: Callable[[Search], None] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """One run on samples that are classified correctly.
-
-        Args:
-            search: where an interrupted run of the same batch stopped.
-            pause: called now and then with how far the run has come.
+    def run_part(self, classifier: Classifier, batch: Batch) -> tuple[Tensor, Tensor]:
+        """One run, which can pause and go on.
 
         Returns:
             Points [N, C, H, W], and bool [N], whether the point is misclassified.
         """
+        x, y, samples, noise, search = batch.x, batch.y, batch.samples, batch.noise, batch.search
         if x.dim() != 4:
             raise ValueError(f"Square Attack takes images [N, C, H, W], got x of shape {list(x.shape)}")
         if search is None:
@@ -135,9 +121,9 @@ class Square(AttackSettings):
                     keep = alive.nonzero().squeeze(1)
                     rows, current, current_margin = rows[keep], current[keep], current_margin[keep]
                     centre, labels, ids = centre[keep], labels[keep], ids[keep]
-            if pause is not None and query % 64 == 63:
+            if batch.pause is not None and query % 64 == 63:
                 best[rows], margin[rows] = current, current_margin
-                pause(Search(query + 1, best, margin))
+                batch.pause(Search(query + 1, best, margin))
         best[rows], margin[rows] = current, current_margin
         return best, margin <= 0
 

@@ -12,6 +12,7 @@ from scorematch import ThreatModel
 from scorematch.attacks import APGD, FAB, Square
 from scorematch.attacks.classifier import Classifier, cache_chunk, channels_last_works, folding_that_works
 from scorematch.attacks.losses import dlr_loss, margin_loss, ranked_targets, targeted_dlr_loss
+from scorematch.attacks.parts import Batch, Search
 from scorematch.attacks.randomness import KeyedNoise, ReferenceNoise
 from scorematch.attacks.square import l2_pattern
 
@@ -99,12 +100,14 @@ def test_a_sample_draws_the_same_numbers_in_any_batch(norm: str, attack: str) ->
     threat_model = ThreatModel(norm, EPS[norm])
     run = ATTACKS[attack](threat_model)
     samples = torch.arange(len(x))
-    whole, fallen = run.run_part(Classifier(model), x, y, samples, 0, KeyedNoise(5, run.name, 0))
+    whole, fallen = run.run_part(Classifier(model), Batch(x, y, samples, 0, KeyedNoise(5, run.name, 0)))
     some = torch.tensor([41, 3, 17, 59, 20])
-    part, fallen_part = run.run_part(Classifier(model), x[some], y[some], samples[some], 0, KeyedNoise(5, run.name, 0))
+    part, fallen_part = run.run_part(
+        Classifier(model), Batch(x[some], y[some], samples[some], 0, KeyedNoise(5, run.name, 0))
+    )
     assert torch.equal(fallen[some], fallen_part)
     torch.testing.assert_close(whole[some], part, rtol=0, atol=1e-9)
-    other, _ = run.run_part(Classifier(model), x, y, samples, 0, KeyedNoise(6, run.name, 0))
+    other, _ = run.run_part(Classifier(model), Batch(x, y, samples, 0, KeyedNoise(6, run.name, 0)))
     assert not torch.allclose(other, whole)
 
 
@@ -114,17 +117,19 @@ def test_square_resumes_where_it_paused(norm: str) -> None:
     run = Square(ThreatModel(norm, EPS[norm] / 2), n_queries=300)
     samples, noise = torch.arange(len(x)), KeyedNoise(0, "square", 0)
     pauses = []
-    whole, fallen = run.run_part(Classifier(model), x, y, samples, 0, noise, pause=pauses.append)
+    whole, fallen = run.run_part(Classifier(model), Batch(x, y, samples, 0, noise, pause=pauses.append))
     assert [search.queries for search in pauses] == [64, 128, 192, 256]
     saved = []
     first = Classifier(model)
-    run.run_part(
-        first, x, y, samples, 0, noise, pause=lambda s: saved.append((s.queries, s.best.clone(), s.margin.clone()))
-    )
+
+    def keep(search: Search) -> None:
+        saved.append((search.queries, search.best.clone(), search.margin.clone()))
+
+    run.run_part(first, Batch(x, y, samples, 0, noise, pause=keep))
     queries, best, margin = saved[1]
     second = Classifier(model)
-    search = type(pauses[0])(queries, best, margin)
-    again, fallen_again = run.run_part(second, x, y, samples, 0, noise, search=search)
+    search = Search(queries, best, margin)
+    again, fallen_again = run.run_part(second, Batch(x, y, samples, 0, noise, search=search))
     assert torch.equal(again, whole)
     assert torch.equal(fallen_again, fallen)
     assert second.forwards < first.forwards
@@ -134,15 +139,9 @@ def test_square_never_accepts_a_worse_point() -> None:
     model, x, y = batch()
     run = Square(ThreatModel("linf", 0.05), n_queries=400)
     margins = []
-    run.run_part(
-        Classifier(model),
-        x,
-        y,
-        torch.arange(len(x)),
-        0,
-        KeyedNoise(0, "square", 0),
-        pause=lambda s: margins.append(s.margin.clone()),
-    )
+    samples, noise = torch.arange(len(x)), KeyedNoise(0, "square", 0)
+    pause = lambda search: margins.append(search.margin.clone())  # noqa: E731
+    run.run_part(Classifier(model), Batch(x, y, samples, 0, noise, pause=pause))
     assert len(margins) == 6
     for before, after in pairwise(margins):
         assert (after <= before).all()
@@ -159,11 +158,13 @@ def test_square_asks_no_query_for_a_proposal_that_changes_nothing() -> None:
     run = Square(ThreatModel("linf", 0.02), n_queries=600, p_init=0.01)
     asked = Classifier(model)
     samples, noise = torch.arange(len(x)), KeyedNoise(0, "square", 0)
-    points, fallen = run.run_part(asked, x, y, samples, 0, noise)
+    points, fallen = run.run_part(asked, Batch(x, y, samples, 0, noise))
     assert 0.3 < asked.forwards / (600 * int((~fallen).sum())) < 0.8
     plain = type("Plain", (Square,), {"_margin": staticmethod(lambda c, p, y, *_: -margin_loss(c.logits(p), y))})
     every = Classifier(model)
-    expected, _ = plain(ThreatModel("linf", 0.02), n_queries=600, p_init=0.01).run_part(every, x, y, samples, 0, noise)
+    expected, _ = plain(ThreatModel("linf", 0.02), n_queries=600, p_init=0.01).run_part(
+        every, Batch(x, y, samples, 0, noise)
+    )
     assert torch.equal(points, expected)
     assert every.forwards > asked.forwards
 

@@ -77,6 +77,7 @@ class Bench:
     grid: Grid = field(default_factory=Grid)
     _networks: dict[tuple[str, int], nn.Module] = field(default_factory=dict)
     _drawn: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _estimated: dict[str, Estimated] = field(default_factory=dict)
 
     @property
     def sigmas(self) -> list[float]:
@@ -86,6 +87,12 @@ class Bench:
     @property
     def kernel_sigmas(self) -> list[float]:
         return [self.problem.scale * sigma for sigma in self.grid.kernel_sigmas]
+
+    def estimated(self, name: str) -> Estimated:
+        """The posterior of this name, one of :data:`ESTIMATORS`."""
+        if name not in self._estimated:
+            self._estimated[name] = ESTIMATORS[name](self)
+        return self._estimated[name]
 
     def network(self, kind: str, fold: int) -> nn.Module:
         """A classifier, joint energy or denoiser, fitted with one fold held out.

@@ -22,7 +22,7 @@ from training.errors import run_program
 from training.experiments import gradients, mixtures, problems, real_digits_page
 from training.experiments.estimators import CROSS_FITTED, ESTIMATORS
 from training.experiments.mixtures import SURROGATES
-from training.experiments.tables import FAMILIES, OPEN, read, seeds, shown, verdict
+from training.experiments.tables import FAMILIES, OPEN, label, read, seeds, shown, verdict
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -294,40 +294,27 @@ def _table(title: str, group: Sequence[dict[str, Any]]) -> list[str]:
     ]
     surrogates = present(group, SURROGATES)
     lines += [
-        row(_surrogate_label(name), [of_surrogate(cell, name, "last") for cell in group])
+        row(label(name), [of_surrogate(cell, name, "last") for cell in group])
         for name in (*surrogates, *present(group, mixtures.MOVED))
     ]
     lines += [
-        row(f"direct, {FAMILIES[name][0]}", [of_direct(cell, name) for cell in group]) for name in estimators_of(group)
+        row(label(f"direct:kl {name}"), [of_direct(cell, name) for cell in group]) for name in estimators_of(group)
     ]
     if len(present(group, CROSS_FITTED, "student direct:kl {}")) > 1:
         lines.append(
             row("**direct, chosen by evidence**", [of_direct(cell, chosen_by_evidence(cell)) for cell in group])
         )
-    lines.append(row("direct, p_d itself", [of_direct(cell, "oracle") for cell in group]))
+    lines.append(row(label("direct:kl oracle"), [of_direct(cell, "oracle") for cell in group]))
     return [
         *lines,
         "",
         "<details><summary>The surrogates with weights picked by the oracle</summary>",
         "",
         *lines[4:6],
-        *(row(_surrogate_label(name), [of_surrogate(cell, name, "best") for cell in group]) for name in surrogates),
+        *(row(label(name), [of_surrogate(cell, name, "best") for cell in group]) for name in surrogates),
         "",
         "</details>",
     ]
-
-
-def _surrogate_label(form: str) -> str:
-    objective, _, posterior = form.partition(" ")
-    kind, divergence, *words = objective.split(":")
-    title = {"standard": "standard", "pgd_at": "PGD-AT", "trades": "TRADES"}[kind]
-    if kind != "standard":
-        title += f" {divergence.upper()}"
-    if kind == "trades":
-        title += f", β {words[0]}"
-    if posterior:
-        title += f", {'soft targets' if 'soft' in words else 'target moved'} by {FAMILIES[posterior][0]}"
-    return title
 
 
 def _difference(
@@ -355,8 +342,7 @@ def _against_all(group: Sequence[dict[str, Any]], direct: Callable[[dict[str, An
         interval = "" if difference.low is None else f" [{difference.low:+.{digits}f}, {difference.high:+.{digits}f}]"
         picked = ", picked by the oracle" if best[1] == "best" else ""
         lines.append(
-            f"  - {TITLES[measure]}: {difference.mean:+.{digits}f}{interval} "
-            f"against {_surrogate_label(best[0])}{picked}: {word}"
+            f"  - {TITLES[measure]}: {difference.mean:+.{digits}f}{interval} against {label(best[0])}{picked}: {word}"
         )
     return lines
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -127,18 +128,19 @@ def known_digits(count: int, seed: int, *, test: int = 4000, choice: int = 1000)
     return Problem(
         name=f"digits-n{count}-seed{seed}",
         oracle=oracle,
-        x=drawn.x_train,
-        y=drawn.y_train,
-        x_test=drawn.x_test,
-        y_test=drawn.y_test,
-        x_choice=drawn.x_validation,
-        y_choice=drawn.y_validation,
+        **_splits(drawn),
         threat_model=ThreatModel("l2", eps=DIGITS_EPS, step_size=DIGITS_EPS / 4, lower=-math.inf, upper=math.inf),
         student=lambda: Perceptron(64, digits.num_classes, 128),
         backbone=lambda outputs, pooled: MLPBackbone((64,), outputs if pooled else outputs * 64, width=128, depth=2),
         num_classes=digits.num_classes,
         scale=noise,
     )
+
+
+def _splits(drawn: data.Data) -> dict[str, Any]:
+    """The splits of a data set as a task names them; validation is what weights are chosen by."""
+    names = {"": "train", "_test": "test", "_choice": "validation"}
+    return {f"{kind}{name}": getattr(drawn, f"{kind}_{split}") for name, split in names.items() for kind in "xy"}
 
 
 IMAGE_FEATURES = 3 * 32 * 32
@@ -258,12 +260,7 @@ def _of_analysers(
     return Problem(
         name=f"{name}-n{count}-seed{seed}",
         oracle=oracle,
-        x=x,
-        y=drawn.y_train,
-        x_test=drawn.x_test,
-        y_test=drawn.y_test,
-        x_choice=drawn.x_validation,
-        y_choice=drawn.y_validation,
+        **_splits(drawn),
         threat_model=ThreatModel("l2", eps=IMAGES_EPS, step_size=IMAGES_EPS / 4, lower=-math.inf, upper=math.inf),
         student=student,
         backbone=backbone,

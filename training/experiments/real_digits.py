@@ -26,11 +26,11 @@ from torch.nn.functional import cross_entropy
 from scorematch import PGD, AutoAttack, ThreatModel, audit
 from scorematch.matching import losses_by_level
 from training.experiments import estimators, problems, students
-from training.experiments.estimators import ESTIMATORS, Bench, Estimated, Grid
+from training.experiments.estimators import Bench, Estimated, Grid
 from training.experiments.mixtures import ABLATION
 from training.experiments.problems import Task
 from training.experiments.runner import Notebook
-from training.experiments.students import Budget
+from training.experiments.students import Budget, accuracy
 
 EPS = 0.15  # at which all are compared, whatever the radius of the training
 RADII = (0.1, 0.2, 0.3)  # of further attacks by PGD
@@ -93,26 +93,20 @@ def run(cell: Cell) -> None:
         "grid": asdict(grid),
     }
     notebook = Notebook(cell.folder / f"{cell.name}.json", about)
-    estimated: dict[str, Estimated] = {}
-
-    def estimate(name: str) -> Estimated:
-        if name not in estimated:
-            estimated[name] = ESTIMATORS[name](bench)
-        return estimated[name]
 
     def student(form: str) -> dict[str, Any]:
         objective, _, name = form.partition(" ")
         words = objective.split(":")
         seen = with_drawn(task, *bench.drawn(0)) if "drawn" in words else task
         objective = ":".join(word for word in words if word != "drawn")
-        trains = students.objective_of(objective, seen, estimate(name).posterior if name else None, budget)
+        trains = students.objective_of(objective, seen, bench.estimated(name).posterior if name else None, budget)
         made = students.train(seen, trains, cell.seed, budget, judge=partial(validation_error, task))
         assert made.best is not None
         measured = measure(task, made.best, cell.seed, quick=cell.quick)
         return {**measured, "data_gradient_ratio": made.data_gradient_ratio}
 
     def recorded(name: str) -> dict[str, Any]:
-        return posterior_record(task, estimate(name))
+        return posterior_record(task, bench.estimated(name))
 
     for form in (*SURROGATES, *DIRECT, *ABLATED):
         notebook.once(f"student {form}", partial(student, form))
@@ -129,12 +123,11 @@ def with_drawn(task: Task, x: Tensor, y: Tensor) -> Task:
 
 
 def validation_error(task: Task, model: nn.Module) -> float:
-    """One minus the robust accuracy on validation images at the radius of the training, clean errors breaking ties."""
+    """100 minus the robust accuracy on validation images at the radius of the training; clean errors break ties."""
     x, y = task.x_choice, task.y_choice
     moved = PGD(task.threat_model, steps=10, losses=("ce",))(model, x, y, generator=Generator().manual_seed(0))
-    with torch.no_grad():
-        clean, robust = ((model(points).argmax(1) == y).double().mean().item() for points in (x, moved))
-    return 1 - robust + 1e-3 * (1 - clean)
+    clean, robust = (accuracy(model, points, y) for points in (x, moved))
+    return 100 - robust + 1e-3 * (100 - clean)
 
 
 def measure(task: Task, model: nn.Module, seed: int, *, quick: bool = False) -> dict[str, float]:
@@ -147,10 +140,6 @@ def measure(task: Task, model: nn.Module, seed: int, *, quick: bool = False) -> 
         attack = PGD(ThreatModel("linf", eps), steps=5 if quick else 40, restarts=2, losses=("ce", "margin"))
         return attack(model, x, y, generator=Generator().manual_seed(seed))
 
-    def accuracy(x: Tensor, y: Tensor) -> float:
-        with torch.no_grad():
-            return 100 * (model(x).argmax(1) == y).double().mean().item()
-
     x, y = task.x_test, task.y_test
     strong = AutoAttack(model, "Linf", EPS, seed=seed, verbose=False)
     if quick:
@@ -161,13 +150,13 @@ def measure(task: Task, model: nn.Module, seed: int, *, quick: bool = False) -> 
     with torch.no_grad():
         nll, nll_attacked = (cross_entropy(model(points), y).item() for points in (x, moved))
     return {
-        "clean": accuracy(x, y),
-        "pgd": accuracy(moved, y),
+        "clean": accuracy(model, x, y),
+        "pgd": accuracy(model, moved, y),
         "autoattack": 100 * strong.report["robust_accuracy"],
-        **{f"pgd_{eps:g}": accuracy(attacked(x, y, eps), y) for eps in RADII},
+        **{f"pgd_{eps:g}": accuracy(model, attacked(x, y, eps), y) for eps in RADII},
         "nll": nll,
         "nll_attacked": nll_attacked,
-        "validation": accuracy(attacked(task.x_choice, task.y_choice, EPS), task.y_choice),
+        "validation": accuracy(model, attacked(task.x_choice, task.y_choice, EPS), task.y_choice),
     }
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from training.compare import Estimate, estimate
-from training.experiments import mixtures, real_digits
+from training.experiments import real_digits
 from training.experiments.real_digits import DIRECT, EPS, RADII, SURROGATES
-from training.experiments.tables import FAMILIES, seeds, shown, verdict
+from training.experiments.tables import FAMILIES, label, seeds, shown, verdict
 from training.plots import FAINT, plt
 
 FIGURE = "direct-real-digits.png"
@@ -58,25 +58,6 @@ def section(cells: Sequence[dict[str, Any]], figures: Path) -> str:
             f"`python -m training.experiments {options} --out docs/evidence/real-digits`",
         ]
     )
-
-
-def label(form: str) -> str:
-    """An objective in words."""
-    objective, _, posterior = form.partition(" ")
-    kind, *words = objective.split(":")
-    divergence, *words = words
-    more = []
-    if kind == "direct":
-        title = f"direct, {FAMILIES[posterior][0]}"
-        ablated = {letter: name.split(":")[-1] for letter, name in mixtures.ABLATION.items() if letter != "C"}
-        more += [f"ablation {letter}" for letter, word in ablated.items() if word in words]
-    else:
-        title = {"standard": "standard", "pgd_at": "PGD-AT", "trades": "TRADES"}[kind]
-        title += "" if kind == "standard" else f" {divergence.upper()}"
-        title += f", β {words[0]}" if kind == "trades" else ""
-        more += [f"soft targets by {FAMILIES[posterior][0]}"] if "soft" in words else []
-    more += ["drawn"] if "drawn" in words else []
-    return ", ".join([title, *more])
 
 
 def of(cell: Mapping[str, Any], form: str, measure: str) -> float:

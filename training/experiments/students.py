@@ -123,6 +123,12 @@ def r_score(problem: Problem, model: nn.Module) -> float:
     return consistency(model, problem.oracle, x, y, ball, steps=10, restarts=0).r_score.mean().item()
 
 
+@torch.no_grad()
+def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Per cent."""
+    return 100 * (model(x).argmax(1) == y).double().mean().item()
+
+
 def measure(problem: Problem, model: nn.Module, seed: int) -> dict[str, float]:
     """What is compared, on the test sample: KL and R_SCORE in nats, the others in per cent."""
     generator = Generator().manual_seed(seed)
@@ -130,12 +136,10 @@ def measure(problem: Problem, model: nn.Module, seed: int) -> dict[str, float]:
     found = consistency(model, problem.oracle, x, y, problem.threat_model, steps=20, restarts=1, generator=generator)
     attack = PGD(problem.threat_model, steps=20, restarts=2, losses=("ce", "margin"))
     moved = attack(model, x, y, generator=generator)
-    with torch.no_grad():
-        clean, robust = ((model(points).argmax(1) == y).double().mean().item() for points in (x, moved))
     return {
         "kl": found.divergence.mean().item(),
         "r_score": found.r_score.mean().item(),
         "disagrees": 100 * found.disagrees.double().mean().item(),
-        "clean": 100 * clean,
-        "robust": 100 * robust,
+        "clean": accuracy(model, x, y),
+        "robust": accuracy(model, moved, y),
     }

@@ -25,6 +25,31 @@ FAMILIES = {
 }
 
 
+TITLES = {"standard": "standard", "pgd_at": "PGD-AT", "trades": "TRADES", "direct": "direct"}
+NOTES = {
+    "soft": "soft targets by {}",
+    "moved": "target moved by {}",
+    "fixed": "ablation A",
+    "model-only": "ablation B",
+    "noise": "ablation D",
+    "drawn": "drawn",
+}
+
+
+def label(form: str) -> str:
+    """An objective in words, of the form that :func:`training.experiments.students.objective_of` reads."""
+    objective, _, posterior = form.partition(" ")
+    kind, divergence, *words = objective.split(":")
+    family = FAMILIES[posterior][0] if posterior else ""
+    title = TITLES[kind]
+    if kind in ("pgd_at", "trades"):
+        title += f" {divergence.upper()}"
+    notes = [family] if kind == "direct" else []
+    if kind == "trades":
+        notes.append(f"β {words.pop(0)}")
+    return ", ".join([title, *notes, *(NOTES[word].format(family) for word in words)])
+
+
 def read(folder: Path) -> list[dict[str, Any]]:
     """The finished cells of an experiment, in the order of their names."""
     paths = sorted(folder.glob("*.json"))
