@@ -31,10 +31,12 @@ from torch import Tensor
 from benchmarks.kernels import device_name
 from scorematch import AutoAttack
 from scorematch.attacks.autoattack import VERSIONS
-from training import command_line, data, distributed, measures
+from training import data, measures
 from training.data import DataName, DataSettings
-from training.errors import InputError, run_program
+from training.engine import distributed
 from training.models import loading
+from training.settings import command_line
+from training.settings.errors import InputError, run_program
 
 Run = Callable[[Tensor, Tensor], Tensor]
 INSTALL = "pip install git+https://github.com/fra31/auto-attack"

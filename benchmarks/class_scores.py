@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from scorematch.posteriors import ScoreNetwork
-from training import command_line, data, posteriors, scores
+from training import data
 from training.data import DataName, DataSettings
-from training.errors import run_program
+from training.engine import posteriors, scores
+from training.settings import command_line
+from training.settings.errors import run_program
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,14 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.kernels import device_name
-from training import command_line, config, data, hardware, models, posteriors
+from training import data, models
 from training.data import DataName, DataSettings
-from training.errors import InputError, run_program
-from training.hardware import Speed
-from training.loop import Trainer, speed_of
-from training.posteriors import PosteriorSettings
+from training.engine import hardware, posteriors
+from training.engine.hardware import Speed
+from training.engine.loop import Trainer, speed_of
+from training.engine.posteriors import PosteriorSettings
+from training.settings import command_line, config
+from training.settings.errors import InputError, run_program
 
 PLAIN = {
     "channels-last": "False",

@@ -17,7 +17,7 @@ from scorematch.folding import Folding
 from scorematch.networks import Denoiser, MLPBackbone
 from scorematch.posteriors import GaussianMixture, KernelDensity, NoiseConditionalClassifier, Posterior, ScoreNetwork
 from training import models, run
-from training.errors import run_program
+from training.settings.errors import run_program
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() and _extension.has_cuda_kernels else [])
 CLASSES, SHAPE = 4, (1, 8, 8)

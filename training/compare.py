@@ -24,11 +24,13 @@ from scipy.stats import t as student
 from tqdm import tqdm
 
 from scorematch.divergences import KINDS
-from training import checkpoint, command_line, config, report
 from training import data as data_sets
-from training.config import Objective, Posterior, RunSettings
 from training.data import DataName
-from training.errors import InputError, Interrupted, StopError, run_program, unknown_name
+from training.engine import checkpoint
+from training.reports import comparison as report
+from training.settings import command_line, config
+from training.settings.config import Objective, Posterior, RunSettings
+from training.settings.errors import InputError, Interrupted, StopError, run_program, unknown_name
 
 DEFAULT_OBJECTIVES = {
     "digits": (

@@ -27,23 +27,15 @@ from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
 from scorematch import AutoAttack, ThreatModel
-from training import (
-    certification,
-    checkpoint,
-    command_line,
-    config,
-    data,
-    distributed,
-    hardware,
-    measures,
-    models,
-    obfuscation,
-)
+from training import data, measures, models
 from training.data import Data, DataName, DataSettings
-from training.errors import InputError, Interrupted, run_program
-from training.forward import Forward
-from training.hardware import PrecisionWish
+from training.engine import checkpoint, distributed, hardware
+from training.engine.forward import Forward
+from training.engine.hardware import PrecisionWish
+from training.measures import certification, obfuscation
 from training.models import loading
+from training.settings import command_line, config
+from training.settings.errors import InputError, Interrupted, run_program
 
 OFFICIAL = "pip install git+https://github.com/fra31/auto-attack"
 DTYPES = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}

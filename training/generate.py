@@ -28,9 +28,11 @@ from tqdm import tqdm
 
 from scorematch import sampling
 from scorematch.networks import Denoiser
-from training import checkpoint, command_line, config, data, generated, posteriors
-from training.data import DataName, DataSettings
-from training.errors import InputError, Interrupted, StopError, run_program
+from training import data
+from training.data import DataName, DataSettings, generated
+from training.engine import checkpoint, posteriors
+from training.settings import command_line, config
+from training.settings.errors import InputError, Interrupted, StopError, run_program
 
 
 @dataclass(frozen=True)

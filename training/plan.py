@@ -20,14 +20,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from scorematch import ThreatModel, objectives
-from training import command_line, config, hardware, models
 from training import data as data_sets
-from training.batches import steps_of_epoch
-from training.config import RunSettings
-from training.errors import InputError, run_program
-from training.forward import Forward
-from training.hardware import Speed
-from training.loop import speed_of
+from training import models
+from training.data.batches import steps_of_epoch
+from training.engine import hardware
+from training.engine.forward import Forward
+from training.engine.hardware import Speed
+from training.engine.loop import speed_of
+from training.settings import command_line, config
+from training.settings.config import RunSettings
+from training.settings.errors import InputError, run_program
 
 TRAINING_IMAGES = {"cifar10": 48_976, "cifar100": 48_976, "svhn": 72_233, "digits": 1_150}  # without validation
 GIB = 2**30

@@ -26,12 +26,14 @@ from tqdm import tqdm
 import scorematch
 from scorematch import PGD, AutoAttack
 from scorematch.posteriors import Posterior
-from training import checkpoint, config, data, distributed, hardware, measures, models, posteriors, tables, toy
-from training.config import RunSettings
-from training.data import Data
-from training.errors import InputError, Interrupted, run_program
-from training.hardware import Hardware, Speed
-from training.loop import Trainer, generator
+from training import data, measures, models
+from training.data import Data, toy
+from training.engine import checkpoint, distributed, hardware, posteriors
+from training.engine.hardware import Hardware, Speed
+from training.engine.loop import Trainer, generator
+from training.settings import config, tables
+from training.settings.config import RunSettings
+from training.settings.errors import InputError, Interrupted, run_program
 
 STATE = "autoattack.pt"  # how far AutoAttack has come
 AUDITED = 500  # test samples on which the posterior is attacked itself

@@ -30,25 +30,15 @@ from scorematch import ThreatModel, sampling
 from scorematch.matching import losses_by_level
 from scorematch.networks import Denoiser
 from scorematch.posteriors import ScoreNetwork
-from training import (
-    audit,
-    checkpoint,
-    command_line,
-    config,
-    data,
-    distributed,
-    generate,
-    hardware,
-    judge,
-    posteriors,
-    scores,
-    tables,
-    toy,
-)
-from training.data import Data, DataName, DataSettings
-from training.errors import InputError, Interrupted, run_program
-from training.hardware import PrecisionWish, Speed, Switch
-from training.posteriors import PosteriorSettings
+from training import data, generate
+from training.data import Data, DataName, DataSettings, toy
+from training.engine import checkpoint, distributed, hardware, posteriors, scores
+from training.engine.hardware import PrecisionWish, Speed, Switch
+from training.engine.posteriors import PosteriorSettings
+from training.measures import judge
+from training.reports import audit
+from training.settings import command_line, config, tables
+from training.settings.errors import InputError, Interrupted, run_program
 
 CHUNK = 500  # samples drawn at a time
 ROWS = 20  # classes shown in samples.png

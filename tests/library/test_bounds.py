@@ -14,7 +14,7 @@ from scorematch.bounds import Inequality, RobustErrors, Theorem3
 from scorematch.divergences import DIVERGENCES, KINDS
 from scorematch.networks import Denoiser, MLPBackbone
 from scorematch.posteriors import Ensemble, GaussianMixture, KernelDensity, ScoreNetwork
-from training import toy
+from training.data import toy
 
 F64 = {"rtol": 1e-9, "atol": 1e-9}
 METRICS = [name for name, kind in DIVERGENCES.items() if kind.is_metric]

@@ -16,10 +16,12 @@ import torch
 from killing import Hit, Start, program
 from scipy.io import savemat
 
-from training import compare, data, evaluate, generate, generated, plan, run, score, scores
-from training.errors import run_program
+from training import compare, data, evaluate, generate, plan, run, score
+from training.data import generated
+from training.engine import scores
 from training.experiments import __main__ as experiments
 from training.experiments import page
+from training.settings.errors import run_program
 
 PROGRAMS = {
     "run": run.main,

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from scorematch.attacks.classifier import Classifier
-from training import checkpoint, run, score
-from training.engine import Engine
-from training.errors import run_program
-from training.loop import Trainer
-from training.scores import ScoreTrainer
+from training import run, score
+from training.engine import Engine, checkpoint
+from training.engine.loop import Trainer
+from training.engine.scores import ScoreTrainer
+from training.settings.errors import run_program
 
 Start = Callable[..., ForkServerProcess]  # the fixture ``start``
 

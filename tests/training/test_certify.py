@@ -10,9 +10,10 @@ import torch
 
 from scorematch import objectives, smoothing
 from scorematch.objectives import Outcome
-from training import compare, config, evaluate, measures, run
-from training.config import tomllib
-from training.errors import run_program
+from training import compare, evaluate, measures, run
+from training.settings import config
+from training.settings.config import tomllib
+from training.settings.errors import run_program
 
 TRAINING = (
     "--objective standard --epochs 4 --limit 300 --validate-every 4 --validation-steps 1 --eval-steps 1 "

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from training import checkpoint
-from training.errors import InputError, StopError
+from training.engine import checkpoint
+from training.settings.errors import InputError, StopError
 
 
 def save(path: Path, network: nn.Module) -> None:

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from conftest import CIFAR_TEST, CIFAR_TRAIN
 
-from training import checkpoint, config, data
-from training.batches import Batches
-from training.loop import generator
+from training import data
+from training.data.batches import Batches
+from training.engine import checkpoint
+from training.engine.loop import generator
+from training.settings import config
 
 Call = Callable[..., Any]
 

@@ -8,8 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from training import checkpoint, compare, generated, measures, report
-from training.errors import InputError
+from training import compare, measures
+from training.data import generated
+from training.engine import checkpoint
+from training.reports import comparison as report
+from training.settings.errors import InputError
 
 RUNS = ["--objectives", "pgd_at:se", "score_direct:kernel_density", "--seeds", "0", "1", "--out", "here"]
 

@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 import tomli_w
 
-from training import config
-from training.errors import InputError
+from training.settings import config
+from training.settings.errors import InputError
 
 STANDARD = ["--objective", "standard"]
 

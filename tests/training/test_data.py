@@ -15,11 +15,10 @@ from sklearn.datasets import load_digits
 
 from scorematch.augmentation import mirror
 from training import data as data_module
-from training import toy
-from training.augmentation import augmented, cut_and_mixed, shifted
-from training.config import tomllib
-from training.data import CIFAR, CIFAR_VALIDATION, FORMATS, ROOT_VARIABLE, Data, DataSettings, load
-from training.errors import InputError
+from training.data import CIFAR, CIFAR_VALIDATION, FORMATS, ROOT_VARIABLE, Data, DataSettings, load, toy
+from training.data.augmentation import augmented, cut_and_mixed, shifted
+from training.settings.config import tomllib
+from training.settings.errors import InputError
 
 
 def rows(x: torch.Tensor) -> list[tuple[float, ...]]:

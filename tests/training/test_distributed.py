@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from training import checkpoint, distributed, run
-from training.errors import run_program
+from training import run
+from training.engine import checkpoint, distributed
+from training.settings.errors import run_program
 
 OPTIONS = (
     "--objective {objective} --model digits_cnn_bn --epochs 2 --limit 90 --batch-size 30 --steps 2 "

@@ -17,7 +17,7 @@ from torch import nn
 from scorematch import AutoAttack
 from scorematch.attacks import AutoAttackWarning
 from training import evaluate, measures, models, run
-from training.errors import Interrupted, run_program
+from training.settings.errors import Interrupted, run_program
 
 TRAINING = (
     "--objective pgd_at --eps 0.05 --epochs 8 --limit 300 --steps 2 --validate-every 8 --validation-steps 1 "

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from scorematch.networks import Denoiser
-from training import checkpoint, generate, score
-from training.errors import Interrupted, StopError
-from training.generated import GeneratedImages, read
+from training import generate, score
+from training.data.generated import GeneratedImages, read
+from training.engine import checkpoint
+from training.settings.errors import Interrupted, StopError
 
 DIGITS = (
     "--samples 10 --levels 2 --steps-per-level 1 --judge-epochs 1 --posterior-settings.steps 30 "

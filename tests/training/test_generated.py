@@ -14,9 +14,9 @@ import pytest
 import torch
 from scipy.stats import chi2
 
-from training import generated
-from training.errors import InputError, StopError
-from training.generated import GeneratedImages, GeneratedStream, Permutation
+from training.data import generated
+from training.data.generated import GeneratedImages, GeneratedStream, Permutation
+from training.settings.errors import InputError, StopError
 
 SHAPE, CLASSES = (3, 4, 5), 10
 
@@ -101,10 +101,12 @@ def test_compressed_files_say_how_much_they_load(
     compressed(tmp_path / "a.npz", images, labels)
     monkeypatch.setattr(generated, "CHUNK", 1000)
     opened(tmp_path / "a.npz")
-    message = "a.npz is compressed: image.npy takes 0.0 GB of memory; python -m training.generated --source"
+    message = "a.npz is compressed: image.npy takes 0.0 GB of memory; python -m training.data.generated --source"
     assert message in capsys.readouterr().err
     monkeypatch.setattr(generated, "available_memory", lambda: 2999)
-    with pytest.raises(InputError, match=r"a.npz is compressed: .* available: 0.0 GB; python -m training.generated"):
+    with pytest.raises(
+        InputError, match=r"a.npz is compressed: .* available: 0.0 GB; python -m training.data.generated"
+    ):
         opened(tmp_path / "a.npz")
 
 

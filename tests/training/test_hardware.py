@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from scorematch import PGD, ThreatModel
-from training import checkpoint, config, engine, hardware, measures
-from training.errors import InputError
-from training.hardware import GPU, PASSES_WORTH_COMPILING, Hardware, hardware_of
-from training.loop import speed_of
+from training import engine, measures
+from training.engine import checkpoint, hardware
+from training.engine.hardware import GPU, PASSES_WORTH_COMPILING, Hardware, hardware_of
+from training.engine.loop import speed_of
+from training.settings import config
+from training.settings.errors import InputError
 
 OLD_GPU = Hardware("cuda", "an old GPU", bfloat16=False, compiler=False)
 CPU = Hardware("cpu", "a CPU", bfloat16=False, compiler=False)

@@ -7,9 +7,10 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from training import data, judge
+from training import data
 from training.data import DataSettings
-from training.errors import InputError
+from training.measures import judge
+from training.settings.errors import InputError
 
 
 def test_frechet_distance_is_that_of_gaussians() -> None:

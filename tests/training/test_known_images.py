@@ -8,10 +8,11 @@ import torch
 
 from scorematch import ThreatModel
 from scorematch.posteriors import FactorAnalysers
-from training import checkpoint, data
+from training import data
 from training.data import DataSettings
-from training.errors import InputError
-from training.known_images import difficulty, drawn, fitted, in_ball, noise_for, probabilities
+from training.data.known_images import difficulty, drawn, fitted, in_ball, noise_for, probabilities
+from training.engine import checkpoint
+from training.settings.errors import InputError
 
 SMALL = {"components": 2, "rank": 3, "iterations": 4}
 

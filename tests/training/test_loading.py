@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from training import checkpoint, models
+from training import models
 from training.data import STATISTICS
-from training.errors import InputError
+from training.engine import checkpoint
 from training.models.cifar import IMAGE_SHAPE
 from training.models.loading import export, load
+from training.settings.errors import InputError
 
 Weights = dict[str, Tensor]
 

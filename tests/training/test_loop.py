@@ -8,9 +8,11 @@ import pytest
 import torch
 from library_models import Replayed, replays_on_the_cpu
 
-from training import checkpoint, config, data, distributed, models, posteriors
-from training.errors import InputError, Interrupted, StopError
-from training.loop import PURPOSES, Trainer, generator
+from training import data, models
+from training.engine import checkpoint, distributed, posteriors
+from training.engine.loop import PURPOSES, Trainer, generator
+from training.settings import config
+from training.settings.errors import InputError, Interrupted, StopError
 
 OPTIONS = (
     "--objective trades --model digits_cnn_bn --epochs 4 --limit 60 --batch-size 25 --steps 2 --validation-steps 1 "

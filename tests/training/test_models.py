@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from scorematch.folding import Folding
-from training import checkpoint, models
+from training import models
 from training.data import STATISTICS
-from training.errors import InputError
+from training.engine import checkpoint
 from training.models import loading
 from training.models.cifar import IMAGE_SHAPE
+from training.settings.errors import InputError
 
 SMALL = [
     "wrn-10-1",

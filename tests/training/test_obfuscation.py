@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from scorematch import ThreatModel
-from training import data, measures, obfuscation
+from training import data, measures
+from training.measures import obfuscation
 
 LINF = ThreatModel("linf", 0.1)
 

@@ -7,10 +7,9 @@ import pytest
 import torch
 from torch import nn, optim
 
-from training import config, models
-from training.config import RunSettings
-from training.errors import InputError
-from training.optimisation import (
+from training import models
+from training.data.smoothing import smoothed
+from training.engine.optimisation import (
     batchnorm_momentum,
     build_average,
     build_optimizer,
@@ -18,7 +17,9 @@ from training.optimisation import (
     parameter_groups,
     set_batchnorm_momentum,
 )
-from training.smoothing import smoothed
+from training.settings import config
+from training.settings.config import RunSettings
+from training.settings.errors import InputError
 
 
 def settings(**values: object) -> RunSettings:

@@ -14,9 +14,11 @@ import torch
 from PIL import Image
 
 from scorematch.posteriors import GaussianMixture
-from training import checkpoint, config, data, generated, own_data
-from training.data import Data, DataSettings, Format, checked, load
-from training.errors import InputError
+from training import data
+from training.data import Data, DataSettings, Format, checked, generated, load, own_data
+from training.engine import checkpoint
+from training.settings import config
+from training.settings.errors import InputError
 
 Make = Callable[..., Path]
 

@@ -5,10 +5,12 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from training import config, hardware, models, plan
-from training.config import RunSettings
-from training.errors import run_program
+from training import models, plan
+from training.engine import hardware
 from training.plan import PlanSettings
+from training.settings import config
+from training.settings.config import RunSettings
+from training.settings.errors import run_program
 
 
 def parsed(options: str) -> RunSettings:

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from scorematch.posteriors import Ensemble, KernelDensity, NoiseConditionalClassifier, Posterior, ScoreNetwork
-from training import checkpoint, data, posteriors, score, toy
-from training.data import DataSettings
-from training.errors import InputError
-from training.hardware import Speed
-from training.posteriors import PosteriorSettings
+from training import data, score
+from training.data import DataSettings, toy
+from training.engine import checkpoint, posteriors
+from training.engine.hardware import Speed
+from training.engine.posteriors import PosteriorSettings
+from training.settings.errors import InputError
 
 QUICK = {"steps": 5, "batch_size": 8, "width": 16, "depth": 1}
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from training import config, models
-from training.batches import originals_of_batch, steps_of_epoch
-from training.config import RunSettings
-from training.optimisation import averaging_decay, build_optimizer, build_schedule
+from training import models
+from training.data.batches import originals_of_batch, steps_of_epoch
+from training.engine.optimisation import averaging_decay, build_optimizer, build_schedule
+from training.settings import config
+from training.settings.config import RunSettings
 
 BASIC = ("table1", "table2", "basic-l2")
 GENERATED = ("table3", "table3-cifar100", "table4-l2", "wang2023", "wang2023-cifar100")

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from killing import Hit, Start, status
 
-from training import checkpoint, run
+from training import run
+from training.engine import checkpoint
 
 EPOCHS, STEPS = 25, 6
 OPTIONS = (

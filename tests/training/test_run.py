@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from scorematch.attacks import AutoAttackWarning
-from training import checkpoint, run, scores
-from training.errors import Interrupted
-from training.loop import Trainer
+from training import run
+from training.engine import checkpoint, scores
+from training.engine.loop import Trainer
+from training.settings.errors import Interrupted
 
 FILES = {"config.toml", "metrics.jsonl", "checkpoint.pt", "best.pt", "summary.json", "curve.json", "tensorboard"}
 KEYS = {

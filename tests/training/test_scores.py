@@ -17,12 +17,15 @@ from scorematch.augmentation import NonLeaking
 from scorematch.matching import fit_classifier, fit_denoiser, losses_by_level
 from scorematch.networks import EmbeddedDenoiser
 from scorematch.posteriors import NoiseConditionalClassifier, ScoreNetwork
-from training import audit, checkpoint, data, posteriors, score, scores, tables
-from training.config import tomllib
+from training import data, score
 from training.data import DataSettings
-from training.errors import InputError
-from training.hardware import Speed
-from training.posteriors import PosteriorSettings
+from training.engine import checkpoint, posteriors, scores
+from training.engine.hardware import Speed
+from training.engine.posteriors import PosteriorSettings
+from training.reports import audit
+from training.settings import tables
+from training.settings.config import tomllib
+from training.settings.errors import InputError
 
 QUICK = {"steps": 7, "batch_size": 8, "width": 16, "depth": 1}
 # A network with all that draws random numbers: dropout, augmentation, noise.

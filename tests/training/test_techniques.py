@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from training import config, data, generated, models
-from training.errors import Interrupted
-from training.loop import Trainer
+from training import data, models
+from training.data import generated
+from training.engine.loop import Trainer
+from training.settings import config
+from training.settings.errors import Interrupted
 
 OPTIONS = "--epochs 4 --limit 60 --batch-size 25 --steps 2 --validation-steps 1 --model digits_cnn_bn --threads 1"
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from scorematch import ThreatModel
-from training import measures, models, toy
+from training import measures, models
+from training.data import toy
 
 
 class Oracle(nn.Module):

@@ -19,9 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from scorematch import augmentation, matching
 from scorematch.ops import _checks
-from training import batches, config, data, generated, loop, models, posteriors, scores
-from training.hardware import Speed
-from training.loop import Trainer
+from training import data, models
+from training.data import batches, generated
+from training.engine import loop, posteriors, scores
+from training.engine.hardware import Speed
+from training.engine.loop import Trainer
+from training.settings import config
 
 OPTIONS = "--epochs 4 --limit 60 --batch-size 25 --steps 2 --shift 1 --flip --averaging 0.9 --threads 1"
 CASES = {

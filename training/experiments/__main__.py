@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from training import command_line, config
-from training.errors import Interrupted, run_program
 from training.experiments import gradients, mixtures, problems, real_digits
 from training.experiments.runner import run_cells
+from training.settings import command_line, config
+from training.settings.errors import Interrupted, run_program
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from scorematch.posteriors import (
     ScoreNetwork,
 )
 from scorematch.posteriors.base import PointwisePosterior
+from training.engine.posteriors import ScaledClassifier
 from training.experiments.problems import FOLDS, Task
-from training.posteriors import ScaledClassifier
 
 # Of trainings, in units of the problem's scale. Samples are drawn from the highest, which outweighs the data's spread.
 LOWEST_NOISE, HIGHEST_NOISE = 0.05, 3.0

@@ -16,13 +16,14 @@ import matplotlib
 import numpy as np
 from scipy.stats import spearmanr
 
-from training import checkpoint, command_line
 from training.compare import Estimate, estimate
-from training.errors import run_program
+from training.engine import checkpoint
 from training.experiments import gradients, mixtures, problems, real_digits_page
 from training.experiments.estimators import CROSS_FITTED, ESTIMATORS
 from training.experiments.mixtures import SURROGATES
 from training.experiments.tables import FAMILIES, OPEN, label, read, seeds, shown, verdict
+from training.settings import command_line
+from training.settings.errors import run_program
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

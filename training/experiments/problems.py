@@ -14,8 +14,8 @@ from torch import Generator, Tensor, nn
 from scorematch import ThreatModel
 from scorematch.networks import MLPBackbone
 from scorematch.posteriors import FactorAnalysers, GaussianMixture
-from training import data, known_images, models
-from training.data import DataSettings
+from training import data, models
+from training.data import DataSettings, known_images
 
 FOLDS = 4  # a posterior is fitted on three and picks its weights on the fourth
 

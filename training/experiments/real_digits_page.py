@@ -11,7 +11,7 @@ from training.compare import Estimate, estimate
 from training.experiments import real_digits
 from training.experiments.real_digits import DIRECT, EPS, RADII, SURROGATES
 from training.experiments.tables import FAMILIES, label, seeds, shown, verdict
-from training.plots import FAINT, plt
+from training.reports.plots import FAINT, plt
 
 FIGURE = "direct-real-digits.png"
 COLUMNS = {

@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from training import checkpoint
-from training.errors import Interrupted
+from training.engine import checkpoint
+from training.settings.errors import Interrupted
 
 Cell = TypeVar("Cell")
 

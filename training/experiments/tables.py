@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from training.compare import Estimate
-from training.errors import InputError
+from training.settings.errors import InputError
 
 # Of each posterior its name in words, colour and marker.
 FAMILIES = {

@@ -10,14 +10,13 @@ from typing import Any
 
 from torch import nn
 
-from training import own_data
-from training.data import Statistics
-from training.errors import InputError, unknown_name
+from training.data import Statistics, own_data
 from training.models import from_timm, wide_resnet
 from training.models.cifar import ImageClassifier
 from training.models.preact_resnet import preact_resnet_18, preact_resnet_18_silu
 from training.models.resnet import plain_preact_resnet_18, resnet_18
 from training.models.small import digits_cnn, digits_cnn_bn, toy_mlp
+from training.settings.errors import InputError, unknown_name
 
 Builder = Callable[[tuple[int, ...], int], nn.Module]
 

@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from training.data import Statistics
-from training.errors import InputError
+from training.settings.errors import InputError
 
 IMAGE_SHAPE = (3, 32, 32)  # of CIFAR and SVHN; the networks take any other [C, H, W] that they are built for
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.errors import InputError, unknown_name
+from training.settings.errors import InputError, unknown_name
 
 PREFIX = "timm:"
 SIMILAR = 5  # names that an error lists

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training import checkpoint, data, models
+from training import data, models
 from training.data import STATISTICS, Data, Statistics
-from training.errors import InputError, unknown_name
+from training.engine import checkpoint
+from training.settings.errors import InputError, unknown_name
 
 # Where a file keeps its weights: SCORE's pipeline (averaged ones first), RobustBench.
 CONTAINERS = ("model_state_dict", "state_dict")

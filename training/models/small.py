@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from training.errors import InputError
+from training.settings.errors import InputError
 
 
 def digits_cnn(input_shape: tuple[int, ...], num_classes: int, *, batch_norm: bool = False) -> nn.Module:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from training.errors import InputError
 from training.models.cifar import (
     IMAGE_SHAPE,
     ImageClassifier,
@@ -20,6 +19,7 @@ from training.models.cifar import (
     pooled,
     set_momentum,
 )
+from training.settings.errors import InputError
 
 NAME = re.compile(r"wrn-(\d+)-(\d+)(-silu)?")
 PATTERN = "wrn-D-W[-silu] with D = 6 n + 4"

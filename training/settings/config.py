@@ -19,13 +19,13 @@ import tyro
 from scorematch import ThreatModel
 from scorematch.divergences import KINDS
 from scorematch.objectives import alignment_of
-from training import command_line, tables
 from training import data as data_sets
 from training.data import DataName, DataSettings, Format, ToyLabels
-from training.errors import InputError, unknown_name
-from training.hardware import PrecisionWish, Switch
-from training.posteriors import PosteriorSettings
-from training.smoothing import Spread
+from training.data.smoothing import Spread
+from training.engine.hardware import PrecisionWish, Switch
+from training.engine.posteriors import PosteriorSettings
+from training.settings import command_line, tables
+from training.settings.errors import InputError, unknown_name
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -39,7 +39,7 @@ DataGradient = Literal["scores", "none", "noise"]
 ClipForm = Literal["total", "robust", "threshold"]
 AutoAttackVersion = Literal["none", "fast", "standard"]
 EVALUATION_LOSSES = ("ce", "margin", *KINDS)
-RECIPES = Path(__file__).parent / "recipes"
+RECIPES = Path(__file__).parent.parent / "recipes"
 
 # Own data: images, small ones and vectors have the recipes own-KIND.toml. The settings of a posterior are those tuned
 # for this data set.

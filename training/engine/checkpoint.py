@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from training.errors import InputError, StopError
+from training.settings.errors import InputError, StopError
 
 FORMAT = "scorematch-run-1"
 

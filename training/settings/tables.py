@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from training.errors import InputError, unknown_name
-from training.hardware import Switch
+from training.engine.hardware import Switch
+from training.settings.errors import InputError, unknown_name
 
 
 def typed_table(table: object, settings: type, where: str, exclude: Sequence[str] = ()) -> dict[str, Any]:

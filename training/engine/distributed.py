@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from training.errors import InputError
+from training.settings.errors import InputError
 
 PATIENCE = timedelta(hours=12)  # one process trains a posterior while the others wait
 

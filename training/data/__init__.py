@@ -23,8 +23,8 @@ from torchvision.datasets import CIFAR10, CIFAR100, SVHN
 from torchvision.datasets.utils import check_integrity
 
 from scorematch.posteriors import Posterior
-from training import own_data, toy
-from training.errors import InputError, unknown_name
+from training.data import own_data, toy
+from training.settings.errors import InputError, unknown_name
 
 DataName = str  # of FORMATS, FOLDER, or module:function
 ToyLabels = Literal["oracle", "hard"]

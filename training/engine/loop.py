@@ -17,21 +17,21 @@ from scorematch.graphs import AttackGraphs
 from scorematch.objectives import Outcome, first_iterate, noise_directions
 from scorematch.posteriors import Posterior
 from scorematch.weight_perturbation import WeightPerturbation
-from training import checkpoint, distributed, hardware, measures, toy
-from training.batches import Batches
-from training.config import RunSettings, as_table
-from training.data import Data, check_record, is_own
-from training.engine import Course, Engine
-from training.errors import InputError
-from training.forward import forward_at
-from training.hardware import Hardware, Speed
-from training.optimisation import (
+from training import measures
+from training.data import Data, check_record, is_own, toy
+from training.data.batches import Batches
+from training.engine import Course, Engine, checkpoint, distributed, hardware
+from training.engine.forward import forward_at
+from training.engine.hardware import Hardware, Speed
+from training.engine.optimisation import (
     batchnorm_momentum,
     build_average,
     build_optimizer,
     build_schedule,
     set_batchnorm_momentum,
 )
+from training.settings.config import RunSettings, as_table
+from training.settings.errors import InputError
 
 # Each purpose draws from a generator of its own, so that a longer attack does not change the order of the data.
 PURPOSES = ("order", "augmentation", "attack", "validation", "evaluation")

@@ -9,9 +9,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from training import checkpoint, plots
 from training.data import slug
-from training.plots import Series
+from training.engine import checkpoint
+from training.reports import plots
+from training.reports.plots import Series
 
 DISTILLATION_BELOW = 0.01  # data gradient / model gradient
 POSTERIOR_NAMES = {

@@ -10,12 +10,12 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional
 
-from training.augmentation import augmented, cut_and_mixed
-from training.config import RunSettings
 from training.data import Data
-from training.errors import InputError
-from training.generated import GeneratedImages, GeneratedStream
-from training.smoothing import smoothed
+from training.data.augmentation import augmented, cut_and_mixed
+from training.data.generated import GeneratedImages, GeneratedStream
+from training.data.smoothing import smoothed
+from training.settings.config import RunSettings
+from training.settings.errors import InputError
 
 ORIGINAL_SHARE = 0.3  # of a batch with generated images
 

@@ -14,8 +14,8 @@ from tqdm import tqdm
 from scorematch import PGD, AutoAttack, ThreatModel, consistency, intervals
 from scorematch.attacks import AutoAttackWarning
 from scorematch.posteriors import Posterior
-from training import distributed
-from training.errors import InputError
+from training.engine import distributed
+from training.settings.errors import InputError
 
 BATCH = 512  # samples at a time; decides memory, not the numbers of AutoAttack
 

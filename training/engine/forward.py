@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from scorematch.folding import Folding
-from training.hardware import Precision, Speed
+from training.engine.hardware import Precision, Speed
 
 
 class Forward(nn.Module):

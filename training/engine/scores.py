@@ -17,10 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from scorematch.matching import Fit, Fitting, MatchingLoss, losses_by_level
 from scorematch.matching.fit import Augment
-from training import checkpoint, distributed
-from training.engine import Course, Engine
-from training.errors import InputError
-from training.hardware import Speed
+from training.engine import Course, Engine, checkpoint, distributed
+from training.engine.hardware import Speed
+from training.settings.errors import InputError
 
 # Steps between two looks at held-out data, each of which is followed by a checkpoint: a twentieth of the training
 INTERVAL, SHORTEST, LOOKS = 500, 50, 20

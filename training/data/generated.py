@@ -4,8 +4,8 @@ A file is an ``.npz`` with ``image``, uint8 [N, H, W, C], and ``label``, any int
 al., 2023), or the pickle of pseudo-labelled images of Carmon et al. (2019) with ``data`` and ``extrapolated_targets``.
 Nothing but arrays is ever unpickled.
 
-    python -m training.generated --source packed.npz                     # checked to its end
-    python -m training.generated --source packed.npz --out plain.npz     # uncompressed, so that it need not be loaded
+    python -m training.data.generated --source packed.npz                  # checked to its end
+    python -m training.data.generated --source packed.npz --out plain.npz  # uncompressed, so that it need not be loaded
 """
 
 import codecs
@@ -25,8 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training import checkpoint, command_line
-from training.errors import InputError, run_program
+from training.engine import checkpoint
+from training.settings import command_line
+from training.settings.errors import InputError, run_program
 
 IMAGE, LABEL = "image", "label"
 PICKLES = (".pickle", ".pkl")
@@ -314,7 +315,7 @@ def _mapped(member: _Member) -> np.ndarray:
 def _loaded(archive: zipfile.ZipFile, member: _Member) -> np.ndarray:
     if member.compressed and member.size > CHUNK:
         available = available_memory()
-        remedy = f"python -m training.generated --source {member.path} --out FILE.npz rewrites it uncompressed"
+        remedy = f"python -m training.data.generated --source {member.path} --out FILE.npz rewrites it uncompressed"
         size = f"{member.path} is compressed: {member.entry.filename} takes {member.size / 1e9:.1f} GB of memory"
         if available is not None and member.size > available:
             raise InputError(f"generated: {size}, available: {available / 1e9:.1f} GB; {remedy}")
@@ -457,7 +458,7 @@ def main(arguments: list[str]) -> None:
     settings = command_line.parse(
         RewriteSettings,
         arguments,
-        program="python -m training.generated",
+        program="python -m training.data.generated",
         description="Check a file of generated images, or rewrite it as an uncompressed .npz.",
     )
     if settings.out is None:

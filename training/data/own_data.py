@@ -20,8 +20,8 @@ from torch import Tensor
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import functional
 
-from training.errors import InputError
-from training.generated import available_memory
+from training.data.generated import available_memory
+from training.settings.errors import InputError
 
 LAYOUT = "DIR/train/CLASS/*.png, DIR/test/CLASS/*.png and, if you like, DIR/validation/CLASS/*.png"
 GREY = ("1", "L", "LA")  # modes of PIL with one channel of 8 bits at most

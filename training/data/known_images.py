@@ -24,9 +24,10 @@ from scorematch import ThreatModel
 from scorematch.attacks.pgd import ascend
 from scorematch.bounds import estimate
 from scorematch.posteriors import FactorAnalysers
-from training import checkpoint, data
+from training import data
 from training.data import Data, DataSettings
-from training.errors import InputError
+from training.engine import checkpoint
+from training.settings.errors import InputError
 
 PARAMETERS = ("means", "factors", "noise", "log_weights")
 
@@ -76,7 +77,7 @@ def fitted(
     state = checkpoint.load(path)
     saved = state["settings"].get("factor_analysers")
     if saved is None:
-        raise InputError(f"{path}: holds no factor analysers, expected a file of training.known_images.fitted")
+        raise InputError(f"{path}: holds no factor analysers, expected a file of training.data.known_images.fitted")
     changed = [f"{name} {saved[name]}, now {value}" for name, value in about.items() if saved[name] != value]
     if changed:
         raise InputError(f"{path}: was fitted with {'; '.join(changed)}; give another file, or delete this one")

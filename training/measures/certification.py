@@ -9,8 +9,10 @@ from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
 from scorematch.smoothing import ABSTAIN, Certificates, SmoothedClassifier, certified_accuracy, noise_seeds
-from training import distributed, measures, plots
-from training.errors import InputError
+from training import measures
+from training.engine import distributed
+from training.reports import plots
+from training.settings.errors import InputError
 
 SIGMA = 0.25  # of a model that is no run's
 PLOTTED = 101  # radii of the curve

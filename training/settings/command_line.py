@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import tyro
 
-from training.errors import InputError
+from training.settings.errors import InputError
 
 Settings = TypeVar("Settings")
 

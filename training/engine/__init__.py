@@ -1,7 +1,7 @@
 """What every training shares: epochs of steps, checkpoints, signals, logs, and exact resumption.
 
 A training derives from :class:`Engine` and says what a step is, what a validation measures and what its state is
-(:class:`training.loop.Trainer`). The engine calls it; it never looks inside.
+(:class:`training.engine.loop.Trainer`). The engine calls it; it never looks inside.
 """
 
 import resource
@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from training import checkpoint, distributed
-from training.errors import InputError, Interrupted, StopError, interrupts_deferred
+from training.engine import checkpoint, distributed
+from training.settings.errors import InputError, Interrupted, StopError, interrupts_deferred
 
 STEPS_BETWEEN_CHECKS = 20  # a check reads the loss and thereby waits for the device
 SETTLED = 5  # steps after which kernels have been chosen, networks compiled and graphs recorded

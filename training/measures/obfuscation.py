@@ -16,7 +16,9 @@ from tqdm import tqdm
 
 from scorematch import PGD, ThreatModel
 from scorematch.attacks import Square
-from training import distributed, measures, plots
+from training import measures
+from training.engine import distributed
+from training.reports import plots
 
 LINF_RADII = tuple(level / 255 for level in (2, 4, 8, 12, 16, 24, 32, 64, 128, 255))
 MORE_STEPS, MORE_RESTARTS = 10, 4  # factors

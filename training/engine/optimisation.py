@@ -9,8 +9,8 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.optim import lr_scheduler
 
 from scorematch.averaging import WeightAverage
-from training.config import RunSettings
-from training.errors import InputError
+from training.settings.config import RunSettings
+from training.settings.errors import InputError
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 

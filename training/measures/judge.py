@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from training import measures, models
-from training.augmentation import augmented
 from training.data import Data
-from training.errors import InputError
+from training.data.augmentation import augmented
+from training.settings.errors import InputError
 
 Features = Callable[[Tensor], Tensor]  # images [N, C, H, W] in [0, 1] to [N, F]
 

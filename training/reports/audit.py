@@ -27,9 +27,11 @@ from scorematch import ThreatModel, audit
 from scorematch.matching import fit_temperature, losses_by_level
 from scorematch.posteriors import KernelDensity, NoiseConditionalClassifier, Posterior, ScoreNetwork
 from scorematch.posteriors.base import PointwisePosterior
-from training import checkpoint, plots, report, scores
 from training.data import Data
-from training.errors import InputError
+from training.engine import checkpoint, scores
+from training.reports import comparison as report
+from training.reports import plots
+from training.settings.errors import InputError
 
 POINTS = 500  # held-out points of the audit
 DENSITY_POINTS = 5000  # training points under a kernel density
@@ -131,7 +133,7 @@ def _builder(
     points = data.x_train[keep], data.y_train[keep]
 
     def classifier(sigma: float) -> NoiseConditionalClassifier:
-        """As :func:`training.posteriors.build` makes it: with a temperature of its own at each noise level."""
+        """As :func:`training.engine.posteriors.build` makes it: with a temperature of its own at each noise level."""
         assert isinstance(posterior.anchor, NoiseConditionalClassifier)
         read = partial(NoiseConditionalClassifier, posterior.anchor.network, num_classes=data.num_classes, sigma=sigma)
         if not temperature:

@@ -29,10 +29,11 @@ from scorematch.networks import ConvBackbone, Denoiser, EmbeddedDenoiser, MLPBac
 from scorematch.posteriors import Ensemble, KernelDensity, NoiseConditionalClassifier, Posterior, ScoreNetwork
 from scorematch.posteriors.base import PointwisePosterior
 from scorematch.threat_model import ThreatModel
-from training import checkpoint, scores, tables
-from training.errors import InputError
-from training.forward import Forward
-from training.hardware import Speed
+from training.engine import checkpoint, scores
+from training.engine.forward import Forward
+from training.engine.hardware import Speed
+from training.settings import tables
+from training.settings.errors import InputError
 
 POSTERIORS = ("score_network", "kernel_density", "noise_conditional_classifier", "oracle")
 FOLD_SEEDS = 7919  # between the seeds of two folds

@@ -1,0 +1,1 @@
+"""What a program shows: plots and self-contained pages."""
