@@ -36,6 +36,7 @@ from training.measures import certification, obfuscation
 from training.models import loading
 from training.settings import command_line, config
 from training.settings.errors import InputError, Interrupted, run_program
+from training.settings.help_page import Layout
 
 OFFICIAL = "pip install git+https://github.com/fra31/auto-attack"
 DTYPES = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -64,7 +65,6 @@ USES = {
 class EvaluateSettings:
     """What to evaluate, and how. Lengths are in the units of the input: pixels in [0, 1]."""
 
-    # What is evaluated: one of the first three
     checkpoint: Path | None = None  # best.pt or checkpoint.pt of a run
     run: Path | None = None  # folder of a run: its selected weights
     model_from: str | None = None  # published weights, a state dict, or module:function; needs --eps
@@ -77,7 +77,6 @@ class EvaluateSettings:
     split: Literal["test", "validation"] = "test"  # samples to evaluate on
     limit: int = 0  # the first so many samples of the split; 0 is all
 
-    # Attack
     # clean accuracy alone, or also PGD, AutoAttack, the checks for masked gradients, or certified accuracy under noise
     attack: Literal["clean", "pgd", "autoattack", "obfuscation", "certify"] = "pgd"
     norm: Literal["linf", "l2"] | None = None  # norm of the perturbation; None is the run's, or linf
@@ -89,9 +88,8 @@ class EvaluateSettings:
     # pgd: what it searches in; every verdict is float32. None is the run's, or auto: what is fastest here
     precision: PrecisionWish | None = None
     engine: Literal["native", "official"] = "native"  # AutoAttack of scorematch, or of the official package
-    version: Literal["standard", "plus", "rand", "fast"] = (
-        "standard"  # AutoAttack: its attacks; fast is apgd-ce, apgd-t
-    )
+    # AutoAttack: its attacks; fast is apgd-ce, apgd-t
+    version: Literal["standard", "plus", "rand", "fast"] = "standard"
     rng: Literal["keyed", "reference"] = "keyed"  # AutoAttack: random numbers of a sample, or the official stream
     search_dtype: Literal["none", "bfloat16", "float16"] = "none"  # AutoAttack: searches in this precision
     compile: bool = False  # AutoAttack: searches with torch.compile(model)
@@ -105,7 +103,6 @@ class EvaluateSettings:
     alpha: float = 0.001  # certify: probability that the certificate of a sample is wrong
     radii: tuple[float, ...] = ()  # certify: L2 radii to tell the accuracy at, in input units; none: multiples of σ/2
 
-    # How, and where to
     batch: int = measures.BATCH  # samples at a time; decides memory (and which random start a sample gets from PGD)
     seed: int = 0  # of the random numbers
     threads: int = 0  # CPU threads; 0 is all available
@@ -113,6 +110,16 @@ class EvaluateSettings:
     out: Path | None = None  # JSON file to write
     plot: Path | None = None  # PNG file to write: obfuscation: accuracy against eps; certify: against the radius
     export: Path | None = None  # file to write the weights to, as a bare state dict
+
+
+LAYOUT = Layout(
+    first=("run", "checkpoint", "model_from", "model", "data", "data_root", "attack", "eps", "limit", "out", "plot"),
+    groups={
+        "What is evaluated: one of --run, --checkpoint and --model-from": "checkpoint",
+        "Attack": "norm",
+        "How, and where to": "batch",
+    },
+)
 
 
 class Subject(NamedTuple):
@@ -130,6 +137,7 @@ def main(arguments: list[str]) -> None:
         arguments,
         program="python -m training.evaluate",
         description="Evaluate a trained classifier, clean and under attack, with 95 % intervals.",
+        layout=LAYOUT,
     )
     _check(settings)
     torch.set_num_threads(config.resolve_threads(settings.threads))

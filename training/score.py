@@ -39,6 +39,7 @@ from training.measures import judge
 from training.reports import audit
 from training.settings import command_line, config, tables
 from training.settings.errors import InputError, Interrupted, run_program
+from training.settings.help_page import Layout
 
 CHUNK = 500  # samples drawn at a time
 ROWS = 20  # classes shown in samples.png
@@ -85,6 +86,16 @@ class ScoreSettings:
     posterior_settings: PosteriorSettings = field(default_factory=PosteriorSettings)
 
 
+LAYOUT = Layout(
+    first=("data", "data_root", "recipe", "limit", "samples", "audit", "seed", "out", "resume"),
+    groups={
+        "Data": "data",
+        "Samples": "samples",
+        "Audit": "audit",
+        "How, and where to": "precision",
+        "The network and its training; None is what was tuned for the data set": "posterior_settings.sigma",
+    },
+)
 NOT_SAVED = ("out", "resume", "recipe", "download", "audit", "eps", "norm", "human_labels")
 RANGES: dict[str, config.Check] = {
     "samples": (lambda v: v == 0 or v >= 10, "0 (none), or at least 10"),
@@ -128,6 +139,7 @@ def parse(arguments: Sequence[str]) -> ScoreSettings:
         arguments,
         program="python -m training.score",
         description="Train the score network of a data set, sample from it and audit it.",
+        layout=LAYOUT,
         default=default,
     )
     if folder is not None:

@@ -1,11 +1,19 @@
 """Bad arguments and input: exit status 2 and one line that says what was given and what is allowed."""
 
+import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from training import evaluate, score
+from training.__main__ import PROGRAMS
+from training.settings import config
+
+ROOT = Path(__file__).resolve().parents[2]
 
 BAD = {
     "run without an objective": ("run", "", "--objective"),
@@ -106,17 +114,15 @@ def test_bad_input(call: Any, tmp_path: Path, program: str, arguments: str, told
 
 def test_the_program_itself_ends_with_that_status(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "training.run", "--objective", "standard", "--eps", "0"]
-    root = Path(__file__).resolve().parents[2]
-    ending = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    ending = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (ending.returncode, ending.stdout) == (2, "")
     assert ending.stderr == "error: eps: 0.0 is out of range, allowed: a finite number above 0\n"
 
 
 def test_output_that_nobody_reads() -> None:
     command = [sys.executable, "-m", "training.run", "--objective", "standard", "--dry-run"]
-    root = Path(__file__).resolve().parents[2]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, cwd=root, text=True, **pipes) as process:  # type: ignore[call-overload]
+    with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as process:  # type: ignore[call-overload]
         process.stdout.close()
         told = process.stderr.read()
     assert (process.returncode, told) == (1, "stopped: standard output is closed\n")
@@ -128,3 +134,75 @@ def test_help_explains_the_options(program: str, call: Any, capfd: pytest.Captur
         call(program, "--help")
     assert end.value.code == 0
     assert "seed" in capfd.readouterr().out
+
+
+LAID_OUT = {
+    "run": (config.RunSettings, config.LAYOUT),
+    "evaluate": (evaluate.EvaluateSettings, evaluate.LAYOUT),
+    "score": (score.ScoreSettings, score.LAYOUT),
+}
+
+
+@pytest.mark.parametrize("program", LAID_OUT)
+def test_long_help_has_every_option_once_in_groups(
+    program: str, call: Any, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "90")
+    settings, layout = LAID_OUT[program]
+    with pytest.raises(SystemExit) as end:
+        call(program, "--help")
+    text = capfd.readouterr().out
+    assert end.value.code == 0
+    assert max(map(len, text.splitlines())) <= 90
+    names = re.findall(r"^  (--[a-z0-9.-]+)", text, flags=re.M)
+    fields = [f.name.replace("_", "-") for f in dataclasses.fields(settings) if f.name != "posterior_settings"]
+    assert sorted(name for name in names if "." not in name) == sorted(f"--{field}" for field in fields)
+    assert len(names) == len(set(names))
+    assert names[: len(layout.first)] == [f"--{field.replace('_', '-')}" for field in layout.first]
+    titles = re.findall(r"^\S.*", text, flags=re.M)
+    assert [title for title in titles if title in layout.groups] == list(layout.groups), "in the order of the fields"
+    assert not re.findall(r"^  --.*\n(?:        )?\(default", text, flags=re.M), "an option without a word"
+
+
+def test_short_help_has_what_matters_first(call: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        call("run", "-h", "--objective", "trades")
+    text = capfd.readouterr().out
+    names = re.findall(r"^  (--[a-z0-9.-]+)", text, flags=re.M)
+    assert names == [f"--{field.replace('_', '-')}" for field in config.LAYOUT.first]
+    assert re.search(r"python -m training.run --help explains all 1\d\d options", text)
+
+
+def one_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "training", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_one_command_for_all_programs() -> None:
+    listed = one_command()
+    assert listed.returncode == 0
+    for name in PROGRAMS:
+        assert f"  {name} " in listed.stdout
+    settings = one_command("run", "--objective", "trades", "--dry-run")
+    assert (settings.returncode, settings.stderr) == (0, "")
+    assert 'objective = "trades"' in settings.stdout
+    refused = one_command("run", "--objective", "trades", "--eps", "0")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.startswith("error: eps: 0.0 is out of range")
+
+
+def test_a_misspelt_program_is_named() -> None:
+    ending = one_command("evalute", "--run", "x")
+    assert (ending.returncode, ending.stdout) == (2, "")
+    assert ending.stderr == "error: 'evalute' is no program, did you mean evaluate; scorematch --help lists them\n"
+
+
+def test_every_program_is_listed() -> None:
+    """Whatever ``python -m training.NAME`` runs is among the programs of the one command."""
+    files = [*(ROOT / "training").glob("*.py"), *(ROOT / "training").glob("*/__main__.py")]
+    programs = {
+        path.parent.name if path.stem == "__main__" else path.stem
+        for path in files
+        if path != ROOT / "training" / "__main__.py" and "run_program(main)" in path.read_text()
+    }
+    assert programs == set(PROGRAMS)

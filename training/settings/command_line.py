@@ -3,13 +3,16 @@
 import contextlib
 import difflib
 import io
+import os
 import re
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
+from training.settings import help_page
 from training.settings.errors import InputError
+from training.settings.help_page import Layout
 
 Settings = TypeVar("Settings")
 
@@ -21,8 +24,17 @@ def parse(
     program: str,
     description: str,
     default: Settings | None = None,
+    layout: Layout | None = None,
 ) -> Settings:
-    """The settings that ``arguments`` describe, over ``default``; ``--help`` prints the options and exits 0."""
+    """The settings that ``arguments`` describe, over ``default``; ``--help`` prints the options and exits 0.
+
+    With a ``layout`` that help is arranged in groups, and ``-h`` prints the most important options alone.
+    """
+    asked = help_page.wanted(arguments)
+    if layout is not None and asked is not None:
+        boxes = _help(settings, default)
+        print(help_page.page(boxes, layout, program=program, description=description, short=asked == "-h"))
+        raise SystemExit(0)
     parsed, unknown = parse_known(settings, arguments, program=program, description=description, default=default)
     if unknown:
         raise InputError(_unknown_option(unknown[0], program, settings))
@@ -95,8 +107,16 @@ def _options(settings: Callable) -> list[str]:
     return sorted(set(re.findall(r"--[a-z0-9.-]+", _help(settings))))
 
 
-def _help(settings: Callable) -> str:
+def _help(settings: Callable, default: Any = None) -> str:
+    """tyro's own help, as wide as it can be without being set in columns side by side, from 130 on."""
     text = io.StringIO()
-    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
-        tyro.cli(settings, args=["--help"])
+    columns = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "129"
+    try:
+        with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+            tyro.cli(settings, args=["--help"], default=tyro.MISSING_NONPROP if default is None else default)
+    finally:
+        del os.environ["COLUMNS"]
+        if columns is not None:
+            os.environ["COLUMNS"] = columns
     return text.getvalue()

@@ -26,6 +26,7 @@ from training.engine.hardware import PrecisionWish, Switch
 from training.engine.posteriors import PosteriorSettings
 from training.settings import command_line, tables
 from training.settings.errors import InputError, unknown_name
+from training.settings.help_page import Layout
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -143,9 +144,8 @@ class RunSettings:
     sync_batchnorm: bool = True  # under torchrun: batch norm over the samples of all processes
 
     # Validation and the final evaluation
-    selection: Literal["best", "last"] = (
-        "best"  # weights of the final numbers: last, or best validation accuracy (robust; standard: clean)
-    )
+    # weights of the final numbers: last, or best validation accuracy (robust; standard: clean)
+    selection: Literal["best", "last"] = "best"
     validate_every: int = 1  # epochs between validations (clean and PGD); the last epoch is always validated
     validation_steps: int = 10  # PGD steps of a validation
     validation_losses: tuple[str, ...] = ("ce",)  # what it ascends; a sample must withstand all
@@ -205,6 +205,32 @@ class RunSettings:
         return ThreatModel(self.norm, self.eps, self.step_size, lower, upper)
 
 
+LAYOUT = Layout(
+    first=(
+        "objective",
+        "divergence",
+        "posterior",
+        "data",
+        "model",
+        "norm",
+        "eps",
+        "epochs",
+        "seed",
+        "recipe",
+        "out",
+        "resume",
+    ),
+    groups={
+        "Data and model": "data",
+        "Threat model, and the attack during training": "norm",
+        "Objective": "beta",
+        "Optimisation": "epochs",
+        "Speed: auto is what is fastest here; nothing changes what is computed, but for rounding": "precision",
+        "Validation, and the final evaluation": "selection",
+        "The run itself": "save_every",
+        "Posterior: the estimate of p_d(y|x'); None is what was tuned for the data set": "posterior_settings.sigma",
+    },
+)
 NOT_IN_RECIPES = ("out", "resume", "recipe", "dry_run", "download")
 
 Check = tuple[Callable[[Any], bool], str]
@@ -520,6 +546,7 @@ def _parse(arguments: Sequence[str], default: RunSettings) -> RunSettings:
         program="python -m training.run",
         description="Train one classifier with one objective and measure its robustness.",
         default=default,
+        layout=LAYOUT,
     )
 
 

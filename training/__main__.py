@@ -1,0 +1,48 @@
+"""One command for all programs: ``scorematch run`` is ``python -m training.run``, or ``python -m training run``."""
+
+import difflib
+import importlib
+import sys
+
+from training.settings.errors import run_program
+
+PROGRAMS = {
+    "run": "train one classifier and measure its robustness",
+    "compare": "direct SCORE beside its surrogates, over seeds, with a report",
+    "evaluate": "accuracy of a classifier: clean, under PGD or AutoAttack, certified",
+    "score": "train a score network, sample from it, audit its posterior",
+    "generate": "make training images with a score network",
+    "plan": "count what a run costs before it starts",
+    "experiments": "direct SCORE where the truth is known",
+}
+USAGE = "\n".join(
+    [
+        "usage: scorematch PROGRAM [OPTIONS]",
+        "",
+        *(f"  {name:12} {purpose}" for name, purpose in PROGRAMS.items()),
+        "",
+        "scorematch PROGRAM -h shows the most important options of a program, --help all of them.",
+        "python -m training.PROGRAM is the same.",
+    ]
+)
+
+
+def main() -> None:
+    """Run the program that the first argument names, with the others as its arguments."""
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        print(USAGE)
+        return
+    if name not in PROGRAMS:
+        close = difflib.get_close_matches(name, PROGRAMS, n=1)
+        guess = f"did you mean {close[0]}" if close else f"allowed: {', '.join(PROGRAMS)}"
+        print(f"error: {name!r} is no program, {guess}; scorematch --help lists them", file=sys.stderr)
+        sys.exit(2)
+    module = importlib.import_module(f"training.{name}")
+    if hasattr(module, "__path__"):
+        module = importlib.import_module(f"training.{name}.__main__")
+    sys.exit(run_program(module.main, arguments))
+
+
+if __name__ == "__main__":
+    main()
