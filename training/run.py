@@ -6,11 +6,13 @@
 
 A run writes into its folder: config.toml, metrics.jsonl (one object an epoch), checkpoint.pt (last epoch), best.pt
 (best validation), posterior.pt (where one is used; its networks are trained in score-network/ and classifier/),
-tensorboard/, and at the end curve.json, paths.json, toy.json where they apply and, last of all, summary.json.
+tensorboard/, and at the end curve.json, paths.json, fooled.npz (a few images that fool the model), toy.json where they
+apply, summary.json and, last of all, report.html, a page that shows all this.
 autoattack.pt is there only while AutoAttack is on its way.
 """
 
 import dataclasses
+import io
 import json
 import subprocess
 import sys
@@ -18,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tomli_w
 import torch
 from torch import Generator, Tensor, nn
@@ -31,12 +34,14 @@ from training.data import Data, toy
 from training.engine import checkpoint, distributed, hardware, posteriors
 from training.engine.hardware import Hardware, Speed
 from training.engine.loop import Trainer, generator
+from training.reports import run as report
 from training.settings import config, tables
 from training.settings.config import RunSettings
 from training.settings.errors import InputError, Interrupted, run_program
 
 STATE = "autoattack.pt"  # how far AutoAttack has come
 AUDITED = 500  # test samples on which the posterior is attacked itself
+FOOLED, FOOLED_AMONG = 8, 256  # images that fool the network, shown in the report, among the first so many of the test
 PATH_SAMPLES = 4  # test samples whose posteriors are followed along an attack, for the report
 
 
@@ -80,6 +85,7 @@ def run(settings: RunSettings, device: torch.device) -> None:
     if (out / "summary.json").exists():
         if distributed.rank() == 0:
             (out / STATE).unlink(missing_ok=True)
+            report.write(out)
             print(f"{out} is finished already")
             print_table(json.loads((out / "summary.json").read_text()))
         return
@@ -200,8 +206,9 @@ def train_and_evaluate(
         checkpoint.write_json(out / "summary.json", summary)
         for left in out.glob(f"{STATE}*"):
             left.unlink()
+        report.write(out)
         print_table(summary)
-        print(f"everything is in {out}")
+        print(f"everything is in {out}; {out / 'report.html'} shows it")
 
 
 def read_posterior(settings: RunSettings, path: Path, loaded: Data) -> dict[str, Any]:
@@ -313,6 +320,8 @@ def measure(
         results |= measures.self_consistency(
             network, loaded.p_d, x, y, threat_model, steps=settings.eval_steps, seed=settings.seed
         )
+    if len(loaded.input_shape) == 3 and distributed.rank() == 0:
+        save_fooled(settings, loaded, network, out)
     if posterior is not None:
         if loaded.name != "toy":
             paths = measures.posteriors_along_attack(
@@ -325,6 +334,26 @@ def measure(
         if posteriors.anchored_at_labels(posterior):
             results["posterior_clean_acc"] = None  # the labels themselves
     return results | attack_with_ensemble(settings, loaded, network, out)
+
+
+def save_fooled(settings: RunSettings, loaded: Data, network: nn.Module, out: Path) -> None:
+    """A few test images that fool the network, for the report, as a file of arrays."""
+    attack = measures.pgd(
+        settings.threat_model(loaded.lower, loaded.upper),
+        steps=settings.eval_steps,
+        restarts=1,
+        losses=settings.eval_losses[:1],
+    )
+    start = generator(settings.seed, "evaluation", loaded.x_test.device)
+    few = loaded.x_test[:FOOLED_AMONG], loaded.y_test[:FOOLED_AMONG]
+    found = measures.fooled(network, *few, attack, start, FOOLED)
+    if not len(found["index"]):
+        return
+    buffer = io.BytesIO()
+    names = np.array(loaded.classes or [str(label) for label in range(loaded.num_classes)])
+    arrays: dict[str, Any] = {name: value.cpu().numpy() for name, value in found.items()}
+    np.savez(buffer, names=names, box=np.array([loaded.lower, loaded.upper]), **arrays)
+    checkpoint.write_atomically(out / report.EXAMPLES, buffer.getvalue())
 
 
 def write_json(path: Path, value: object) -> None:
@@ -378,46 +407,11 @@ def commit() -> str | None:
 
 def print_table(summary: dict[str, Any]) -> None:
     """The numbers of a finished run, one a line."""
-
-    def accuracy(key: str) -> str:
-        low, high = summary[f"{key}_interval"]
-        return f"{summary[f'{key}_acc']:.1f} %  (95 % interval {low:.1f} to {high:.1f})"
-
-    rows = [
-        ("clean accuracy", accuracy("clean")),
-        (f"PGD accuracy, {summary['norm']} {summary['eps']:g}", accuracy("pgd")),
-    ]
-    if summary["autoattack_acc"] is not None:
-        shown = f"{accuracy('autoattack')}, {summary['autoattack_samples']} samples"
-        rows.append((f"AutoAttack accuracy, {summary['autoattack_version']}", shown))
-    if "r_standard" in summary:
-        rows.append(("R_Standard", f"{summary['r_standard']:.5f} nat"))
-    if "r_score" in summary:
-        rows.append(("R_SCORE", f"{summary['r_score']:.5f} nat"))
-    if "r_madry" in summary:
-        rows.append(("R_Madry", f"{summary['r_madry']:.5f} nat"))
-    if "disagrees" in summary:
-        rows += [
-            ("KL(p_d, model)", f"{summary['kl']:.5f} nat"),
-            ("another class than p_d in the ball", f"{summary['disagrees']:.1f} %"),
-        ]
-    if summary["data_gradient_ratio"] is not None:
-        rows += [
-            ("data gradient / model gradient", f"{100 * summary['data_gradient_ratio']:.2f} %"),
-            ("step signs it changes", f"{100 * summary['sign_change_share']:.2f} %"),
-        ]
-    if "posterior_robust_acc" in summary:
-        clean = summary["posterior_clean_acc"]
-        shown = "anchored at the labels" if clean is None else f"{clean:.1f} % clean"
-        shown += f", {summary['posterior_robust_acc']:.1f} % attacked itself"
-        if "posterior_samples" in summary:
-            shown += f" ({summary['posterior_samples']} samples)"
-        rows.append(("the posterior's own accuracy", shown))
     seconds = (
         f"{summary['posterior_seconds']:.0f} s posterior, {summary['train_seconds']:.0f} s training, "
         f"{summary['eval_seconds']:.0f} s evaluation"
     )
-    rows += [("weights of epoch", f"{summary['selected_epoch']} of {summary['epochs']}"), ("time", seconds)]
+    rows = [*report.rows(summary), ["time", seconds]]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"  {name:<{width}}  {value}")

@@ -218,3 +218,32 @@ def test_a_data_gradient_below_one_per_cent_is_called_distillation() -> None:
 
     assert "Distillation: the data gradient changes almost nothing" in told(0.009)
     assert "Distillation" not in told(0.011)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "told"),
+    [
+        (1.0, 3.0, "Direct SCORE is ahead of its best surrogate (+2.0 ± 1.0 points under AutoAttack"),
+        (-5.0, -1.0, "The best surrogate is ahead of direct SCORE (-3.0 ± 2.0 points under AutoAttack"),
+        (-2.0, 4.0, "These seeds do not tell direct SCORE and its best surrogate apart (+1.0 ± 3.0 points"),
+        (None, None, "One seed cannot tell direct SCORE and its surrogates apart (+1.5 points under AutoAttack"),
+    ],
+)
+def test_a_report_opens_with_its_conclusion(low: float | None, high: float | None, told: str) -> None:
+    def entry(name: str, objective: str, pgd: float) -> dict[str, Any]:
+        values = {key: {"mean": pgd, "low": None, "high": None} for key in ("clean_acc", "pgd_acc", "autoattack_acc")}
+        return {"name": name, "label": name, "objective": objective, "posterior": None, **values}
+
+    gap = {"mean": 1.5 if low is None or high is None else (low + high) / 2, "low": low, "high": high}
+    comparison = {
+        "data": "digits",
+        "seeds": [0, 1],
+        "eps": 0.15,
+        "aggregate": {
+            "score_direct": {**entry("score_direct", "score_direct", 80.0), "posterior": "score_network"},
+            "weak": entry("weak", "pgd_at", 70.0),
+            "strong": entry("strong", "trades", 79.0),
+        },
+        "paired": {"against": "strong", "differences": {"score_direct": {"autoattack_acc": gap}}},
+    }
+    assert report._headline(comparison).startswith(told)

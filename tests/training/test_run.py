@@ -2,20 +2,25 @@
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from scorematch import PGD, ThreatModel
 from scorematch.attacks import AutoAttackWarning
-from training import run
+from training import measures, run
 from training.engine import checkpoint, scores
 from training.engine.loop import Trainer
 from training.settings.errors import Interrupted
 
 FILES = {"config.toml", "metrics.jsonl", "checkpoint.pt", "best.pt", "summary.json", "curve.json", "tensorboard"}
+FILES |= {"report.html"}
 KEYS = {
     "objective", "divergence", "posterior", "data", "model", "norm", "eps", "seed", "epochs", "clean_acc", "pgd_acc",
     "autoattack_acc", "train_seconds", "eval_seconds", "torch", "scorematch", "best_epoch", "selection", "split",
@@ -29,6 +34,11 @@ SURROGATES = {
 DIRECT = ["score_network", "kernel_density", "noise_conditional_classifier"]
 
 
+def files(out: Path) -> set[str]:
+    """What lies in a run's folder, but for the images that fool the model: after two epochs there may be none."""
+    return {path.name for path in out.iterdir()} - {"fooled.npz"}
+
+
 def finished(out: Path) -> dict[str, Any]:
     """The summary of a run that has left everything in its folder."""
     summary = json.loads((out / "summary.json").read_text())
@@ -40,6 +50,11 @@ def finished(out: Path) -> dict[str, Any]:
     assert [point["eps"] for point in curve] == [0.0, summary["eps"], 2 * summary["eps"]]
     assert [point["acc"] for point in curve[:2]] == [summary["clean_acc"], summary["pgd_acc"]]
     assert not list(out.glob(".*.part"))
+    page = (out / "report.html").read_text()
+    assert f"right on {summary['clean_acc']:.1f} % of {summary['split']['test']:,} test samples" in page
+    assert re.findall(r"(?:src|href)=.(?!data:)", page) == [], "self-contained"
+    along = (out / "paths.json").exists() and summary["objective"] == "score_direct"
+    assert page.count("<img ") == 2 + along + (out / "fooled.npz").exists() + (out / "toy.json").exists()
     return summary
 
 
@@ -49,7 +64,7 @@ def test_surrogates_on_the_digits(call: Any, tiny: list[str], tmp_path: Path, op
     assert ending.status == 0, ending
     assert "clean accuracy" in ending.out
     summary = finished(tmp_path / "here")
-    assert {path.name for path in (tmp_path / "here").iterdir()} == FILES
+    assert files(tmp_path / "here") == FILES
     assert summary["posterior"] is None
     assert summary["split"] == {"seed": 0, "train": 100, "validation": 147, "test": 500}
 
@@ -59,6 +74,45 @@ def test_surrogates_on_the_digits(call: Any, tiny: list[str], tmp_path: Path, op
     assert evaluation["clean_acc"] == summary["clean_acc"]
     low, high = evaluation["clean_interval"]
     assert low < evaluation["clean_acc"] < high
+
+
+def test_what_fools_a_classifier() -> None:
+    """A linear classifier of one feature in [0, 1]: class 1 above .5. Within .2 the points next to .5 are fooled."""
+    model = nn.Linear(1, 2)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[-1.0], [1.0]]))
+        model.bias.copy_(torch.tensor([0.5, -0.5]))
+    x = torch.tensor([[0.1], [0.45], [0.6], [0.65], [0.95], [0.35]])
+    y = torch.tensor([0, 0, 0, 1, 1, 0])
+    attack = PGD(ThreatModel("linf", 0.2), steps=5)
+    found = measures.fooled(model, x, y, attack, torch.Generator().manual_seed(0), 2)
+    assert found["index"].tolist() == [1, 3], "the third is misclassified anyway, the last one too many"
+    assert found["clean"].flatten().tolist() == pytest.approx([0.45, 0.65])
+    assert (found["attacked"] - found["clean"]).abs().max() <= 0.2 + 1e-6
+    assert (found["before"].argmax(1) == found["label"]).all()
+    assert (found["after"].argmax(1) != found["label"]).all()
+    everything = measures.fooled(model, x, y, attack, torch.Generator().manual_seed(0), 9)
+    assert everything["index"].tolist() == [1, 3, 5]
+    always_wrong = measures.fooled(model, x, 1 - (x[:, 0] > 0.5).long(), attack, torch.Generator(), 2)
+    assert always_wrong["attacked"].shape == (0, 1)
+
+
+def test_the_report_shows_what_fools_the_model(call: Any, tiny: list[str], tmp_path: Path) -> None:
+    options = ["--objective", "standard", *tiny, "--limit", "400", "--epochs", "6", "--autoattack", "none"]
+    ending = call("run", *options, "--out", "here")
+    assert ending.status == 0, ending
+    assert "here/report.html shows it" in ending.out
+    with np.load(tmp_path / "here" / "fooled.npz", allow_pickle=False) as file:
+        shown = dict(file)
+    assert shown["clean"].shape == shown["attacked"].shape == (8, 1, 8, 8)
+    assert np.abs(shown["attacked"] - shown["clean"]).max() <= 0.15 + 1e-6
+    assert (shown["before"].argmax(1) == shown["label"]).all()
+    assert (shown["after"].argmax(1) != shown["label"]).all()
+    page = tmp_path / "here" / "report.html"
+    assert "What fools it" in page.read_text()
+    page.unlink()
+    assert "finished already" in call("run", "--resume", "here").out
+    assert "What fools it" in page.read_text(), "a run that ended before its report gets one"
 
 
 @pytest.mark.parametrize("posterior", DIRECT)
@@ -72,7 +126,7 @@ def test_direct_on_the_digits(
     trainings = {"score_network": {"score-network"}, "noise_conditional_classifier": {"classifier"}}.get(
         posterior, set()
     )
-    assert {path.name for path in (tmp_path / "here").iterdir()} == FILES | {"posterior.pt", "paths.json"} | trainings
+    assert files(tmp_path / "here") == FILES | {"posterior.pt", "paths.json"} | trainings
     assert summary["posterior"] == posterior
     assert summary["data_gradient_ratio"] >= 0
     assert 0 <= summary["sign_change_share"] <= 1
@@ -117,7 +171,7 @@ def test_between_surrogates_and_direct_score(
     ending = call("run", "--objective", *options.split(), *tiny, "--out", "here")
     assert ending.status == 0, ending
     summary = finished(tmp_path / "here")
-    assert {path.name for path in (tmp_path / "here").iterdir()} == FILES | {"posterior.pt", "paths.json"}
+    assert files(tmp_path / "here") == FILES | {"posterior.pt", "paths.json"}
     assert summary["posterior"] == "kernel_density"
     assert {key: summary[key] for key in told} == told
     assert summary["posterior_robust_acc"] <= summary["posterior_clean_acc"]
@@ -169,7 +223,7 @@ def test_autoattack_after_a_run(call: Any, tiny: list[str], tmp_path: Path) -> N
     assert ending.status == 0, ending
     assert "AutoAttack accuracy, fast" in ending.out
     summary = finished(tmp_path / "here")
-    assert {path.name for path in (tmp_path / "here").iterdir()} == FILES
+    assert files(tmp_path / "here") == FILES
     report = summary["autoattack"]
     assert (report["samples"], report["seed"], report["eps"], report["norm"]) == (40, 3, 0.05, "linf")
     assert list(report["attacks"]) == ["apgd-ce", "apgd-t"]

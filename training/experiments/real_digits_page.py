@@ -34,8 +34,8 @@ def section(cells: Sequence[dict[str, Any]], figures: Path) -> str:
     lines = [
         "## Real digits, where only labels judge",
         "",
-        "All 1,797 of the 8×8 digits: every fold tests on a fifth of them. Linf; `digits_cnn`, "
-        f"{cells[0]['budget']['steps']} steps of {cells[0]['budget']['batch_size']}, training attack of "
+        f"The 1,797 of the 8×8 digits: each of five folds tests on a fifth of them; {_folds(cells)} run. Linf; "
+        f"`digits_cnn`, {cells[0]['budget']['steps']} steps of {cells[0]['budget']['batch_size']}, training attack of "
         f"{cells[0]['budget']['attack_steps']} steps. Of every training the weights with the highest robust accuracy "
         "on 240 validation images are kept. “Drawn” means that half of every batch was drawn from the score network, "
         "which was trained on the same images. AutoAttack is the standard version, on every test image. Mean ± half "
@@ -58,6 +58,11 @@ def section(cells: Sequence[dict[str, Any]], figures: Path) -> str:
             f"`python -m training.experiments {options} --out docs/evidence/real-digits`",
         ]
     )
+
+
+def _folds(cells: Sequence[dict[str, Any]]) -> str:
+    count = len({cell["fold"] for cell in cells})
+    return "all of them are" if count == 5 else f"{count} of them {'is' if count == 1 else 'are'}"
 
 
 def of(cell: Mapping[str, Any], form: str, measure: str) -> float:

@@ -143,6 +143,35 @@ def self_consistency(
     return {**results, "disagrees": per_cent(disagrees), "disagrees_interval": interval}
 
 
+def fooled(model: nn.Module, x: Tensor, y: Tensor, attack: PGD, generator: Generator, count: int) -> dict[str, Tensor]:
+    """The first samples that ``model`` classifies as y [N] and that ``attack`` fools, ``count`` at most.
+
+    Returns ``index`` [n] int64, ``clean`` and ``attacked`` [n, ...], ``label`` [n] int64, and ``before`` and ``after``
+    [n, L], the model's probabilities at both.
+    """
+    training_mode = model.training
+    model.eval()
+    parts: list[dict[str, Tensor]] = []
+    for index in correct(model, x, y).nonzero().flatten().split(8 * count):
+        moved = attack(model, x[index], y[index], generator=generator)
+        with torch.no_grad():
+            before, after = model(x[index]).softmax(dim=1), model(moved).softmax(dim=1)
+        part = {
+            "index": index,
+            "clean": x[index],
+            "attacked": moved,
+            "label": y[index],
+            "before": before,
+            "after": after,
+        }
+        fell = after.argmax(dim=1) != y[index]
+        parts.append({name: value[fell] for name, value in part.items()})
+        if sum(len(part["index"]) for part in parts) >= count:
+            break
+    model.train(training_mode)
+    return {name: torch.cat([part[name] for part in parts])[:count] for name in parts[0]}
+
+
 def scaled(threat_model: ThreatModel, eps: float) -> ThreatModel:
     """The threat model with another radius and its step in proportion."""
     step = threat_model.step_size

@@ -29,8 +29,7 @@ from scorematch.posteriors import KernelDensity, NoiseConditionalClassifier, Pos
 from scorematch.posteriors.base import PointwisePosterior
 from training.data import Data
 from training.engine import checkpoint, scores
-from training.reports import comparison as report
-from training.reports import plots
+from training.reports import pages, plots
 from training.settings.errors import InputError
 
 POINTS = 500  # held-out points of the audit
@@ -234,8 +233,9 @@ def judged(found: dict[str, Any]) -> list[Finding]:
     findings = [
         Finding(
             ratio <= GAP,
-            f"at σ {chosen['sigma']:g} the {found['loss']} on held-out data is {100 * (ratio - 1):+.0f} % of that on "
-            f"training data: {'no memory to speak of' if ratio <= GAP else 'the network memorises'}",
+            f"at σ {chosen['sigma']:g} the {found['loss']} on held-out data is {abs(100 * (ratio - 1)):.0f} % "
+            f"{'above' if ratio > 1 else 'below'} that on training data: "
+            f"{'no memory to speak of' if ratio <= GAP else 'the network memorises'}",
         ),
         Finding(
             value["moved"] > found["guess"],
@@ -322,9 +322,9 @@ def page(found: dict[str, Any], findings: list[Finding], data: str) -> str:
         plots.as_image(plot(found), "held-out likelihood and losses by noise level"),
         "<h2>Evidence</h2>",
         "<p>Every way to read the trained networks; the first was chosen.</p>",
-        report.html_table(rows),
+        pages.table(rows),
     ]
-    return report.PAGE.format(title=f"audit of {html.escape(data)}", body="\n".join(body))
+    return pages.page(f"audit of {data}", body)
 
 
 def plot(found: dict[str, Any]) -> Figure:
@@ -334,7 +334,7 @@ def plot(found: dict[str, Any]) -> Figure:
         own = [(e["sigma"], e["moved"]) for e in found["evidence"] if e["anchor"] == anchor]
         if own:
             left.plot(*zip(*own, strict=True), color=colour, marker=marker, label=ANCHORS[anchor])
-    left.axhline(found["guess"], color="#b8b8b8", lw=1)
+    left.axhline(found["guess"], color="#b8b8b8", lw=1, label="guessing by class frequency")
     left.set(xscale="log", xlabel="σ", ylabel="held-out log p(y|x + noise), nats")
     left.legend(frameon=False)
     sigmas = [row["sigma"] for row in found["losses"]]

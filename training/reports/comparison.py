@@ -3,7 +3,7 @@
 import html
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from training.data import slug
 from training.engine import checkpoint
-from training.reports import plots
+from training.reports import pages, plots
 from training.reports.plots import Series
 
 DISTILLATION_BELOW = 0.01  # data gradient / model gradient
@@ -150,7 +150,7 @@ def page(comparison: Comparison) -> str:
         f"<h1>{title}</h1>",
         f"<p class='lead'>{_headline(comparison)}</p>",
         "<h2>Results</h2>",
-        html_table(table_rows(comparison)),
+        pages.table(table_rows(comparison)),
         f"<p class='note'>{_how_many(seeds)} on {any_run['split']['test']:,} test samples.{_ensemble(comparison)}</p>",
         *(toy_section(comparison) if toy(comparison) else accuracy_section(comparison)),
         "<h2>Training</h2>",
@@ -159,7 +159,7 @@ def page(comparison: Comparison) -> str:
         *gradient_section(comparison),
         *setting_section(comparison),
     ]
-    return PAGE.format(title=html.escape(title), body="\n".join(sections))
+    return pages.page(title, sections)
 
 
 def _how_many(seeds: int) -> str:
@@ -192,11 +192,28 @@ def _headline(comparison: Comparison) -> str:
     if all("autoattack_acc" in entry for entry in (best, other)):
         attacks = {"under AutoAttack": "autoattack_acc", **attacks}
     rest = "; ".join(f"{name}, {interval(best[key])} % and {interval(other[key])} %" for name, key in attacks.items())
-    return (
+    return _verdict(comparison, best) + (
         f"Under PGD at eps {comparison['eps']:g}, the best direct objective ({best['label']}) keeps "
         f"{interval(best['pgd_acc'])} % and the best surrogate ({other['label']}) {interval(other['pgd_acc'])} %; "
         f"{rest}."
     )
+
+
+def _verdict(comparison: Comparison, direct: Mapping[str, Any]) -> str:
+    """Who is ahead under the strongest attack, ``direct`` or the best surrogate, if the seeds can tell."""
+    found = comparison["paired"]["differences"].get(direct["name"], {})
+    measure = "autoattack_acc" if "autoattack_acc" in found else "pgd_acc"
+    if measure not in found:
+        return ""
+    gap, attack = found[measure], {"autoattack_acc": "AutoAttack", "pgd_acc": "PGD"}[measure]
+    shown = f"{difference(gap)} points under {attack}, paired by seed"
+    if gap["low"] is None:
+        return f"One seed cannot tell direct SCORE and its surrogates apart ({shown}). "
+    if gap["low"] > 0:
+        return f"Direct SCORE is ahead of its best surrogate ({shown}). "
+    if gap["high"] < 0:
+        return f"The best surrogate is ahead of direct SCORE ({shown}). "
+    return f"These seeds do not tell direct SCORE and its best surrogate apart ({shown}). "
 
 
 def _attack(comparison: Comparison) -> str:
@@ -206,12 +223,6 @@ def _attack(comparison: Comparison) -> str:
         f"PGD with {settings['eval_steps']} steps, the losses {losses}, {settings['eval_restarts']} random starts for "
         "each; a sample counts only if it withstands all of them."
     )
-
-
-def html_table(rows: Sequence[Sequence[str]], kind: str = "numbers") -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in rows[0])
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows[1:])
-    return f"<table class='{kind}'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def toy_figure(comparison: Comparison) -> Figure:
@@ -307,7 +318,7 @@ def gradient_section(comparison: Comparison) -> list[str]:
         section += [
             "<p>The posteriors as classifiers by themselves: where direct SCORE would lead at zero loss. That is no "
             "bound, since a student may stop short of it or do better.</p>",
-            html_table([header, *audits]),
+            pages.table([header, *audits]),
         ]
     return section
 
@@ -327,43 +338,9 @@ def setting_section(comparison: Comparison) -> list[str]:
     common = {k: v for k, v in every[0].items() if all(other.get(k) == v for other in every)}
     return [
         "<h2>Configuration</h2>",
-        html_table([["", ""], *facts], "facts"),
-        "<details><summary>settings common to all runs</summary><pre>"
-        + html.escape("\n".join(f"{key} = {json.dumps(value)}" for key, value in common.items()))
-        + "</pre></details>",
-        "<details><summary>commands (the last seed)</summary><pre>"
-        + html.escape("\n".join(comparison["commands"].values()))
-        + "</pre></details>",
+        pages.table([["", ""], *facts], "facts"),
+        pages.folded(
+            "settings common to all runs", "\n".join(f"{key} = {json.dumps(value)}" for key, value in common.items())
+        ),
+        pages.folded("commands (the last seed)", "\n".join(comparison["commands"].values())),
     ]
-
-
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{ font: 16px/1.55 system-ui, sans-serif; color: #222; max-width: 1080px;
-  margin: 2.5rem auto; padding: 0 1.25rem; }}
-h1 {{ font-size: 1.7rem; line-height: 1.2; margin: 0 0 .5rem; }}
-h2 {{ font-size: 1.2rem; margin: 2.6rem 0 .6rem; border-bottom: 1px solid #ddd; padding-bottom: .25rem; }}
-h3 {{ font-size: 1rem; margin: 1.5rem 0 .4rem; }}
-.lead {{ font-size: 1.1rem; max-width: 52rem; }}
-.note {{ color: #666; font-size: .9rem; max-width: 52rem; }}
-img {{ max-width: 100%; height: auto; display: block; }}
-table {{ border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }}
-th, td {{ text-align: left; padding: .4rem .9rem .4rem 0; vertical-align: top; }}
-tbody td {{ white-space: nowrap; }}
-.facts td {{ white-space: normal; }}
-thead th {{ border-bottom: 2px solid #222; font-weight: 600; }}
-tbody tr {{ border-bottom: 1px solid #e6e6e6; }}
-pre {{ background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: .82rem; }}
-summary {{ cursor: pointer; margin-top: .8rem; }}
-</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -129,7 +130,8 @@ def accuracy_against_eps(
         ylim=(0, 102),
         xlim=(0, None),
     )
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=3.2)
+    if len(series) > 1:
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=3.2)
     return figure
 
 
@@ -167,24 +169,64 @@ def training_curves(panels: Mapping[str, Sequence[Series]], *, log: Sequence[str
         axes.set(xlabel="epoch", ylabel=measure, yscale="log" if measure in log else "linear")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=3.2)
+    if len(labels) > 1:
+        figure.legend(handles, labels, loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=3.2)
     figure.tight_layout()
     return figure
 
 
+def picture(axes: Axes, image: np.ndarray, box: tuple[float, float] = (0.0, 1.0)) -> None:
+    """An image [C, H, W]: in colour where C is 3, else its first channel, dark where it is large."""
+    low, high = box
+    if len(image) == 3:
+        axes.imshow(np.clip((image.transpose(1, 2, 0) - low) / (high - low), 0, 1), interpolation="nearest")
+    else:
+        axes.imshow(image[0], cmap="gray_r", vmin=low, vmax=high, interpolation="nearest")
+    axes.set(xticks=[], yticks=[])
+    axes.grid(False)
+
+
+def fooled(examples: Mapping[str, np.ndarray], names: Sequence[str], box: tuple[float, float]) -> Figure:
+    """Samples that fool a model: clean, attacked, and the difference between them, with what the model says of both.
+
+    ``examples`` as :func:`training.measures.fooled` returns them; ``names`` [L] of the classes.
+    """
+    count = len(examples["label"])
+    figure, grid = plt.subplots(3, count, figsize=(1.45 * count, 5.2), squeeze=False)
+    difference = examples["attacked"] - examples["clean"]
+    reach = max(float(np.abs(difference).max()), 1e-12)
+    for column in range(count):
+        for row, (key, says) in enumerate((("clean", "before"), ("attacked", "after"))):
+            probabilities = examples[says][column]
+            best = int(probabilities.argmax())
+            picture(grid[row, column], examples[key][column], box)
+            grid[row, column].set_title(
+                f"{names[best]}\n{100 * probabilities[best]:.0f} %", fontsize=9, weight="normal", loc="center"
+            )
+        change = difference[column]
+        shown = change if len(change) == 3 else change[:1]
+        picture(grid[2, column], shown, (-reach, reach))
+    for row, label in enumerate(("clean", "attacked", "difference")):
+        grid[row, 0].set_ylabel(label, fontsize=10)
+    figure.tight_layout(h_pad=0.4)
+    return figure
+
+
 def posteriors_along_attack(paths: Mapping[str, Any], *, name: str, family: str) -> Figure:
-    """For each sample its clean and attacked image, and below p(true class) of posterior and model against the step."""
+    """For each sample its clean and attacked image, and below p(true class) of posterior and model against the step.
+
+    Samples that are no images have no picture.
+    """
     samples = len(paths["label"])
+    images = np.ndim(paths["clean"]) == 4
     figure = plt.figure(figsize=(2.7 * samples, 4.0))
     rows = figure.add_gridspec(2, samples, height_ratios=(1, 1.5), hspace=0.45, wspace=0.25)
     for sample, label in enumerate(paths["label"]):
         pair = rows[0, sample].subgridspec(1, 2, wspace=0.08)
-        for column, (title, key) in enumerate((("clean", "clean"), ("attacked", "final"))):
+        for column, (title, key) in enumerate((("clean", "clean"), ("attacked", "final")) if images else ()):
             image = figure.add_subplot(pair[0, column])
-            image.imshow(paths[key][sample][0], cmap="gray_r", vmin=0, vmax=1)
-            image.set(xticks=[], yticks=[])
+            picture(image, np.asarray(paths[key][sample]))
             image.set_title(title, fontsize=9, weight="normal")
-            image.grid(False)
         axes = figure.add_subplot(rows[1, sample])
         steps = range(len(paths["model"]))
         for key, colour, dashes, shown in (
@@ -193,7 +235,7 @@ def posteriors_along_attack(paths: Mapping[str, Any], *, name: str, family: str)
         ):
             axes.plot(steps, [row[sample][label] for row in paths[key]], dashes, color=colour, label=shown)
         axes.set(ylim=(-0.03, 1.03), xlabel="step of the attack")
-        axes.set_title(f"digit {label}", fontsize=9)
+        axes.set_title(f"class {label}", fontsize=9)
         if sample == 0:
             axes.set_ylabel("probability of the\ntrue class")
             handles, labels = axes.get_legend_handles_labels()
@@ -239,4 +281,4 @@ def rendered(figure: Figure, form: str, dpi: int = 160) -> bytes:
 def as_image(figure: Figure, alt: str) -> str:
     """The figure as an HTML image that carries its own data."""
     data = base64.b64encode(rendered(figure, "svg")).decode()
-    return f'<img src="data:image/svg+xml;base64,{data}" alt="{alt}">'
+    return f'<div class="wide"><img src="data:image/svg+xml;base64,{data}" alt="{alt}"></div>'
