@@ -24,10 +24,14 @@ from training.settings.config import RunSettings
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [page for page in PAGES if page.exists() and "figures" not in page.relative_to(ROOT).parts]
-IDS = [str(page.relative_to(ROOT)) for page in PAGES]
+WITH_PYTHON = [page for page in PAGES if "```python\n" in page.read_text()]
 REASONS = ("needs a download", "needs a GPU")  # the only ones for which a block may be left out
 NOT_RUN = re.compile(r"# not run in the tests: (.*)")
 PROGRAM = re.compile(r"-m (training|benchmarks)\.")
+
+
+def names_of(pages: list[Path]) -> list[str]:
+    return [str(page.relative_to(ROOT)) for page in pages]
 
 
 # The site
@@ -123,15 +127,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("page", PAGES, ids=IDS)
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=names_of(WITH_PYTHON))
 def test_the_python_of_a_page_runs(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks = list(python_blocks(page))
-    if not blocks:
-        pytest.skip("no Python on this page")
     names = types.ModuleType("page")
     names.__dict__.update(hidden())
     monkeypatch.setitem(sys.modules, "page", names)  # for dataclasses of a block
-    for block in blocks:
+    for block in python_blocks(page):
         reason = NOT_RUN.match(block.code)
         if reason:
             assert reason[1] in REASONS, f"{page.name}:{block.line} gives no reason that counts"
@@ -240,7 +241,7 @@ def check(module: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) ->
             program.main(without(arguments, "--resume"))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=IDS)
+@pytest.mark.parametrize("page", PAGES, ids=names_of(PAGES))
 def test_the_commands_of_a_page_are_valid(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = set()
     for module, arguments in commands(page):

@@ -35,7 +35,7 @@ def on_page_content(html: str, page: Any, **_: Any) -> str:
         mathml = convert(tex, display="block" if found["tag"] == "div" else "inline")
         if "\\" in mathml or "<mi>&</mi>" in mathml:
             raise ValueError(f"{page.file.src_uri}: no MathML for {tex}")
-        return mathml
+        return mathml.replace("<mi>&#x02032;</mi>", "<mo>&#x02032;</mo>")  # a prime keeps its size as an operator
 
     pattern = r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>'
     return re.sub(pattern, equation, html, flags=re.DOTALL)
