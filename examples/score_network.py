@@ -34,9 +34,8 @@ def main() -> dict[str, float]:
         likelihood = sm.audit.log_likelihood(candidate, *held, noise=BALL.eps).mean().item()
         calibration = sm.audit.calibration(candidate, *held, noise=BALL.eps)
         clean, robust = sm.audit.robust_accuracy(candidate, *held, BALL, steps=20)
-        print(
-            f"{name}: log-likelihood of held-out labels {likelihood:.3f} nats, calibration error {calibration.error:.3f},"
-        )
+        print(f"{name}: log-likelihood of held-out labels {likelihood:.3f} nats,")
+        print(f"    calibration error {calibration.error:.3f},")
         print(f"    right on {clean:.1%} of clean images and {robust:.1%} under its own attack")
         found[name] = likelihood
     return found
