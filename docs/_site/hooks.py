@@ -7,6 +7,7 @@ from typing import Any
 
 from latex2mathml.converter import convert
 
+SMALL_PRIME = "<msup><mi>x</mi><mi>&#x02032;</mi></msup>"
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -35,7 +36,8 @@ def on_page_content(html: str, page: Any, **_: Any) -> str:
         mathml = convert(tex, display="block" if found["tag"] == "div" else "inline")
         if "\\" in mathml or "<mi>&</mi>" in mathml:
             raise ValueError(f"{page.file.src_uri}: no MathML for {tex}")
-        return mathml.replace("<mi>&#x02032;</mi>", "<mo>&#x02032;</mo>")  # a prime keeps its size as an operator
+        # The prime of x' carries the meaning of whole equations; as a superscript of a superscript it is hard to see.
+        return mathml.replace(SMALL_PRIME, "<mrow><mi>x</mi><mtext>&#x02032;</mtext></mrow>")
 
     pattern = r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>'
     return re.sub(pattern, equation, html, flags=re.DOTALL)
