@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from markdown.extensions.toc import slugify
 from mkdocs.commands.build import build
 from mkdocs.config import load_config
 from torch import nn
@@ -69,6 +70,18 @@ def test_the_reference_has_the_public_names(site: Path) -> None:
             thing = getattr(module, name)
             if isinstance(thing, (type, types.FunctionType)):
                 assert f'id="{module.__name__}.{name}"' in text or f'id="{thing.__module__}.{name}"' in text, name
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as the site and GitHub make them."""
+    return {slugify(line.lstrip("#").strip(), "-") for line in page.read_text().splitlines() if line.startswith("#")}
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_from_outside_the_site_lead_somewhere(name: str) -> None:
+    for path, anchor in re.findall(r"\]\((?!http)([^)#\s]+)#?([^)\s]*)\)", (ROOT / name).read_text()):
+        assert (ROOT / path).exists(), path
+        assert not anchor or anchor in anchors(ROOT / path), f"{path}#{anchor}"
 
 
 # Python

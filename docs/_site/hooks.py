@@ -37,7 +37,8 @@ def on_page_content(html: str, page: Any, **_: Any) -> str:
         if "\\" in mathml or "<mi>&</mi>" in mathml:
             raise ValueError(f"{page.file.src_uri}: no MathML for {tex}")
         # The prime of x' carries the meaning of whole equations; as a superscript of a superscript it is hard to see.
-        return mathml.replace(SMALL_PRIME, "<mrow><mi>x</mi><mtext>&#x02032;</mtext></mrow>")
+        mathml = mathml.replace(SMALL_PRIME, "<mrow><mi>x</mi><mtext>&#x02032;</mtext></mrow>")
+        return mathml.replace("<mi>log</mi>", '<mi>log</mi><mspace width="0.167em" />')
 
     pattern = r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>'
     return re.sub(pattern, equation, html, flags=re.DOTALL)
