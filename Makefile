@@ -4,6 +4,7 @@
 #   make test      lint, types and the whole test suite, in one process a core (8 at most)
 #   make compare   direct SCORE beside its surrogates, on DATA=digits or DATA=toy
 #   make results   docs/direct-score.md and its figures, from the stored results in docs/evidence
+#   make docs      the documentation as a site in build/site, without network
 #   make bench     time the kernels against eager PyTorch and torch.compile
 #   make lint      style and types alone
 #   make build     the set-up alone: virtual environment, dependencies, extension
@@ -28,7 +29,7 @@ TORCH_STAMP := $(VENV)/.torch-$(TORCH)
 STAMP := $(VENV)/.scorematch-$(TORCH)-cuda-$(SCOREMATCH_CUDA)
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: run test compare results bench lint build clean
+.PHONY: run test compare results docs bench lint build clean
 .DELETE_ON_ERROR:
 
 run: build
@@ -43,6 +44,9 @@ compare: build
 
 results: build
 	$(BIN)/python -m training.experiments.page $(ARGS)
+
+docs: build
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
 
 bench: build
 	$(BIN)/python -m benchmarks.kernels $(ARGS)

@@ -1,25 +1,23 @@
-"""Training objectives: one loss a sample, with the point at which it was taken.
+r"""Training objectives: one loss a sample, with the point at which it was taken.
 
-==============  =========================================================================  ==================
-objective       per-sample loss                                                            source
-==============  =========================================================================  ==================
-standard        D(y ‖ q(x))                                                                Eq. (1)
-gaussian        D(y ‖ q(x)) + (D(y ‖ q(x + σω)) − D(y ‖ q(x))) / (1 − γ)                   Eqs. (35) to (37)
-pgd_at          max_{x'} D(y ‖ q(x'))                                                      Eq. (3), Eq. (5)
-trades          D(y ‖ q(x)) + β max_{x'} D(q(x) ‖ q(x'))                                   Eq. (21)
-score_direct    max_{x'} D(p(·|x') ‖ q(x'))                                                Eq. (4), Eq. (6)
-==============  =========================================================================  ==================
+| objective | per-sample loss | source |
+| --- | --- | --- |
+| standard | D(y ‖ q(x)) | Eq. (1) |
+| gaussian | D(y ‖ q(x)) + (D(y ‖ q(x + σω)) − D(y ‖ q(x))) / (1 − γ) | Eqs. (35) to (37) |
+| pgd_at | max_{x'} D(y ‖ q(x')) | Eq. (3), Eq. (5) |
+| trades | D(y ‖ q(x)) + β max_{x'} D(q(x) ‖ q(x')) | Eq. (21) |
+| score_direct | max_{x'} D(p(·\|x') ‖ q(x')) | Eq. (4), Eq. (6) |
 
 q = softmax of the model, y the label (or a distribution over labels), p a data posterior.
 
 Between the surrogates and direct SCORE, each piece of the latter by itself:
 
-=================================  ===================================================================================
-score_direct, target_mix m         max_{x'} D(p_m ‖ q(x')), p_m ∝ p(·|x)^(1−m) p(·|x')^m
-score_direct, data_gradient        the same loss; the attack without the data gradient, or with noise of its length
-trades, posterior and transport κ  D(y ‖ q(x)) + β max_{x'} D(q_κ ‖ q(x')), q_κ ∝ q(x) (p(·|x') / p(·|x))^κ
-any but score_direct               y = p(·|x), by :func:`soft_targets`
-=================================  ===================================================================================
+| objective and option | per-sample loss |
+| --- | --- |
+| score_direct, target_mix m | max_{x'} D(p_m ‖ q(x')), p_m ∝ p(·\|x)^(1−m) p(·\|x')^m |
+| score_direct, data_gradient | the same loss; the attack without the data gradient, or with noise of its length |
+| trades, posterior and transport κ | D(y ‖ q(x)) + β max_{x'} D(q_κ ‖ q(x')), q_κ ∝ q(x) (p(·\|x') / p(·\|x))^κ |
+| any but score_direct | y = p(·\|x), by :func:`soft_targets` |
 """
 
 from __future__ import annotations

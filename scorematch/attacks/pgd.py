@@ -163,7 +163,8 @@ class PGD:
                 fooled[alive[wrong]] = True
             if last or bool(wrong.all()):
                 return
-            (gradient,) = torch.autograd.grad(value.sum(), x_adv)
+            with torch.enable_grad():  # the caller may evaluate without gradients
+                (gradient,) = torch.autograd.grad(value.sum(), x_adv)
             gradient = gradient.nan_to_num(nan=0.0)  # a pixel of NaN stays where it is
             keep = ~wrong
             alive = alive[keep]

@@ -32,12 +32,16 @@ def divergence(logits: Tensor, target: Tensor, *, kind: str = "se", clip: float 
 
     With natural logarithms and M = (P + Q)/2, D is (Pang et al., Table 1):
 
-    ============= ==================================== =============== ==========================
-    kl            Σ P log(P/Q)                          l1              Σ abs(P - Q)
-    se            Σ (P - Q)²                            l1_squared      (Σ abs(P - Q))²
-    l2            √Σ (P - Q)²                           linf            max abs(P - Q)
-    js            ½ KL(P ‖ M) + ½ KL(Q ‖ M)             js_distance     √js
-    ============= ==================================== =============== ==========================
+    | kind | D(P ‖ Q) |
+    | --- | --- |
+    | kl | Σ P log(P/Q) |
+    | se | Σ (P - Q)² |
+    | l2 | √Σ (P - Q)² |
+    | l1 | Σ abs(P - Q) |
+    | linf | max abs(P - Q) |
+    | js | ½ KL(P ‖ M) + ½ KL(Q ‖ M) |
+    | js_distance | √js |
+    | l1_squared | (Σ abs(P - Q))² |
 
     Computed from log-probabilities: exact for logits of ±1e4, one-hot targets and probabilities that underflow.
     Logits may be -inf (a class that the model excludes). With class indices, kl is the cross-entropy.

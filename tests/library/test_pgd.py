@@ -150,3 +150,15 @@ def test_bad_settings(settings: dict, message: str) -> None:
 def test_bad_batches(x: torch.Tensor, y: torch.Tensor, message: str) -> None:
     with pytest.raises((ValueError, IndexError, RuntimeError), match=message):
         PGD(ThreatModel("linf", 0.1))(small_cnn(), x, y)
+
+
+def test_attacks_within_no_grad() -> None:
+    """Evaluation code is often under no_grad as a whole: the attack is the same there, and leaves the mode alone."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    x, y = torch.rand(5, 6), torch.tensor([0, 1, 2, 0, 1])
+    attack = PGD(ThreatModel("linf", 0.1), steps=4, restarts=2, losses=("ce", "margin"))
+    expected = attack(model, x, y, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = attack(model, x, y, generator=torch.Generator().manual_seed(0))
+        assert not torch.is_grad_enabled()
+    assert torch.equal(found, expected)
