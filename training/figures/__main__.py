@@ -149,23 +149,22 @@ def toy_figure(make: Callable[[tuple[int, ...], int, int], Result]) -> Callable[
 def semantic_gradients(settings: FigureSettings) -> Result:
     """Fig. 4."""
     return figure_4.make(
-        figure_4.Source(**subject_of(settings)),
+        source_of(settings),
         seeds_of(settings),
-        settings.out,
         score_from=settings.score_from,
         images=figure_4.SHOWN if settings.quick else settings.images,
         quick=settings.quick,
     )
 
 
-def subject_of(settings: FigureSettings) -> dict[str, object]:
+def source_of(settings: FigureSettings) -> figure_4.Source:
     """The options that name a classifier."""
-    return {field.name: getattr(settings, field.name) for field in dataclasses.fields(figure_4.Source)}
+    return figure_4.Source(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(figure_4.Source)})
 
 
 def masked_gradients(settings: FigureSettings) -> None:
     """Fig. 7."""
-    figure_7.make(figure_4.Source(**subject_of(settings)), settings.eps, settings.out, quick=settings.quick)
+    figure_7.make(source_of(settings), settings.eps, settings.out, quick=settings.quick)
 
 
 def write_tables(settings: FigureSettings) -> None:

@@ -16,7 +16,7 @@ from training.data import toy
 from training.figures.claims import Claim, spread
 from training.figures.toy_fits import Fit, train
 
-EVERY = 2  # steps between two measurements
+EVERY = 5  # steps between two measurements
 GRID = toy.Grid(points_per_eps=100)
 NEAR = 0.15  # how close to C^D, relative to it, R_Madry must be where R_SCORE is smallest
 RISE = 0.10  # by how much of its minimum R_SCORE must have risen at the end

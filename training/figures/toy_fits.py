@@ -28,7 +28,7 @@ Search = Literal["pgd", "grid"]
 
 OBJECTIVES: tuple[Objective, ...] = ("standard", "madry", "score", "trades")
 SEARCHES: tuple[Search, ...] = ("pgd", "grid")
-DIVERGENCES = ("kl", "l1", "l2", "linf", "js", "se")
+DIVERGENCES = ("kl", "l1", "js", "se")  # with two classes l2 and linf are multiples of l1, of the same gradient to Adam
 TITLES = {"standard": "standard", "madry": "R_Madry", "score": "R_SCORE", "trades": "R_TRADES"}
 
 PER_EPS = 50  # nodes in one eps
