@@ -150,13 +150,13 @@ def belongs(run: Run, row: Row, recipe: dict[str, Any]) -> bool:
     subject = {key: recipe[key] for key in ("objective", "data", "norm", "eps", "model") if key in recipe}
     if row.table in (3, 4) and not run.settings.get("generated"):
         return False
-    wanted = {"limit": 0, **subject, **row.settings}
+    wanted: dict[str, Any] = {"limit": 0, **subject, **row.settings}
     return all(same(run.settings.get(key, DEFAULTS.get(key)), value) for key, value in wanted.items())
 
 
 def differences(run: Run, row: Row, recipe: dict[str, Any]) -> list[str]:
     """In which settings a run differs from its row, each as ``name value instead of value``."""
-    wanted = {**DEFAULTS, **recipe, **row.settings}
+    wanted: dict[str, Any] = {**DEFAULTS, **recipe, **row.settings}
     return [
         f"{key} {run.settings.get(key, DEFAULTS.get(key))} instead of {value}"
         for key, value in wanted.items()
