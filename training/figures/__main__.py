@@ -97,13 +97,12 @@ def main(arguments: list[str]) -> None:
             "command": shlex.join(["python", "-m", "training.figures", *arguments]),
             "seeds": list(seeds_of(settings)),
             "quick": settings.quick,
-            "seconds": round(time.perf_counter() - begin),
             "torch": torch.__version__,
             "scorematch": scorematch.__version__,
             "commit": commit(),
         }
         save(name, result, settings.out, about)
-        report(name, result, settings.out)
+        report(name, result, settings.out, time.perf_counter() - begin)
 
 
 def check(settings: FigureSettings) -> tuple[str, ...]:
@@ -175,9 +174,9 @@ def write_tables(settings: FigureSettings) -> None:
     print(f"tables: {path}")
 
 
-def report(name: str, result: Result, out: Path) -> None:
+def report(name: str, result: Result, out: Path, seconds: float) -> None:
     """The verdicts, one a line."""
-    print(f"{name}: {out / f'{name}.png'}")
+    print(f"{name}: {out / f'{name}.png'}, {seconds:.0f} s")
     for claim in result.claims:
         choices = f" [{claim.choices}]" if claim.choices else ""
         print(f"  {'pass' if claim.holds else 'FAIL'}  {claim.text}: {claim.found}{choices}")

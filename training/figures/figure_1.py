@@ -22,7 +22,7 @@ from matplotlib import pyplot as plt
 from training.compare import estimate
 from training.data import toy
 from training.figures.claims import Claim, Result, mapped, spread
-from training.figures.toy_fits import DIVERGENCES, OBJECTIVES, SEARCHES, TITLES, Fit, train
+from training.figures.toy_fits import DIVERGENCES, OBJECTIVES, SEARCHES, SYMBOLS, Fit, train
 from training.reports.plots import COLOURS, FAINT, INK
 
 LARGEST_KL = 0.005  # nats
@@ -148,7 +148,7 @@ def draw(found: list[dict[str, Any]], seeds: tuple[int, ...]) -> plt.Figure:
         for number, curve in enumerate(curves):
             label = f"p_θ(y=1|x), {len(seeds)} seed{'s' * (len(seeds) > 1)}" if number == 0 else None
             axes.plot(base["x"], curve, color=COLOURS[LINES[objective]], linewidth=1.3, label=label)
-        axes.set(title=f"after {TITLES[objective]}", xlabel="x", ylabel="probability of y = 1", ylim=(-0.02, 0.8))
+        axes.set(title=f"after {SYMBOLS[objective]}", xlabel="x", ylabel="probability of y = 1", ylim=(-0.02, 0.8))
         axes.legend(loc="upper left")
         axes.set_ylim(-0.02, 0.75)
     axes = panels[3]
@@ -164,7 +164,7 @@ def draw(found: list[dict[str, Any]], seeds: tuple[int, ...]) -> plt.Figure:
                 continue
             where, height = zip(*points, strict=True)
             colour = COLOURS[LINES[objective]]
-            label = TITLES[objective] if search == "grid" else None
+            label = SYMBOLS[objective] if search == "grid" else None
             full = "none" if search == "pgd" else colour
             axes.plot(where, height, marker, markersize=5, color=colour, markerfacecolor=full, label=label)
     axes.set(

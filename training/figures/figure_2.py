@@ -24,7 +24,7 @@ from training.compare import estimate
 from training.data import toy
 from training.figures.claims import Claim, Result, interval, mapped
 from training.figures.figure_1 import LINES
-from training.figures.toy_fits import FEW_COUNTS, SEARCHES, TITLES, Fit, Objective, draw, train
+from training.figures.toy_fits import FEW_COUNTS, SEARCHES, SYMBOLS, TITLES, Fit, Objective, draw, train
 from training.reports.plots import COLOURS, FAINT, INK
 
 DRAWS = 4  # for each seed; draw number DRAWS * seed is the first of a seed
@@ -104,7 +104,7 @@ def draw_figure(found: list[dict[str, Any]], draws: list[int]) -> plt.Figure:
     left.plot(base["x"], base["p_d"], color=FAINT, linewidth=5, label="p_d(y=1|x)")
     for objective, dashes in zip(COMPARED, (":", "--", "-"), strict=True):
         (entry,) = (e for e in found if (e["objective"], e["search"], e["draw"]) == (objective, SEARCHES[0], draws[0]))
-        left.plot(base["x"], entry["curve"], dashes, color=COLOURS[LINES[objective]], label=TITLES[objective])
+        left.plot(base["x"], entry["curve"], dashes, color=COLOURS[LINES[objective]], label=SYMBOLS[objective])
     left.scatter(entry["points"], [-0.02] * len(entry["points"]), marker="|", s=90, color=INK, label="training points")
     left.set(title="one draw", xlabel="x", ylabel="probability of y = 1", ylim=(-0.05, 0.8))
     left.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
@@ -121,7 +121,7 @@ def draw_figure(found: list[dict[str, Any]], draws: list[int]) -> plt.Figure:
         yscale="log",
         ylabel="KL(p_d ‖ p_θ), nats",
         xticks=range(len(COMPARED)),
-        xticklabels=[TITLES[o] for o in COMPARED],
+        xticklabels=[SYMBOLS[o] for o in COMPARED],
         xlabel="error that is minimised (hollow: PGD-10, full: exact)",
     )
     figure.tight_layout()

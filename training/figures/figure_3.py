@@ -83,42 +83,48 @@ def least_slack(curves: dict[str, list[float]], constant: float) -> float:
     return min(min(score - abs(madry - constant), madry + constant - score) for madry, score in pairs)
 
 
-def lines(axes: Axes, run: dict[str, Any], styles: dict[str, tuple[str, str, str]], label: bool = True) -> None:
-    """The curves of one run; ``styles`` gives colour, dashes and label of each key."""
+def lines(axes: Axes, run: dict[str, Any], styles: dict[str, tuple[str, str, str]], first: bool = True) -> None:
+    """The curves of one run; ``styles`` gives colour, dashes and label of each key. All but the first are thin."""
     for key, (colour, dashes, name) in styles.items():
         axes.plot(
             run["curves"]["step"],
             run["curves"][key],
             linestyle=dashes,
             color=colour,
-            linewidth=1.5,
-            label=name if label else None,
+            linewidth=2.0 if first else 0.8,
+            alpha=1.0 if first else 0.7,
+            label=name if first else None,
         )
 
 
 def mark(axes: Axes, run: dict[str, Any], madry: str) -> None:
     """A dot where R_SCORE is smallest, and a line from it to R_Madry at that step."""
     turn = overfitting.turning(run["curves"], madry)
-    axes.plot([turn["step"]] * 2, [turn["score"], turn["madry"]], color=INK, linewidth=0.8, marker="o", markersize=4)
+    ends = [turn["score"], turn["madry"]]
+    axes.plot([turn["step"]] * 2, ends, color=INK, linewidth=0.8, marker="o", markersize=4, zorder=4)
 
 
 def draw(groups: list[list[dict[str, Any]]], constant: float) -> plt.Figure:
-    """One panel for each choice, its first seed in full and the others thin."""
+    """One panel for each choice, its first seed thick and the others thin."""
     styles = {
-        "madry": (COLOURS["pgd_at"], "-", "R_Madry^l2 (minimised)"),
-        "score": (COLOURS["score_network"], "-", "R_SCORE^l2"),
-        "standard": (COLOURS["standard"], "--", "R_Standard^l2"),
+        "madry": (COLOURS["pgd_at"], "-", r"$R_\mathrm{Madry}^{\ell_2}$ (minimised)"),
+        "score": (COLOURS["score_network"], "-", r"$R_\mathrm{SCORE}^{\ell_2}$"),
+        "standard": (COLOURS["standard"], "--", r"$R_\mathrm{Standard}^{\ell_2}$"),
     }
-    figure, panels = plt.subplots(1, len(groups), figsize=(4.0 * len(groups), 3.5), sharey=True, squeeze=False)
-    for axes, group in zip(panels[0], groups, strict=True):
+    rows = -(-len(groups) // 2)
+    figure, panels = plt.subplots(rows, 2, figsize=(9.0, 3.0 * rows), sharex=True, sharey=True, squeeze=False)
+    for axes, group in zip(panels.flat, groups, strict=True):
         for run in group:
-            lines(axes, run, styles, label=run is group[0])
+            lines(axes, run, styles, first=run is group[0])
             mark(axes, run, "madry")
-        axes.axhline(constant, color=INK, linestyle=":", linewidth=1.4, label=f"C^l2 = {constant:.3f}")
-        axes.set_title(group[0]["choices"], fontsize=9)
-        axes.set(xlabel="training step", ylim=(0, 0.3))
-    panels[0, 0].set_ylabel("error, in probability of y = 1")
+        axes.axhline(constant, color=INK, linestyle=":", linewidth=1.4, label=rf"$C^{{\ell_2}}$ = {constant:.3f}")
+        axes.set_title(group[0]["choices"])
+        axes.set(ylim=(0, 0.3))
+    for axes in panels[-1]:
+        axes.set_xlabel("training step")
+    for axes in panels[:, 0]:
+        axes.set_ylabel("error, in probability of y = 1")
     handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=4, bbox_to_anchor=(0.5, -0.09))
     figure.tight_layout()
+    figure.legend(handles, labels, loc="upper center", ncols=4, bbox_to_anchor=(0.5, 0.01))
     return figure

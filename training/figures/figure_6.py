@@ -127,15 +127,28 @@ def draw(groups: list[list[dict[str, Any]]], c_kl: float, c_l1: float) -> plt.Fi
     other.spines.right.set_visible(True)
     other.grid(False)
     for run in runs:
-        lines(left, run, {"madry_kl": (COLOURS["pgd_at"], "-", "R_Madry (minimised)")}, label=run is runs[0])
-        lines(other, run, {"score": (COLOURS["score_network"], "--", "R_SCORE^l1")}, label=run is runs[0])
+        lines(
+            left, run, {"madry_kl": (COLOURS["pgd_at"], "-", r"$R_\mathrm{Madry}$ (minimised)")}, first=run is runs[0]
+        )
+        lines(
+            other,
+            run,
+            {"score": (COLOURS["score_network"], "--", r"$R_\mathrm{SCORE}^{\ell_1}$")},
+            first=run is runs[0],
+        )
         turn = overfitting.turning(run["curves"], "madry_kl")
         left.plot(turn["step"], turn["madry"], "o", color=COLOURS["pgd_at"], markersize=5)
         other.plot(turn["step"], turn["score"], "o", color=COLOURS["score_network"], markersize=5)
-    left.axhline(c_kl, color=COLOURS["pgd_at"], linestyle=":", linewidth=1.4, label=f"C^KL = {c_kl:.3f} nats")
-    other.axhline(c_l1, color=COLOURS["score_network"], linestyle=":", linewidth=1.4, label=f"C^l1 = {c_l1:.3f}")
-    left.set(title="(a) overfitting", xlabel="training step", ylabel="R_Madry, nats (solid)", ylim=(0, 0.25))
-    other.set(ylabel="R_SCORE^l1, in probability (dashed)", ylim=(0, 0.6))
+    left.axhline(
+        c_kl, color=COLOURS["pgd_at"], linestyle=":", linewidth=1.4, label=rf"$C^\mathrm{{KL}}$ = {c_kl:.3f} nats"
+    )
+    other.axhline(
+        c_l1, color=COLOURS["score_network"], linestyle=":", linewidth=1.4, label=rf"$C^{{\ell_1}}$ = {c_l1:.3f}"
+    )
+    left.set(
+        title="(a) overfitting", xlabel="training step", ylabel=r"$R_\mathrm{Madry}$, nats (solid)", ylim=(0, 0.25)
+    )
+    other.set(ylabel=r"$R_\mathrm{SCORE}^{\ell_1}$, in probability (dashed)", ylim=(0, 0.6))
     handles = [*left.get_legend_handles_labels()[0], *other.get_legend_handles_labels()[0]]
     left.legend(handles, [str(h.get_label()) for h in handles], loc="upper right")
     for run in runs:
@@ -146,20 +159,20 @@ def draw(groups: list[list[dict[str, Any]]], c_kl: float, c_l1: float) -> plt.Fi
             curves["step"],
             increase,
             color=COLOURS["score_network"],
-            linewidth=1.5,
-            label="R_SCORE^l1 − R_Standard^l1" if first else None,
+            linewidth=2.0 if first else 0.8,
+            label=r"$R_\mathrm{SCORE}^{\ell_1} - R_\mathrm{Standard}^{\ell_1}$" if first else None,
         )
         right.plot(
             curves["step"],
             curves["alignment"],
             "--",
             color=COLOURS["trades"],
-            linewidth=1.5,
-            label="2ε E|∇p_d − ∇p_θ|, ε = 1" if first else None,
+            linewidth=2.0 if first else 0.8,
+            label=r"$2\epsilon\,\mathrm{E}|\nabla p_d - \nabla p_\theta|$, $\epsilon$ = 1" if first else None,
         )
         below = [step for step, score in zip(curves["step"], curves["score"], strict=True) if score < c_l1]
         if below:
-            label = "R_SCORE^l1 falls below C^l1" if first else None
+            label = r"$R_\mathrm{SCORE}^{\ell_1}$ falls below $C^{\ell_1}$" if first else None
             right.axvline(below[0], color=INK, linestyle=":", linewidth=1, label=label)
     right.set(title="(b) gradient alignment", xlabel="training step", ylabel="difference of errors, in probability")
     right.set_ylim(0, None)

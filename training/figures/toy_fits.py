@@ -29,7 +29,8 @@ Search = Literal["pgd", "grid"]
 OBJECTIVES: tuple[Objective, ...] = ("standard", "madry", "score", "trades")
 SEARCHES: tuple[Search, ...] = ("pgd", "grid")
 DIVERGENCES = ("kl", "l1", "js", "se")  # with two classes l2 and linf are multiples of l1, of the same gradient to Adam
-TITLES = {"standard": "standard", "madry": "R_Madry", "score": "R_SCORE", "trades": "R_TRADES"}
+TITLES = {"standard": "R_Standard", "madry": "R_Madry", "score": "R_SCORE", "trades": "R_TRADES"}
+SYMBOLS = {name: rf"$R_\mathrm{{{title[2:]}}}$" for name, title in TITLES.items()}  # the same in a plot
 
 PER_EPS = 50  # nodes in one eps
 CLASS_COUNTS = (50_000, 10_000)  # training points of Figs. 1, 3 and 6
