@@ -147,7 +147,9 @@ def same(a: Any, b: Any) -> bool:
 
 def belongs(run: Run, row: Row, recipe: dict[str, Any]) -> bool:
     """Whether a run is about what the row is about, however it was trained."""
-    subject = {key: recipe[key] for key in ("objective", "data", "norm", "eps", "model") if key in recipe}
+    subject: dict[str, Any] = {
+        key: recipe[key] for key in ("objective", "data", "norm", "eps", "model") if key in recipe
+    }
     if row.table in (3, 4) and not run.settings.get("generated"):
         return False
     wanted: dict[str, Any] = {"limit": 0, **subject, **row.settings}
