@@ -77,6 +77,17 @@ def save(name: str, result: Result, out: Path, about: dict[str, Any]) -> None:
     checkpoint.write_json(out / f"{name}.json", {**about, "claims": claims, "numbers": rounded(result.numbers)})
 
 
+def table(records: Sequence[dict[str, str]]) -> str:
+    """Claims as a Markdown table.
+
+    Args:
+        records: the ``claims`` of a JSON file.
+    """
+    head = ["| verdict | claim | found | choices |", "| --- | --- | --- | --- |"]
+    rows = [[r["verdict"], *(r[key].replace("|", "\\|") for key in ("claim", "found", "choices"))] for r in records]
+    return "\n".join([*head, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
 def rounded(value: Any) -> Any:
     """Nested plain values with floats of five significant digits; what is not finite becomes None."""
     if isinstance(value, dict):
