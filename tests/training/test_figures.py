@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from scorematch import ThreatModel, bounds, logit_divergence
 from scorematch.divergences import KINDS
 from scorematch.posteriors import KernelDensity
-from training import models
+from training import figures, models
 from training.data import toy
 from training.figures import figure_4, overfitting, tables, toy_fits
-from training.figures.claims import rounded
+from training.figures.claims import rounded, table
 from training.settings import config
 from training.settings.config import RunSettings
 
@@ -251,6 +251,17 @@ def test_figures_on_the_toy(call: Call, tmp_path: Path) -> None:
     assert "FAIL" in ending.out  # eight steps reach nothing
     theorem = [c for c in written["claims"] if c["claim"].startswith("Corollary 1")]
     assert theorem[0]["verdict"] == "pass"
+
+
+def test_the_page_says_what_the_files_say() -> None:
+    docs = Path(figures.__file__).parents[2] / "docs"
+    page = (docs / "figures.md").read_text()
+    files = sorted((docs / "figures" / "paper").glob("*.json"))
+    assert [path.stem for path in files] == ["fig1", "fig2", "fig3", "fig4", "fig6"]
+    for path in files:
+        written = json.loads(path.read_text())
+        assert not written["quick"]
+        assert table(written["claims"]) in page, path.name
 
 
 def test_semantic_gradients_and_tables(call: Call, tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ with its usual settings but 15 epochs. Claims, about these, for each of the thre
 
 from __future__ import annotations
 
+import contextlib
+import io
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,7 +166,9 @@ def trained(seeds: tuple[int, ...], quick: bool) -> tuple[Data, dict[tuple[str, 
         for seed in seeds:
             for title, options in TRAINED.items():
                 out = Path(folder) / f"{title}-{seed}"
-                training_run.main([*options, "--seed", str(seed), "--out", str(out), *BRIEF, *(QUICK if quick else [])])
+                arguments = [*options, "--seed", str(seed), "--out", str(out), *BRIEF, *(QUICK if quick else [])]
+                with contextlib.redirect_stdout(io.StringIO()):  # it speaks of a folder that does not stay
+                    training_run.main(arguments)
                 subject = Source(run=out).read()
                 found[title, seed] = subject.model
     return subject.data, found
