@@ -131,7 +131,8 @@ def make(seeds: tuple[int, ...], steps: int, jobs: int) -> Result:
 
 def draw(found: list[dict[str, Any]], seeds: tuple[int, ...]) -> plt.Figure:
     """Data, the two solutions, and the distance from p_d of every objective and divergence."""
-    figure, panels = plt.subplots(1, 4, figsize=(14.5, 3.3), width_ratios=(1, 1, 1, 1.15))
+    figure, grid = plt.subplots(2, 2, figsize=(8.6, 6.2))
+    panels = list(grid.flat)
     base = toy.exact_curves(points=121)
     for key, colour, dashes, shown in (("joint_0", "#0072b2", "-", "y = 0"), ("joint_1", "#d55e00", "--", "y = 1")):
         panels[0].fill_between(base["x"], base[key], color=colour, alpha=0.15, linewidth=0)
@@ -174,6 +175,7 @@ def draw(found: list[dict[str, Any]], seeds: tuple[int, ...]) -> plt.Figure:
         xticks=range(len(DIVERGENCES)),
         xticklabels=DIVERGENCES,
         xlabel="divergence (hollow: PGD-10)",
+        xlim=(-0.5, len(DIVERGENCES) - 0.5),
     )
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handletextpad=0.2)
     axes.tick_params(axis="x", colors=INK)
