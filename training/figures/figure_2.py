@@ -106,7 +106,7 @@ def draw_figure(found: list[dict[str, Any]], draws: list[int]) -> plt.Figure:
         (entry,) = (e for e in found if (e["objective"], e["search"], e["draw"]) == (objective, SEARCHES[0], draws[0]))
         left.plot(base["x"], entry["curve"], dashes, color=COLOURS[LINES[objective]], label=SYMBOLS[objective])
     left.scatter(entry["points"], [-0.02] * len(entry["points"]), marker="|", s=90, color=INK, label="training points")
-    left.set(title="one draw", xlabel="x", ylabel="probability of y = 1", ylim=(-0.05, 0.8))
+    left.set(title="one draw", xlabel="x", ylabel="probability of y = 1", ylim=(-0.06, 1.0))
     left.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     for place, objective in enumerate(COMPARED):
         for offset, search in ((-0.14, SEARCHES[0]), (0.14, SEARCHES[1])):
@@ -122,7 +122,7 @@ def draw_figure(found: list[dict[str, Any]], draws: list[int]) -> plt.Figure:
         ylabel="KL(p_d ‖ p_θ), nats",
         xticks=range(len(COMPARED)),
         xticklabels=[SYMBOLS[o] for o in COMPARED],
-        xlabel="error that is minimised (hollow: PGD-10, full: exact)",
+        xlabel="minimised error (hollow: PGD-10)",
     )
     figure.tight_layout()
     return figure
