@@ -6,7 +6,7 @@ from .attacks import PGD, AutoAttack
 from .free import FreeAttack
 from .ops import divergence, logit_divergence, pgd_step, project, random_start, score_line_integral, score_step
 from .self_consistency import Consistency, consistency
-from .threat_model import ThreatModel
+from .threat_model import Perturbations, ThreatModel
 from .weight_perturbation import WeightPerturbation
 
 __version__ = "0.1.0"
@@ -16,6 +16,7 @@ __all__ = [
     "AutoAttack",
     "Consistency",
     "FreeAttack",
+    "Perturbations",
     "ThreatModel",
     "WeightPerturbation",
     "__version__",

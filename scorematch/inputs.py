@@ -8,14 +8,14 @@ import weakref
 import torch
 from torch import Tensor, nn
 
-from .threat_model import ThreatModel
+from .threat_model import Perturbations
 
 SLACK = 1e-4  # of the width of the box, for rounding in the data pipeline of a training
 OUTSIDE = 1e-6  # of its largest bound: what rounding may add to points that are attacked, eight steps of float32 at 1
 _seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose images on a GPU have been looked at
 
 
-def check_inputs(model: nn.Module, x: Tensor, y: Tensor, threat_model: ThreatModel | None) -> None:
+def check_inputs(model: nn.Module, x: Tensor, y: Tensor, threat_model: Perturbations | None) -> None:
     """Refuse a batch that an objective cannot mean.
 
     Dtypes and shapes are looked at in every call. The values of x are on the CPU, and at the first call with this
@@ -54,7 +54,7 @@ def _looks(model: nn.Module, device: torch.device) -> bool:
     return device.type == "cpu" or (device.type != "meta" and model not in _seen)
 
 
-def clean_batch(x: Tensor, y: Tensor, threat_model: ThreatModel, label_name: str = "y") -> tuple[Tensor, Tensor]:
+def clean_batch(x: Tensor, y: Tensor, threat_model: Perturbations, label_name: str = "y") -> tuple[Tensor, Tensor]:
     """The batch and its labels as attacks take them; reads x once (synchronises a GPU), so not for training steps.
 
     Args:
@@ -104,7 +104,7 @@ def check_floating(x: Tensor) -> None:
         raise TypeError(f"x must be floating point, got {x.dtype}{hint}")
 
 
-def check_box(x: Tensor, threat_model: ThreatModel, slack: float = 0.0) -> tuple[float, float]:
+def check_box(x: Tensor, threat_model: Perturbations, slack: float = 0.0) -> tuple[float, float]:
     """The least and the largest value of x [N, …], N ≥ 1, once they are in the box but for ``slack``.
 
     Raises:

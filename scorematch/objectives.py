@@ -40,7 +40,7 @@ from .model_state import borrowed
 from .ops.divergence import divergence as divergence_of
 from .ops.logit_divergence import logit_divergence
 from .posteriors import Posterior, Trace
-from .threat_model import ThreatModel
+from .threat_model import Perturbations, ThreatModel
 from .weight_perturbation import WeightPerturbation
 
 CLIP_FORMS = ("total", "robust", "threshold")
@@ -335,7 +335,7 @@ def pgd_at(
     x: Tensor,
     y: Tensor,
     *,
-    threat_model: ThreatModel,
+    threat_model: Perturbations,
     steps: int = 10,
     divergence: str = "kl",
     clip: float = 0.0,
@@ -353,7 +353,8 @@ def pgd_at(
         model: maps [N, …] to logits [N, L].
         x: [N, …] inputs inside the box of the threat model.
         y: int64 [N] labels, or probabilities [N, L].
-        threat_model: B(x) and the step size of the attack.
+        threat_model: B(x) and the step size of the attack; for ``attack="pgd"`` also a B(x) of your own, see
+            :class:`scorematch.Perturbations`.
         steps: steps of the attack (pgd).
         divergence: name of D, in the attack and in the loss.
         clip: threshold c; 0 clips nothing.
@@ -396,7 +397,7 @@ def trades(
     x: Tensor,
     y: Tensor,
     *,
-    threat_model: ThreatModel,
+    threat_model: Perturbations,
     beta: float = 6.0,
     posterior: Posterior | None = None,
     transport: float = 1.0,
@@ -487,7 +488,7 @@ def score_direct(
     x: Tensor,
     y: Tensor,
     *,
-    threat_model: ThreatModel,
+    threat_model: Perturbations,
     posterior: Posterior,
     target_mix: float = 1.0,
     data_gradient: str | Tensor = "scores",
@@ -742,11 +743,18 @@ def _noise(
 
 
 def _attacked(
-    x: Tensor, gradient: Callable[[Tensor], Tensor], threat_model: ThreatModel, attack: str, steps: int, first: Tensor
+    x: Tensor, gradient: Callable[[Tensor], Tensor], threat_model: Perturbations, attack: str, steps: int, first: Tensor
 ) -> Tensor:
     if attack == "pgd":
         return ascend(x, gradient, threat_model, steps=steps, start=first)
-    return single_step(x, gradient, threat_model, attack=attack, start=first)
+    return single_step(x, gradient, _ball(threat_model, attack), attack=attack, start=first)
+
+
+def _ball(threat_model: Perturbations, attack: str) -> ThreatModel:
+    """The threat model of a single-step attack, whose lengths are multiples of eps."""
+    if not isinstance(threat_model, ThreatModel):
+        raise TypeError(f"threat_model must be a ThreatModel for attack {attack!r}, got {type(threat_model).__name__}")
+    return threat_model
 
 
 def _found(
@@ -768,7 +776,7 @@ def _perturbing(weights: WeightPerturbation | None, outcome: Callable[[], Outcom
 
 def first_iterate(
     x: Tensor,
-    threat_model: ThreatModel,
+    threat_model: Perturbations,
     start: str = "uniform",
     generator: torch.Generator | None = None,
     attack: str = "pgd",
@@ -791,7 +799,7 @@ def first_iterate(
     if attack not in ATTACKS:
         raise ValueError(f"attack must be one of {', '.join(ATTACKS)}, got {attack!r}")
     if attack in SINGLE_STEP:
-        return single_step_start(x, threat_model, attack, generator)
+        return single_step_start(x, _ball(threat_model, attack), attack, generator)
     if start not in STARTS:
         raise ValueError(f"start must be one of {', '.join(STARTS)}, or a tensor like x, got {start!r}")
     with torch.no_grad():
@@ -802,7 +810,7 @@ def first_iterate(
 
 
 def _start(
-    x: Tensor, threat_model: ThreatModel, start: str | Tensor, generator: torch.Generator | None, attack: str
+    x: Tensor, threat_model: Perturbations, start: str | Tensor, generator: torch.Generator | None, attack: str
 ) -> Tensor:
     if not isinstance(start, Tensor):
         return first_iterate(x, threat_model, start, generator, attack)

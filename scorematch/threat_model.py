@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,6 +14,41 @@ from .ops.pgd_step import pgd_step, project
 from .ops.random_start import random_start
 
 NORMS = ("linf", "l2")
+
+
+@runtime_checkable
+class Perturbations(Protocol):
+    """What :class:`scorematch.PGD` and the objectives ask of B(x): a class of your own needs these and nothing else.
+
+    So PGD-AT, TRADES and direct SCORE take any B(x) with a projection and a step (section 6). ``ThreatModel`` is the
+    one for balls; AutoAttack, single-step attacks and what evaluates the theorems need one. An example is
+    ``examples/l1_ball.py``.
+
+    Attributes:
+        lower, upper: the smallest and the largest value that a feature of clean x may have; may be infinite.
+    """
+
+    @property
+    def lower(self) -> float: ...
+
+    @property
+    def upper(self) -> float: ...
+
+    def check_radius(self, features: int) -> None:
+        """Refuse inputs with so many features; a set that fits all does nothing.
+
+        Raises:
+            ValueError: B(x) makes no sense for them.
+        """
+
+    def random_start(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """A random point of B(x) for each sample of x [N, …], same shape and dtype, without a graph."""
+
+    def step(self, x: Tensor, grad: Tensor, x0: Tensor) -> Tensor:
+        """The next point of an ascent: from x [N, …] along grad [N, …], and inside B(x0). A zero gradient stays."""
+
+    def project(self, x: Tensor, x0: Tensor) -> Tensor:
+        """A point of B(x0) near x [N, …], x itself where it lies in B(x0)."""
 
 
 @dataclass(frozen=True)

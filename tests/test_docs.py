@@ -246,7 +246,9 @@ def check(module: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) ->
 
         return parse
 
-    program = importlib.import_module(f"{module}.__main__" if module == "training.experiments" else module)
+    program = importlib.import_module(module)
+    if hasattr(program, "__path__"):
+        program = importlib.import_module(f"{module}.__main__")
     with monkeypatch.context() as patch:
         for name in parsers:
             patch.setattr(command_line, name, stopping(name))

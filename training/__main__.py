@@ -13,6 +13,7 @@ PROGRAMS = {
     "score": "train a score network, sample from it, audit its posterior",
     "generate": "make training images with a score network",
     "plan": "count what a run costs before it starts",
+    "figures": "the paper's figures and tables, with a verdict on each claim",
     "experiments": "direct SCORE where the truth is known",
 }
 USAGE = "\n".join(

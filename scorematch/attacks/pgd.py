@@ -11,7 +11,7 @@ from ..divergences import KINDS
 from ..inputs import clean_batch
 from ..model_state import borrowed
 from ..ops.divergence import divergence
-from ..threat_model import ThreatModel
+from ..threat_model import Perturbations
 from .classifier import logits_of
 from .losses import margin_loss
 
@@ -21,7 +21,7 @@ LOSSES = ("ce", "margin", *KINDS)
 def ascend(
     x: Tensor,
     gradient: Callable[[Tensor], Tensor],
-    threat_model: ThreatModel,
+    threat_model: Perturbations,
     *,
     steps: int,
     start: Tensor | None = None,
@@ -67,7 +67,7 @@ class PGD:
     logits counts as misclassified; an element of a gradient that is NaN leaves its pixel where it is.
 
     Args:
-        threat_model: B(x) and the step size.
+        threat_model: B(x) and the step size; a ThreatModel, or a B(x) of your own.
         steps: steps of one restart, at least 1.
         restarts: random starts for each loss, at least 1.
         losses: what is ascended, each with all restarts: ``"ce"`` (cross-entropy), ``"margin"`` (difference of
@@ -80,7 +80,7 @@ class PGD:
 
     def __init__(
         self,
-        threat_model: ThreatModel,
+        threat_model: Perturbations,
         *,
         steps: int = 40,
         restarts: int = 1,

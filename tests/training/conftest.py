@@ -21,6 +21,7 @@ from training.data import generated
 from training.engine import scores
 from training.experiments import __main__ as experiments
 from training.experiments import page
+from training.figures import __main__ as figures
 from training.settings.errors import run_program
 
 PROGRAMS = {
@@ -33,6 +34,7 @@ PROGRAMS = {
     "plan": plan.main,
     "experiments": experiments.main,
     "page": page.main,
+    "figures": figures.main,
 }
 TINY = (
     "--epochs 2 --limit 100 --batch-size 50 --steps 2 --validation-steps 1 --eval-steps 2 --eval-restarts 1 "

@@ -11,6 +11,8 @@ import torch
 from scipy.ndimage import maximum_filter1d
 from torch import Tensor, nn
 
+from scorematch import logit_divergence
+from scorematch.bounds import RobustErrors
 from scorematch.posteriors import GaussianMixture
 
 PRIORS = (5 / 6, 1 / 6)
@@ -83,36 +85,83 @@ def log_probabilities(model: nn.Module, x: Tensor) -> Tensor:
     return logits.to("cpu", torch.float64).log_softmax(dim=1)
 
 
-def robust_errors(model: nn.Module, grid: Grid | None = None) -> dict[str, float]:
-    """R_Standard, R_SCORE (Eq. 4) and R_Madry (Eq. 3) of a classifier, all with KL, exact up to the grid.
+def errors(model: nn.Module, divergence: str = "kl", grid: Grid | None = None) -> RobustErrors:
+    """All errors of a classifier at each point of the grid, [G] float64, exact up to its spacing.
 
-    R_Standard is the mean of KL(p_d(·|x) ‖ p_θ(·|x)), without an adversary: the error that standard training minimises.
-    R_SCORE maximises KL(p_d(·|x') ‖ p_θ(·|x')), a function of x' alone: a running maximum. R_Madry maximises
-    KL(p_d(·|x) ‖ p_θ(·|x')), which is convex in the one logit a(x') of a two-class model: its maximum over the ball
-    lies at the smallest or the largest a in it, two running maxima.
+    R_SCORE maximises D(p_d(·|x') ‖ p_θ(·|x')), a function of x' alone: a running maximum. The other maxima are of
+    D(P ‖ Q(x')) with a P that stands still. With two classes each of the divergences falls as the logit of Q comes
+    closer to that of P and rises beyond it, so such a maximum lies at the smallest or the largest logit in the ball:
+    two running maxima.
+
+    Args:
+        model: maps [N, 1] to logits [N, 2]; its mode is left as it is.
+        divergence: name of D, see :data:`scorematch.divergences.KINDS`.
+        grid: where; None is :class:`Grid` as it is.
+
+    Raises:
+        ValueError: no such divergence.
     """
     grid = grid or Grid()
     training_mode = model.training
     model.eval()
     log_q = log_probabilities(model, grid.x)
     model.train(training_mode)
-    p = posterior(grid.x)
     log_p = log_joint(grid.x).log_softmax(dim=1)
+    standard = logit_divergence(log_q, log_p, kind=divergence)
+    return RobustErrors(
+        divergence,
+        standard=standard,
+        madry=_largest(divergence, log_p, log_q, grid),
+        score=grid.maximum(standard),
+        constant=constant(divergence, grid),
+        invariance=_largest(divergence, log_q, log_q, grid),
+    )
 
-    standard = (p * (log_p - log_q)).sum(dim=1)
-    score = grid.maximum(standard)
-    logit = log_q[:, 1] - log_q[:, 0]
-    candidates = []
+
+def constant(divergence: str = "kl", grid: Grid | None = None) -> Tensor:
+    """max over x' of D(p_d(·|x) ‖ p_d(·|x')) at each point of the grid, [G]; its mean is C^D (Theorem 1, Eq. 39).
+
+    Args:
+        divergence: name of D, see :data:`scorematch.divergences.KINDS`.
+        grid: where; None is :class:`Grid` as it is.
+
+    Raises:
+        ValueError: no such divergence.
+    """
+    grid = grid or Grid()
+    log_p = log_joint(grid.x).log_softmax(dim=1)
+    return _largest(divergence, log_p, log_p, grid)
+
+
+def _largest(divergence: str, target: Tensor, found: Tensor, grid: Grid) -> Tensor:
+    """max over x' of D(target(x) ‖ found(x')) [G] for log-probabilities [G, 2]."""
+    logit = found[:, 1] - found[:, 0]
+    values = []
     for extreme in (grid.maximum(logit), -grid.maximum(-logit)):
-        log_q_extreme = torch.stack([-nn.functional.softplus(extreme), -nn.functional.softplus(-extreme)], dim=1)
-        candidates.append((p * (log_p - log_q_extreme)).sum(dim=1))
-    madry = torch.maximum(*candidates)
-    means = {"r_standard": standard, "r_score": score, "r_madry": madry}
+        logits = torch.stack([torch.zeros_like(extreme), extreme], dim=1)
+        values.append(logit_divergence(logits, target, kind=divergence))
+    return torch.maximum(*values)
+
+
+def robust_errors(model: nn.Module, grid: Grid | None = None) -> dict[str, float]:
+    """R_Standard, R_SCORE (Eq. 4) and R_Madry (Eq. 3) of a classifier, all with KL, exact up to the grid.
+
+    R_Standard is the mean of KL(p_d(·|x) ‖ p_θ(·|x)), without an adversary: the error that standard training minimises.
+    """
+    grid = grid or Grid()
+    found = errors(model, "kl", grid)
+    means = {"r_standard": found.standard, "r_score": found.score, "r_madry": found.madry}
     return {name: grid.mean(values).item() for name, values in means.items()}
 
 
 def curves(model: nn.Module, points: int = 241, reach: float = 6.0) -> dict[str, list[float]]:
     """What Fig. 1 shows on [-reach, reach]: p_d(x, y) of both classes, p_d(y=1|x) and p_θ(y=1|x)."""
+    x = torch.linspace(-reach, reach, points, dtype=torch.float64)
+    return {**exact_curves(points, reach), "p_theta": log_probabilities(model, x)[:, 1].exp().tolist()}
+
+
+def exact_curves(points: int = 241, reach: float = 6.0) -> dict[str, list[float]]:
+    """The same without a model."""
     x = torch.linspace(-reach, reach, points, dtype=torch.float64)
     joint = log_joint(x).exp()
     return {
@@ -120,5 +169,4 @@ def curves(model: nn.Module, points: int = 241, reach: float = 6.0) -> dict[str,
         "joint_0": joint[:, 0].tolist(),
         "joint_1": joint[:, 1].tolist(),
         "p_d": posterior(x)[:, 1].tolist(),
-        "p_theta": log_probabilities(model, x)[:, 1].exp().tolist(),
     }

@@ -272,10 +272,19 @@ def toy_posteriors(curves: Mapping[str, Mapping[str, Sequence[float]]], families
 
 
 def rendered(figure: Figure, form: str, dpi: int = 160) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=form, dpi=dpi, metadata={"Date": None} if form == "svg" else None)
+    """The figure as a file of this form; it is closed."""
+    return rendered_as(figure, (form,), dpi)[0]
+
+
+def rendered_as(figure: Figure, forms: Sequence[str], dpi: int = 160) -> list[bytes]:
+    """The figure as a file of each form, such as svg or png; it is closed."""
+    files = []
+    for form in forms:
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=form, dpi=dpi, metadata={"Date": None} if form == "svg" else None)
+        files.append(buffer.getvalue())
     plt.close(figure)
-    return buffer.getvalue()
+    return files
 
 
 def as_image(figure: Figure, alt: str) -> str:

@@ -1,0 +1,36 @@
+"""Fig. 7, accuracy against the size of the perturbation: what ``training.evaluate --attack obfuscation`` measures.
+
+The claim, that accuracy falls to 0 as the ball grows, is the first of its checks for masked gradients.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from training import evaluate
+from training.figures.figure_4 import Source
+from training.settings.errors import InputError
+
+QUICK = ["--limit", "20", "--steps", "2", "--restarts", "1"]
+
+
+def make(source: Source, eps: float | None, out: Path, *, quick: bool) -> None:
+    """Write ``out``/fig7.png and ``out``/fig7.json.
+
+    Args:
+        source: the classifier, which must be given.
+        eps: radius of the checks, in input units; None is that of the run.
+        out: an existing folder.
+        quick: hardly attacks.
+
+    Raises:
+        InputError: no classifier is given, or it cannot be read.
+    """
+    if not source.given:
+        raise InputError("run, model_from: none given, fig7 needs a trained classifier by one of them")
+    options = {**vars(source), "eps": eps}
+    arguments = ["--attack", "obfuscation", "--plot", str(out / "fig7.png"), "--out", str(out / "fig7.json")]
+    for name, value in options.items():
+        if value is not None:
+            arguments += [f"--{name.replace('_', '-')}", str(value)]
+    evaluate.main([*arguments, *(QUICK if quick else [])])
