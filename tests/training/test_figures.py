@@ -15,7 +15,7 @@ from scorematch.divergences import KINDS
 from scorematch.posteriors import KernelDensity
 from training import figures, models
 from training.data import toy
-from training.figures import figure_4, overfitting, tables, toy_fits
+from training.figures import certified, figure_4, overfitting, tables, toy_fits
 from training.figures.claims import rounded, table
 from training.settings import config
 from training.settings.config import RunSettings
@@ -257,20 +257,27 @@ def test_the_page_says_what_the_files_say() -> None:
     docs = Path(figures.__file__).parents[2] / "docs"
     page = (docs / "figures.md").read_text()
     files = sorted((docs / "figures" / "paper").glob("*.json"))
-    assert [path.stem for path in files] == ["fig1", "fig2", "fig3", "fig4", "fig6"]
+    assert [path.stem for path in files] == ["certified", "fig1", "fig2", "fig3", "fig4", "fig6"]
     for path in files:
         written = json.loads(path.read_text())
         assert not written["quick"]
         assert table(written["claims"]) in page, path.name
 
 
-def test_semantic_gradients_and_tables(call: Call, tmp_path: Path) -> None:
-    ending = call("figures", "fig4", "tables", "--quick", "--out", "made")
+def test_semantic_gradients_accuracy_under_noise_and_tables(call: Call, tmp_path: Path) -> None:
+    ending = call("figures", "fig4", "certified", "tables", "--quick", "--out", "made")
     assert ending.status == 0, ending.err
     written = json.loads((tmp_path / "made" / "fig4.json").read_text())
     assert len(written["claims"]) == len(figure_4.KINDS)
     assert set(written["numbers"]["cosines"]) == {"standard seed 0", "robust seed 0"}
     assert "not run" in (tmp_path / "made" / "tables.md").read_text()
+    under_noise = json.loads((tmp_path / "made" / "certified.json").read_text())
+    assert len(under_noise["claims"]) == 4
+    methods = under_noise["numbers"]["methods"]
+    assert list(methods) == list(certified.METHODS)
+    for (found,) in methods.values():
+        assert found["accuracy"] == sorted(found["accuracy"], reverse=True), "a larger radius certifies no more"
+        assert found["radius"][0] == 0
 
 
 def untrained(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
@@ -292,7 +299,7 @@ def test_a_classifier_of_ones_own(call: Call, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["fig9"], "names: 'fig9' is unknown, allowed: fig1, fig2, fig3, fig4, fig6, fig7, tables"),
+        (["fig9"], "names: 'fig9' is unknown, allowed: fig1, fig2, fig3, fig4, fig6, certified, fig7, tables"),
         (["fig1", "--seeds", "1", "1"], "seeds: (1, 1) is out of range, allowed: one or more different seeds from 0"),
         (["fig1", "--run", "x"], "run: is for fig4 and fig7, got fig1"),
         (["fig4", "--run", "x", "--model-from", "y"], "run, model_from: both given, expected one of them"),
