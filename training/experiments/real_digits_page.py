@@ -141,8 +141,8 @@ def hypotheses(group: Sequence[dict[str, Any]]) -> list[str]:
         f"{best['nll_attacked'].mean:+.2f} nats.",
         "- R2, drawn samples raise the accuracy under AutoAttack: "
         f"{'; '.join(f'{label(plain)} {signed(value)}' for plain, value in drawn)}: "
-        f"{positive([value for _, value in drawn])} for all of them. In trainings of 3,600 steps with 20,000 samples they "
-        "[do](results.md#digits-with-generated-data).",
+        f"{positive([value for _, value in drawn])} for all of them. In trainings of 3,600 steps with 20,000 "
+        "samples they [do](results.md#digits-with-generated-data).",
         "- R3, the ablation with the ensemble of joint energies, accuracy under AutoAttack: "
         f"{'; '.join(f'{name} {signed(value)}' for name, value in ablation.items())}: "
         f"{positive(list(ablation.values()))}.",
