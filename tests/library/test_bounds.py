@@ -738,6 +738,29 @@ def test_theorem_5_in_five_dimensions_by_monte_carlo() -> None:
     assert abs(wrong.difference.mean) > 3 * half
 
 
+CLASSIFIERS = {
+    "linear": nn.Linear,
+    "tanh": lambda features, classes: steep(features, classes, 2.0),
+    "relu": lambda features, classes: nn.Sequential(nn.Linear(features, 24), nn.ReLU(), nn.Linear(24, classes)),
+}
+
+
+@pytest.mark.parametrize("classifier", CLASSIFIERS)
+@pytest.mark.parametrize(("classes", "components", "features"), [(2, 2, 1), (3, 2, 5), (4, 1, 12)])
+def test_theorem_5_for_three_mixtures_and_three_classifiers(
+    classes: int, components: int, features: int, classifier: str
+) -> None:
+    """Both sides agree within a 99 % interval, and are no zeros."""
+    truth = mixture(classes, components, features)
+    torch.manual_seed(classes)
+    model = CLASSIFIERS[classifier](features, classes).double()
+    x, y = truth.sample(20_000, seeded())
+    found = bounds.theorem_5(model, truth, x, y, sigma=0.6, generator=seeded(1))
+    half = 2.576 / 1.96 * (found.difference.high - found.difference.mean)
+    assert abs(found.difference.mean) < half
+    assert not found.right_mean.low <= 0 <= found.right_mean.high
+
+
 # 0-1 errors
 
 
