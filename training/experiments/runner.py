@@ -7,18 +7,16 @@ experiment goes on where it was.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from tqdm import tqdm
 
 from training.engine import checkpoint
-from training.settings.errors import Interrupted
+from training.engine.side_by_side import processes
 
 Cell = TypeVar("Cell")
 
@@ -49,15 +47,7 @@ def run_cells(run: Callable[[Cell], None], cells: Sequence[Cell], jobs: int) -> 
     Raises:
         Interrupted: a signal came; every entry that was finished is kept.
     """
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(1,))
-    try:
+    with processes(jobs) as pool:
         futures = [pool.submit(run, cell) for cell in cells]
         for future in tqdm(as_completed(futures), total=len(futures), desc="cells", unit="cell"):
             future.result()
-    except Interrupted:
-        for process in multiprocessing.active_children():
-            process.terminate()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from training.compare import Estimate
 from training.engine import checkpoint
+from training.engine.side_by_side import processes
 from training.reports import plots
-from training.settings.errors import Interrupted
 
 Item = TypeVar("Item")
 Value = TypeVar("Value")
@@ -117,16 +114,8 @@ def mapped(function: Callable[[Item], Value], items: Sequence[Item], jobs: int, 
 
     if jobs == 1:
         return watched(function(item) for item in items)
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(1,))
-    try:
+    with processes(jobs) as pool:
         return watched(pool.map(function, items))
-    except Interrupted:
-        for process in multiprocessing.active_children():
-            process.terminate()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def spread(values: Sequence[float], digits: int = 4) -> str:

@@ -61,10 +61,12 @@ def make(seeds: tuple[int, ...], steps: int, jobs: int) -> Result:
             "all of the above",
         ),
     ]
-    turns = [
-        {"choices": run["choices"], "seed": run["seed"], **overfitting.turning(run["curves"], "madry")} for run in runs
-    ]
-    numbers = {"constant_l2": constant, "constant_l2_both_classes": constant / SCALE, "turns": turns, "runs": groups[0]}
+    numbers = {
+        "constant_l2": constant,
+        "constant_l2_both_classes": constant / SCALE,
+        "turns": overfitting.turns(runs, "madry"),
+        "runs": groups[0],
+    }
     return Result(draw(groups, constant), claims, numbers)
 
 

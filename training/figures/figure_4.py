@@ -32,6 +32,7 @@ from training.compare import estimate
 from training.data import Data, DataName
 from training.engine import posteriors
 from training.figures.claims import Claim, Result, interval
+from training.reports.plots import picture
 from training.settings.errors import InputError
 
 SHARE = 0.1  # of the pixels, shown
@@ -240,10 +241,7 @@ def draw(x: Tensor, y: Tensor, gradients: dict[str, dict[str, Tensor]]) -> plt.F
         for spine in axes.spines.values():
             spine.set(visible=True, linewidth=0.5, color="#b8b8b8")
     for row, image in enumerate(x):
-        if image.shape[0] == 3:
-            panels[row, 0].imshow(image.permute(1, 2, 0).numpy())
-        else:
-            panels[row, 0].imshow(image.mean(0).numpy(), cmap="gray_r")
+        picture(panels[row, 0], image.numpy())
         panels[row, 0].set_ylabel(f"y = {int(y[row])}", fontsize=9)
     for block, (title, by_kind) in enumerate(gradients.items()):
         for place, (kind, symbol) in enumerate(KINDS.items()):

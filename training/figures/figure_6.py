@@ -51,10 +51,7 @@ def make(seeds: tuple[int, ...], steps: int, jobs: int) -> Result:
     groups = overfitting.grouped(runs)
     claims = [claim for group in groups for claim in overfitting.claims_of(group, "madry_kl", c_kl, NAMES)]
     claims += [*corollary(runs, c_l1), *alignment(groups[0], c_l1)]
-    turns = [
-        {"choices": run["choices"], "seed": run["seed"], **overfitting.turning(run["curves"], "madry_kl")}
-        for run in runs
-    ]
+    turns = overfitting.turns(runs, "madry_kl")
     numbers = {"constant_kl": c_kl, "constant_l1": c_l1, "turns": turns, "runs": groups[0]}
     return Result(draw(groups, c_kl, c_l1), claims, numbers)
 

@@ -90,6 +90,11 @@ def turning(curves: dict[str, list[float]], madry: str) -> dict[str, float]:
     }
 
 
+def turns(runs: Sequence[dict[str, Any]], madry: str) -> list[dict[str, Any]]:
+    """:func:`turning` of each run, with its choices and seed."""
+    return [{"choices": run["choices"], "seed": run["seed"], **turning(run["curves"], madry)} for run in runs]
+
+
 def claims_of(runs: Sequence[dict[str, Any]], madry: str, constant: float, names: tuple[str, str, str]) -> list[Claim]:
     """The two claims about overfitting, for runs that differ in their seeds alone.
 
@@ -99,15 +104,15 @@ def claims_of(runs: Sequence[dict[str, Any]], madry: str, constant: float, names
         constant: its C^D.
         names: of R_Madry, R_SCORE and C^D.
     """
-    turns = [turning(run["curves"], madry) for run in runs]
-    ratios = [turn["madry"] / constant for turn in turns]
-    rises = [turn["score_end"] / turn["score"] - 1 for turn in turns]
-    falls = all(turn["madry_end"] < turn["madry"] for turn in turns)
+    turned = turns(runs, madry)
+    ratios = [turn["madry"] / constant for turn in turned]
+    rises = [turn["score_end"] / turn["score"] - 1 for turn in turned]
+    falls = all(turn["madry_end"] < turn["madry"] for turn in turned)
     r_madry, r_score, c = names
     return [
         Claim(
             f"Where {r_score} is smallest, {r_madry} is within {NEAR:.0%} of {c}",
-            f"{r_madry} / {c} is {spread(ratios, 3)}, at step {spread([turn['step'] for turn in turns], 3)}",
+            f"{r_madry} / {c} is {spread(ratios, 3)}, at step {spread([turn['step'] for turn in turned], 3)}",
             all(abs(ratio - 1) <= NEAR for ratio in ratios),
             runs[0]["choices"],
         ),

@@ -2,8 +2,8 @@
 
 The model is the paper's: two hidden layers of 100 tanh units, Adam at its usual rate, 500 steps. Where the paper is
 silent, the choices are these. Each step sees all training points (``batch`` = 0). Training points are rounded to
-multiples of eps / 50 = 0.02, so that 60,000 of them are about 900 different ones with weights; that moves no error by
-more than 1e-3 of itself. Networks compute in float32, errors are measured in float64 on a finer grid.
+multiples of eps / 50 = 0.02, so that 60,000 of them are about 900 different ones with weights; no point moves by more
+than eps / 100. Networks compute in float32, errors are measured in float64 on a finer grid.
 
 The inner maximisation is PGD with 10 steps of eps / 4 from a random start, by the library's own objectives
 (``search="pgd"``), or exact, over all multiples of 0.02 in B(x) (``search="grid"``).
@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -132,32 +132,17 @@ class _Pgd:
         fit, given = self.fit, (self.model, self.x, self.p)
         if fit.objective == "standard":
             return objectives.standard(*given, divergence=fit.divergence).loss
+        attack: dict[str, Any] = {
+            "threat_model": self.threat_model,
+            "steps": PGD_STEPS,
+            "divergence": fit.divergence,
+            "generator": self.generator,
+        }
         if fit.objective == "score":
-            return objectives.score_direct(
-                *given,
-                threat_model=self.threat_model,
-                posterior=self.oracle,
-                steps=PGD_STEPS,
-                divergence=fit.divergence,
-                generator=self.generator,
-            ).loss
+            return objectives.score_direct(*given, posterior=self.oracle, **attack).loss
         if fit.objective == "trades":
-            return objectives.trades(
-                *given,
-                threat_model=self.threat_model,
-                beta=fit.beta,
-                steps=PGD_STEPS,
-                divergence=fit.divergence,
-                start="uniform",
-                generator=self.generator,
-            ).loss
-        return objectives.pgd_at(
-            *given,
-            threat_model=self.threat_model,
-            steps=PGD_STEPS,
-            divergence=fit.divergence,
-            generator=self.generator,
-        ).loss
+            return objectives.trades(*given, beta=fit.beta, start="uniform", **attack).loss
+        return objectives.pgd_at(*given, **attack).loss
 
 
 class _Exact:
