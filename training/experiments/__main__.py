@@ -20,10 +20,10 @@ from training.settings.errors import Interrupted, run_program
 class ExperimentSettings:
     """Which experiment, and how much of it. Called again, it does what is missing."""
 
-    name: Literal["mixtures", "digits", "images", "features", "gradients", "real-digits"] = "mixtures"
+    name: Literal["mixtures", "sweep", "digits", "images", "features", "gradients", "real-digits"] = "mixtures"
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # a cell each: its own problem, data, initialisation
-    dimensions: tuple[int, ...] = (16,)  # mixtures: features of x
-    counts: tuple[int, ...] = (2000, 10_000)  # mixtures, digits, images: labelled training points
+    dimensions: tuple[int, ...] = (16,)  # mixtures, sweep: features of x
+    counts: tuple[int, ...] = (2000, 10_000)  # of those and digits, features, images: labelled training points
     folds: tuple[int, ...] = (0, 1, 2, 3, 4)  # real-digits: which fifths of the images are tested on
     radii: tuple[float, ...] = (real_digits.EPS,)  # real-digits: eps of the training
     root: Path | None = None  # images: folder of CIFAR-10, to which their distribution is fitted; see training.run
@@ -79,7 +79,7 @@ def run(settings: ExperimentSettings, out: Path, jobs: int) -> int:
         run_cells(real_digits.run, trained, jobs)
         return len(trained)
     kind = "mixture" if settings.name == "mixtures" else settings.name
-    dimensions = settings.dimensions if settings.name == "mixtures" else (None,)
+    dimensions = settings.dimensions if settings.name in ("mixtures", "sweep") else (None,)
     planned = [
         mixtures.Cell(kind, count, seed, out, settings.quick, dimension, settings.root)
         for seed in settings.seeds

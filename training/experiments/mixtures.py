@@ -13,6 +13,8 @@ H3  Some learned posterior, fitted by held-out evidence alone, puts direct SCORE
 H4  Following the posterior (target at x') is better than standing still (target at x), and the data gradient is better
     than none and than noise of the same norm: R_SCORE falls from A to B to C, and D is above C.
 H5  A score network that trains to its last step is a worse posterior than one that stops by held-out loss.
+H6  In every dimension, and with few labels too, H3 holds: the sweep over dimensions and numbers of labels, with fewer
+    estimators and surrogates than at d = 16.
 
 H1 to H4 are asked of the digits and of the images, too.
 
@@ -65,9 +67,22 @@ class Plan:
     budget: Budget = field(default_factory=Budget)
 
 
-Kind = Literal["mixture", "digits", "images", "features"]
+SWEPT = Plan(
+    surrogates=(
+        "standard:kl",
+        "pgd_at:kl",
+        *(f"trades:kl:{beta}" for beta in (0.25, 0.5, 1, 2)),
+        *(f"trades:kl:{beta}:soft energy_ensemble" for beta in (0.25, 0.5, 1)),
+    ),
+    estimators=("energy_ensemble", "kernel_density"),
+    ablated=(),
+    moved=(),
+)
+
+Kind = Literal["mixture", "sweep", "digits", "images", "features"]
 PLANS: dict[Kind, Plan] = {
     "mixture": Plan(),
+    "sweep": SWEPT,
     "digits": Plan(
         surrogates=tuple(form for form in SURROGATES if not form.endswith("soft classifier")),
         estimators=(
@@ -120,12 +135,12 @@ class Cell:
     seed: int
     folder: Path
     quick: bool = False
-    dimension: int | None = None  # of a mixture
+    dimension: int | None = None  # of a mixture or of the sweep
     root: Path | None = None  # of CIFAR-10, for images and features
 
     @property
     def name(self) -> str:
-        kind = f"d{self.dimension}" if self.kind == "mixture" else self.kind
+        kind = f"d{self.dimension}" if self.dimension is not None else self.kind
         return f"{kind}-n{self.count}-seed{self.seed}"
 
     def problem(self) -> Problem:
