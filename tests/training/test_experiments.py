@@ -9,6 +9,7 @@ import torch
 
 from scorematch.posteriors import FactorAnalysers
 from training.experiments import (
+    comparisons,
     estimators,
     gradients,
     mixtures,
@@ -18,6 +19,8 @@ from training.experiments import (
     real_digits_page,
     runner,
     students,
+    sweep_page,
+    tables,
 )
 
 
@@ -29,6 +32,7 @@ def evidence(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evidence")
     for seed in range(2):
         mixtures.run(mixtures.Cell("mixture", 120, seed, folder / "mixtures", quick=True, dimension=4))
+        mixtures.run(mixtures.Cell("sweep", 60, seed, folder / "sweep", quick=True, dimension=4))
     mixtures.run(mixtures.Cell("digits", 120, 0, folder / "digits", quick=True))
     gradients.run(gradients.Cell(0, folder / "gradients", quick=True))
     real_digits.run(real_digits.Cell(1, 0, real_digits.EPS, folder / "real-digits", quick=True))
@@ -77,12 +81,17 @@ def test_the_page_is_made_of_the_results(evidence: Path, tmp_path: Path) -> None
     page.main(["--evidence", str(evidence), "--docs", str(tmp_path)])
     text = (tmp_path / "direct-score.md").read_text()
     assert (tmp_path / "figures" / "direct-law.png").stat().st_size > 10_000
-    cells = page.read(evidence / "mixtures")
-    mean = sum(page.of_direct(cell, "energy")["r_score"] for cell in cells) / 2
+    cells = tables.read(evidence / "mixtures")
+    mean = sum(comparisons.of_direct(cell, "energy")["r_score"] for cell in cells) / 2
     rows = [line for line in text.splitlines() if line.startswith("| direct, joint energy |")]
     assert len(rows) == 2  # of the mixtures, then of the digits
     assert f"| {mean:.3f} ± " in rows[0]
-    for hypothesis in ("H1", "H2", "H3", "H4", "H5", "G1", "G2", "G3", "R1", "R2", "R3"):
+    swept = tables.read(evidence / "sweep")
+    best = comparisons.best_surrogate(swept, mixtures.SWEPT.surrogates, "r_score")
+    differences = [sweep_page.learned(cell)["r_score"] - comparisons.of_rival(best, cell)["r_score"] for cell in swept]
+    row = next(line for line in text.splitlines() if line.startswith("| 4 | 60 | ") and "**" in line)
+    assert f" | {sum(differences) / 2:+.3f} [" in row
+    for hypothesis in ("H1", "H2", "H3", "H4", "H5", "H6", "G1", "G2", "G3", "R1", "R2", "R3"):
         assert hypothesis in text
     page.main(["--evidence", str(evidence), "--docs", str(tmp_path)])
     assert (tmp_path / "direct-score.md").read_text() == text
@@ -114,7 +123,7 @@ def test_a_win_needs_every_measure() -> None:
         values = {"kl": 0.05, "r_score": 0.20, **changes}
         direct = [made_up(**{**values, "kl": values["kl"] + 2 * j}) for j in jitter]
         cells = cells_of(direct, surrogates)
-        return page._failures(cells, lambda cell: page.of_direct(cell, "oracle"), mixtures.SURROGATES)
+        return comparisons.failures(cells, lambda cell: comparisons.of_direct(cell, "oracle"), mixtures.SURROGATES)
 
     assert failures() == []
     assert failures(kl=0.10) == ["kl"]

@@ -1,14 +1,14 @@
 """docs/direct-score.md and its figures from the stored results: ``python -m training.experiments.page``.
 
-Reads the JSON files of EVIDENCE/gradients and mixtures, and those of digits, features, images and real-digits if they
-are there. Every number and every verdict on the page is computed here; the words around them stand in this file.
+Reads the JSON files of EVIDENCE/gradients and mixtures, and those of sweep, digits, features, images and real-digits
+if they are there. Every number and every verdict on the page is computed here; the words around them stand in this
+file.
 """
 
 import sys
-from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,19 @@ from scipy.stats import spearmanr
 
 from training.compare import Estimate, estimate
 from training.engine import checkpoint
-from training.experiments import gradients, mixtures, problems, real_digits_page
+from training.experiments import gradients, mixtures, problems, real_digits_page, sweep_page
+from training.experiments.comparisons import (
+    against_all,
+    chosen_by_evidence,
+    digits_of,
+    dominated,
+    estimators_of,
+    failures,
+    judged,
+    of_direct,
+    of_surrogate,
+    present,
+)
 from training.experiments.estimators import CROSS_FITTED, ESTIMATORS
 from training.experiments.mixtures import SURROGATES
 from training.experiments.tables import FAMILIES, OPEN, label, read, seeds, shown, verdict
@@ -30,10 +42,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-TITLES = {"kl": "KL", "r_score": "R_SCORE", "clean": "clean accuracy", "robust": "robust accuracy by label"}
 MEASURES = ("kl", "r_score", "disagrees", "clean", "robust")
 HEADER = "KL | R_SCORE | disagrees, % | clean, % | robust by label, %"
-LOWER_IS_BETTER = ("kl", "r_score")
 PROBLEMS = {
     "digits": "known digits",
     "features": "known images by features",
@@ -59,9 +69,9 @@ def main(arguments: list[str]) -> None:
         default=PageSettings(),
     )
     of_gradients, of_mixtures = (read(settings.evidence / name) for name in ("gradients", "mixtures"))
-    of_digits, of_features, of_images, of_real_digits = (
+    of_sweep, of_digits, of_features, of_images, of_real_digits = (
         read(settings.evidence / name) if (settings.evidence / name).exists() else []
-        for name in ("digits", "features", "images", "real-digits")
+        for name in ("sweep", "digits", "features", "images", "real-digits")
     )
     known = [*of_mixtures, *of_digits, *of_features, *of_images]
     (settings.docs / "figures").mkdir(parents=True, exist_ok=True)
@@ -69,21 +79,18 @@ def main(arguments: list[str]) -> None:
         INTRODUCTION,
         section_gradients(of_gradients),
         section_mixtures(of_mixtures),
+        *([sweep_page.section(of_sweep, settings.docs / "figures")] if of_sweep else []),
         *([section_digits(of_digits)] if of_digits else []),
         *([section_images(of_features, of_images)] if of_features or of_images else []),
-        section_law(known, settings.docs / "figures" / "direct-law.png"),
+        section_law(known, of_sweep, settings.docs / "figures" / "direct-law.png"),
         section_ablation(known),
         *([real_digits_page.section(of_real_digits, settings.docs / "figures")] if of_real_digits else []),
-        section_cost(known, of_gradients, of_real_digits),
+        section_cost(known, of_sweep, of_gradients, of_real_digits),
     ]
     page = settings.docs / "direct-score.md"
     checkpoint.write_atomically(page, "\n\n".join(sections) + "\n")
     others = f"{len(of_gradients)} audits of gradients and {len(of_real_digits)} folds of real digits"
-    print(f"{page} from {len(known)} problems with a known posterior, {others}")
-
-
-def digits_of(measure: str) -> int:
-    return 3 if measure in LOWER_IS_BETTER else 1
+    print(f"{page} from {len(known) + len(of_sweep)} problems with a known posterior, {others}")
 
 
 INTRODUCTION = """# Direct SCORE against its surrogates, where the truth is known
@@ -171,36 +178,10 @@ def groups(cells: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def present(cells: Sequence[dict[str, Any]], names: Sequence[str], entry: str = "student {}") -> list[str]:
-    """Those of the names whose entry every cell has."""
-    return [name for name in names if all(entry.format(name) in cell["entries"] for cell in cells)]
-
-
-def estimators_of(cells: Sequence[dict[str, Any]]) -> list[str]:
-    return present(cells, tuple(ESTIMATORS), "student direct:kl {}")
-
-
-def chosen_by_evidence(cell: dict[str, Any]) -> str:
-    """The learned posterior with the highest held-out log-likelihood: nobody needs the truth for this choice."""
-    names = present([cell], CROSS_FITTED, "student direct:kl {}")
-    return max(names, key=lambda name: max(cell["entries"][f"posterior {name}"]["evidence"].values()))
-
-
 def _kl_in_ball(cell: dict[str, Any], name: str) -> float:
     """KL(p_d ‖ posterior) at random points of the ball, in nats."""
     value: float = cell["entries"][f"posterior {name}"]["kl_in_ball"]
     return value
-
-
-def of_direct(cell: dict[str, Any], name: str) -> dict[str, float]:
-    """Measures of direct SCORE with this posterior, its last weights."""
-    measures: dict[str, float] = cell["entries"][f"student direct:kl {name}"]["last"]
-    return measures
-
-
-def of_surrogate(cell: dict[str, Any], name: str, weights: str) -> dict[str, float]:
-    measures: dict[str, float] = cell["entries"][f"student {name}"][weights]
-    return measures
 
 
 def section_mixtures(cells: Sequence[dict[str, Any]]) -> str:
@@ -329,88 +310,6 @@ def _table(title: str, group: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _difference(
-    group: Sequence[dict[str, Any]],
-    first: Callable[[dict[str, Any]], dict[str, float]],
-    second: Callable[[dict[str, Any]], dict[str, float]],
-    measure: str,
-) -> Estimate:
-    return estimate([first(cell)[measure] - second(cell)[measure] for cell in group])
-
-
-def _against_all(group: Sequence[dict[str, Any]], direct: Callable[[dict[str, Any]], dict[str, float]]) -> list[str]:
-    """Paired differences from the surrogate that is best by its mean in each measure, picked by the oracle or not."""
-    lines = []
-    for measure in TITLES:
-        lower = measure in LOWER_IS_BETTER
-        rivals = [(name, weights) for name in present(group, SURROGATES) for weights in ("last", "best")]
-        means = {rival: np.mean([of_surrogate(cell, *rival)[measure] for cell in group]) for rival in rivals}
-        best = min(means, key=means.__getitem__) if lower else max(means, key=means.__getitem__)
-        difference = _difference(group, direct, partial(_of, best), measure)
-        digits = digits_of(measure)
-        ahead = difference.mean < 0 if lower else difference.mean > 0
-        clear = difference.low is not None and difference.high is not None and difference.low * difference.high > 0
-        word = ("ahead" if ahead else "behind") + ("" if clear else ", within the interval")
-        interval = "" if difference.low is None else f" [{difference.low:+.{digits}f}, {difference.high:+.{digits}f}]"
-        picked = ", picked by the oracle" if best[1] == "best" else ""
-        lines.append(
-            f"  - {TITLES[measure]}: {difference.mean:+.{digits}f}{interval} against {label(best[0])}{picked}: {word}"
-        )
-    return lines
-
-
-def _dominated(group: Sequence[dict[str, Any]], direct: Callable[[dict[str, Any]], dict[str, float]]) -> str:
-    """Against how many surrogates direct SCORE is better in all four measures, and how often another is ahead."""
-    own = {measure: np.mean([direct(cell)[measure] for cell in group]) for measure in TITLES}
-    surrogates, ahead = present(group, SURROGATES), Counter[str]()
-    count = 0
-    for name in surrogates:
-        better = []
-        for measure in TITLES:
-            value = np.mean([of_surrogate(cell, name, "last")[measure] for cell in group])
-            if value < own[measure] if measure in LOWER_IS_BETTER else value > own[measure]:
-                better.append(measure)
-        ahead.update(better)
-        count += not better
-    every = f"{count} of the {len(surrogates)} surrogates with their last weights"
-    text = f"  - by the means it is better in all four than {every}"
-    others = [f"{times} in {TITLES[measure]}" for measure, times in ahead.items()]
-    return text + (f"; ahead of it are {', '.join(others)}" if others else "")
-
-
-def _of(rival: tuple[str, str], cell: dict[str, Any]) -> dict[str, float]:
-    """Measures of a surrogate, which is a name and whether its weights are the last or the best."""
-    name, weights = rival
-    return of_surrogate(cell, name, weights)
-
-
-def _failures(
-    group: Sequence[dict[str, Any]],
-    direct: Callable[[dict[str, Any]], dict[str, float]],
-    surrogates: Sequence[str],
-) -> list[str]:
-    """In which measures it is not what it has to be, against some surrogate with its last or its picked weights.
-
-    It has to be ahead in KL and R_SCORE by the interval, and not clearly behind in either accuracy.
-    """
-    failed = []
-    for measure in TITLES:
-        for name in surrogates:
-            for weights in ("last", "best"):
-                high = _difference(group, direct, partial(_of, (name, weights)), measure).high
-                passes = high is not None and (high < 0 if measure in LOWER_IS_BETTER else high >= 0)
-                if not passes and measure not in failed:
-                    failed.append(measure)
-    return failed
-
-
-def _judged(failed: Sequence[str], seeds: int) -> str:
-    """The verdict with what it rests on."""
-    if seeds < 2:
-        return OPEN
-    return verdict(not failed) + (f" in {' and '.join(TITLES[measure] for measure in failed)}" if failed else "")
-
-
 def _hypotheses(group: Sequence[dict[str, Any]]) -> list[str]:
     def oracle(cell: dict[str, Any]) -> dict[str, float]:
         return of_direct(cell, "oracle")
@@ -423,23 +322,23 @@ def _hypotheses(group: Sequence[dict[str, Any]]) -> list[str]:
     chosen = ", ".join(sorted({FAMILIES[chosen_by_evidence(cell)][0] for cell in group}))
     fitted = present(group, CROSS_FITTED, "student direct:kl {}")
     how = f"chosen by evidence alone ({chosen})" if len(fitted) > 1 else f"the {chosen}, the only one fitted here"
-    judged = {
-        "oracle": _judged(_failures(group, oracle, surrogates), len(group)),
-        "learned": _judged(_failures(group, learned, surrogates), len(group)),
-        "published": _judged(_failures(group, learned, published), len(group)),
+    verdicts = {
+        "oracle": judged(failures(group, oracle, surrogates), len(group)),
+        "learned": judged(failures(group, learned, surrogates), len(group)),
+        "published": judged(failures(group, learned, published), len(group)),
     }
     lines = [
         "- H1, with p_d itself direct SCORE is ahead of every surrogate, each picked as suits it best: "
-        f"{judged['oracle']}; its differences from the best surrogate in each measure:",
-        *_against_all(group, oracle),
-        _dominated(group, oracle),
+        f"{verdicts['oracle']}; its differences from the best surrogate in each measure:",
+        *against_all(group, oracle),
+        dominated(group, oracle),
         f"- H3, with a learned posterior, {how}, it is ahead of every surrogate in KL "
         "and R_SCORE and not clearly behind in the accuracies: "
-        f"{judged['learned']} against all, {judged['published']} against the surrogates as published, which ask no "
+        f"{verdicts['learned']} against all, {verdicts['published']} against the surrogates as published, which ask no "
         "posterior; "
         "the differences:",
-        *_against_all(group, learned),
-        _dominated(group, learned),
+        *against_all(group, learned),
+        dominated(group, learned),
     ]
     if len(present(group, ("score", "score_last"), "posterior {}")) == 2:
         kl = {name: [_kl_in_ball(cell, name) for cell in group] for name in ("score", "score_last")}
@@ -452,10 +351,12 @@ def _hypotheses(group: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def section_law(cells: Sequence[dict[str, Any]], path: Path) -> str:
+def section_law(cells: Sequence[dict[str, Any]], swept: Sequence[dict[str, Any]], path: Path) -> str:
     """What a posterior must be: the student's KL and R_SCORE against the KL of its posterior."""
     points = [
-        (_kl_in_ball(cell, name), of_direct(cell, name), name) for cell in cells for name in estimators_of([cell])
+        (_kl_in_ball(cell, name), of_direct(cell, name), name)
+        for cell in (*cells, *swept)
+        for name in estimators_of([cell])
     ]
     x = np.array([point[0] for point in points])
     figure = _scatter(points)
@@ -560,10 +461,10 @@ def section_ablation(cells: Sequence[dict[str, Any]]) -> str:
             cells_of_row = [*values, *(shown(difference, 3) for difference in differences)]
             lines.append(f"| {FAMILIES[name][0]} | {' | '.join(cells_of_row)} |")
             verdicts[name] = all(difference.low is not None and difference.low > 0 for difference in differences)
-        judged = [
+        answers = [
             f"with {FAMILIES[name][0]} {OPEN if len(group) < 2 else verdict(holds)}" for name, holds in verdicts.items()
         ]
-        lines += ["", f"H4, all three differences are positive beyond their intervals: {'; '.join(judged)}."]
+        lines += ["", f"H4, all three differences are positive beyond their intervals: {'; '.join(answers)}."]
     return "\n".join(lines)
 
 
