@@ -7,6 +7,7 @@ import sys
 from training.settings.errors import run_program
 
 PROGRAMS = {
+    "demo": "watch PGD-AT and direct SCORE learn a toy: a first look, in a minute",
     "run": "train one classifier and measure its robustness",
     "compare": "direct SCORE beside its surrogates, over seeds, with a report",
     "evaluate": "accuracy of a classifier: clean, under PGD or AutoAttack, certified",
@@ -15,6 +16,7 @@ PROGRAMS = {
     "plan": "count what a run costs before it starts",
     "figures": "the paper's figures and tables, with a verdict on each claim",
     "experiments": "direct SCORE where the truth is known",
+    "completion": "print the script that completes these commands in a shell",
 }
 USAGE = "\n".join(
     [

@@ -16,7 +16,7 @@ import torch
 from killing import Hit, Start, program
 from scipy.io import savemat
 
-from training import compare, data, evaluate, generate, plan, run, score
+from training import compare, data, demo, evaluate, generate, plan, run, score
 from training.data import generated
 from training.engine import scores
 from training.experiments import __main__ as experiments
@@ -25,6 +25,7 @@ from training.figures import __main__ as figures
 from training.settings.errors import run_program
 
 PROGRAMS = {
+    "demo": demo.main,
     "run": run.main,
     "evaluate": evaluate.main,
     "compare": compare.main,
