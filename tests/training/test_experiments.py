@@ -10,7 +10,6 @@ import torch
 from scorematch.posteriors import FactorAnalysers
 from training.experiments import (
     comparisons,
-    estimators,
     gradients,
     mixtures,
     page,
@@ -43,7 +42,7 @@ def evidence(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_entry_is_there(evidence: Path) -> None:
     cell = json.loads((evidence / "mixtures" / "d4-n120-seed0.json").read_text())
     entries = cell["entries"]
-    for name in ("oracle", *estimators.ESTIMATORS):
+    for name in ("oracle", *mixtures.Plan().estimators):
         assert entries[f"posterior {name}"]["kl"] >= -1e-6
         assert entries[f"student direct:kl {name}"]["last"]["r_score"] > 0
     for name in mixtures.SURROGATES:
@@ -91,7 +90,7 @@ def test_the_page_is_made_of_the_results(evidence: Path, tmp_path: Path) -> None
     differences = [sweep_page.learned(cell)["r_score"] - comparisons.of_rival(best, cell)["r_score"] for cell in swept]
     row = next(line for line in text.splitlines() if line.startswith("| 4 | 60 | ") and "**" in line)
     assert f" | {sum(differences) / 2:+.3f} [" in row
-    for hypothesis in ("H1", "H2", "H3", "H4", "H5", "H6", "G1", "G2", "G3", "R1", "R2", "R3"):
+    for hypothesis in ("H1", "H2", "H3", "H4", "H5", "H6", "G1", "G2", "G3", "R1", "R2", "R3", "R4"):
         assert hypothesis in text
     page.main(["--evidence", str(evidence), "--docs", str(tmp_path)])
     assert (tmp_path / "direct-score.md").read_text() == text
@@ -132,13 +131,14 @@ def test_a_win_needs_every_measure() -> None:
     assert failures(robust=61.0) == []
 
 
-def of_real_digits(values: dict[str, tuple[float, float]]) -> list[dict[str, Any]]:
+def of_real_digits(values: dict[str, tuple[float, float]], ratio: float = 1.05) -> list[dict[str, Any]]:
     """Two runs with these clean and AutoAttack accuracies; every other objective is far below."""
     forms = (*real_digits.SURROGATES, *real_digits.DIRECT, *real_digits.ABLATED)
-    entries = {}
+    entries: dict[str, Any] = {}
     for form in forms:
         clean, robust = values.get(form, (10.0, 10.0))
         entries[f"student {form}"] = {"clean": clean, "autoattack": robust, "validation": robust, "nll_attacked": 1.0}
+    entries["memory regular"] = {"held_out_over_training": {"0.25": ratio, "0.5": 1.0}}
     return [{"entries": entries, "fold": 0}, {"entries": entries, "fold": 1}]
 
 
@@ -155,6 +155,19 @@ def test_a_direct_setting_stands_unless_a_surrogate_dominates_it() -> None:
     assert not standing((99.5, 80.0))
     second = real_digits_page.hypotheses(of_real_digits({direct: (99.0, 80.0), "trades:kl:4": (98.0, 83.0)}))[1]
     assert "clean +1.0 [+1.0, +1.0], AutoAttack -3.0 [-3.0, -3.0] points" in second
+
+
+def test_a_score_network_that_remembers_fails() -> None:
+    plain, regular = "direct:kl score", real_digits_page.REGULAR
+
+    def verdicts(ratio: float, robust: float) -> str:
+        values = {plain: (99.0, 70.0), regular: (99.0, robust)}
+        return real_digits_page.hypotheses(of_real_digits(values, ratio))[-1]
+
+    assert "is 1.05: **holds**" in verdicts(1.05, 71.0)
+    assert "is 1.20: **fails**" in verdicts(1.2, 71.0)
+    assert "AutoAttack +1.0 [+1.0, +1.0], clean +0.0 [+0.0, +0.0]: **holds**" in verdicts(1.05, 71.0)
+    assert "AutoAttack -1.0 [-1.0, -1.0], clean +0.0 [+0.0, +0.0]: **fails**" in verdicts(1.05, 69.0)
 
 
 def test_real_folds_test_every_image_once() -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from scorematch import audit, sampling
+from scorematch.augmentation import NonLeaking
 from scorematch.matching import Fit, HeldOut, JointEnergy, fit_classifier, fit_denoiser, fit_temperature
 from scorematch.networks import Denoiser
 from scorematch.posteriors import (
@@ -60,6 +61,7 @@ class Grid:
     components: tuple[int, ...] = (1, 2, 3, 4, 6)  # of the factor analysers
     ranks: tuple[int, ...] = (1, 4)
     drawn: int = 5000  # samples of the score network under a kernel density
+    augment: float = 0.3  # of a regular score network: probability of each transformation of a training image
 
 
 # Of images: the loss of a gradient is a mean over features, and 3,072 of them have many more than 16 to share it.
@@ -97,7 +99,8 @@ class Bench:
     def network(self, kind: str, fold: int) -> nn.Module:
         """A classifier, joint energy or denoiser, fitted with one fold held out.
 
-        ``denoiser_last`` is the denoiser after all steps on all of the data, unwatched.
+        ``denoiser_last`` is the denoiser after all steps on all of the data, unwatched; ``denoiser_regular`` has
+        augmented images, of which it is told, and more dropout.
         """
         if (kind, fold) not in self._networks:
             self._networks[kind, fold] = self._train(kind, fold)
@@ -123,7 +126,13 @@ class Bench:
         sigma_data = float((problem.x - problem.x.mean(0)).square().mean().sqrt())
         center = problem.x.mean(0)
         if kind.startswith("denoiser"):
-            backbone = problem.backbone(problem.num_classes + 1, False)
+            augment = None
+            if kind == "denoiser_regular":
+                assert problem.told_backbone is not None
+                backbone = problem.told_backbone(problem.num_classes + 1, NonLeaking.conditions)
+                augment = NonLeaking(grid.augment)
+            else:
+                backbone = problem.backbone(problem.num_classes + 1, False)
             denoiser = Denoiser(backbone, num_classes=problem.num_classes, sigma_data=sigma_data, center=center)
             if kind == "denoiser_last":
                 long = Fit(
@@ -134,7 +143,7 @@ class Bench:
                     sigma_max=HIGHEST_NOISE,
                 )
                 return fit_denoiser(denoiser, problem.x, problem.y, long, generator=generator)
-            return fit_denoiser(denoiser, x, y, fit, generator=generator, held_out=watched)
+            return fit_denoiser(denoiser, x, y, fit, generator=generator, augment=augment, held_out=watched)
         network = ScaledClassifier(problem.backbone(problem.num_classes, True), center, sigma_data)
         energy = JointEnergy(grid.energy_weight, center, sigma_data) if kind == "energy" else None
         return fit_classifier(network, x, y, fit, generator=generator, energy=energy, held_out=watched)
@@ -282,11 +291,13 @@ ESTIMATORS: dict[str, Callable[[Bench], Estimated]] = {
     "score_ensemble": lambda bench: _score(bench, ALL),
     "score_last": lambda bench: _score(bench, ONE, kind="denoiser_last"),
     "score_literal": lambda bench: _score(bench, ONE, centering="network"),
+    "score_regular": lambda bench: _score(bench, ONE, kind="denoiser_regular"),
     "energy": lambda bench: _pointwise(bench, "energy", ONE),
     "energy_ensemble": lambda bench: _pointwise(bench, "energy", ALL),
     "kernel_density": lambda bench: _kernel_density(bench, drawn=False),
     "kernel_density_drawn": lambda bench: _kernel_density(bench, drawn=True),
     "factor_analysers": _factor_analysers,
 }
+OF_IMAGES = ("score_regular",)  # for images alone
 # Evidence is comparable where every training point was held out once: one of these is chosen by it.
 CROSS_FITTED = ("classifier_ensemble", "score_ensemble", "energy_ensemble", "kernel_density")

@@ -35,7 +35,7 @@ from torch import Generator
 from scorematch import audit
 from scorematch.posteriors import FactorAnalysers
 from training.experiments import estimators, problems, students
-from training.experiments.estimators import ESTIMATORS, Bench, Estimated, Grid
+from training.experiments.estimators import ESTIMATORS, OF_IMAGES, Bench, Estimated, Grid
 from training.experiments.problems import Problem
 from training.experiments.runner import Notebook
 from training.experiments.students import Budget
@@ -60,7 +60,7 @@ class Plan:
     """What is trained on a problem."""
 
     surrogates: tuple[str, ...] = SURROGATES
-    estimators: tuple[str, ...] = tuple(ESTIMATORS)
+    estimators: tuple[str, ...] = tuple(name for name in ESTIMATORS if name not in OF_IMAGES)
     ablated: tuple[str, ...] = ABLATED
     moved: tuple[str, ...] = MOVED
     grid: Grid = field(default_factory=Grid)

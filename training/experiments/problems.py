@@ -35,6 +35,8 @@ class Task:
     student: Callable[[], nn.Module]  # a fresh classifier
     backbone: Callable[[int, bool], nn.Module]  # of (outputs, whether for a classifier), for estimates of p_d
     num_classes: int
+    # Of (outputs, conditions): for a score network that is told how its images are augmented, where they are images.
+    told_backbone: Callable[[int, int], nn.Module] | None = None
     scale: float = 1.0  # of the data, in which noise levels are counted; 1 for unit Gaussians
 
     @property
@@ -299,6 +301,9 @@ def real_digits(fold: int, eps: float) -> Task:
         student=lambda: models.build("digits_cnn", shape, digits.num_classes),
         backbone=lambda outputs, pooled: MLPBackbone(
             shape, outputs if pooled else outputs * math.prod(shape), width=256, depth=2, dropout=0.1
+        ),
+        told_backbone=lambda outputs, conditions: MLPBackbone(
+            shape, outputs * math.prod(shape), width=256, depth=2, dropout=0.3, conditions=conditions
         ),
         num_classes=digits.num_classes,
         scale=0.5,

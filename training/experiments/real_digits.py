@@ -7,6 +7,9 @@ R1  Somewhere on the front of clean and robust accuracy direct SCORE is not domi
     is better in one of the two and as good in the other.
 R2  With samples drawn from the score network in half of every batch, each objective is more robust than without.
 R3  The ablation of H4, judged by robust accuracy by label: B is above A, C above B and D.
+R4  A score network that is trained on augmented images, of which it is told, with dropout of .3 remembers less: its
+    held-out denoising loss is within 10 % of that on training images at every noise level, and direct SCORE with it is
+    more robust than with the plain one. Both settings were chosen by held-out loss and likelihood on fold 0, seed 0.
 
 Comparisons are paired over folds and seeds. A cell is a fold, a seed and the radius of the training.
 """
@@ -34,7 +37,7 @@ from training.experiments.students import Budget, accuracy
 
 EPS = 0.15  # at which all are compared, whatever the radius of the training
 RADII = (0.1, 0.2, 0.3)  # of further attacks by PGD
-POSTERIORS = ("energy_ensemble", "score", "kernel_density_drawn")
+POSTERIORS = ("energy_ensemble", "score", "kernel_density_drawn", "score_regular")
 # An objective, after a colon how it differs, and after a space the posterior that it asks.
 SURROGATES = (
     "standard:kl",
@@ -54,6 +57,7 @@ DIRECT = (
     "direct:kl score",
     "direct:kl:drawn energy_ensemble",
     "direct:kl:drawn kernel_density_drawn",
+    "direct:kl score_regular",
 )
 ABLATED = tuple(f"{ABLATION[letter]} energy_ensemble" for letter in "ABD")
 GRID = Grid(steps=4000, drawn=10_000, kernels=1200)
@@ -112,7 +116,8 @@ def run(cell: Cell) -> None:
         notebook.once(f"student {form}", partial(student, form))
     for name in POSTERIORS:
         notebook.once(f"posterior {name}", partial(recorded, name))
-    notebook.once("memory", lambda: memory(bench))
+    notebook.once("memory", lambda: memory(bench, "denoiser"))
+    notebook.once("memory regular", lambda: memory(bench, "denoiser_regular"))
 
 
 def with_drawn(task: Task, x: Tensor, y: Tensor) -> Task:
@@ -174,11 +179,11 @@ def posterior_record(task: Task, estimated: Estimated) -> dict[str, Any]:
     }
 
 
-def memory(bench: Bench) -> dict[str, Any]:
-    """The denoising loss on held-out images over that on as many training images, at each noise level."""
+def memory(bench: Bench, kind: str) -> dict[str, Any]:
+    """Denoising loss of a score network on held-out images over that on as many training images, by noise level."""
     x, y, *_ = bench.problem.fold(0)
     x_held, y_held = bench.held_out(0)
-    network, sigmas = bench.network("denoiser", 0), tuple(bench.sigmas)
+    network, sigmas = bench.network(kind, 0), tuple(bench.sigmas)
     seen = losses_by_level(network, x[: len(x_held)], y[: len(x_held)], sigmas, repeats=4)
     unseen = losses_by_level(network, x_held, y_held, sigmas, repeats=4)
     return {"held_out_over_training": {f"{sigma:g}": unseen[sigma] / seen[sigma] for sigma in sigmas}}

@@ -21,6 +21,7 @@ FAMILIES = {
     "score_ensemble": ("ensemble of score networks", "#8f3f00", "^"),
     "score_last": ("score network, trained to the last step", "#f0a070", "^"),
     "score_literal": ("score network, literal Eq. (34)", "#767676", "x"),
+    "score_regular": ("score network, augmented images and dropout", "#f5c242", "<"),
     "oracle": ("p_d itself", "#56b4e9", "P"),
 }
 
