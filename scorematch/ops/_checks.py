@@ -19,6 +19,7 @@ def check_tensor(name: str, t: Tensor) -> None:
     """A floating-point tensor of a dtype and on a device that the kernels support."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+    check_dense(name, t)
     device = t.device.type
     if device == "cpu":
         if t.dtype not in _CPU_DTYPES:
@@ -45,7 +46,13 @@ def check_same_kind(name: str, t: Tensor, other_name: str, other: Tensor) -> Non
     check_same_device(name, t, other_name, other)
 
 
+def check_dense(name: str, t: Tensor) -> None:
+    if t.layout != torch.strided:
+        raise TypeError(f"{name} is sparse ({t.layout}), expected a dense tensor")
+
+
 def check_same_device(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
+    check_dense(name, t)
     if t.device != other.device:
         raise ValueError(f"{name} is on {t.device} but {other_name} is on {other.device}")
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _extension
-from ._checks import shape
+from ._checks import check_dense, shape
 
 _DTYPES = (torch.float32, torch.float64)
 
@@ -36,6 +36,7 @@ def keyed_uniform(samples: Tensor, count: int, *, seed: int, stream: int, dtype:
         raise TypeError(f"samples must be a torch.Tensor, got {type(samples).__name__}")
     if samples.dtype != torch.int64:
         raise TypeError(f"samples is {samples.dtype}, expected torch.int64")
+    check_dense("samples", samples)
     missing = _extension.missing_kernel_message(samples.device)
     if missing is not None:
         raise RuntimeError(f"samples is on {samples.device}, but {missing}")
