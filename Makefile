@@ -2,6 +2,7 @@
 #
 #   make run       train with direct SCORE on the digits, with ARGS="..." for further options
 #   make test      lint, types and the whole test suite, in one process a core (8 at most)
+#   make soak      random inputs by the thousand; goes on after an interruption
 #   make compare   direct SCORE beside its surrogates, on DATA=digits or DATA=toy
 #   make results   docs/direct-score.md and its figures, from the stored results in docs/evidence
 #   make docs      the documentation as a site in build/site, without network
@@ -29,7 +30,7 @@ TORCH_STAMP := $(VENV)/.torch-$(TORCH)
 STAMP := $(VENV)/.scorematch-$(TORCH)-cuda-$(SCOREMATCH_CUDA)
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: run test compare results docs bench lint build clean
+.PHONY: run test soak compare results docs bench lint build clean
 .DELETE_ON_ERROR:
 
 run: build
@@ -38,6 +39,9 @@ run: build
 test: lint
 	@echo "== tests"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile $(ARGS)
+
+soak: build
+	SCOREMATCH_SOAK=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/soak $(ARGS)
 
 compare: build
 	$(BIN)/python -m training.compare --data $(DATA) $(ARGS)

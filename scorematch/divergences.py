@@ -53,7 +53,7 @@ def check_kind(kind: str, argument: str = "divergence") -> str:
     Raises:
         ValueError: it does not.
     """
-    if kind not in DIVERGENCES:
+    if not isinstance(kind, str) or kind not in DIVERGENCES:
         raise ValueError(f"{argument} must be one of {', '.join(KINDS)}, got {kind!r}")
     return kind
 

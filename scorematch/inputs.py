@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +29,17 @@ def check_inputs(model: nn.Module, x: Tensor, y: Tensor, threat_model: Perturbat
         threat_model: whose box x must lie in, up to a rounding of 1e-4 of its width; None checks no values.
 
     Raises:
-        TypeError: x or y has a dtype that no objective takes.
-        ValueError: shapes do not fit, or x leaves the box or is not finite.
+        TypeError: x or y has a dtype that no objective takes, or is sparse.
+        ValueError: shapes or devices do not fit, or x leaves the box or is not finite.
     """
     if not isinstance(x, Tensor) or not isinstance(y, Tensor):
         raise TypeError(f"x and y must be tensors, got {type(x).__name__} and {type(y).__name__}")
     check_floating(x)
+    for name, tensor in (("x", x), ("y", y)):
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{name} is sparse ({tensor.layout}), expected a dense tensor")
+    if y.device != x.device:
+        raise ValueError(f"y is on {y.device} but x is on {x.device}")
     if x.dim() < 2 or y.dim() not in (1, 2) or len(x) != len(y):
         raise ValueError(f"x must be [N, …] and y [N] or [N, L], got x {list(x.shape)} and y {list(y.shape)}")
     if y.dim() == 1 and y.dtype != torch.int64:
@@ -47,6 +53,37 @@ def check_inputs(model: nn.Module, x: Tensor, y: Tensor, threat_model: Perturbat
         return
     check_box(x, threat_model, SLACK * (threat_model.upper - threat_model.lower))
     _seen.add(model)
+
+
+def check_attack(threat_model: Perturbations, steps: int) -> None:
+    """Refuse what an attack during training cannot follow.
+
+    Args:
+        threat_model: a :class:`scorematch.ThreatModel`, or a B(x) with what :class:`scorematch.Perturbations` names.
+        steps: a whole number, at least 0.
+
+    Raises:
+        TypeError, ValueError: they are not; the message names the argument.
+    """
+    if isinstance(threat_model, type) or not isinstance(threat_model, Perturbations):
+        raise TypeError(
+            f"threat_model must be a ThreatModel, or have the methods of scorematch.Perturbations, got {threat_model!r}"
+        )
+    if isinstance(steps, bool) or not isinstance(steps, Integral):
+        raise TypeError(f"steps must be a whole number, got {steps!r}")
+    if steps < 0:
+        raise ValueError(f"steps must be at least 0, got {steps}")
+
+
+def check_numbers(**values: object) -> None:
+    """Refuse a setting that is no number; the keyword is its name.
+
+    Raises:
+        TypeError: it is none.
+    """
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name} must be a number, got {value!r}")
 
 
 def _looks(model: nn.Module, device: torch.device) -> bool:

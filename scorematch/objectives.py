@@ -35,7 +35,7 @@ from .attacks.pgd import ascend, input_gradient
 from .attacks.single_step import SINGLE_STEP, single_step, single_step_start
 from .divergences import check_kind, clip_bound
 from .graphs import Attack, AttackGraphs
-from .inputs import check_inputs
+from .inputs import check_attack, check_inputs, check_numbers
 from .model_state import borrowed
 from .ops.divergence import divergence as divergence_of
 from .ops.logit_divergence import logit_divergence
@@ -191,9 +191,11 @@ def gaussian(
     """
     check_kind(divergence)
     check_inputs(model, x, y, None)
+    check_numbers(gamma=gamma)
     if not math.isfinite(gamma) or gamma == 1.0:
         raise ValueError(f"gamma must be finite and not 1, got {gamma}")
     if alignment is not None:
+        check_numbers(alignment=alignment)
         if not math.isfinite(alignment) or alignment == 0.0:
             raise ValueError(f"alignment must be finite and not 0, got {alignment}")
         if gamma != 0.0:
@@ -372,6 +374,8 @@ def pgd_at(
         TypeError, ValueError: an argument is not what it must be; see :func:`scorematch.inputs.check_inputs` for x, y.
     """
     check_kind(divergence)
+    check_attack(threat_model, steps)
+    check_numbers(clip=clip)
     check_inputs(model, x, y, threat_model)
 
     def search(x: Tensor, y: Tensor, first: Tensor) -> dict[str, Tensor]:
@@ -436,7 +440,10 @@ def trades(
         TypeError, ValueError: an argument is not what it must be; see :func:`scorematch.inputs.check_inputs` for x, y.
     """
     check_kind(divergence)
+    check_attack(threat_model, steps)
+    check_numbers(clip=clip)
     check_inputs(model, x, y, threat_model)
+    check_numbers(beta=beta, transport=transport)
     if not beta >= 0.0:
         raise ValueError(f"beta must not be negative, got {beta}")
     if not 0.0 <= transport < math.inf:
@@ -531,7 +538,10 @@ def score_direct(
             no such form.
     """
     check_kind(divergence)
+    check_attack(threat_model, steps)
+    check_numbers(clip=clip)
     check_inputs(model, x, y, threat_model)
+    check_numbers(target_mix=target_mix)
     if not 0.0 <= target_mix <= 1.0:
         raise ValueError(f"target_mix must lie in [0, 1], got {target_mix}")
     literal = posterior.centering == "network"

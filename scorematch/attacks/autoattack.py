@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -307,10 +308,12 @@ class AutoAttack:
         for name, tensor in (("x_orig", x), ("y_orig", y)):
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+            if tensor.is_meta or tensor.layout != torch.strided:
+                raise TypeError(f"{name} must be a dense tensor with values, got {tensor.layout} on {tensor.device}")
         if x.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"x_orig must be float32 or float64 in [0, 1], got {x.dtype}")
-        if bs < 1:
-            raise ValueError(f"bs must be at least 1, got {bs}")
+        if isinstance(bs, bool) or not isinstance(bs, Integral) or bs < 1:
+            raise ValueError(f"bs must be a whole number, at least 1, got {bs!r}")
         if len(x) == 0:
             raise ValueError("x_orig is empty, nothing can be evaluated")
         x, y = clean_batch(x, y, self.threat_model, "y_orig")

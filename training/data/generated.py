@@ -11,7 +11,9 @@ Nothing but arrays is ever unpickled.
 import codecs
 import math
 import mmap
+import os
 import pickle
+import pickletools
 import struct
 import sys
 import zipfile
@@ -19,7 +21,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -340,10 +342,21 @@ def _latin1(text: str, encoding: str) -> bytes:
     return codecs.encode(text, "latin1")
 
 
+_RECONSTRUCT: Any = np.empty(1).__reduce__()[0]
+
+
+def _begun_array(kind: type, shape: tuple[int, ...], code: bytes) -> np.ndarray:
+    """An array whose shape and bytes follow; a file could ask for one of any size, and would get the memory."""
+    if kind is not np.ndarray or shape != (0,):
+        raise pickle.UnpicklingError(f"it begins an array of shape {shape}")
+    begun: np.ndarray = _RECONSTRUCT(kind, shape, code)
+    return begun
+
+
 # What pickles of arrays name, wherever this and older versions of numpy keep it. ``_frombuffer`` is protocol 5.
 _ARRAY_PARTS: dict[str, dict[str, Any]] = {
     "numpy": {"ndarray": np.ndarray, "dtype": np.dtype},
-    "multiarray": {"_reconstruct": np.empty(1).__reduce__()[0], "scalar": np.float64(0).__reduce__()[0]},
+    "multiarray": {"_reconstruct": _begun_array, "scalar": np.float64(0).__reduce__()[0]},
     "numeric": {"_frombuffer": np.empty(1).__reduce_ex__(5)[0]},
     "_codecs": {"encode": _latin1},
 }
@@ -359,11 +372,34 @@ class _ArraysOnly(pickle.Unpickler):
         return _ARRAY_PARTS[short][name]
 
 
+class _Bounded:
+    """A file whose reads take no more memory than it has bytes, whatever length a damaged file asks for."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+
+    def read(self, size: int, /) -> bytes:
+        return self.file.read(min(size, self.size - self.file.tell()))
+
+    def readline(self) -> bytes:
+        return self.file.readline()
+
+
+def _check_memo(file: _Bounded) -> None:
+    """Refuse a pickle that numbers its values beyond its own length: it would be given a table of that size."""
+    for opcode, argument, _ in pickletools.genops(cast(IO[bytes], file)):  # which only reads
+        if opcode.name in ("BINPUT", "LONG_BINPUT", "PUT") and not 0 <= int(argument or 0) < file.size:
+            raise pickle.UnpicklingError(f"it numbers a value {argument}")
+
+
 def _from_pickle(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """The pseudo-labelled images of Carmon et al. (2019)."""
     with open(path, "rb") as file:
         try:
-            content = _ArraysOnly(file, encoding="latin1").load()
+            _check_memo(_Bounded(file))
+            content = _ArraysOnly(_Bounded(file), encoding="latin1").load()
         except Exception as error:  # what a damaged pickle raises depends on where the damage is
             raise _unreadable(path, error) from None
     if not isinstance(content, dict) or not {"data", "extrapolated_targets"} <= content.keys():
