@@ -51,7 +51,7 @@ class BenchmarkSettings:
     data: DataName = "digits"  # data set, its test images
     data_root: Path | None = None  # folder of CIFAR's official files; None is $SCOREMATCH_DATA
     model: str | None = None  # architecture of a bare state dict
-    norm: Literal["Linf", "L2"] = "Linf"  # norm of the perturbation
+    norm: Literal["Linf", "L2", "L1"] = "Linf"  # norm of the perturbation
     samples: int = 0  # the first so many test images; 0 is all
     batch: int = 250  # samples at a time
     seed: int = 0  # of the random numbers
@@ -96,16 +96,13 @@ def compare(settings: BenchmarkSettings, arguments: list[str], device: torch.dev
     model = loading.load(settings.model_from, model=settings.model, data=settings.data, device=device)
 
     def ours(names: Sequence[str], seed: int, **options: Any) -> Run:
-        adversary = AutoAttack(
-            model, settings.norm, settings.eps, seed, False, list(names), version="custom", **options
-        )
+        adversary = AutoAttack(model, settings.norm, settings.eps, seed, False, **options)
+        adversary.attacks_to_run = list(names)
         return lambda xs, ys: adversary.run_standard_evaluation(xs, ys, bs=settings.batch)
 
     def theirs(names: Sequence[str], seed: int, package: type) -> Run:
-        adversary = package(
-            model, settings.norm, settings.eps, seed, False, list(names), version="custom", device=device
-        )
-        adversary.apgd.n_restarts = adversary.fab.n_restarts = 1
+        adversary = package(model, settings.norm, settings.eps, seed, False, device=device)
+        adversary.attacks_to_run = list(names)
         return lambda xs, ys: adversary.run_standard_evaluation(xs, ys, bs=settings.batch)
 
     variants: dict[str, dict[str, Any]] = {}
