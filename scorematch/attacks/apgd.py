@@ -106,7 +106,7 @@ class APGD(AttackSettings):
             Points [N, …], and bool [N], whether the point is misclassified.
         """
         loss: Loss = UNTARGETED.get(self.loss, targeted_dlr_loss)
-        goals = (batch.y,)
+        goals: tuple[Tensor, ...] = (batch.y,)
         if self.loss == "dlr-targeted":
             goals = (batch.y, ranked_targets(classifier.logits(batch.x), 2 + batch.part // self.n_restarts))
         if self.threat_model.norm == "l1":

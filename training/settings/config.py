@@ -488,8 +488,8 @@ def _validate_training_attack(settings: RunSettings) -> None:
             f"attack_start: {settings.attack_start!r} with {settings.attack}, which has its own, allowed: with pgd"
         )
     if settings.norm == "l1" and (settings.attack != "pgd" or settings.free_replays):
-        what = "free_replays" if settings.free_replays else settings.attack
-        raise InputError(f"norm: 'l1' with {what}, allowed: with attack pgd and without free_replays")
+        kind: str = "free_replays" if settings.free_replays else settings.attack
+        raise InputError(f"norm: 'l1' with {kind}, allowed: with attack pgd and without free_replays")
     if settings.graph == "on" and (settings.free_replays or not settings.searches):
         what = "free_replays" if settings.free_replays else f"{settings.objective} training"
         raise InputError(f"graph: 'on' with {what}, which has no attack to record, allowed: auto or off")
