@@ -40,8 +40,8 @@ def sparse_step(
 
     The steepest direction in L1 is that of one feature alone, and one pixel a step is too slow for an image. As in
     SLIDE (Tramèr & Boneh, Adversarial Training and Robustness for Multiple Perturbations, NeurIPS 2019) a share of
-    the features moves instead, those of the largest gradients, all equally far. A feature that the box stops in the
-    direction of its gradient does not count.
+    the features moves instead, those of the largest gradients, all equally far: 1 % there, and by default of
+    ``ThreatModel``. A feature that the box stops in the direction of its gradient does not count.
 
     Args:
         x: [N, …] in the box.

@@ -78,7 +78,7 @@ class ThreatModel:
     step_size: float | None = None
     lower: float = 0.0
     upper: float = 1.0
-    share: float = 0.05
+    share: float = 0.01
 
     def __post_init__(self) -> None:
         if self.norm not in NORMS:
