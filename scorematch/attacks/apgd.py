@@ -44,7 +44,7 @@ class APGD(AttackSettings):
         rho: the step size is halved if the loss rose in at most this share of the steps since the last checkpoint; not
             in l1.
         use_largereps: l1 alone: the first 30 % of the steps are taken in the ball of radius 3 eps and the next 30 % in
-            that of 2 eps, each from the projection of the best point so far (section 3.2 of the paper on l1).
+            that of 2 eps, each from the projection of the best point so far, as in the paper on l1.
 
     Raises:
         ValueError: an argument is outside its range.

@@ -33,7 +33,7 @@ def ascend_sparsely(
     random_start: bool,
     counts: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Algorithm 1 of the paper in one ball.
+    """The ascent of the paper in one ball.
 
     Args:
         x0: [N, …] clean samples.

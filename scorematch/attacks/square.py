@@ -239,7 +239,7 @@ def l2_pattern(side: int) -> Tensor:
 
 @cache
 def l1_pattern(side: int) -> Tensor:
-    """The same for l1, with steeper peaks and of l1 length 1 (Croce & Hein, Mind the box, ICML 2021, appendix)."""
+    """The same for l1, with steeper peaks and of l1 length 1 (Croce & Hein, Mind the box, ICML 2021)."""
     return _pattern(side, p=1, falloff=4)
 
 
