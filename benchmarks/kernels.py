@@ -280,6 +280,37 @@ def auto_attack_cases(device: str) -> list[Case]:
             0.1 * grad,
             difference,
         )
+    sorting = {"norm": "l1"}  # in eager: scorematch.reference, which sorts
+    case(
+        "fab_step l1 [128,3,32,32]",
+        partial(ops.fab_step, **sorting),
+        partial(reference.fab_step, **sorting),
+        best_x.clone(),
+        x0,
+        0.1 * grad,
+        difference,
+    )
+    cases[-1].compiled = None
+    fifth, long = torch.full((128,), 3072 // 5, device=device), torch.full((128,), 12.0, device=device)
+    case(
+        "l1_step [128,3,32,32]",
+        partial(ops.l1_step, eps=12.0),
+        partial(reference.l1_step, eps=12.0),
+        best_x.clone(),
+        grad,
+        x0,
+        long,
+        fifth,
+    )
+    cases[-1].compiled = None
+    case(
+        "l1_project [128,3,32,32]",
+        partial(ops.l1_project, eps=12.0),
+        lambda x, x0: reference.l1_step(x, x, x0, 0 * long, 0 * fifth, eps=12.0),
+        best_x.clone(),
+        x0,
+    )
+    cases[-1].compiled = None
     shape, side = (250, 3, 32, 32), 10
     x0 = torch.rand(shape, device=device)
     best = (x0 + 0.02 * torch.randn_like(x0)).clamp(0, 1)

@@ -13,6 +13,13 @@ struct Move {
   T towards, time;
 };
 
+// The same in l1, where the elements of the largest |w| go first: those of |w| >= all go to the box, those of |w| between
+// some and all go by a share of their room, which is the shortest way if their |w| are the same or if there is one.
+template <typename T>
+struct SparseMove {
+  T towards, all, some, share;
+};
+
 template <Norm norm, typename A>
 SCOREMATCH_INLINE A rate_of(A weight) {
   if constexpr (norm == Norm::linf) return A(1);
@@ -30,6 +37,20 @@ SCOREMATCH_INLINE A displacement(A p, A w, Move<T> move, Box<T> box) {
   const A direction = A(move.towards) * sign(w), room = room_of(p, direction, box);
   const A reach = A(move.time) * rate_of<norm>(magnitude(w));  // NaN for an infinite time and w = 0: room
   return direction * select(reach < room, reach, room);
+}
+
+template <typename A, typename T = scalar_of<A>>
+SCOREMATCH_INLINE A sparse_displacement(A p, A w, SparseMove<T> move, Box<T> box) {
+  const A direction = A(move.towards) * sign(w), room = room_of(p, direction, box), weight = magnitude(w);
+  return direction * select(weight >= A(move.all), room, select(weight >= A(move.some), A(move.share) * room, A(0)));
+}
+
+template <Norm norm, typename A, typename AnyMove, typename T = scalar_of<A>>
+SCOREMATCH_INLINE A moved_by(A p, A w, AnyMove move, Box<T> box) {
+  if constexpr (norm == Norm::l1)
+    return sparse_displacement(p, w, move, box);
+  else
+    return displacement<norm>(p, w, move, box);
 }
 
 // The time at which the elements have lowered |<w, p> - b| by `distance`. The decrease is a sum of |w| min(t rate, room),
@@ -57,6 +78,52 @@ SCOREMATCH_INLINE T time_to_hyperplane(Lanes lanes, P p, W w, int64_t count, T t
   return time;
 }
 
+// Which elements lower |<w, p> - b| by `distance`, those of the largest |w| first: by bisection of |w|, until one element
+// is between the bounds or none, or elements of the same |w|.
+template <typename A, typename Lanes, typename P, typename W, typename T = scalar_of<A>>
+SCOREMATCH_INLINE SparseMove<T> sparse_move_to_hyperplane(Lanes lanes, P p, W w, int64_t count, T towards, T distance, Box<T> box) {
+  T gain, number;  // of the elements of at least some |w|
+  const auto evaluate = [&](T bound) {
+    A gains(0), numbers(0);
+    for (int64_t j = lanes.lane(); j < count; j += lanes.width()) {
+      const A normal = w(j), weight = magnitude(normal), room = room_of(p(j), A(towards) * normal, box);
+      gains += select(weight >= A(bound), weight * room, A(0));
+      numbers += select(weight >= A(bound), A(1), A(0));
+    }
+    gain = uniform(lanes.sum(gains));
+    number = uniform(lanes.sum(numbers));
+  };
+  evaluate(T(0));
+  if (!(gain > distance)) return {towards, T(0), T(0), T(0)};
+  T low(0), gain_low = gain, number_low = number, gain_high(0), number_high(0);
+  A largest(0);
+  for (int64_t j = lanes.lane(); j < count; j += lanes.width()) {
+    const A weight = magnitude(w(j));
+    largest = select(weight > largest, weight, largest);
+  }
+  T high = uniform(lanes.max(largest)) * T(2);  // above all
+  while (number_low - number_high > T(1)) {
+    const T middle = low + (high - low) / 2;
+    if (!(middle > low && middle < high)) break;
+    evaluate(middle);
+    if (gain > distance) {
+      low = middle, gain_low = gain, number_low = number;
+    } else {
+      high = middle, gain_high = gain, number_high = number;
+    }
+  }
+  return {towards, high, low, (distance - gain_high) / (gain_low - gain_high)};
+}
+
+template <Norm norm, typename A, typename Lanes, typename P, typename W, typename T = scalar_of<A>>
+SCOREMATCH_INLINE auto move_to_hyperplane(Lanes lanes, P p, W w, int64_t count, T difference, T slope, Box<T> box) {
+  const T towards = -sign(difference), distance = magnitude(difference);
+  if constexpr (norm == Norm::l1)
+    return sparse_move_to_hyperplane<A>(lanes, p, w, count, towards, distance, box);
+  else
+    return Move<T>{towards, time_to_hyperplane<norm, A>(lanes, p, w, count, towards, distance, slope, box)};
+}
+
 // The smallest length that FAB's weights see.
 constexpr double kShortestMove = 1e-8;
 
@@ -79,14 +146,16 @@ SCOREMATCH_INLINE void fab_step_row(Lanes lanes, X x, X0 x0, Normal normal, Out 
   const T there = here + uniform(lanes.sum(apart));  // <w, x0> - b
   const T check = slope + there, poison = check - check;  // 0, or NaN
 
-  Move<T> move{-sign(here), T(0)}, move0{-sign(there), T(0)};
-  move.time = time_to_hyperplane<norm, A>(lanes, x, w, count, move.towards, magnitude(here), slope, box);
-  move0.time = time_to_hyperplane<norm, A>(lanes, x0, w, count, move0.towards, magnitude(there), slope, box);
+  const auto move = move_to_hyperplane<norm, A>(lanes, x, w, count, here, slope, box);
+  const auto move0 = move_to_hyperplane<norm, A>(lanes, x0, w, count, there, slope, box);
 
   A length(0), length0(0);  // l2: squared
   for (int64_t j = lanes.lane(); j < count; j += lanes.width()) {
-    const A by = displacement<norm>(x(j), w(j), move, box), by0 = displacement<norm>(x0(j), w(j), move0, box);
-    if constexpr (norm == Norm::linf) {
+    const A by = moved_by<norm>(x(j), w(j), move, box), by0 = moved_by<norm>(x0(j), w(j), move0, box);
+    if constexpr (norm == Norm::l1) {
+      length += magnitude(by);
+      length0 += magnitude(by0);
+    } else if constexpr (norm == Norm::linf) {
       length = select(magnitude(by) > length, magnitude(by), length);
       length0 = select(magnitude(by0) > length0, magnitude(by0), length0);
     } else {
@@ -99,6 +168,9 @@ SCOREMATCH_INLINE void fab_step_row(Lanes lanes, X x, X0 x0, Normal normal, Out 
   if constexpr (norm == Norm::linf) {
     a = uniform(lanes.max(length));
     a0 = uniform(lanes.max(length0));
+  } else if constexpr (norm == Norm::l1) {
+    a = uniform(lanes.sum(length));
+    a0 = uniform(lanes.sum(length0));
   } else {
     a = square_root(uniform(lanes.sum(length)));
     a0 = square_root(uniform(lanes.sum(length0)));
@@ -108,8 +180,8 @@ SCOREMATCH_INLINE void fab_step_row(Lanes lanes, X x, X0 x0, Normal normal, Out 
   const T ratio = a / (a + a0), alpha = ratio < options.alpha_max ? ratio : options.alpha_max;
 
   for (int64_t j = lanes.lane(); j < count; j += lanes.width()) {
-    const A p = x(j) + A(options.overshoot) * displacement<norm>(x(j), w(j), move, box);
-    const A p0 = x0(j) + A(options.overshoot) * displacement<norm>(x0(j), w(j), move0, box);
+    const A p = x(j) + A(options.overshoot) * moved_by<norm>(x(j), w(j), move, box);
+    const A p0 = x0(j) + A(options.overshoot) * moved_by<norm>(x0(j), w(j), move0, box);
     out(j, clamp(p * A(T(1) - alpha) + p0 * A(alpha), A(box.lower), A(box.upper)) + A(poison));
   }
 }

@@ -4,7 +4,7 @@
 
 namespace scorematch {
 
-enum class Norm : int64_t { linf = 0, l2 = 1 };
+enum class Norm : int64_t { linf = 0, l2 = 1, l1 = 2 };
 
 template <typename T>
 struct Box {

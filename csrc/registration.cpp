@@ -6,10 +6,13 @@ STABLE_TORCH_LIBRARY(scorematch, m) {
   m.def("pgd_step(Tensor x, Tensor grad, Tensor x0, int norm, float step_size, float eps, float lower, float upper) -> Tensor");
   m.def("random_start(Tensor x, Tensor noise, Tensor? radius, int norm, float eps, float lower, float upper) -> Tensor");
 
+  // As pgd_step; step_size in the accumulator's dtype, moving int64, both [N].
+  m.def("l1_step(Tensor x, Tensor grad, Tensor x0, Tensor step_size, Tensor moving, float eps, float lower, float upper) -> Tensor");
+
   // As pgd_step; step_size in the accumulator's dtype, improved and restart bool, all [N].
   m.def("apgd_step(Tensor(a!) x, Tensor(b!) x_prev, Tensor x0, Tensor grad, Tensor(c!) best_x, Tensor(d!) best_grad, Tensor step_size,"
         " Tensor improved, Tensor restart, int norm, float eps, float momentum, float lower, float upper) -> ()");
-  // difference [N] in the accumulator's dtype.
+  // norm: also 2 l1. difference [N] in the accumulator's dtype.
   m.def("fab_step(Tensor x, Tensor x0, Tensor normal, Tensor difference, int norm, float alpha_max, float overshoot, float lower,"
         " float upper) -> Tensor");
   // best, x0 [N, C, H, W]; corner int64 [N, 2] or [N, 4]; sign [N, C]; pattern [side, side]; transpose bool [N].

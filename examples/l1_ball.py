@@ -4,7 +4,8 @@
 
 What takes steps in a threat model, ``PGD``, ``pgd_at``, ``trades`` and ``score_direct``, accepts any class with the
 methods of ``scorematch.Perturbations``: a random start, a step and a projection. This program trains a small network on
-the 8×8 digits by PGD-AT within an L1 ball and says how it stands attacks there.
+the 8×8 digits by PGD-AT within an L1 ball and says how it stands attacks there. (``ThreatModel("l1", eps)`` is built
+in, with a projection that minds the range of the features; this one is written out to show how.)
 """
 
 from dataclasses import dataclass

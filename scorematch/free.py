@@ -14,6 +14,8 @@ from .ops.divergence import divergence as divergence_of
 from .ops.pgd_step import pgd_step
 from .threat_model import ThreatModel
 
+FREE_NORMS = ("linf", "l2")
+
 
 class FreeAttack:
     """The perturbation of free adversarial training (Shafahi et al., NeurIPS 2019, Alg. 1).
@@ -33,7 +35,7 @@ class FreeAttack:
     A schedule by steps counts weight updates: epochs × minibatches × replays.
 
     Args:
-        threat_model: eps, norm and box.
+        threat_model: eps, norm (linf or l2) and box.
         replays: passes over one minibatch, at least 1.
         divergence: name of D in the loss D(y ‖ q(x + δ)).
         step_size: length of one step, in the units of the input; None is eps, as published.
@@ -46,6 +48,10 @@ class FreeAttack:
         self, threat_model: ThreatModel, replays: int = 4, divergence: str = "kl", *, step_size: float | None = None
     ) -> None:
         check_kind(divergence)
+        if threat_model.norm not in FREE_NORMS:
+            raise ValueError(
+                f"threat_model must have norm {' or '.join(FREE_NORMS)} for free training, got {threat_model.norm}"
+            )
         if replays < 1:
             raise ValueError(f"replays must be at least 1, got {replays}")
         if step_size is not None and not (step_size > 0.0 and math.isfinite(step_size)):

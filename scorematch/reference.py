@@ -85,6 +85,78 @@ def fab_step(
     return moved.clamp(lower, upper).reshape(x.shape)
 
 
+def l1_step(
+    x: Tensor,  # [N, ...]
+    grad: Tensor,  # [N, ...]
+    x0: Tensor,  # [N, ...] in the box
+    step_size: Tensor,  # [N]
+    moving: Tensor,  # int64 [N]
+    *,
+    eps: float,
+    lower: float = 0.0,
+    upper: float = 1.0,
+) -> Tensor:
+    """Both the largest gradients and the projection are found by sorting."""
+    v, v0, g = (t.reshape(len(x), math.prod(x.shape[1:])) for t in (x, x0, grad))  # [N, D]
+    if v.shape[1] == 0:
+        return x.clone()
+    size = g.abs().nan_to_num(nan=0.0, posinf=math.inf)
+    smallest = size.sort(1, descending=True).values.gather(1, (moving - 1).clamp(0, v.shape[1] - 1)[:, None])
+    moves = ((size >= smallest) & (size > 0) & (moving > 0)[:, None]).to(v.dtype)
+    moves = moves * (step_size[:, None] / moves.sum(1, keepdim=True).clamp_min(1))
+    v = v + torch.where(moves > 0, g.sign() * moves, moves)
+    change = v - v0
+    length, bound = change.abs(), torch.where(change > 0, upper, lower).to(v)
+    room = (bound - v0).abs()
+    shorter = _l1_shortening(length, room, eps)
+    kept = length - shorter
+    nearest = torch.where(kept >= room, bound, v - change.sign() * shorter)
+    return torch.where(kept <= 0, v0, nearest).reshape(x.shape)
+
+
+def _l1_shortening(
+    length: Tensor,  # [N, D]
+    room: Tensor,  # [N, D]
+    eps: float,
+) -> Tensor:  # [N, 1]
+    """The smallest t >= 0 with sum(min(max(length - t, 0), room)) <= eps.
+
+    The sum is linear in t between the corners at which an element leaves the box or reaches 0. From the largest corner
+    on downwards it grows from 0.
+    """
+    total = torch.minimum(length, room).sum(1, keepdim=True)
+    corners, order = torch.cat([length, (length - room).clamp_min(0)], 1).sort(1, descending=True)
+    slope = torch.where(order < length.shape[1], 1, -1).to(length).cumsum(1)  # below a corner
+    grown = (slope[:, :-1] * (corners[:, :-1] - corners[:, 1:])).cumsum(1)
+    grown = torch.cat([torch.zeros_like(total), grown], 1)  # [N, 2 D], the sum at each corner
+    last = (grown < eps).sum(1, keepdim=True).clamp_min(1) - 1
+    shorter = corners.gather(1, last) - (eps - grown.gather(1, last)) / slope.gather(1, last).clamp_min(1)
+    return torch.where(total > eps, shorter.clamp_min(0), total - total)  # 0 or, for a row with NaN, NaN
+
+
+def _to_hyperplane_in_l1(
+    p: Tensor,  # [N, D] in the box
+    w: Tensor,  # [N, D]
+    c: Tensor,  # [N], <w, p> - b
+    lower: float,
+    upper: float,
+) -> Tensor:  # [N, D]
+    """The same in l1: the elements of the largest |w| go to the box, and the last as far as they must.
+
+    Elements of the same |w| go together, each by the same share of its room.
+    """
+    direction = -c.sign().unsqueeze(1) * w.sign()
+    room = torch.where(direction > 0, upper - p, p - lower)
+    weight, order = w.abs().sort(dim=1, descending=True)
+    room = room.gather(1, order)
+    gain = torch.nn.functional.pad((weight * room).cumsum(1), (1, 0))  # [N, D + 1], of the first k elements
+    first, end = (torch.searchsorted(-weight, -weight, right=right) for right in (False, True))  # of the same |w|
+    before, after = gain.gather(1, first), gain.gather(1, end)
+    share = ((c.abs().unsqueeze(1) - before) / (after - before)).clamp(0, 1)
+    moved = torch.where((weight > 0) & (after > before), share * room, torch.zeros_like(room))
+    return direction * torch.zeros_like(moved).scatter(1, order, moved)
+
+
 def _to_hyperplane(
     p: Tensor,  # [N, D] in the box
     w: Tensor,  # [N, D]
@@ -98,6 +170,8 @@ def _to_hyperplane(
     Every element moves in the direction that lowers |c|, by min(t rate, room); sorted by the t at which they meet the
     box, the elements give the decrease of |c| as a piecewise linear function of t.
     """
+    if norm == "l1":
+        return _to_hyperplane_in_l1(p, w, c, lower, upper)
     weight, direction = w.abs(), -c.sign().unsqueeze(1) * w.sign()
     rate = torch.ones_like(w) if norm == "linf" else weight
     room = torch.where(direction > 0, upper - p, p - lower)
@@ -117,7 +191,7 @@ def _to_hyperplane(
 def _lengths(rows: Tensor, norm: str) -> Tensor:
     if rows.shape[1] == 0:
         return rows.new_zeros(len(rows))
-    return rows.norm(dim=1, p=math.inf if norm == "linf" else 2)
+    return rows.norm(dim=1, p={"linf": math.inf, "l2": 2, "l1": 1}[norm])
 
 
 def square_linf(

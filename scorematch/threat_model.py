@@ -10,10 +10,14 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from . import l1_ball
+from .ops.l1_step import l1_project
 from .ops.pgd_step import pgd_step, project
 from .ops.random_start import random_start
 
-NORMS = ("linf", "l2")
+ORDERS = {"linf": math.inf, "l2": 2.0, "l1": 1.0}
+DUAL_ORDERS = {"linf": 1.0, "l2": 2.0, "l1": math.inf}  # of the norm that says how much a gradient can raise a loss
+NORMS = tuple(ORDERS)
 
 
 @runtime_checkable
@@ -56,11 +60,14 @@ class ThreatModel:
     """B(x) = {x' : ‖x' − x‖ ≤ eps, lower ≤ x' ≤ upper}, section 2.2.
 
     Args:
-        norm: ``"linf"`` or ``"l2"`` (over all features of a sample).
-        eps: radius, in the units of the input (pixels in [0, 1] for images); > 0.
+        norm: ``"linf"``, ``"l2"`` or ``"l1"`` (over all features of a sample).
+        eps: radius, in the units of the input (pixels in [0, 1] for images); > 0. In l1 it is a sum over the features:
+            12 is common for CIFAR-10 (Croce & Hein, ICML 2021).
         step_size: length of one step of an attack, same units; None takes eps / 4.
         lower: smallest allowed feature value; may be −inf.
         upper: largest allowed feature value; may be inf.
+        share: l1 alone: of the features, how many a step of PGD moves, in (0, 1]; see
+            :func:`scorematch.l1_ball.sparse_step`.
 
     Raises:
         ValueError: an argument is outside its range, or an Linf ball is larger than the box; the message names it.
@@ -71,6 +78,7 @@ class ThreatModel:
     step_size: float | None = None
     lower: float = 0.0
     upper: float = 1.0
+    share: float = 0.01
 
     def __post_init__(self) -> None:
         if self.norm not in NORMS:
@@ -79,6 +87,8 @@ class ThreatModel:
             raise ValueError(f"eps must be positive and finite, got {self.eps}")
         if self.step_size is not None and not (self.step_size > 0.0 and math.isfinite(self.step_size)):
             raise ValueError(f"step_size must be positive and finite, or None for eps / 4, got {self.step_size}")
+        if not 0.0 < self.share <= 1.0:
+            raise ValueError(f"share must lie in (0, 1], got {self.share}")
         if not self.lower < self.upper:
             raise ValueError(f"the box is empty: lower = {self.lower} is not below upper = {self.upper}")
         if self.norm == "linf" and self.eps > self.upper - self.lower:
@@ -87,16 +97,21 @@ class ThreatModel:
             raise ValueError(f"eps must not be larger than the box {box} is wide, got {self.eps:g}{hint}")
 
     def check_radius(self, features: int) -> None:
-        """Refuse an L2 radius that is larger than the box of inputs with so many features.
+        """Refuse an L2 or L1 radius that is larger than the box of inputs with so many features.
 
         Raises:
-            ValueError: it does.
+            ValueError: it is.
         """
-        diagonal = math.sqrt(features) * (self.upper - self.lower)
-        if self.norm == "l2" and self.eps > diagonal * (1 + 1e-6):
-            hint = "" if self.upper - self.lower != 1.0 else f"; for 8-bit pixels write {self.eps:g}/255"
+        if self.norm == "linf":  # refused when made
+            return
+        width = self.upper - self.lower
+        name, longest = (
+            ("diagonal", math.sqrt(features) * width) if self.norm == "l2" else ("L1 width", features * width)
+        )
+        if self.eps > longest * (1 + 1e-6):
+            hint = "" if width != 1.0 else f"; for 8-bit pixels write {self.eps:g}/255"
             raise ValueError(
-                f"eps must not be larger than the diagonal of the box, {diagonal:.4g} for {features} features, "
+                f"eps must not be larger than the {name} of the box, {longest:.4g} for {features} features, "
                 f"got {self.eps:g}{hint}"
             )
 
@@ -116,6 +131,8 @@ class ThreatModel:
             x: [N, …] clean inputs.
             generator: source of randomness on the device of x.
         """
+        if self.norm == "l1":
+            return l1_ball.random_start(x, generator, eps=self.eps, lower=self.lower, upper=self.upper)
         if self.norm == "linf":
             noise = _empty(x).uniform_(-1.0, 1.0, generator=generator)
             return random_start(x, noise, norm="linf", eps=self.eps, lower=self.lower, upper=self.upper)
@@ -125,7 +142,13 @@ class ThreatModel:
         return random_start(x, noise, norm="l2", eps=self.eps, lower=self.lower, upper=self.upper, radius=radius)
 
     def step(self, x: Tensor, grad: Tensor, x0: Tensor) -> Tensor:
-        """One step of projected gradient ascent from x [N, …] along grad, inside B(x0)."""
+        """One step of projected gradient ascent from x [N, …] along grad, inside B(x0).
+
+        In l1 a share of the features moves, see :func:`scorematch.l1_ball.sparse_step`.
+        """
+        if self.norm == "l1":
+            ball = {"eps": self.eps, "lower": self.lower, "upper": self.upper}
+            return l1_ball.sparse_step(x, grad, x0, step_size=self.step_length, share=self.share, **ball)
         return pgd_step(
             x,
             grad,
@@ -138,7 +161,9 @@ class ThreatModel:
         )
 
     def project(self, x: Tensor, x0: Tensor) -> Tensor:
-        """x [N, …] projected to the ball of x0, then clipped to the box."""
+        """x [N, …] projected to the ball of x0, then clipped to the box; in l1 to the ball and the box at once."""
+        if self.norm == "l1":
+            return l1_project(x, x0, eps=self.eps, lower=self.lower, upper=self.upper)
         return project(x, x0, norm=self.norm, eps=self.eps, lower=self.lower, upper=self.upper)
 
 

@@ -79,7 +79,7 @@ class EvaluateSettings:
 
     # clean accuracy alone, or also PGD, AutoAttack, the checks for masked gradients, or certified accuracy under noise
     attack: Literal["clean", "pgd", "autoattack", "obfuscation", "certify"] = "pgd"
-    norm: Literal["linf", "l2"] | None = None  # norm of the perturbation; None is the run's, or linf
+    norm: Literal["linf", "l2", "l1"] | None = None  # norm of the perturbation; None is the run's, or linf
     eps: float | None = None  # radius in input units; None is the run's
     step_size: float | None = None  # PGD: length of a step in input units; None is eps / 4
     steps: int = 40  # PGD: steps per restart
@@ -292,7 +292,7 @@ def official_autoattack(
     options: dict[str, Any] = {"version": version}
     if version == "fast":
         options = {"version": "custom", "attacks_to_run": ["apgd-ce", "apgd-t"]}
-    norm = {"linf": "Linf", "l2": "L2"}[threat_model.norm]
+    norm = threat_model.norm.capitalize()
     adversary = package.AutoAttack(
         model, norm=norm, eps=threat_model.eps, seed=settings.seed, verbose=True, device=x.device, **options
     )

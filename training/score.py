@@ -68,7 +68,7 @@ class ScoreSettings:
     # following: audit.html, audit.json, chosen.toml
     audit: bool = False
     eps: float | None = None  # audit: radius of the attack in input units; None is that of the data set's recipe
-    norm: Literal["linf", "l2"] | None = None  # audit: its norm; None is that of the data set's recipe
+    norm: Literal["linf", "l2", "l1"] | None = None  # audit: its norm; None is that of the data set's recipe
     # audit: .npy with the label distributions of the test points [N, L] that people gave, such as CIFAR-10H
     human_labels: Path | None = None
     judge_epochs: int | None = None  # training of the classifier that is to recognise the samples; None is by data set

@@ -5,6 +5,7 @@
 #include "../apgd_step.h"
 #include "../divergence.h"
 #include "../fab_step.h"
+#include "../l1_step.h"
 #include "../philox.h"
 #include "../score_step.h"
 #include "../square.h"
@@ -90,6 +91,15 @@ SCOREMATCH_INLINE void work(const ApgdStep<T>& job, int64_t begin, int64_t end) 
   }
 }
 
+template <typename P, typename T>
+SCOREMATCH_INLINE void work(const L1Step<T>& job, int64_t begin, int64_t end) {
+  const int64_t count = job.features;
+  for (int64_t n = begin; n < end; ++n)  // beyond the end of a row x is x0 and grad 0, so that nothing there moves or counts
+    l1_step_row<P>(PackLanes<P>{}, row_of<P>(job.x + n * count, count), row_of<P>(job.grad + n * count, count),
+                   row_of<P>(job.x0 + n * count, count), PackedOutput<P>{job.out + n * count, count}, count, job.step_size[n],
+                   T(job.moving[n]), job.eps, job.box);
+}
+
 template <Norm norm, typename P, typename T>
 SCOREMATCH_INLINE void fab_step_of_sample(const FabStep<T>& job, int64_t n) {
   const int64_t count = job.features, at = n * count;
@@ -104,8 +114,10 @@ SCOREMATCH_INLINE void work(const FabStep<T>& job, int64_t begin, int64_t end) {
   for (int64_t n = begin; n < end; ++n) {
     if (job.norm == Norm::linf)
       fab_step_of_sample<Norm::linf, P>(job, n);
-    else
+    else if (job.norm == Norm::l2)
       fab_step_of_sample<Norm::l2, P>(job, n);
+    else
+      fab_step_of_sample<Norm::l1, P>(job, n);
   }
 }
 
@@ -440,6 +452,7 @@ void run(const Job& job, int64_t begin, int64_t end) {
   SCOREMATCH_INSTANTIATE_JOB(bytes, L2RandomStart<T>)                                  \
   SCOREMATCH_INSTANTIATE_JOB(bytes, ApgdStep<T>)                                       \
   SCOREMATCH_INSTANTIATE_JOB(bytes, FabStep<T>)                                        \
+  SCOREMATCH_INSTANTIATE_JOB(bytes, L1Step<T>)                                         \
   SCOREMATCH_INSTANTIATE_JOB(bytes, SquareLinf<T>)                                     \
   SCOREMATCH_INSTANTIATE_JOB(bytes, SquareL2<T>)                                       \
   SCOREMATCH_INSTANTIATE_JOB(bytes, KeyedUniform<T>)                                   \

@@ -48,6 +48,17 @@ struct L2RandomStart {  // an item is a sample
 };
 
 template <typename T>
+struct L1Step {  // an item is a sample
+  const T *x, *grad, *x0;
+  const T* step_size;     // [N]
+  const int64_t* moving;  // [N]
+  T* out;
+  int64_t features;
+  T eps;
+  Box<T> box;
+};
+
+template <typename T>
 struct ApgdStep {  // an item is a sample
   T *x, *x_prev, *best_x, *best_grad;
   const T *x0, *grad;

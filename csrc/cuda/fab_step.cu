@@ -40,8 +40,10 @@ Tensor fab_step_cuda(const Tensor& x_, const Tensor& x0_, const Tensor& normal_,
     };
     if (static_cast<Norm>(norm) == Norm::linf)
       step(std::integral_constant<Norm, Norm::linf>{});
-    else
+    else if (static_cast<Norm>(norm) == Norm::l2)
       step(std::integral_constant<Norm, Norm::l2>{});
+    else
+      step(std::integral_constant<Norm, Norm::l1>{});
   });
   return out;
 }

@@ -1,14 +1,18 @@
-"""Auto-PGD (Croce & Hein, ICML 2020): gradient ascent whose step size adapts to each sample."""
+"""Auto-PGD (Croce & Hein, ICML 2020 and, for l1, 2021): gradient ascent whose step size adapts to each sample."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..ops.apgd_step import apgd_step
 from ..threat_model import ThreatModel
+from .apgd_l1 import ascend_sparsely
+from .ascent import Ascent
 from .classifier import Classifier, Loss, predicted
 from .losses import UNTARGETED, ranked_targets, targeted_dlr_loss
 from .parts import Batch, run_alone
@@ -18,6 +22,7 @@ from .settings import AttackSettings
 MOMENTUM = 0.75  # weight of the new step against the last move
 SETTLE_EVERY = 4  # steps after which samples that fell leave the batch; on CUDA this waits for the device
 LOSSES = ("ce", "dlr", "dlr-targeted")
+LARGER_RADII = ((3.0, 0.3), (2.0, 0.3), (1.0, 0.4))  # in units of eps, and the share of the steps at each
 
 
 @dataclass
@@ -27,14 +32,19 @@ class APGD(AttackSettings):
     Every iterate is judged, the start included. A sample that falls leaves the batch a few steps later: what is
     returned is misclassified, not the point of highest loss.
 
+    In l1 steps are sparse: the features of the largest gradients move, and how many adapts to each sample.
+
     Args:
-        threat_model: norm, radius and box; its step size is not used.
+        threat_model: norm, radius and box; its step size and share are not used.
         loss: ``"ce"``, ``"dlr"``, or ``"dlr-targeted"``, which tries the classes of rank 2, 3, … of the clean logits.
         n_iter: steps of one run.
         n_restarts: random starts (of each target).
         n_target_classes: how many classes the targeted loss tries, at most; there are never more than L − 1.
         eot_iter: gradients of a randomised model averaged in each step.
-        rho: the step size is halved if the loss rose in at most this share of the steps since the last checkpoint.
+        rho: the step size is halved if the loss rose in at most this share of the steps since the last checkpoint; not
+            in l1.
+        use_largereps: l1 alone: the first 30 % of the steps are taken in the ball of radius 3 eps and the next 30 % in
+            that of 2 eps, each from the projection of the best point so far, as in the paper on l1.
 
     Raises:
         ValueError: an argument is outside its range.
@@ -47,6 +57,7 @@ class APGD(AttackSettings):
     n_target_classes: int = 9
     eot_iter: int = 1
     rho: float = 0.75
+    use_largereps: bool = False
 
     def __post_init__(self) -> None:
         self.check()
@@ -57,6 +68,8 @@ class APGD(AttackSettings):
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
         self.check_counts("n_iter", "n_restarts", "n_target_classes", "eot_iter")
         self.check_share("rho")
+        if self.use_largereps and self.threat_model.norm != "l1":
+            raise ValueError(f"use_largereps is for norm l1, got norm {self.threat_model.norm}")
 
     @property
     def name(self) -> str:
@@ -69,7 +82,7 @@ class APGD(AttackSettings):
 
     def cost(self) -> tuple[int, int]:
         """Forward and backward passes of one part on a sample that survives."""
-        gradients = (self.n_iter + 1) * self.eot_iter
+        gradients = (self.n_iter + len(self._radii())) * self.eot_iter
         return gradients, gradients
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, seed: int = 0) -> Tensor:
@@ -92,12 +105,47 @@ class APGD(AttackSettings):
         Returns:
             Points [N, …], and bool [N], whether the point is misclassified.
         """
-        x, y = batch.x, batch.y
-        start = start_at_distance(self.threat_model, self.threat_model.eps, x, batch.samples, batch.noise)
+        loss: Loss = UNTARGETED.get(self.loss, targeted_dlr_loss)
+        goals: tuple[Tensor, ...] = (batch.y,)
         if self.loss == "dlr-targeted":
-            targets = ranked_targets(classifier.logits(x), 2 + batch.part // self.n_restarts)
-            return self._ascend(classifier, x, targeted_dlr_loss, (y, targets), start)
-        return self._ascend(classifier, x, UNTARGETED[self.loss], (y,), start)
+            goals = (batch.y, ranked_targets(classifier.logits(batch.x), 2 + batch.part // self.n_restarts))
+        if self.threat_model.norm == "l1":
+            return self._ascend_in_l1(classifier, batch, loss, goals)
+        start = start_at_distance(self.threat_model, self.threat_model.eps, batch.x, batch.samples, batch.noise)
+        return self._ascend(classifier, batch.x, loss, goals, start)
+
+    def _radii(self) -> Sequence[tuple[float, int]]:
+        """In which balls the ascent runs, one after the other: their radii, and the steps in each."""
+        if not self.use_largereps:
+            return [(self.threat_model.eps, self.n_iter)]
+        steps = [math.ceil(share * self.n_iter) for _, share in LARGER_RADII[:-1]]
+        steps.append(max(self.n_iter - sum(steps), 0))
+        return [(factor * self.threat_model.eps, n) for (factor, _), n in zip(LARGER_RADII, steps, strict=True)]
+
+    def _ascend_in_l1(
+        self, classifier: Classifier, batch: Batch, loss: Loss, goals: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """Sparse steps in each ball in turn; points beyond eps, met in the larger ones, do not count."""
+        radii = self._radii()
+        x = start_at_distance(self.threat_model, radii[0][0], batch.x, batch.samples, batch.noise)
+        for radius, steps in radii:
+            ball = self.threat_model.replace(eps=radius)
+            if self.use_largereps:
+                batch.noise.skip_start(batch.samples, batch.x)
+                x = ball.project(x, batch.x)
+            x, found, fooled = ascend_sparsely(
+                classifier,
+                batch.x,
+                loss,
+                goals,
+                x,
+                ball=ball,
+                steps=steps,
+                eot_iter=self.eot_iter,
+                random_start=not self.use_largereps,
+                counts=radius == self.threat_model.eps,
+            )
+        return found, fooled
 
     def _ascend(
         self,
@@ -136,7 +184,7 @@ class APGD(AttackSettings):
                 upper=self.threat_model.upper,
             )
             logits, value, state.grad = classifier.gradient(state.x, loss, *here, passes=self.eot_iter)
-            state.judge(predicted(logits) != here[0], value)
+            state.take(predicted(logits) != here[0], value)
             since += 1
             if since == interval:
                 state.adapt(self.rho * interval)
@@ -146,21 +194,12 @@ class APGD(AttackSettings):
 
 
 @dataclass
-class _State:
-    """What a run remembers of each sample that it still attacks; every tensor is [N, …] or [N]."""
+class _State(Ascent):
+    """What a run in linf or l2 remembers besides."""
 
-    rows: Tensor  # its index in the batch
-    x: Tensor
     x_prev: Tensor
-    grad: Tensor  # at x
-    wrong: Tensor  # whether some iterate was misclassified
-    fallen_x: Tensor  # that iterate, the latest
-    best_x: Tensor
-    best_grad: Tensor
-    best_value: Tensor
     improved: Tensor  # whether x is the new best
     restart: Tensor  # whether the next step starts at the best point
-    step_size: Tensor
     rises: Tensor  # steps since the checkpoint in which the loss rose
     previous_value: Tensor
     checkpoint_value: Tensor  # best loss at the last checkpoint
@@ -188,21 +227,9 @@ class _State:
             halved=torch.ones_like(wrong),
         )
 
-    def settle(self, found: Tensor, fooled: Tensor) -> bool:
-        """Write the samples that fell into ``found`` and ``fooled`` and forget them; True if none is left."""
-        if not bool(self.wrong.any()):
-            return len(self.rows) == 0
-        fallen = self.rows[self.wrong]
-        found[fallen], fooled[fallen] = self.fallen_x[self.wrong], True
-        keep = (~self.wrong).nonzero().squeeze(1)
-        for field in fields(self):
-            setattr(self, field.name, getattr(self, field.name)[keep])
-        return len(keep) == 0
-
-    def judge(self, fell: Tensor, value: Tensor) -> None:
+    def take(self, fell: Tensor, value: Tensor) -> None:
         """Take in the verdict and the loss of the new x."""
-        self.fallen_x = torch.where(fell.view(-1, *[1] * (self.x.dim() - 1)), self.x, self.fallen_x)
-        self.wrong = self.wrong | fell
+        self.judge(fell)
         self.improved = value > self.best_value
         self.best_value = torch.where(self.improved, value, self.best_value)
         self.rises = self.rises + (value > self.previous_value)

@@ -28,7 +28,7 @@ from .settings import refuse_unknown
 from .sharing import Share
 from .square import Square
 
-NORMS = {"Linf": "linf", "L2": "l2", "linf": "linf", "l2": "l2"}
+NORMS = {"Linf": "linf", "L2": "l2", "L1": "l1", "linf": "linf", "l2": "l2", "l1": "l1"}
 VERSIONS: dict[str, tuple[str, ...]] = {
     "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
     "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
@@ -67,8 +67,8 @@ class AutoAttack:
     Args:
         model: maps x [N, …] to logits [N, L] of any floating-point type; a module, scripted ones included, or any
             callable (then its mode is its own affair).
-        norm: ``"Linf"`` or ``"L2"``.
-        eps: radius, pixels in [0, 1].
+        norm: ``"Linf"``, ``"L2"`` or ``"L1"``.
+        eps: radius, pixels in [0, 1]; in L1 a sum over all pixels and channels.
         seed: of the random numbers; None draws one.
         verbose: print the accuracy after each attack, and progress where stderr is a terminal.
         attacks_to_run: for ``version="custom"``: names among apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square.
@@ -119,7 +119,7 @@ class AutoAttack:
         if not callable(model):
             raise TypeError(f"model must be callable, got {type(model).__name__}")
         if norm not in NORMS:
-            raise ValueError(f"norm must be Linf or L2 (L1 is not supported), got {norm!r}")
+            raise ValueError(f"norm must be Linf, L2 or L1, got {norm!r}")
         if version not in VERSIONS:
             raise ValueError(f"version must be one of {', '.join(VERSIONS)}, got {version!r}")
         if attacks_to_run and version != "custom":
@@ -146,6 +146,9 @@ class AutoAttack:
             self.apgd.n_restarts = self.fab.n_restarts = 5
         if version == "rand":
             self.apgd.eot_iter = 20
+        if norm.lower() == "l1" and version in ("standard", "fast"):  # as in the official package
+            self.apgd.n_restarts = self.apgd_targeted.n_target_classes = 5
+            self.apgd.use_largereps = self.apgd_targeted.use_largereps = True
         self._check_settings()
 
     def __setattr__(self, name: str, value: Any) -> None:

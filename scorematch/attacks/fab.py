@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.fab_step import fab_step
-from ..threat_model import ThreatModel
+from ..threat_model import DUAL_ORDERS, ThreatModel
+from .ascent import beside
 from .classifier import Classifier
 from .losses import difference, ranked_targets
 from .parts import Batch, run_alone
 from .randomness import start_at_distance
 from .settings import AttackSettings
 
+SETTLE_EVERY = 4  # steps after which samples that fell leave the batch; on CUDA this waits for the device
 HELD = 1 << 24  # numbers in the gradients of several classes that are held at once
 
 
@@ -100,8 +102,17 @@ class FAB(AttackSettings):
         target = ranked_targets(classifier.logits(x), 2 + part // self.n_restarts) if self.targeted else None
         start = x
         if part % self.n_restarts:
-            start = start_at_distance(self.threat_model, self.threat_model.eps / 2, x, batch.samples, batch.noise)
+            start = self._random_start(batch)
         return self._descend(classifier, x, batch.y, target, start)
+
+    def _random_start(self, batch: Batch) -> Tensor:
+        """A point at distance eps / 2, clipped to the box."""
+        model, x, radius = self.threat_model, batch.x, self.threat_model.eps / 2
+        if model.norm != "l1":
+            return start_at_distance(model, radius, x, batch.samples, batch.noise)
+        raw = batch.noise.start(batch.samples, x, model.norm).to(x)
+        length = raw.flatten(1).abs().sum(1).clamp_min(1e-12)
+        return (x + raw * beside(radius / length, x)).clamp(model.lower, model.upper)
 
     def _descend(
         self, classifier: Classifier, x0: Tensor, y: Tensor, target: Tensor | None, start: Tensor
@@ -136,12 +147,12 @@ class FAB(AttackSettings):
             # To an infinite difference of logits no hyperplane leads: all elements are NaN, and the point stays.
             goes = moved.sum(tuple(range(1, x.dim()))).isfinite()
             on_cpu = x.device.type == "cpu"  # elsewhere asking would wait for the device
-            x = moved if on_cpu and bool(goes.all()) else torch.where(_beside(goes, x), moved, x)
+            x = moved if on_cpu and bool(goes.all()) else torch.where(beside(goes, x), moved, x)
             crossed = classifier.label(x) != labels
             near = crossed & (distance(x, centre, model.norm) <= model.eps)
-            near_x = torch.where(_beside(near, x), x, near_x)
+            near_x = torch.where(beside(near, x), x, near_x)
             within = within | near
-            x = torch.where(_beside(crossed, x), centre + (x - centre) * self.beta, x)
+            x = torch.where(beside(crossed, x), centre + (x - centre) * self.beta, x)
         found[rows[within]], fooled[rows[within]] = near_x[within], True
         return found, fooled
 
@@ -169,28 +180,22 @@ class FAB(AttackSettings):
                     own = gradients[every, y]
                 normals = gradients.sub_(own[:, None])
                 flat = normals.flatten(2)
-                dual = flat.abs().sum(2) if self.threat_model.norm == "linf" else flat.norm(dim=2)
+                dual = flat.norm(dim=2, p=DUAL_ORDERS[self.threat_model.norm])
                 distances = (values[:, some].abs() / (1e-12 + dual)).nan_to_num(nan=torch.inf, posinf=torch.inf)
                 distances = distances.masked_fill(some == y[:, None], torch.inf)
                 choice = distances.argmin(1)
                 nearer = distances[every, choice] < least
                 least = torch.where(nearer, distances[every, choice], least)
                 value = torch.where(nearer, values[every, some[choice]], value)
-                normal = torch.where(_beside(nearer, x), normals[every, choice], normal)
+                normal = torch.where(beside(nearer, x), normals[every, choice], normal)
             return value, normal
 
         return nearest
 
 
-SETTLE_EVERY = 4  # steps after which samples that fell leave the batch; on CUDA this waits for the device
-
-
 def distance(x: Tensor, x0: Tensor, norm: str) -> Tensor:
     """‖x − x0‖ of each sample, [N]."""
     offset = (x - x0).flatten(1)
+    if norm == "l1":
+        return offset.abs().sum(1)
     return offset.abs().amax(1) if norm == "linf" else offset.square().sum(1).sqrt()
-
-
-def _beside(mask: Tensor, x: Tensor) -> Tensor:
-    """A mask [N] that broadcasts over [N, …]."""
-    return mask.view(-1, *[1] * (x.dim() - 1))

@@ -25,7 +25,10 @@ class Noise(Protocol):
     depends_on_batch: bool
 
     def start(self, samples: Tensor, like: Tensor, norm: str) -> Tensor:
-        """Noise of a random start, [N, …] as ``like``: uniform in [−1, 1] for linf, standard normal for l2."""
+        """Noise of a random start, [N, …] as ``like``: uniform in [−1, 1] for linf, else standard normal."""
+
+    def skip_start(self, samples: Tensor, like: Tensor) -> None:
+        """Pass by the numbers that the official package draws, [N, …] as ``like``, and does not use."""
 
     def stripes(self, samples: Tensor, channels: int, width: int) -> Tensor:
         """Signs ±1 of Square's first perturbation, [N, channels, 1, width]."""
@@ -34,17 +37,22 @@ class Noise(Protocol):
         """Square's window for linf: corner int64 [N, 2], at most ``room`` from the origin, and signs [N, channels]."""
 
     def tile(self, samples: Tensor, channels: int, tile: int) -> tuple[Tensor, Tensor]:
-        """For one tile of Square's first perturbation in l2: whether it is transposed [N], signs [N, channels]."""
+        """One tile of Square's first perturbation in l2 and l1: whether it is transposed [N], signs [N, channels]."""
 
     def windows(
         self, samples: Tensor, channels: int, room: tuple[int, int], query: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Square's two windows for l2: corners int64 [N, 4], whether to transpose the pattern [N], signs."""
+        """Square's two windows for l2 and l1: corners int64 [N, 4], whether to transpose the pattern [N], signs."""
 
 
 def start_at_distance(model: ThreatModel, radius: float, x: Tensor, samples: Tensor, noise: Noise) -> Tensor:
-    """A random point at distance ``radius`` from x [N, …] (in linf, in the coordinate that moves farthest), clipped."""
+    """A random point at distance ``radius`` from x [N, …] (in linf, in the coordinate that moves farthest), clipped.
+
+    In l1 it is x plus normal noise, projected to the ball and the box.
+    """
     raw = noise.start(samples, x, model.norm)
+    if model.norm == "l1":
+        return model.replace(eps=radius).project(x + raw.to(x), x)
     if model.norm == "linf":
         raw = raw / raw.flatten(1).abs().amax(1).clamp_min(1e-12).view(-1, *[1] * (x.dim() - 1))
     return random_start(x, raw.to(x), norm=model.norm, eps=radius, lower=model.lower, upper=model.upper)
@@ -78,6 +86,9 @@ class KeyedNoise:
         radius, angle = self._uniform(samples, 2 * count, 0).split(count, dim=1)
         normal = (-2 * torch.log1p(-radius)).sqrt() * (2 * math.pi * angle).cos()  # Box and Muller
         return normal.to(like.dtype).view_as(like)
+
+    def skip_start(self, samples: Tensor, like: Tensor) -> None:
+        """No stream, nothing to pass by."""
 
     def stripes(self, samples: Tensor, channels: int, width: int) -> Tensor:
         return _signs(self._uniform(samples, channels * width, 0)).view(-1, channels, 1, width)
@@ -128,6 +139,9 @@ class ReferenceNoise:
         shape = tuple(like.shape)
         noise = 2 * self._rand(*shape) - 1 if norm == "linf" else torch.randn(shape, generator=self._generator)
         return noise.to(like)
+
+    def skip_start(self, samples: Tensor, like: Tensor) -> None:
+        torch.randn(tuple(like.shape), generator=self._generator)
 
     def stripes(self, samples: Tensor, channels: int, width: int) -> Tensor:
         return self._signs(len(samples), channels, 1, width).to(samples.device)

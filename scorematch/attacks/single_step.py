@@ -24,9 +24,11 @@ class SingleStep(NamedTuple):
 SINGLE_STEP = {"fgsm_rs": SingleStep(1.0, 1.25, True), "n_fgsm": SingleStep(2.0, 1.0, False)}
 
 
-def _known(attack: str) -> SingleStep:
+def _known(attack: str, threat_model: ThreatModel) -> SingleStep:
     if attack not in SINGLE_STEP:
         raise ValueError(f"attack must be one of {', '.join(SINGLE_STEP)}, got {attack!r}")
+    if threat_model.norm == "l1":
+        raise ValueError(f"attack {attack!r} is for a threat_model of norm linf or l2, got norm l1: use 'pgd'")
     return SINGLE_STEP[attack]
 
 
@@ -40,7 +42,7 @@ def single_step_start(
     Returns:
         [N, …]; for ``"n_fgsm"`` up to 2 eps away from x.
     """
-    radius = _known(attack).start * threat_model.eps
+    radius = _known(attack, threat_model).start * threat_model.eps
     with torch.no_grad():
         return threat_model.replace(eps=radius).random_start(x, generator)
 
@@ -60,7 +62,7 @@ def single_step(
         x: [N, …] clean inputs.
         gradient: maps x' [N, …] to the direction of ascent there, same shape.
         threat_model: eps, norm and box; the lengths of the steps are the attack's own. Both attacks were published for
-            linf; with l2 balls and directions are Euclidean.
+            linf; with l2 balls and directions are Euclidean. l1 is refused: there one sparse step is no attack.
         attack: ``"fgsm_rs"``: start in B(x), a step of 1.25 eps, projected to B(x);
             ``"n_fgsm"``: start within 2 eps, a step of eps, clipped to the box alone, so that the point may be up to
             3 eps away from x.
@@ -71,13 +73,13 @@ def single_step(
         [N, …] without a graph.
 
     Raises:
-        ValueError: ``attack`` is neither.
+        ValueError: ``attack`` is neither, or the norm is l1.
 
     References:
         Wong et al., Fast is better than free, ICLR 2020 (fgsm_rs).
         de Jorge et al., Make some noise: Reliable and efficient single-step adversarial training, NeurIPS 2022 (n_fgsm)
     """
-    kind = _known(attack)
+    kind = _known(attack, threat_model)
     with torch.no_grad():
         first = single_step_start(x, threat_model, attack, generator) if start is None else start
         return pgd_step(

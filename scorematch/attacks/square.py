@@ -18,6 +18,7 @@ from .randomness import Noise
 from .settings import AttackSettings
 
 SETTLE_EVERY = 8  # queries after which samples that fell leave the batch; on CUDA this waits for the device
+WITHIN = 1 - 1e-6  # of eps in l1: a hair of room, so that rounding stays inside the ball
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries (of 10,000) after which the window's area halves
 
 
@@ -85,7 +86,7 @@ class Square(AttackSettings):
             query = int(query / self.n_queries * 10_000)
         p = self.p_init / 2 ** sum(query > after for after in HALVINGS)
         side = round(math.sqrt(p * height * width))
-        if self.threat_model.norm == "l2":
+        if self.threat_model.norm != "linf":
             side = max(side, 3)
             side += side % 2 == 0
         return min(max(side, 1), height, width)
@@ -146,7 +147,10 @@ class Square(AttackSettings):
         return _margin_of_truth(classifier.logits(proposal), labels)
 
     def _first(self, x: Tensor, samples: Tensor, noise: Noise) -> Tensor:
-        """Vertical stripes of ±eps (linf), or tiles of the l2 pattern, scaled to length eps; clipped to the box."""
+        """Vertical stripes of ±eps (linf), or tiles of a pattern, scaled to length eps; clipped to the box.
+
+        In l1 the tiles are projected to the ball and the box instead.
+        """
         model = self.threat_model
         channels, height, width = x.shape[1:]
         if model.norm == "linf":
@@ -154,7 +158,7 @@ class Square(AttackSettings):
             return (x + model.eps * stripes).clamp(model.lower, model.upper)
         side = max(height // 5, 1)
         margin = (height - side * 5) // 2
-        pattern = l2_pattern(side).to(x)
+        pattern = PATTERNS[model.norm](side).to(x)
         delta = torch.zeros_like(x)
         tile = 0
         for i in range(height // side):
@@ -166,6 +170,8 @@ class Square(AttackSettings):
                 piece = turned * signs.to(x).view(-1, channels, 1, 1)
                 delta[:, :, rows, columns] += piece[..., : max(rows.stop - top, 0), : max(columns.stop - left, 0)]
                 tile += 1
+        if model.norm == "l1":
+            return model.replace(eps=model.eps * WITHIN).project(x + delta, x)
         length = delta.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
         return (x + delta / (length + 1e-12) * model.eps).clamp(model.lower, model.upper)
 
@@ -179,6 +185,8 @@ class Square(AttackSettings):
             corner, sign = noise.window(samples, channels, room, query)
             return square_linf(best, x, corner, sign.to(x), side=side, **box)
         corners, transpose, sign = noise.windows(samples, channels, room, query)
+        if model.norm == "l1":
+            return square_l1(best, x, corners, sign.to(x), l1_pattern(side).to(x), transpose, model)
         return square_l2(best, x, corners, sign.to(x), l2_pattern(side).to(x), transpose, **box)
 
 
@@ -187,21 +195,70 @@ def _margin_of_truth(logits: Tensor, labels: Tensor) -> Tensor:
     return -margin_loss(logits, labels).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
+def square_l1(
+    best: Tensor, x0: Tensor, corners: Tensor, sign: Tensor, pattern: Tensor, transpose: Tensor, model: ThreatModel
+) -> Tensor:
+    """The proposal of Square in l1: as in l2 (:func:`scorematch.ops.square_l2`), with lengths in l1.
+
+    One window of the perturbation is set to 0. Another gains: the sum of its old direction and of the pattern, as long
+    as what both windows had and C times the share of a channel in what the ball has left. What is too long is then
+    projected to the ball and the box.
+
+    Args:
+        best, x0: [N, C, H, W].
+        corners: int64 [N, 4], first row and column of the window that gains, then of the one that loses.
+        sign: [N, C], 1 or −1.
+        pattern: [side, side], of length 1.
+        transpose: bool [N].
+    """
+    count, channels, height, width = best.shape
+    side = torch.arange(len(pattern), device=best.device)
+    delta = (best - x0).flatten(2)  # [N, C, H W]
+    gains, loses = (
+        ((corner[:, 0, None] + side)[:, :, None] * width + (corner[:, 1, None] + side)[:, None]).flatten(1)
+        for corner in corners.split(2, 1)
+    )  # [N, side²], places in an image
+    either = torch.zeros(count, height * width, dtype=torch.bool, device=best.device)
+    either = either.scatter(1, gains, True).scatter(1, loses, True)
+    both = (delta.abs() * either[:, None]).sum(2, keepdim=True)
+    spare = (model.eps - delta.abs().sum((1, 2)).view(-1, 1, 1)).clamp_min(0)
+    gains, loses = (t[:, None].expand(-1, channels, -1) for t in (gains, loses))
+    old = delta.gather(2, gains)
+    bump = torch.where(transpose.view(-1, 1, 1), pattern.T, pattern).flatten(1)
+    new = bump[:, None] * sign[:, :, None] + old / (1e-12 + old.abs().sum(2, keepdim=True))
+    new = new / (1e-12 + new.abs().sum(2, keepdim=True)) * (spare / channels + both) * channels
+    delta = delta.scatter(2, loses, 0.0).scatter(2, gains, new)
+    return model.replace(eps=model.eps * WITHIN).project(x0 + delta.view(best.shape), x0)
+
+
 @cache
 def l2_pattern(side: int) -> Tensor:
     """The l2 move of the paper (section 4.2): a peak above a trough, [side, side], of length 1."""
+    return _pattern(side, p=2, falloff=2)
+
+
+@cache
+def l1_pattern(side: int) -> Tensor:
+    """The same for l1, with steeper peaks and of l1 length 1 (Croce & Hein, Mind the box, ICML 2021)."""
+    return _pattern(side, p=1, falloff=4)
+
+
+PATTERNS = {"l2": l2_pattern, "l1": l1_pattern}
+
+
+def _pattern(side: int, p: int, falloff: int) -> Tensor:
     pattern = torch.zeros(side, side)
     half = side // 2
-    pattern[:half] = _peak(half, side)
-    pattern[half:] = -_peak(side - half, side)
-    return pattern / pattern.norm()
+    pattern[:half] = _peak(half, side, p, falloff)
+    pattern[half:] = -_peak(side - half, side, p, falloff)
+    return pattern / pattern.norm(p=p)
 
 
-def _peak(height: int, width: int) -> Tensor:
-    """Nested rectangles of weight 1 / k², centred, [height, width], of length 1."""
+def _peak(height: int, width: int, p: int, falloff: int) -> Tensor:
+    """Nested rectangles of weight k^−falloff, centred, [height, width], of length 1 in the p-norm."""
     peak = torch.zeros(height, width)
     middle = (height // 2, width // 2)
     for k in range(max(height, width) // 2 + 1):
         top, left = middle[0] - k, middle[1] - k
-        peak[max(top, 0) : top + 2 * k + 1, max(left, 0) : left + 2 * k + 1] += 1.0 / (k + 1) ** 2
-    return peak / peak.norm().clamp_min(1e-12)
+        peak[max(top, 0) : top + 2 * k + 1, max(left, 0) : left + 2 * k + 1] += 1.0 / (k + 1) ** falloff
+    return peak / peak.norm(p=p).clamp_min(1e-12)

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from ..ops.logit_divergence import logit_divergence
 from ..posteriors.base import Posterior
-from ..threat_model import ThreatModel
+from ..threat_model import DUAL_ORDERS, ThreatModel
 from .estimates import Estimate, estimate
 from .search import Ascent, Problem, clean_values, explore
+
+ONE_FEATURE = 1e-12  # a share of the features so small that one of them moves
 
 
 class Theorem4(NamedTuple):
@@ -53,7 +55,8 @@ def theorem_4(
 ) -> Theorem4:
     """Theorem 4: R_SCORE^l1 = R_Standard^l1 + 2ε E‖∇ₓ p_d(Y_d(x)|x) − ∇ₓ p_θ(Y_d(x)|x)‖_q + o(ε) (Eqs. 22 to 25).
 
-    Y_d(x) = arg max_y p_d(y|x), and ‖·‖_q is dual to the norm of B(x): l1 for linf, l2 for l2. The identity is one of
+    Y_d(x) = arg max_y p_d(y|x), and ‖·‖_q is dual to the norm of B(x): l1 for linf, l2 for l2, linf for l1.
+    The identity is one of
     limits, so call it for falling ``eps`` and see ``remainder`` vanish.
 
     The assumption, p_d > p_θ at Y_d(x) and p_d < p_θ at every other class, is needed from three classes on; without
@@ -97,7 +100,8 @@ def theorem_4(
         values = logit_divergence(found_logits.reshape(-1, classes), found_p.reshape(-1, classes), kind="l1")
         torch.maximum(largest, values.reshape(count, points).amax(1), out=largest)
 
-    along = threat_model.replace(step_size=eps).step(x, slope, x)
+    steepest = threat_model.replace(step_size=eps, share=ONE_FEATURE)  # in l1 it is that of the largest slope alone
+    along = steepest.step(x, slope, x)
     climb = Ascent(lambda found, z: logit_divergence(z, found, kind="l1"), starts=(along,))
     explore(problem, [climb], look, candidates=candidates, steps=steps, restarts=restarts, generator=generator)
     increase = largest - clean
@@ -127,8 +131,7 @@ def _difference_gradient(problem: Problem, coefficients: Tensor) -> Tensor:
 
 
 def _dual_norm(gradient: Tensor, norm: str) -> Tensor:
-    flat = gradient.flatten(1)
-    return flat.abs().sum(1) if norm == "linf" else flat.norm(dim=1)
+    return gradient.flatten(1).norm(dim=1, p=DUAL_ORDERS[norm])
 
 
 @runtime_checkable

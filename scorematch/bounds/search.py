@@ -16,7 +16,7 @@ from ..attacks.pgd import ascend
 from ..inputs import check_box, check_floating
 from ..posteriors import Ensemble
 from ..posteriors.base import PointwisePosterior, Posterior
-from ..threat_model import ThreatModel
+from ..threat_model import ORDERS, ThreatModel
 
 ROWS = 2**15  # candidates that are evaluated at a time
 FEATURES = 2**24  # and their features
@@ -176,7 +176,7 @@ def _check_candidates(candidates: Tensor, x: Tensor, threat_model: ThreatModel) 
     if candidates.numel() == 0:
         raise ValueError(f"candidates must hold at least one point for each sample, got {list(candidates.shape)}")
     offsets = (candidates - x[:, None]).flatten(2)
-    lengths = offsets.abs().amax(2) if threat_model.norm == "linf" else offsets.norm(dim=2)
+    lengths = offsets.norm(dim=2, p=ORDERS[threat_model.norm])
     farthest = float(lengths.max())
     rounding = 1e-5 * threat_model.eps + 8 * torch.finfo(x.dtype).eps * float(x.abs().max())
     if not farthest <= threat_model.eps + rounding:

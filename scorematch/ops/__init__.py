@@ -8,6 +8,7 @@ from .apgd_step import apgd_step
 from .divergence import DIVERGENCES, divergence
 from .fab_step import fab_step
 from .keyed_uniform import keyed_uniform
+from .l1_step import l1_project, l1_step
 from .logit_divergence import logit_divergence
 from .pgd_step import pgd_step, project
 from .random_start import random_start
@@ -21,6 +22,8 @@ __all__ = [
     "divergence",
     "fab_step",
     "keyed_uniform",
+    "l1_project",
+    "l1_step",
     "logit_divergence",
     "pgd_step",
     "project",

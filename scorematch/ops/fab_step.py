@@ -16,7 +16,9 @@ from ._checks import (
     without_graph,
 )
 from .apgd_step import check_per_sample
-from .pgd_step import NORMS
+from .pgd_step import NORMS as BALLS
+
+NORMS = {**BALLS, "l1": 2}  # csrc/options.h
 
 
 def fab_step(
@@ -44,8 +46,10 @@ def fab_step(
     with w = `normal`, d = `difference`: the hyperplane where the linear model d + ⟨w, · - x⟩ of the difference of two
     logits is 0. Where it misses the box, δ leads to the corner of the box nearest to it. A sample of w = 0 has δ = 0.
     An element moves by min(t, room) (linf) or min(t |w|, room) (l2) against the sign of d; t is found by Newton's
-    method on a piecewise linear function, exactly and without sorting. Neither the norm of w nor the scale of (w, d)
-    matters. A NaN or an infinite value makes the sample NaN. No gradient passes through.
+    method on a piecewise linear function, exactly and without sorting. In l1 the elements of the largest |w| go to the
+    box, one after the other; the last goes as far as it must, or those of the same |w| by the same share of their room.
+    Neither the norm of w nor the scale of (w, d) matters. A NaN or an infinite value makes the sample NaN. No gradient
+    passes through.
 
     Args:
         x: the current point, `[N, ...]` in the box; float32 or float64, on CUDA also float16 or bfloat16.
@@ -53,7 +57,7 @@ def fab_step(
         normal: the gradient of `difference` at `x`, like `x`.
         difference: logit of the target minus that of the label at `x`, `[N]`, in the dtype of `x` (float32 is also
             allowed with half precision).
-        norm: `"linf"` or `"l2"` (of each sample).
+        norm: `"linf"`, `"l2"` or `"l1"` (of each sample).
         alpha_max: largest weight of the original point, in [0, 1].
         overshoot: factor on δ, at least 0; above 1 the step crosses the boundary.
         lower, upper: the box, `lower < upper`, both finite.

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from scorematch import AutoAttack
 
-EPS = {"Linf": 0.03, "L2": 0.2}
+EPS = {"Linf": 0.03, "L2": 0.2, "L1": 1.0}
 COUNT = 40
 
 

@@ -14,14 +14,15 @@ from scorematch.attacks.classifier import Classifier, cache_chunk, channels_last
 from scorematch.attacks.losses import dlr_loss, margin_loss, ranked_targets, targeted_dlr_loss
 from scorematch.attacks.parts import Batch, Search
 from scorematch.attacks.randomness import KeyedNoise, ReferenceNoise
-from scorematch.attacks.square import l2_pattern
+from scorematch.attacks.square import l1_pattern, l2_pattern
+from scorematch.threat_model import DUAL_ORDERS, ORDERS
 
-NORMS = ["linf", "l2"]
-EPS = {"linf": 0.03, "l2": 0.2}
+NORMS = ["linf", "l2", "l1"]
+EPS = {"linf": 0.03, "l2": 0.2, "l1": 1.0}
 GRADIENT_ATTACKS = {
-    "apgd-ce": lambda model: APGD(model, loss="ce"),
-    "apgd-dlr": lambda model: APGD(model, loss="dlr"),
-    "apgd-t": lambda model: APGD(model, loss="dlr-targeted"),
+    "apgd-ce": lambda model: APGD(model, loss="ce", use_largereps=model.norm == "l1"),
+    "apgd-dlr": lambda model: APGD(model, loss="dlr", use_largereps=model.norm == "l1"),
+    "apgd-t": lambda model: APGD(model, loss="dlr-targeted", use_largereps=model.norm == "l1"),
     "fab": lambda model: FAB(model, targeted=False),
     "fab-t": FAB,
 }
@@ -45,13 +46,13 @@ def distances(model: Linear, x: Tensor, y: Tensor, norm: str) -> Tensor:
     logits = model(x)
     gaps = logits.gather(1, y[:, None]) - logits  # [N, L]
     normals = model.weight[y][:, None] - model.weight  # [N, L, D]
-    dual = normals.abs().sum(2) if norm == "linf" else normals.norm(dim=2)
+    dual = normals.norm(dim=2, p=DUAL_ORDERS[norm])
     return (gaps / dual).scatter(1, y[:, None], math.inf).amin(1)
 
 
 def length(offset: Tensor, norm: str) -> Tensor:
     flat = offset.flatten(1)
-    return flat.abs().amax(1) if norm == "linf" else flat.norm(dim=1)
+    return flat.norm(dim=1, p=ORDERS[norm])
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -171,21 +172,22 @@ def test_square_asks_no_query_for_a_proposal_that_changes_nothing() -> None:
 
 def test_windows_shrink_by_the_schedule() -> None:
     """p = .8, .4, .2, .1, .05, .025, .0125, .00625: sides of the published schedule for 32×32 images."""
-    linf, l2 = (Square(ThreatModel(norm, 1.0)) for norm in NORMS)
+    linf, l2, l1 = (Square(ThreatModel(norm, 1.0)) for norm in NORMS)
     queries = [0, 10, 11, 51, 201, 501, 1001, 2001, 4001]
     sides = [round(math.sqrt(p * 1024)) for p in (0.8, 0.8, 0.4, 0.2, 0.1, 0.05, 0.025, 0.0125, 0.00625)]
     assert [linf.window_side(q, 32, 32) for q in queries] == sides
-    assert all(side % 2 == 1 and side >= 3 for side in (l2.window_side(q, 32, 32) for q in queries))
+    for other in (l2, l1):
+        assert all(side % 2 == 1 and side >= 3 for side in (other.window_side(q, 32, 32) for q in queries))
     stretched = Square(ThreatModel("linf", 1.0), n_queries=5000, rescale_schedule=True)
     assert stretched.window_side(26, 32, 32) == linf.window_side(52, 32, 32)
 
 
 @pytest.mark.parametrize("side", [1, 2, 3, 5, 8])
 def test_the_l2_pattern_has_a_peak_above_a_trough(side: int) -> None:
-    pattern = l2_pattern(side)
-    assert pattern.norm() == pytest.approx(1.0)
-    assert (pattern[: side // 2] > 0).all()
-    assert (pattern[side // 2 :] < 0).all()
+    for pattern, order in ((l2_pattern(side), 2), (l1_pattern(side), 1)):
+        assert pattern.norm(p=order) == pytest.approx(1.0)
+        assert (pattern[: side // 2] > 0).all()
+        assert (pattern[side // 2 :] < 0).all()
 
 
 def test_dlr_loss_is_the_papers_ratio() -> None:

@@ -9,6 +9,7 @@ from scorematch import PGD, ThreatModel
 from scorematch.attacks.losses import margin_loss
 from scorematch.attacks.pgd import LOSSES, misclassified
 from scorematch.model_state import borrowed
+from scorematch.threat_model import DUAL_ORDERS, NORMS
 
 
 class Linear(nn.Module):
@@ -23,7 +24,7 @@ class Linear(nn.Module):
         return torch.stack([margin, -margin], 1)
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("loss", ["ce", "margin", "se", "js"])
 def test_linear_model_is_attacked_exactly(norm: str, loss: str) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -31,9 +32,11 @@ def test_linear_model_is_attacked_exactly(norm: str, loss: str) -> None:
     x = 0.3 + 0.4 * torch.rand(200, 3, 2, 2, generator=generator)
     model = Linear(weight, -float((x.flatten(1) @ weight).mean()) + 0.6)
     y = torch.zeros(200, dtype=torch.int64)
-    dual = weight.abs().sum() if norm == "linf" else weight.norm()
+    dual = weight.norm(p=DUAL_ORDERS[norm])
     margin = x.flatten(1) @ weight + model.bias
-    threat_model = ThreatModel(norm, 0.1 if norm == "linf" else 0.25)  # small enough for the box not to matter
+    threat_model = ThreatModel(
+        norm, {"linf": 0.1, "l2": 0.25, "l1": 0.3}[norm]
+    )  # small enough for the box not to matter
     robust = margin - threat_model.eps * dual > 1e-4
     attackable = margin - threat_model.eps * dual < -1e-4
     x_adv = PGD(threat_model, steps=40, losses=(loss,))(model, x, y, generator)

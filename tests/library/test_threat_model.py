@@ -8,18 +8,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scorematch import ThreatModel
+from scorematch.threat_model import NORMS, ORDERS
 
 
 def inside(threat_model: ThreatModel, x: torch.Tensor, x0: torch.Tensor) -> bool:
     difference = (x - x0).flatten(1)
-    distance = difference.abs().amax(1) if threat_model.norm == "linf" else difference.norm(dim=1)
+    distance = difference.norm(dim=1, p=ORDERS[threat_model.norm])
     in_box = bool((x >= threat_model.lower).all() and (x <= threat_model.upper).all())
     return in_box and bool((distance <= threat_model.eps * (1 + 1e-5) + 1e-6).all())
 
 
 @settings(max_examples=40, deadline=None)
 @given(
-    norm=st.sampled_from(["linf", "l2"]),
+    norm=st.sampled_from(NORMS),
     eps=st.floats(1e-3, 10.0),
     step=st.floats(1e-3, 10.0),
     seed=st.integers(0, 10_000),
@@ -48,18 +49,24 @@ def test_random_starts_are_uniform_in_the_ball() -> None:
     quantile = (l2.norm(dim=1) / 2.0) ** 3
     assert float(quantile.mean()) == pytest.approx(0.5, abs=0.01)
     assert float(quantile.var()) == pytest.approx(1 / 12, rel=0.03)
+    l1 = ThreatModel("l1", 2.0, lower=-math.inf, upper=math.inf).random_start(x, generator)
+    quantile = (l1.abs().sum(1) / 2.0) ** 3
+    assert float(quantile.mean()) == pytest.approx(0.5, abs=0.01)
+    assert float(quantile.var()) == pytest.approx(1 / 12, rel=0.03)
+    assert l1.mean(0).abs().max() < 0.02
+    assert l1.abs().mean(0).std() < 0.01, "no feature is special"
 
 
 def test_random_start_repeats_with_its_generator() -> None:
     x = torch.rand(5, 1, 4, 4)
-    for norm in ("linf", "l2"):
+    for norm in NORMS:
         threat_model = ThreatModel(norm, 0.3)
         first = threat_model.random_start(x, torch.Generator().manual_seed(3))
         assert torch.equal(first, threat_model.random_start(x, torch.Generator().manual_seed(3)))
 
 
 def test_empty_batch() -> None:
-    for norm in ("linf", "l2"):
+    for norm in NORMS:
         threat_model = ThreatModel(norm, 0.3)
         x = torch.empty(0, 3, 8, 8)
         assert threat_model.step(threat_model.random_start(x), x, x).shape == x.shape
@@ -74,7 +81,9 @@ def test_step_length_defaults_to_a_quarter_of_eps() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"norm": "l1", "eps": 0.1}, "norm must be one of linf, l2, got 'l1'"),
+        ({"norm": "l3", "eps": 0.1}, "norm must be one of linf, l2, l1, got 'l3'"),
+        ({"norm": "l1", "eps": 0.1, "share": 0.0}, r"share must lie in \(0, 1\], got 0.0"),
+        ({"norm": "l1", "eps": 0.1, "share": 1.5}, r"share must lie in \(0, 1\], got 1.5"),
         ({"norm": "linf", "eps": 0.0}, "eps must be positive and finite, got 0.0"),
         ({"norm": "linf", "eps": -1.0}, "eps must be positive"),
         ({"norm": "linf", "eps": math.nan}, "eps must be positive"),
@@ -89,7 +98,7 @@ def test_bad_input(arguments: dict, message: str) -> None:
         ThreatModel(**arguments)
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", NORMS)
 def test_random_starts_do_not_depend_on_the_memory_format(norm: str) -> None:
     x = torch.rand(4, 3, 5, 6)
     threat_model = ThreatModel(norm, 0.1)
@@ -115,3 +124,32 @@ def test_a_radius_in_pixel_values_is_refused() -> None:
     ball.replace(eps=0.5).check_radius(3072)
     ball.replace(eps=math.sqrt(3072)).check_radius(3072)
     ThreatModel("l2", 128, lower=-math.inf, upper=math.inf).check_radius(3072)
+    sums = ThreatModel("l1", 3060)
+    sums.check_radius(3072)
+    with pytest.raises(
+        ValueError, match=r"L1 width of the box, 784 for 784 features, got 3060; for 8-bit pixels write"
+    ):
+        sums.check_radius(784)
+
+
+def test_a_step_in_l1_moves_the_largest_gradients_that_the_box_lets_move() -> None:
+    x = torch.tensor([[0.5, 1.0, 0.0, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5]])
+    grad = torch.tensor([[0.1, 9.0, -9.0, -3.0, 0.2, math.nan, 0.0, 2.0, 0.3, 0.1]])
+    one = ThreatModel("l1", 1.0, step_size=0.2, share=0.1)
+    two = one.replace(share=0.2)
+    move = torch.zeros(1, 10)
+    move[0, 3] = -0.2
+    torch.testing.assert_close(one.step(x, grad, x) - x, move)
+    move[0, 3], move[0, 7] = -0.1, 0.1
+    torch.testing.assert_close(two.step(x, grad, x) - x, move)
+    assert torch.equal(two.step(x, torch.zeros_like(x), x), x)
+    far = two.replace(step_size=9.0).step(x, grad, x)
+    assert far[0, 3] == 0.0, "to the box"
+    assert far[0, 7] == 1.0
+
+
+def test_projecting_in_l1_minds_the_box() -> None:
+    """To the ball first and to the box then is another point, and not the nearest."""
+    x0 = torch.tensor([[0.9, 0.5]])
+    x = torch.tensor([[1.9, 1.0]])
+    torch.testing.assert_close(ThreatModel("l1", 0.5).project(x, x0), torch.tensor([[1.0, 0.9]]))

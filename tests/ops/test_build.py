@@ -19,6 +19,7 @@ OPERATORS = [
     "divergence",
     "fab_step",
     "keyed_uniform",
+    "l1_step",
     "logit_divergence",
     "pgd_step",
     "random_start",
@@ -29,7 +30,7 @@ OPERATORS = [
 ]
 
 
-SIMD_TESTS = ["apgd_step", "divergence", "fab_step", "keyed_uniform", "score_step", "square", "threat_model"]
+SIMD_TESTS = ["apgd_step", "divergence", "fab_step", "keyed_uniform", "l1_step", "score_step", "square", "threat_model"]
 
 
 def run(command: list[str], **options) -> subprocess.CompletedProcess[str]:

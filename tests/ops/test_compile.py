@@ -45,6 +45,9 @@ def every_attack_operator(x0: Tensor, grad: Tensor, samples: Tensor) -> tuple[Te
     x = ops.square_l2(x, x0, corner, sign, torch.ones_like(x0[0, 0, :2, :2]), flags, eps=0.7)
     x = ops.fab_step(x, x0, grad, uniform[:, 1], norm="linf")
     x = ops.fab_step(x, x0, grad, uniform[:, 2], norm="l2")
+    x = ops.fab_step(x, x0, grad, uniform[:, 2], norm="l1")
+    x = ops.l1_step(x, grad, x0, uniform[:, 3], samples + 3, eps=2.0)
+    x = ops.l1_project(x, x0, eps=1.0)
     x_prev, best_x, best_grad = x0.clone(), x.clone(), grad.clone()
     for norm in ("linf", "l2"):
         ops.apgd_step(

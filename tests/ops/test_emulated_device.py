@@ -15,7 +15,7 @@ import pytest
 from .emulated_device import build
 
 ROOT = Path(__file__).resolve().parents[2]
-OPERATORS = ["apgd_step", "divergence", "fab_step", "keyed_uniform", "score_step", "square", "threat_model"]
+OPERATORS = ["apgd_step", "divergence", "fab_step", "keyed_uniform", "l1_step", "score_step", "square", "threat_model"]
 KERNELS = {
     name
     for source in (ROOT / "csrc/cuda").glob("*.cu")

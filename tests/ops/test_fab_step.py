@@ -18,7 +18,8 @@ from scorematch.ops import fab_step
 
 from .conftest import assert_close
 
-NORMS = ["linf", "l2"]
+NORMS = ["linf", "l2", "l1"]
+ORDERS = {"linf": math.inf, "l2": 2, "l1": 1}
 SHAPES = [(7,), (5, 1), (3, 16), (5, 3, 5, 7), (4, 3, 4, 5, 6), (6, 3, 33, 31), (0, 3, 4, 4), (3, 0)]
 
 
@@ -100,10 +101,10 @@ def test_move_meets_the_hyperplane_inside_the_box(drawn):
 @settings(max_examples=40, deadline=None)
 @given(random_problem)
 def test_move_is_the_shortest(drawn):
-    """linf: a linear program in (delta, t). l2: the dual by bisection, delta = clip(p - nu w) - p."""
+    """linf: a linear program in (delta, t); l1: one in what goes up and what goes down. l2: the dual by bisection, delta = clip(p - nu w) - p."""
     seed, norm, count, share, box = drawn
     p, w, c = problem(seed, count, share, box)
-    lengths = move_to_hyperplane(p, w, c, norm, *box).norm(dim=1, p=math.inf if norm == "linf" else 2)
+    lengths = move_to_hyperplane(p, w, c, norm, *box).norm(dim=1, p=ORDERS[norm])
     for length, p_n, w_n, c_n in zip(lengths.tolist(), p.numpy(), w.numpy(), c.tolist(), strict=True):
         if norm == "linf":
             identity, ones = np.eye(count), np.ones((count, 1))
@@ -118,6 +119,16 @@ def test_move_is_the_shortest(drawn):
             )
             assert solved.status == 0
             assert length == pytest.approx(solved.fun, rel=1e-6, abs=3e-7)
+        elif norm == "l1":
+            size = np.abs(w_n).max() or 1.0
+            solved = linprog(
+                np.ones(2 * count),
+                A_eq=np.r_[w_n, -w_n][None] / size,
+                b_eq=[-c_n / size],
+                bounds=[*((0, room) for room in np.r_[box[1] - p_n, p_n - box[0]])],
+            )
+            assert solved.status == 0
+            assert length == pytest.approx(solved.fun, rel=1e-6, abs=1e-6)
         elif c_n != 0:
 
             def residual(nu: float, p_n: np.ndarray = p_n, w_n: np.ndarray = w_n, c_n: float = c_n) -> float:
@@ -199,7 +210,7 @@ def test_memory_formats(norm, arrange, arranged, device):
     assert actual.is_contiguous(memory_format=torch.channels_last if keeps else torch.contiguous_format)
 
 
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("number", [0, 1, 2])
 def test_opcheck(number, device):
     x, x0, normal, difference = inputs((4, 3, 6, 5), device, torch.float32)
     step = torch.ops.scorematch.fab_step.default
@@ -221,7 +232,7 @@ def test_no_gradient_passes_through(device):
         ({"difference": torch.rand(2).double()}, TypeError, r"difference is torch.float64 but x is torch.float32"),
         ({"difference": 0.1}, TypeError, r"difference must be a torch.Tensor, got float"),
         ({"x": torch.tensor(1.0)}, ValueError, r"x has shape \[\], but must be a batch"),
-        ({"norm": "l1"}, ValueError, r"norm must be one of \{linf, l2\}, got 'l1'"),
+        ({"norm": "l3"}, ValueError, r"norm must be one of \{linf, l2, l1\}, got 'l3'"),
         ({"alpha_max": -0.1}, ValueError, r"alpha_max must be in \[0, 1\], got -0.1"),
         ({"overshoot": math.inf}, ValueError, r"overshoot must be finite and at least 0, got inf"),
         ({"upper": math.inf}, ValueError, r"the box must be finite with lower less than upper, got lower=0.0 and upper=inf"),

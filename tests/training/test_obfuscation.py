@@ -140,6 +140,7 @@ def test_radii_reach_across_the_box_and_hold_eps_once() -> None:
     assert l2 == sorted(set(l2))
     assert 0.5 in l2
     assert l2[-1] == pytest.approx(math.sqrt(3072))
+    assert obfuscation.radii(ThreatModel("l1", 12.0), 3072)[-1] == pytest.approx(3072)
     assert len(obfuscation.radii(ThreatModel("l2", 20.0), 64)) >= 1
 
 

@@ -343,6 +343,8 @@ def test_smoothing_refuses(y: torch.Tensor, classes: int, amount: float, message
         ("--objective standard --awp 0.005", "awp: 0.005 with standard training"),
         ("--attack n_fgsm --attack-start uniform", "attack_start: 'uniform' with n_fgsm, which has its own"),
         ("--objective trades --free-replays 4", "free_replays: 4 with trades, allowed: with pgd_at"),
+        ("--norm l1 --attack n_fgsm", "norm: 'l1' with n_fgsm, allowed: with attack pgd and without free_replays"),
+        ("--norm l1 --free-replays 4", "norm: 'l1' with free_replays, allowed: with attack pgd"),
         ("--graph on --device cpu", "graph: 'on' on cpu, allowed: auto or off, or a CUDA device"),
         ("--precision tf32 --device cpu", "precision: 'tf32' on cpu, allowed: auto, float32 or bfloat16"),
         ("--free-replays 4 --clip 0.4", "clip: 0.4 with free_replays, allowed: 0.0"),

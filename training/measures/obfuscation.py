@@ -39,7 +39,7 @@ def radii(threat_model: ThreatModel, features: int) -> list[float]:
     if threat_model.norm == "linf":
         grid = [radius * width for radius in LINF_RADII]
     else:
-        diameter, factor = width * math.sqrt(features), 2.0
+        diameter, factor = width * (features if threat_model.norm == "l1" else math.sqrt(features)), 2.0
         grid = [eps * part for part in (0.25, 0.5, 0.75, 1.5)]
         while eps * factor < diameter:
             grid.append(eps * factor)

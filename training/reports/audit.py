@@ -63,8 +63,8 @@ class Candidate(NamedTuple):
 
 
 def reach(threat_model: ThreatModel, features: int) -> float:
-    """Noise as long as the attack: its L2 norm is eps for L2, and eps √features, that of a corner, for Linf."""
-    return threat_model.eps / math.sqrt(features) if threat_model.norm == "l2" else threat_model.eps
+    """Noise as long as the longest attack: its L2 norm is eps for L2 and L1, a corner's eps √features for Linf."""
+    return threat_model.eps if threat_model.norm == "linf" else threat_model.eps / math.sqrt(features)
 
 
 def write(

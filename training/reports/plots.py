@@ -125,7 +125,7 @@ def accuracy_against_eps(
         fontsize=8,
     )
     axes.set(
-        xlabel=f"perturbation size eps ({'Linf' if norm == 'linf' else 'L2'}, {unit})",
+        xlabel=f"perturbation size eps ({norm.capitalize()}, {unit})",
         ylabel="accuracy under PGD (% of test samples)",
         ylim=(0, 102),
         xlim=(0, None),

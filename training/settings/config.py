@@ -77,7 +77,7 @@ class RunSettings:
     pretrained: bool = False  # timm:NAME: start from its trained weights, in timm's cache or downloaded
 
     # Threat model and the attack during training
-    norm: Literal["linf", "l2"] = "linf"  # norm of the perturbation, over all features of a sample
+    norm: Literal["linf", "l2", "l1"] = "linf"  # norm of the perturbation, over all features of a sample
     eps: float = 0.15  # radius of the perturbation, in input units
     step_size: float | None = None  # length of one step of any attack, in input units; None is eps / 4
     attack: Attack = "pgd"  # attack during training; fgsm_rs and n_fgsm are one step of a length of their own
@@ -487,6 +487,9 @@ def _validate_training_attack(settings: RunSettings) -> None:
         raise InputError(
             f"attack_start: {settings.attack_start!r} with {settings.attack}, which has its own, allowed: with pgd"
         )
+    if settings.norm == "l1" and (settings.attack != "pgd" or settings.free_replays):
+        kind: str = "free_replays" if settings.free_replays else settings.attack
+        raise InputError(f"norm: 'l1' with {kind}, allowed: with attack pgd and without free_replays")
     if settings.graph == "on" and (settings.free_replays or not settings.searches):
         what = "free_replays" if settings.free_replays else f"{settings.objective} training"
         raise InputError(f"graph: 'on' with {what}, which has no attack to record, allowed: auto or off")
