@@ -9,6 +9,9 @@ the same work. ``--individual`` starts every attack from all correctly classifie
 package is not installed, the first of ours is what the others are compared with. ``--seeds 0 1 2`` instead runs all
 attacks in one go with each of these seeds: how much chance there is in either package.
 
+The official package computes with ``--threads`` threads, ours shares the samples out to as many workers, as it does by
+itself; ``--workers 1`` also runs ours with a single one. Of ``--repeats`` runs, in turn, the median counts.
+
 Under ``torchrun --standalone --nproc-per-node 2`` ours shares the samples out to two processes of ``--threads``
 threads, and the official package, which cannot, has the threads of both in one.
 
@@ -17,6 +20,7 @@ Printed and, with --out, written as JSON: how many stand after each attack, wher
 
 import json
 import shlex
+import statistics
 import sys
 import time
 import warnings
@@ -61,6 +65,8 @@ class BenchmarkSettings:
     attacks: tuple[str, ...] = VERSIONS["standard"]  # which attacks, in order
     reference_stream: bool = True  # run ours with the official stream of random numbers
     own_stream: bool = True  # also run ours with its own random numbers
+    workers: tuple[int, ...] = ()  # also run ours with its own random numbers and so many workers
+    repeats: int = 1  # how often each is timed; the median counts
     search_dtype: Literal["none", "bfloat16", "float16"] = "none"  # also run ours with a search in this precision
     compile: bool = False  # also run ours with a compiled model
     device: str = "cpu"  # torch device
@@ -113,6 +119,7 @@ def compare(settings: BenchmarkSettings, arguments: list[str], device: torch.dev
         variants["reference stream"] = {"rng": "reference"}
     if settings.own_stream:
         variants["own stream"] = {}
+    variants |= {f"workers {count}": {"workers": count} for count in settings.workers}
     if settings.search_dtype != "none":
         variants[settings.search_dtype] = {"search_dtype": getattr(torch, settings.search_dtype)}
     if settings.compile:
@@ -140,7 +147,8 @@ def compare(settings: BenchmarkSettings, arguments: list[str], device: torch.dev
         line: dict[str, Any] = {"attack": ", ".join(names), "seed": seed, "before": len(alive)}
         verdicts = {}
         runs = runs_of(names, seed)
-        for label, run in runs.items():
+        seconds: dict[str, list[float]] = {label: [] for label in runs}
+        for label, run in [*runs.items()] * settings.repeats:
             distributed.barrier()
             begin = time.perf_counter()
             if label != "official":
@@ -149,9 +157,11 @@ def compare(settings: BenchmarkSettings, arguments: list[str], device: torch.dev
                 torch.set_num_threads(world * settings.threads)
                 x_adv = run(xs, ys)
                 torch.set_num_threads(settings.threads)
-            seconds = time.perf_counter() - begin
+            seconds[label].append(time.perf_counter() - begin)
             verdicts[label] = distributed.from_first(measures.correct(model, x_adv, ys, settings.batch))
-            line[label] = {"stand": int(verdicts[label].sum()), "seconds": round(seconds, 2)}
+        for label in runs:
+            median = round(statistics.median(seconds[label]), 2)
+            line[label] = {"stand": int(verdicts[label].sum()), "seconds": median}
         for label, verdict in verdicts.items():
             line[label]["differ"] = alive[verdict != verdicts[baseline]].tolist()
         lines.append(line)
@@ -173,6 +183,7 @@ def compare(settings: BenchmarkSettings, arguments: list[str], device: torch.dev
                     "device": device_name(settings.device),
                     "processes": world,
                     "threads": settings.threads,
+                    "repeats": settings.repeats,
                     "torch": torch.__version__,
                     "samples": count,
                     "clean": clean,

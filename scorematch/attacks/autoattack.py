@@ -38,7 +38,18 @@ VERSIONS: dict[str, tuple[str, ...]] = {
 RNGS = ("keyed", "reference")
 FIXED = ("norm", "eps", "threat_model", "version")  # decided when an AutoAttack is made
 SETTINGS = (
-    *("model", "seed", "verbose", "attacks_to_run", "device", "rng", "search_dtype", "compile", "save_every"),
+    *(
+        "model",
+        "seed",
+        "verbose",
+        "attacks_to_run",
+        "device",
+        "rng",
+        "search_dtype",
+        "compile",
+        "save_every",
+        "workers",
+    ),
     *("apgd", "apgd_targeted", "fab", "square"),
 )
 
@@ -83,6 +94,11 @@ class AutoAttack:
             in its own precision confirms it. What survives is then an upper bound of the robust accuracy.
         compile: search with ``torch.compile(model)``, for a GPU or a wide network; a small one on a CPU gets slower.
         save_every: seconds between two writes of ``state_path``.
+        workers: threads that share out the samples on a CPU, at least 1; they divide torch's threads among them and
+            call the model at the same time. ``"auto"`` takes one for each of torch's threads, at most 8, and a single
+            one wherever the model might not bear it: on a GPU, for a callable that is no module, for a module that is
+            scripted, has hooks, changes an attribute or a buffer while it predicts, is randomised or takes gradients,
+            and for ``rng="reference"``, ``version="rand"`` and ``compile``.
 
     Attributes:
         report: of the last evaluation: ``robust_accuracy``, ``clean_accuracy`` and ``attacks``, for each attack in turn
@@ -112,6 +128,7 @@ class AutoAttack:
         search_dtype: torch.dtype | None = None,
         compile: bool = False,
         save_every: float = 30.0,
+        workers: int | str = "auto",
     ) -> None:
         if is_tf_model:
             raise ValueError("is_tf_model: TensorFlow models are not supported, wrap the model in a PyTorch callable")
@@ -136,6 +153,7 @@ class AutoAttack:
         self.search_dtype = search_dtype
         self.compile = compile
         self.save_every = save_every
+        self.workers = workers
         self.apgd = APGD(self.threat_model)
         self.apgd_targeted = APGD(self.threat_model, loss="dlr-targeted")
         self.fab = FAB(self.threat_model)
@@ -165,6 +183,9 @@ class AutoAttack:
             raise ValueError(f"search_dtype must be None, torch.bfloat16 or torch.float16, got {self.search_dtype}")
         if not self.save_every >= 0:
             raise ValueError(f"save_every must be a number of seconds, at least 0, got {self.save_every}")
+        workers = self.workers
+        if workers != "auto" and not (isinstance(workers, int) and not isinstance(workers, bool) and workers >= 1):
+            raise ValueError(f'workers must be "auto" or a whole number of at least 1, got {workers!r}')
         for name, kind in (("apgd", APGD), ("apgd_targeted", APGD), ("fab", FAB), ("square", Square)):
             attack = getattr(self, name)
             if not isinstance(attack, kind):
@@ -295,8 +316,13 @@ class AutoAttack:
             save_every=self.save_every,
             batch_size=bs,
             device=self._device(x),
+            workers=None if self.workers == "auto" else int(self.workers),
             state_path=share.path(Path(state_path)) if state_path is not None else None,
         )
+        if options.workers not in (None, 1) and options.device.type != "cpu":
+            raise ValueError(
+                f"workers must be 1 on another device than the CPU, got {self.workers} on {options.device}"
+            )
         x, y = x.cpu(), y.cpu()
         state, self._report = evaluate(self.model, x, y, attacks, options, console, share)
         console.say(result_line(self._report, state, x, self.threat_model.norm, self.norm))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -30,6 +31,7 @@ class Console:
         self._verbose = verbose and speaks
         self._log_path = log_path if speaks else None
         self._progress: tqdm | None = None
+        self._lock = threading.Lock()  # a bar counts the passes of all threads
 
     def say(self, text: str) -> None:
         if self._verbose:
@@ -58,13 +60,15 @@ class Console:
 
     def advance(self, passes: int) -> None:
         if self._progress is not None:
-            self._progress.update(passes)
+            with self._lock:
+                self._progress.update(passes)
 
     def expect(self, passes_left: int, text: str) -> None:
         """So many passes are left; ``text`` stands before the bar."""
         if self._progress is not None:
-            self._progress.total = self._progress.n + passes_left
-            self._progress.set_description(text, refresh=False)
+            with self._lock:
+                self._progress.total = self._progress.n + passes_left
+                self._progress.set_description(text, refresh=False)
 
     def end_progress(self) -> None:
         if self._progress is not None:

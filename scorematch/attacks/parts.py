@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from ..inputs import clean_batch
@@ -28,6 +29,16 @@ class Search:
     queries: int
     best: Tensor
     margin: Tensor
+
+    def of(self, rows: Tensor) -> Search:
+        """That of some samples of the batch, int64 [K]."""
+        return Search(self.queries, self.best[rows], self.margin[rows])
+
+    def to(self, device: torch.device) -> Search:
+        return Search(self.queries, self.best.to(device), self.margin.to(device))
+
+    def clone(self) -> Search:
+        return Search(self.queries, self.best.clone(), self.margin.clone())
 
 
 @dataclass(frozen=True)

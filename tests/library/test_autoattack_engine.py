@@ -40,11 +40,11 @@ def test_passes_that_are_left() -> None:
 def test_accounts() -> None:
     model, x, y = data()
     classifier, costs = Classifier(model), {}
-    ledger = Ledger(costs, [classifier], since=-math.inf)
+    ledger = Ledger(costs, since=-math.inf)
     classifier.gradient(x, lambda z, y: z[:, 0] * math.nan, y)
-    ledger.book("one")
+    ledger.book("one", [classifier])
     classifier.logits(x)
-    ledger.book("two")
+    ledger.book("two", [classifier])
     assert (costs["one"].forwards, costs["one"].backwards, costs["one"].broken_gradients) == (40, 40, 40)
     assert (costs["two"].forwards, costs["two"].backwards, costs["two"].broken_gradients) == (40, 0, 0)
     assert costs["two"].seconds >= 0
