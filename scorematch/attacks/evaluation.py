@@ -46,6 +46,7 @@ class Options:
         device: where to attack.
         workers: threads that share out the samples of this process; None chooses.
         state_path: file of this process to resume from and to write, or None.
+        budget: seconds after which the attacks stop, or None.
     """
 
     threat_model: ThreatModel
@@ -59,6 +60,11 @@ class Options:
     device: torch.device
     workers: int | None
     state_path: Path | None
+    budget: float | None = None
+
+
+class OutOfTime(BaseException):
+    """Raised within the model's passes once the budget of seconds is spent."""
 
 
 def evaluate(
@@ -102,6 +108,8 @@ def evaluate(
         engine = _Engine(model, searched, x, y, stages, state, options, console, mine, workers, started)
         try:
             engine.run()
+        except OutOfTime:
+            console.say(f"stopped: the budget of {options.budget:g} s is spent")
         except BaseException:
             if options.state_path is not None:
                 state.save(options.state_path)
@@ -122,9 +130,14 @@ def evaluate(
         "rng": options.rng,
         "search_dtype": str(options.search_dtype) if options.search_dtype is not None else None,
         "compile": options.compile,
+        "budget": options.budget,
         "warnings": list(console.warnings),
     }
     return state, report
+
+
+def seconds_since(started: float) -> float:
+    return time.perf_counter() - started
 
 
 def _check_labels(y: Tensor, classes: int) -> None:
@@ -270,12 +283,15 @@ class _Engine:
         ]
         self.ledger = Ledger(state.costs, started)
         self.last_save = time.monotonic()
+        self._started = started
+        self._attacking = False
         self._lock = threading.Lock()
 
     def run(self) -> None:
         self.ledger.book("clean", self._classifiers())
         self.team.run(self._jobs(-1), self._classify)
         self._say_clean_accuracy()
+        self._attacking = True
         self.console.start_progress(passes_left(self.stages, self._finished()))
         for index, stage in enumerate(self.stages):
             name = stage.attack.name
@@ -408,6 +424,9 @@ class _Engine:
     def _passed(self, samples: int) -> None:
         self.console.advance(samples)
         self.team.check()
+        budget = self.options.budget
+        if budget is not None and self._attacking and seconds_since(self._started) >= budget:
+            raise OutOfTime
 
     def _book(self, name: str, worker: int | None = None) -> None:
         """Book what a worker has done; without one, of all, while none is at work."""

@@ -80,6 +80,7 @@ class EvaluationState:
         if self.searches:
             content["search"] = _joined(list(self.searches.values()))
         content["checksum"] = checksum(content)
+        path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(path.name + ".part")
         try:
             with open(beside, "wb") as file:
@@ -89,6 +90,32 @@ class EvaluationState:
             os.replace(beside, path)
         finally:
             beside.unlink(missing_ok=True)
+
+    @classmethod
+    def from_disk(cls, path: str | Path) -> EvaluationState:
+        """The verdicts in a file, to read; to go on with an evaluation pass ``state_path``.
+
+        The file has no clean samples, so ``adversarial`` is NaN for every sample that no attack has fooled.
+
+        Raises:
+            ValueError: the file is damaged or no state.
+        """
+        content = _read(Path(path))
+        points = content["adversarial"]
+        return cls._of(content, points.new_full((len(content["robust"]), *points.shape[1:]), torch.nan))
+
+    @property
+    def robust_flags(self) -> Tensor | None:
+        """Which samples stand so far, bool [N]; None before all were classified."""
+        return None if bool((self.finished < 0).any()) else self.robust
+
+    @property
+    def clean_accuracy(self) -> float:
+        return self.clean.double().mean().item()
+
+    @property
+    def robust_accuracy(self) -> float:
+        return self.robust.double().mean().item()
 
     @classmethod
     def load(cls, path: Path, settings: dict[str, Any], x: Tensor) -> EvaluationState:
@@ -107,11 +134,15 @@ class EvaluationState:
                 raise ValueError(
                     f"state_path: {path} is of another {name}: {content['settings'].get(name)}, now {value}"
                 )
-        adversarial = x.clone()
-        adversarial[content["fallen_by"] >= 0] = content["adversarial"].to(x)
+        return cls._of(content, x.clone())
+
+    @classmethod
+    def _of(cls, content: dict[str, Any], clean: Tensor) -> EvaluationState:
+        """What a file holds, with ``clean`` [N, …] for the samples that no attack has fooled."""
+        clean[content["fallen_by"] >= 0] = content["adversarial"].to(clean)
         return cls(
             settings=content["settings"],
-            adversarial=adversarial,
+            adversarial=clean,
             fingerprint=Fingerprint(**content["fingerprint"]),
             costs={name: Cost(**cost) for name, cost in content["costs"].items()},
             searches=dict(enumerate(_parted(content["search"]))) if content["search"] is not None else {},

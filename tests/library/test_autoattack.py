@@ -33,7 +33,7 @@ def test_signature_is_that_of_the_official_class() -> None:
     assert list(run)[1:] == ["x_orig", "y_orig", "bs", "return_labels", "state_path"]
     assert run["bs"].default == 250
     individual = inspect.signature(AutoAttack.run_standard_evaluation_individual).parameters
-    assert list(individual)[1:] == ["x_orig", "y_orig", "bs", "return_labels"]
+    assert list(individual)[1:] == ["x_orig", "y_orig", "bs", "return_labels", "state_path"]
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
@@ -384,7 +384,7 @@ def test_callables_and_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         ({"version": "strongest"}, "version must be one of standard, plus, rand, fast, custom, got 'strongest'"),
         ({"attacks_to_run": ["square"]}, "attacks_to_run is for version=\"custom\", got version='standard'"),
         ({"is_tf_model": True}, "is_tf_model: TensorFlow models are not supported"),
-        ({"seed": -1}, "seed must be a whole number from 0"),
+        ({"seed": -1}, "seed must be a number from 0"),
         ({"rng": "official"}, "rng must be one of keyed, reference, got 'official'"),
         ({"search_dtype": torch.float64}, "search_dtype must be None, torch.bfloat16 or torch.float16"),
     ],

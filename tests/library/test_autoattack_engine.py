@@ -12,7 +12,7 @@ from scorematch import ThreatModel
 from scorematch.attacks import APGD, FAB, AutoAttackWarning, Square
 from scorematch.attacks.accounting import Cost, Ledger
 from scorematch.attacks.classifier import Classifier
-from scorematch.attacks.console import Console
+from scorematch.attacks.console import Console, Logger
 from scorematch.attacks.schedule import passes_left, stages_of
 from scorematch.attacks.sharing import Share
 
@@ -55,7 +55,7 @@ def test_accounts() -> None:
 
 def test_only_one_process_speaks_and_all_warn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for speaks in (False, True):
-        console = Console(True, tmp_path / f"{speaks}.txt", speaks)
+        console = Console(True, Logger(tmp_path / f"{speaks}.txt"), speaks)
         console.say("line")
         with pytest.warns(AutoAttackWarning, match="doubt"):
             console.warn("doubt")
