@@ -9,6 +9,9 @@ the same work. ``--individual`` starts every attack from all correctly classifie
 package is not installed, the first of ours is what the others are compared with. ``--seeds 0 1 2`` instead runs all
 attacks in one go with each of these seeds: how much chance there is in either package.
 
+The official package computes with ``--threads`` threads, ours shares the samples out to as many workers, as it does by
+itself; ``--workers 1`` also runs ours with a single one. Of ``--repeats`` runs, in turn, the median counts.
+
 Under ``torchrun --standalone --nproc-per-node 2`` ours shares the samples out to two processes of ``--threads``
 threads, and the official package, which cannot, has the threads of both in one.
 
@@ -18,6 +21,7 @@ seconds of the processor, which say more on a machine with other work.
 
 import json
 import shlex
+import statistics
 import sys
 import time
 import warnings
@@ -62,6 +66,8 @@ class BenchmarkSettings:
     attacks: tuple[str, ...] = VERSIONS["standard"]  # which attacks, in order
     reference_stream: bool = True  # run ours with the official stream of random numbers
     own_stream: bool = True  # also run ours with its own random numbers
+    workers: tuple[int, ...] = ()  # also run ours with its own random numbers and so many workers
+    repeats: int = 1  # how often each is timed; the median counts
     search_dtype: Literal["none", "bfloat16", "float16"] = "none"  # also run ours with a search in this precision
     compile: bool = False  # also run ours with a compiled model
     device: str = "cpu"  # torch device
@@ -111,6 +117,7 @@ def compare(settings: BenchmarkSettings, arguments: list[str], device: torch.dev
         variants["reference stream"] = {"rng": "reference"}
     if settings.own_stream:
         variants["own stream"] = {}
+    variants |= {f"workers {count}": {"workers": count} for count in settings.workers}
     if settings.search_dtype != "none":
         variants[settings.search_dtype] = {"search_dtype": getattr(torch, settings.search_dtype)}
     if settings.compile:
@@ -138,7 +145,9 @@ def compare(settings: BenchmarkSettings, arguments: list[str], device: torch.dev
         line: dict[str, Any] = {"attack": ", ".join(names), "seed": seed, "before": len(alive)}
         verdicts = {}
         runs = runs_of(names, seed)
-        for label, run in runs.items():
+        seconds: dict[str, list[float]] = {label: [] for label in runs}
+        processor_seconds: dict[str, list[float]] = {label: [] for label in runs}
+        for label, run in [*runs.items()] * settings.repeats:
             distributed.barrier()
             begin, processor = time.perf_counter(), time.process_time()
             if label != "official":
@@ -147,12 +156,15 @@ def compare(settings: BenchmarkSettings, arguments: list[str], device: torch.dev
                 torch.set_num_threads(world * settings.threads)
                 x_adv = run(xs, ys)
                 torch.set_num_threads(settings.threads)
-            seconds, processor = time.perf_counter() - begin, time.process_time() - processor
+            seconds[label].append(time.perf_counter() - begin)
+            processor_seconds[label].append(time.process_time() - processor)
             verdicts[label] = distributed.from_first(measures.correct(model, x_adv, ys, settings.batch))
+        for label in runs:
             line[label] = {
                 "stand": int(verdicts[label].sum()),
-                "seconds": round(seconds, 2),
-                "processor seconds": round(processor, 2),  # of this process, which other work does not lengthen
+                "seconds": round(statistics.median(seconds[label]), 2),
+                # of this process, which other work does not lengthen
+                "processor seconds": round(statistics.median(processor_seconds[label]), 2),
             }
         for label, verdict in verdicts.items():
             line[label]["differ"] = alive[verdict != verdicts[baseline]].tolist()
@@ -175,6 +187,7 @@ def compare(settings: BenchmarkSettings, arguments: list[str], device: torch.dev
                     "device": device_name(settings.device),
                     "processes": world,
                     "threads": settings.threads,
+                    "repeats": settings.repeats,
                     "torch": torch.__version__,
                     "samples": count,
                     "clean": clean,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -128,6 +130,36 @@ def clean_batch(x: Tensor, y: Tensor, threat_model: Perturbations, label_name: s
     rounding = OUTSIDE * max((abs(bound) for bound in (lower, upper) if math.isfinite(bound)), default=0.0)
     low, high = check_box(x, threat_model, rounding)
     return (x if lower <= low and high <= upper else x.clamp(lower, upper)), labels
+
+
+def joined(x: Any, y: Any) -> tuple[Tensor, Tensor]:
+    """x and y as they are, or the batches (x, y) of an iterable one after the other.
+
+    Args:
+        x: [N, …], or an iterable of pairs of tensors such as a ``DataLoader``; then y is None.
+        y: [N], or None.
+
+    Raises:
+        TypeError: x is neither, or y is missing or one too many.
+        ValueError: there are no batches, or their samples have different shapes.
+    """
+    if isinstance(x, Tensor) or not isinstance(x, Iterable):
+        if y is None:
+            raise TypeError(f"y_orig is missing; it may be left out for batches (x, y), got {type(x).__name__}")
+        return x, y
+    if y is not None:
+        raise TypeError(f"x_orig must be a torch.Tensor where y_orig is given, got {type(x).__name__}")
+    batches = []
+    for batch in x:
+        if not (isinstance(batch, Sequence) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)):
+            raise TypeError(f"x_orig must be a tensor or give batches (x, y) of tensors, got a {type(batch).__name__}")
+        batches.append(batch)
+    if not batches:
+        raise ValueError("x_orig gives no batches")
+    shapes = {tuple(images.shape[1:]) for images, _ in batches}
+    if len(shapes) > 1:
+        raise ValueError(f"x_orig gives samples of different shapes: {', '.join(map(str, sorted(shapes)))}")
+    return torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
 
 
 def check_floating(x: Tensor) -> None:

@@ -106,7 +106,7 @@ def l1_step(
     moves = moves * (step_size[:, None] / moves.sum(1, keepdim=True).clamp_min(1))
     v = v + torch.where(moves > 0, g.sign() * moves, moves)
     change = v - v0
-    length, bound = change.abs(), torch.where(change > 0, upper, lower).to(v)
+    length, bound = change.abs(), torch.where(change > 0, torch.full_like(v, upper), torch.full_like(v, lower))
     room = (bound - v0).abs()
     shorter = _l1_shortening(length, room, eps)
     kept = length - shorter

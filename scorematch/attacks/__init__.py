@@ -2,10 +2,21 @@
 
 from .apgd import APGD
 from .autoattack import AutoAttack
+from .evaluation_state import EvaluationState
 from .fab import FAB
 from .inspection import AutoAttackWarning
 from .pgd import PGD, ascend
 from .single_step import single_step
 from .square import Square
 
-__all__ = ["APGD", "FAB", "PGD", "AutoAttack", "AutoAttackWarning", "Square", "ascend", "single_step"]
+__all__ = [
+    "APGD",
+    "FAB",
+    "PGD",
+    "AutoAttack",
+    "AutoAttackWarning",
+    "EvaluationState",
+    "Square",
+    "ascend",
+    "single_step",
+]

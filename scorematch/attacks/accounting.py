@@ -40,19 +40,17 @@ class Ledger:
 
     Args:
         costs: by attack; written to.
-        classifiers: whose passes are booked.
         since: the ``time.perf_counter()`` from which seconds are booked.
     """
 
-    def __init__(self, costs: dict[str, Cost], classifiers: Sequence[Classifier], since: float) -> None:
+    def __init__(self, costs: dict[str, Cost], since: float) -> None:
         self._costs = costs
-        self._classifiers = classifiers
         self._last = since
 
-    def book(self, name: str) -> None:
-        """Book what was done since the last call on an attack."""
+    def book(self, name: str, classifiers: Sequence[Classifier] = ()) -> None:
+        """Book the seconds since the last call on an attack, and the passes of classifiers that nobody uses now."""
         cost = self._costs.setdefault(name, Cost())
-        for classifier in self._classifiers:
+        for classifier in classifiers:
             cost.forwards += classifier.forwards
             cost.backwards += classifier.backwards
             cost.broken_gradients += classifier.take_broken()

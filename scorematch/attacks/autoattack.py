@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..inputs import clean_batch
+from ..inputs import clean_batch, joined
 from ..model_state import borrowed
 from ..threat_model import ThreatModel
 from .apgd import APGD
 from .classifier import Classifier
-from .console import Console
+from .console import Console, Logger
 from .evaluation import Options, evaluate
 from .evaluation_state import EvaluationState
 from .fab import FAB
-from .parts import Attack
+from .parts import Attack, run_alone
 from .randomness import ATTACK_KEYS
-from .report import result_line
-from .settings import refuse_unknown
+from .report import result_line, table
+from .settings import AttackSettings, refuse_unknown
 from .sharing import Share
 from .square import Square
 
@@ -37,10 +38,12 @@ VERSIONS: dict[str, tuple[str, ...]] = {
     "custom": (),
 }
 RNGS = ("keyed", "reference")
-FIXED = ("norm", "eps", "threat_model", "version")  # decided when an AutoAttack is made
+ATTACKS = ("apgd", "apgd_targeted", "fab", "square")
+FIXED = ("norm", "eps", "epsilon", "threat_model", "version", "is_tf_model", "logger")  # decided when one is made
 SETTINGS = (
-    *("model", "seed", "verbose", "attacks_to_run", "device", "rng", "search_dtype", "compile", "save_every"),
-    *("apgd", "apgd_targeted", "fab", "square"),
+    *("model", "seed", "verbose", "attacks_to_run", "device"),
+    *("rng", "search_dtype", "compile", "save_every", "workers", "budget"),
+    *ATTACKS,
 )
 
 
@@ -69,7 +72,7 @@ class AutoAttack:
             callable (then its mode is its own affair).
         norm: ``"Linf"``, ``"L2"`` or ``"L1"``.
         eps: radius, pixels in [0, 1]; in L1 a sum over all pixels and channels.
-        seed: of the random numbers; None draws one.
+        seed: of the random numbers, from 0 to 2^63 − 1, of which the whole part counts; None draws one.
         verbose: print the accuracy after each attack, and progress where stderr is a terminal.
         attacks_to_run: for ``version="custom"``: names among apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square.
         version: ``"standard"`` (apgd-ce, apgd-t, fab-t, square), ``"plus"`` (six attacks, with restarts), ``"rand"``
@@ -84,24 +87,36 @@ class AutoAttack:
             in its own precision confirms it. What survives is then an upper bound of the robust accuracy.
         compile: search with ``torch.compile(model)``, for a GPU or a wide network; a small one on a CPU gets slower.
         save_every: seconds between two writes of ``state_path``.
+        budget: seconds that an evaluation may take; then it stops cleanly, and the same call with a ``state_path`` goes
+            on. None is no limit. All samples are classified in any case.
+        workers: threads that share out the samples on a CPU, at least 1; they divide torch's threads among them and
+            call the model at the same time. ``"auto"`` takes one for each of torch's threads, at most 8, and a single
+            one wherever the model might not bear it: on a GPU, for a callable that is no module, for a module that is
+            scripted, has hooks, changes an attribute or a buffer while it predicts, is randomised or takes gradients,
+            and for ``rng="reference"``, ``version="rand"`` and ``compile``.
 
     Attributes:
         report: of the last evaluation: ``robust_accuracy``, ``clean_accuracy`` and ``attacks``, for each attack in turn
             the accuracy after it, its 95 % interval (Wilson), its forward and backward passes (one for each sample) and
-            its seconds. ``nan_samples`` lists the samples at whose points the model returned NaN: ``clean``, and
-            ``attacked`` for those that fell so.
+            its seconds. ``robust`` says of each sample whether it stands, ``fallen_by`` which attack fooled it, None if
+            it stands or was wrong from the start. ``complete`` is False where the budget was spent before the end;
+            then the robust accuracy is an upper bound, and ``pending`` of each attack says how many of the samples that
+            stand it has not, or not wholly, attacked. ``nan_samples`` lists the samples at whose points the model
+            returned NaN: ``clean``, and ``attacked`` for those that fell so.
 
     Raises:
         ValueError, TypeError: an argument is outside its range; the message names it.
         AttributeError: something is assigned that is no setting, or is fixed: ``norm``, ``eps``, ``version``.
     """
 
+    version: str
+
     def __init__(
         self,
         model: Callable[[Tensor], Tensor],
         norm: str = "Linf",
         eps: float = 0.3,
-        seed: int | None = None,
+        seed: float | None = None,
         verbose: bool = True,
         attacks_to_run: Sequence[str] = (),
         version: str = "standard",
@@ -113,6 +128,8 @@ class AutoAttack:
         search_dtype: torch.dtype | None = None,
         compile: bool = False,
         save_every: float = 30.0,
+        workers: int | str = "auto",
+        budget: float | None = None,
     ) -> None:
         if is_tf_model:
             raise ValueError("is_tf_model: TensorFlow models are not supported, wrap the model in a PyTorch callable")
@@ -125,9 +142,9 @@ class AutoAttack:
         if attacks_to_run and version != "custom":
             raise ValueError(f'attacks_to_run is for version="custom", got version={version!r}')
         self.norm = norm
-        self.version = version
+        self.is_tf_model = False
         self.threat_model = ThreatModel(NORMS[norm], eps)
-        self._log_path = log_path
+        self.logger = Logger(log_path)
         self._report: dict[str, Any] = {}
         self.model = model
         self.seed = seed
@@ -137,19 +154,34 @@ class AutoAttack:
         self.search_dtype = search_dtype
         self.compile = compile
         self.save_every = save_every
+        self.workers = workers
+        self.budget = budget
         self.apgd = APGD(self.threat_model)
         self.apgd_targeted = APGD(self.threat_model, loss="dlr-targeted")
-        self.fab = FAB(self.threat_model)
+        self.fab = FAB(self.threat_model, targeted=False)
         self.square = Square(self.threat_model)
-        self.attacks_to_run = list(VERSIONS[version] or attacks_to_run)
-        if version == "plus":
-            self.apgd.n_restarts = self.fab.n_restarts = 5
-        if version == "rand":
-            self.apgd.eot_iter = 20
-        if norm.lower() == "l1" and version in ("standard", "fast"):  # as in the official package
-            self.apgd.n_restarts = self.apgd_targeted.n_target_classes = 5
-            self.apgd.use_largereps = self.apgd_targeted.use_largereps = True
+        self._set_version(version, attacks_to_run)
         self._check_settings()
+
+    def set_version(self, version: str = "standard") -> None:
+        """Take the attacks of another version, with its restarts; other settings stay.
+
+        Raises:
+            ValueError: there is no such version.
+        """
+        self._set_version(version, ())
+
+    def _set_version(self, version: str, attacks_to_run: Sequence[str]) -> None:
+        if version not in VERSIONS:
+            raise ValueError(f"version must be one of {', '.join(VERSIONS)}, got {version!r}")
+        object.__setattr__(self, "version", version)
+        self.attacks_to_run = list(VERSIONS[version] or attacks_to_run)
+        in_l1 = self.threat_model.norm == "l1" and version in ("standard", "fast")  # as in the official package
+        self.fab.n_restarts = 5 if version == "plus" else 1
+        self.apgd.n_restarts = 5 if version == "plus" or in_l1 else 1
+        self.apgd.eot_iter = 20 if version == "rand" else 1
+        self.apgd_targeted.n_target_classes = 5 if in_l1 else 9
+        self.apgd.use_largereps = self.apgd_targeted.use_largereps = in_l1
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in FIXED and hasattr(self, name):
@@ -157,18 +189,25 @@ class AutoAttack:
         if name not in FIXED and not name.startswith("_"):
             refuse_unknown(self, name, SETTINGS)
         super().__setattr__(name, value)
+        if name in ATTACKS and isinstance(value, AttackSettings):
+            value.belong_to(self)
 
     def _check_settings(self) -> None:
         """Raise ValueError or TypeError for what was given or assigned and is outside its range."""
         seed = self.seed
-        if seed is not None and not (isinstance(seed, int) and 0 <= seed < 2**63):
-            raise ValueError(f"seed must be a whole number from 0 to 2^63 - 1, or None, got {seed!r}")
+        if seed is not None and not (isinstance(seed, Real) and 0 <= seed < 2**63):
+            raise ValueError(f"seed must be a number from 0 to 2^63 - 1, or None, got {seed!r}")
         if self.rng not in RNGS:
             raise ValueError(f"rng must be one of {', '.join(RNGS)}, got {self.rng!r}")
         if self.search_dtype not in (None, torch.bfloat16, torch.float16):
             raise ValueError(f"search_dtype must be None, torch.bfloat16 or torch.float16, got {self.search_dtype}")
         if not self.save_every >= 0:
             raise ValueError(f"save_every must be a number of seconds, at least 0, got {self.save_every}")
+        workers = self.workers
+        if workers != "auto" and not (isinstance(workers, int) and not isinstance(workers, bool) and workers >= 1):
+            raise ValueError(f'workers must be "auto" or a whole number of at least 1, got {workers!r}')
+        if self.budget is not None and not self.budget > 0:
+            raise ValueError(f"budget must be a positive number of seconds, or None, got {self.budget}")
         for name, kind in (("apgd", APGD), ("apgd_targeted", APGD), ("fab", FAB), ("square", Square)):
             attack = getattr(self, name)
             if not isinstance(attack, kind):
@@ -187,13 +226,57 @@ class AutoAttack:
         return self.threat_model.eps
 
     @property
+    def epsilon(self) -> float:
+        """What the official class calls ``eps``."""
+        return self.threat_model.eps
+
+    def get_seed(self) -> float:
+        """The seed, or the time in seconds where there is none."""
+        return time.time() if self.seed is None else self.seed
+
+    def get_logits(self, x: Tensor) -> Tensor:
+        """What the model, in the mode that it is in, returns for x [N, …]."""
+        return self.model(x)
+
+    def perturb(self, attack: APGD | FAB | Square, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """All parts of one attack on a batch; ``adversary.apgd.perturb(x, y)`` does the same with its own attack.
+
+        Args:
+            attack: whose threat model holds.
+            x: [N, …] inside the box.
+            y: class indices [N]; None is what the model predicts.
+
+        Returns:
+            [N, …] on the device where was attacked: a misclassified point of B(x), or x where none was found.
+        """
+        device = self._device(x)
+        x = x.detach().to(device)
+        if y is None:
+            with borrowed(self.model, "eval") if isinstance(self.model, nn.Module) else nullcontext():
+                y = Classifier(self.model).label(x)
+        return run_alone(attack, self.model, x, y.to(device), int(self.get_seed()))
+
+    @property
     def report(self) -> dict[str, Any]:
         return self._report
 
+    def table(self, form: str = "markdown") -> str:
+        """The last report as a table: accuracy after each attack with its interval, passes and seconds.
+
+        Args:
+            form: ``"markdown"``, or ``"latex"``: a tabular that needs no package.
+
+        Raises:
+            ValueError: there is no such form, or no report of :meth:`run_standard_evaluation`.
+        """
+        if "attacks" not in self._report:
+            raise ValueError("table: run_standard_evaluation has made no report yet")
+        return table(self._report, form)
+
     def run_standard_evaluation(
         self,
-        x_orig: Tensor,
-        y_orig: Tensor,
+        x_orig: Tensor | Iterable[tuple[Tensor, Tensor]],
+        y_orig: Tensor | None = None,
         bs: int = 250,
         return_labels: bool = False,
         state_path: str | Path | None = None,
@@ -202,11 +285,13 @@ class AutoAttack:
 
         Args:
             x_orig: [N, …] in [0, 1], float32 or float64; images [N, C, H, W] for Square. What rounding put outside,
-                1e-6 at most, is clamped.
+                1e-6 at most, is clamped. Or batches (x, y), such as a ``DataLoader`` that keeps their order; ``y_orig``
+                is then left out, and all are read before the first attack.
             y_orig: class indices [N] or [N, 1], of any integer type.
             bs: samples at a time; decides memory and speed, not the verdicts.
             return_labels: also return the predicted classes.
-            state_path: file to resume from if it is there, and to write what was found so far. It must be of the same
+            state_path: file to resume from if it is there, and to write what was found so far, with any number of
+                workers; folders that are missing are made. It must be of the same
                 model, by its tensors and by its clean logits but for rounding. Under ``torchrun`` each rank has its
                 own, with ``.rank…`` appended.
 
@@ -219,37 +304,48 @@ class AutoAttack:
                 or NaN for every sample of the first batch or, on the way, for samples that it classified before, or the
                 state is damaged or of another evaluation.
         """
+        x_orig, y_orig = joined(x_orig, y_orig)
         state = self._evaluate(x_orig, y_orig, bs, state_path, self._attacks())
         adversarial = state.adversarial.to(x_orig.device)
         return (adversarial, state.labels.to(y_orig.device)) if return_labels else adversarial
 
     def run_standard_evaluation_individual(
-        self, x_orig: Tensor, y_orig: Tensor, bs: int = 250, return_labels: bool = False
+        self,
+        x_orig: Tensor | Iterable[tuple[Tensor, Tensor]],
+        y_orig: Tensor | None = None,
+        bs: int = 250,
+        return_labels: bool = False,
+        state_path: str | Path | None = None,
     ) -> dict[str, Any]:
         """Every attack by itself on all samples that the model gets right.
 
-        Args, Raises: as for :meth:`run_standard_evaluation`.
+        Args, Raises: as for :meth:`run_standard_evaluation`; each attack has a file of its own, with its name appended
+        to that of ``state_path``.
 
         Returns:
             For each attack what :meth:`run_standard_evaluation` returns. ``report`` holds one report for each attack.
         """
+        x_orig, y_orig = joined(x_orig, y_orig)
         results, reports = {}, {}
         attacks = self._attacks()
         self._check_input(x_orig, y_orig, bs, attacks)  # of all, before the first runs
         for attack in attacks:
-            state = self._evaluate(x_orig, y_orig, bs, None, [attack])
+            path = None if state_path is None else Path(f"{state_path}.{attack.name}")
+            state = self._evaluate(x_orig, y_orig, bs, path, [attack])
             adversarial = state.adversarial.to(x_orig.device)
             results[attack.name] = (adversarial, state.labels.to(y_orig.device)) if return_labels else adversarial
             reports[attack.name] = self.report
         self._report = reports
         return results
 
-    def clean_accuracy(self, x_orig: Tensor, y_orig: Tensor, bs: int = 250) -> float:
+    def clean_accuracy(
+        self, x_orig: Tensor | Iterable[tuple[Tensor, Tensor]], y_orig: Tensor | None = None, bs: int = 250
+    ) -> float:
         """Share of samples that the model gets right.
 
         Args, Raises: as for :meth:`run_standard_evaluation`.
         """
-        x_orig, y_orig = self._check_input(x_orig, y_orig, bs)
+        x_orig, y_orig = self._check_input(*joined(x_orig, y_orig), bs)
         device = self._device(x_orig)
         with borrowed(self.model, "eval") if isinstance(self.model, nn.Module) else nullcontext():
             classifier = Classifier(self.model)
@@ -288,19 +384,25 @@ class AutoAttack:
     ) -> EvaluationState:
         x, y = self._check_input(x, y, bs, attacks)
         share = Share.of_this_process()
-        console = Console(self.verbose, self._log_path, speaks=share.rank == 0)
+        console = Console(self.verbose, self.logger, speaks=share.rank == 0)
         options = Options(
             threat_model=self.threat_model,
             version=self.version,
-            seed=self.seed,
+            seed=None if self.seed is None else int(self.seed),
             rng=self.rng,
             search_dtype=self.search_dtype,
             compile=self.compile,
             save_every=self.save_every,
             batch_size=bs,
             device=self._device(x),
+            workers=None if self.workers == "auto" else int(self.workers),
             state_path=share.path(Path(state_path)) if state_path is not None else None,
+            budget=self.budget,
         )
+        if options.workers not in (None, 1) and options.device.type != "cpu":
+            raise ValueError(
+                f"workers must be 1 on another device than the CPU, got {self.workers} on {options.device}"
+            )
         x, y = x.cpu(), y.cpu()
         state, self._report = evaluate(self.model, x, y, attacks, options, console, share)
         console.say(result_line(self._report, state, x, self.threat_model.norm, self.norm))

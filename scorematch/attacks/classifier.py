@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -189,23 +190,30 @@ def channels_last_works(model: Any, x: Tensor) -> bool:
     return _same(given, expected)
 
 
-def folding_that_works(model: Any, x: Tensor) -> Folding | None:
-    """What folds the batch norms of a model; None where there is none to fold or the model then computes otherwise.
+@contextmanager
+def folded_copy(model: Any, x: Tensor) -> Iterator[nn.Module | None]:
+    """A copy of a model whose batch norms are folded into the convolutions before them; the model stays as it is.
+
+    The copy shares all tensors with the model but those that are folded. It is None where there is nothing to fold,
+    where the model cannot be copied, or where the copy computes otherwise.
 
     Args:
         model: a module in eval mode; anything else is not looked into.
         x: [N, …], N ≥ 1.
     """
-    if not isinstance(model, nn.Module):
-        return None
-    folding = Folding(model)
-    if not folding.pairs:
-        return None
-    with torch.no_grad():
-        expected = model(x)
-        with folding.applied():
-            given = model(x)
-    return folding if _same(given, expected) else None
+    if not isinstance(model, nn.Module) or not Folding(model).pairs:
+        yield None
+        return
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    try:
+        copied = copy.deepcopy(model, shared)
+    except Exception:  # whatever an attribute that cannot be copied raises
+        yield None
+        return
+    with Folding(copied).applied():
+        with torch.no_grad():
+            same = _same(copied(x), model(x))
+        yield copied if same else None
 
 
 def _same(given: Tensor, expected: Tensor) -> bool:
@@ -214,7 +222,7 @@ def _same(given: Tensor, expected: Tensor) -> bool:
     return torch.allclose(given, expected, rtol=1e-3, atol=1e-3 * size, equal_nan=True)
 
 
-def cache_chunk(model: Any, x: Tensor, cache: int = 1 << 20) -> int | None:
+def cache_chunk(model: Any, x: Tensor, threads: int, cache: int = 1 << 20) -> int | None:
     """How many samples to pass through a model at once on the CPU, so that its widest layer stays in the cache.
 
     Beside other work a pass of a small network is up to three times as fast in such chunks; alone, up to 1.3 times.
@@ -222,6 +230,7 @@ def cache_chunk(model: Any, x: Tensor, cache: int = 1 << 20) -> int | None:
     Args:
         model: a module; anything else is not looked into.
         x: [N, …], N ≥ 1.
+        threads: how many compute it; each has a cache of its own.
         cache: bytes, the second-level cache of a core of common processors.
 
     Returns:
@@ -246,13 +255,16 @@ def cache_chunk(model: Any, x: Tensor, cache: int = 1 << 20) -> int | None:
     finally:
         for hook in hooks:
             hook.remove()
-    fit = max(cache * torch.get_num_threads() // widest, 1)  # each core has a cache of its own
+    fit = max(cache * threads // widest, 1)
     return max(32, 1 << (fit.bit_length() - 1))
 
 
 @contextmanager
-def full_precision() -> Iterator[None]:
-    """float32 arithmetic without TF32 on CUDA."""
+def full_precision(device: torch.device) -> Iterator[None]:
+    """float32 arithmetic without TF32 on CUDA; on another device nothing changes."""
+    if device.type != "cuda":
+        yield
+        return
     matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:

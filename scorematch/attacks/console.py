@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -13,30 +14,48 @@ from .inspection import AutoAttackWarning
 PACKAGE = __name__.split(".", maxsplit=1)[0]
 
 
+class Logger:
+    """Lines on stdout, which a progress bar leaves whole, and in a file.
+
+    Args:
+        log_path: file to which lines are appended; None is none.
+    """
+
+    def __init__(self, log_path: str | Path | None) -> None:
+        self.log_path = log_path
+
+    def log(self, text: str, *, printed: bool = True) -> None:
+        """Print a line, unless it is for the file alone, and append it to the file."""
+        if printed:
+            tqdm.write(text, file=sys.stdout)
+        if self.log_path is not None:
+            with open(self.log_path, "a") as file:
+                file.write(text + "\n")
+
+
 class Console:
     """The voice of one process.
 
     Args:
         verbose: print lines, and a progress bar where stderr is a terminal.
-        log_path: file to which lines are appended.
+        logger: of the lines.
         speaks: whether this process says anything; all of them warn.
 
     Attributes:
         warnings: the texts that were warned of.
     """
 
-    def __init__(self, verbose: bool, log_path: str | Path | None, speaks: bool) -> None:
+    def __init__(self, verbose: bool, logger: Logger, speaks: bool) -> None:
         self.warnings: list[str] = []
+        self._speaks = speaks
         self._verbose = verbose and speaks
-        self._log_path = log_path if speaks else None
+        self._logger = logger
         self._progress: tqdm | None = None
+        self._lock = threading.Lock()  # a bar counts the passes of all threads
 
     def say(self, text: str) -> None:
-        if self._verbose:
-            tqdm.write(text, file=sys.stdout)
-        if self._log_path is not None:
-            with open(self._log_path, "a") as file:
-                file.write(text + "\n")
+        if self._speaks:
+            self._logger.log(text, printed=self._verbose)
 
     def warn(self, text: str | None) -> None:
         """Warn of a doubt, if there is one, in the name of the line that called the package."""
@@ -58,13 +77,15 @@ class Console:
 
     def advance(self, passes: int) -> None:
         if self._progress is not None:
-            self._progress.update(passes)
+            with self._lock:
+                self._progress.update(passes)
 
     def expect(self, passes_left: int, text: str) -> None:
         """So many passes are left; ``text`` stands before the bar."""
         if self._progress is not None:
-            self._progress.total = self._progress.n + passes_left
-            self._progress.set_description(text, refresh=False)
+            with self._lock:
+                self._progress.total = self._progress.n + passes_left
+                self._progress.set_description(text, refresh=False)
 
     def end_progress(self) -> None:
         if self._progress is not None:

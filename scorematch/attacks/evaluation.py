@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import secrets
+import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +23,18 @@ from .classifier import (
     Classifier,
     cache_chunk,
     channels_last_works,
-    folding_that_works,
+    folded_copy,
     full_precision,
 )
 from .console import Console
 from .evaluation_state import EvaluationState
 from .identity import Fingerprint, check_model, identity_of
 from .parts import Attack, Batch, Search
-from .randomness import KeyedNoise, Noise, ReferenceNoise
+from .randomness import KeyedNoise, ReferenceNoise
 from .report import doubts_of, nan_samples, report_of, stage_line
-from .schedule import Stage, passes_left, stages_of
+from .schedule import Stage, batch_size, dealt_out, passes_left, stages_of
 from .sharing import Share
+from .workers import Team, automatic
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,9 @@ class Options:
     Attributes:
         batch_size: samples at a time.
         device: where to attack.
+        workers: threads that share out the samples of this process; None chooses.
         state_path: file of this process to resume from and to write, or None.
+        budget: seconds after which the attacks stop, or None.
     """
 
     threat_model: ThreatModel
@@ -53,7 +58,13 @@ class Options:
     save_every: float
     batch_size: int
     device: torch.device
+    workers: int | None
     state_path: Path | None
+    budget: float | None = None
+
+
+class OutOfTime(BaseException):
+    """Raised within the model's passes once the budget of seconds is spent."""
 
 
 def evaluate(
@@ -87,13 +98,18 @@ def evaluate(
         inspection.no_classifier(logits)
         classes = logits.shape[1]
         _check_labels(y, classes)
-        for doubt in inspection.doubts(model, first_x, first_y, logits, attacks, options.version):
+        doubts = inspection.doubts(model, first_x, first_y, logits, attacks, options.version)
+        for doubt in doubts.values():
             console.warn(doubt)
+        workers = _workers(model, first_x, options, doubts)
         state = _begin(model, x, y, attacks, options, console, share)
         stages = stages_of(attacks, classes, options.rng)
-        engine = _Engine(model, x, y, stages, state, options, console, mine, started)
+        searched = stack.enter_context(_searched(model, first_x, options))
+        engine = _Engine(model, searched, x, y, stages, state, options, console, mine, workers, started)
         try:
             engine.run()
+        except OutOfTime:
+            console.say(f"stopped: the budget of {options.budget:g} s is spent")
         except BaseException:
             if options.state_path is not None:
                 state.save(options.state_path)
@@ -114,9 +130,14 @@ def evaluate(
         "rng": options.rng,
         "search_dtype": str(options.search_dtype) if options.search_dtype is not None else None,
         "compile": options.compile,
+        "budget": options.budget,
         "warnings": list(console.warnings),
     }
     return state, report
+
+
+def seconds_since(started: float) -> float:
+    return time.perf_counter() - started
 
 
 def _check_labels(y: Tensor, classes: int) -> None:
@@ -125,6 +146,32 @@ def _check_labels(y: Tensor, classes: int) -> None:
         raise ValueError(
             f"y_orig must lie in 0 … {classes - 1}, as the model has {classes} classes, got {low} … {high}"
         )
+
+
+def _workers(model: Any, x: Tensor, options: Options, doubts: Mapping[str, str | None]) -> int:
+    """How many threads share out the samples; x [N, …] are some of them, on the device."""
+    if options.workers is not None:
+        return options.workers
+    alone = options.rng == "reference" or options.version == "rand" or options.compile
+    if alone or doubts.get("randomised") or doubts.get("dynamic"):
+        return 1
+    return automatic(model, x[:2])
+
+
+@contextmanager
+def _searched(model: Any, x: Tensor, options: Options) -> Iterator[Any]:
+    """The model to search with.
+
+    Rounding decides some steps of an attack: what is compared with the official package computes as it does. And a
+    randomised model may take another path than the one that was traced for folding.
+    """
+    if options.compile:
+        yield torch.compile(model, dynamic=True)
+    elif options.rng == "reference" or options.version == "rand":
+        yield model
+    else:
+        with folded_copy(model, x[:2]) as folded:
+            yield model if folded is None else folded
 
 
 def _begin(
@@ -169,19 +216,47 @@ def _begin(
     return state
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What a worker does without a break: one stage on some samples.
+
+    Attributes:
+        number: of the job within its stage.
+        samples: int64 [N], in the numbering of the data set.
+        search: how far an interrupted run of these samples has come.
+    """
+
+    number: int
+    samples: Tensor
+    search: Search | None = None
+
+
+@dataclass(frozen=True)
+class _Models:
+    """The model as one worker calls it, to search and to confirm what was found."""
+
+    search: Classifier
+    verify: Classifier
+
+
 class _Engine:
     """Takes the samples of this process through all stages.
 
+    Workers write to the state and to the accounts only in :meth:`_commit` and :meth:`_pause`, one at a time.
+
     Args:
         model: in eval mode.
+        searched: the model to search with: the same, compiled, or folded.
         state: where each sample stands; written to.
         mine: int64, the samples of this process.
+        workers: how many threads share them out.
         started: ``time.perf_counter()`` when the evaluation began.
     """
 
     def __init__(
         self,
         model: Any,
+        searched: Any,
         x: Tensor,
         y: Tensor,
         stages: Sequence[Stage],
@@ -189,104 +264,148 @@ class _Engine:
         options: Options,
         console: Console,
         mine: Tensor,
+        workers: int,
         started: float,
     ) -> None:
         self.x, self.y, self.mine = x, y, mine
         self.stages, self.state, self.options, self.console = stages, state, options, console
         self.seed = state.settings["seed"]
+        self.team = Team(workers)
         few = x[:2].to(options.device)
-        chunk = None if options.compile else cache_chunk(model, few)
-        self.search = Classifier(
-            torch.compile(model, dynamic=True) if options.compile else model,
-            options.search_dtype,
-            console.advance,
-            chunk,
-            channels_last_works(model, few),
-        )
-        self.verify = Classifier(model, None, console.advance, chunk)
-        # Rounding decides some steps of an attack: what is compared with the official package computes as it does.
-        # A randomised model may take another path than the one that was traced.
-        folds = options.rng == "keyed" and options.version != "rand" and not options.compile
-        self.folding = folding_that_works(model, few) if folds else None
-        self.ledger = Ledger(state.costs, (self.search, self.verify), started)
+        chunk = None if options.compile else cache_chunk(model, few, max(torch.get_num_threads() // workers, 1))
+        last = channels_last_works(model, few)
+        self.models = [
+            _Models(
+                Classifier(searched, options.search_dtype, self._passed, chunk, last),
+                Classifier(model, None, self._passed, chunk),
+            )
+            for _ in range(workers)
+        ]
+        self.ledger = Ledger(state.costs, started)
         self.last_save = time.monotonic()
+        self._started = started
+        self._attacking = False
+        self._lock = threading.Lock()
 
     def run(self) -> None:
-        self._classify_clean_samples()
+        self.ledger.book("clean", self._classifiers())
+        self.team.run(self._jobs(-1), self._classify)
+        self._say_clean_accuracy()
+        self._attacking = True
         self.console.start_progress(passes_left(self.stages, self._finished()))
         for index, stage in enumerate(self.stages):
             name = stage.attack.name
             self._book(name)
-            for samples in self._pending(index).split(self.options.batch_size):
-                self._attack_batch(index, stage, samples)
-                self._book(name)
-                self._save()
+            self.team.run(self._jobs(index), partial(self._attack, index))
+            self._book(name)
             last = index + 1 == len(self.stages) or self.stages[index + 1].attack.name != name
             if last and len(self.mine):
                 self.console.say(stage_line(self.state, index, name, self.mine))
 
-    def _classify_clean_samples(self) -> None:
-        state = self.state
-        self.ledger.book("clean")
-        for samples in self._pending(-1).split(self.options.batch_size):
-            x, y = self._batch(samples)
-            with full_precision():
-                labels = self.verify.label(x)
-            state.labels[samples] = labels.cpu()
-            state.clean[samples] = state.robust[samples] = (labels == y).cpu()
-            state.finished[samples] = 0
+    def _jobs(self, index: int) -> list[_Job]:
+        """The samples that stage ``index`` has still to attack, dealt out to jobs of similar size."""
+        pending = self.mine[(self.state.robust & (self.state.finished == index))[self.mine]]
+        if self.options.rng == "reference":  # its numbers belong to the batch
+            return [_Job(number, samples) for number, samples in enumerate(pending.split(self.options.batch_size))]
+        if len(pending) == 0:  # searches that are left are of a later stage
+            return []
+        paused = list(self.state.searches.values())
+        fresh = pending[~torch.isin(pending, torch.cat([pending[:0], *(some for some, _ in paused)]))]
+        size = batch_size(len(pending), self.options.batch_size, self.team.count)
+        jobs: list[_Job] = []
+        self.state.searches = {}
+        groups: list[tuple[Tensor, Search | None]] = [*paused, *([(fresh, None)] if len(fresh) else [])]
+        if len(groups) >= self.team.count:  # what was dealt out once is not cut into ever smaller batches
+            size = self.options.batch_size if paused else size
+        for samples, search in groups:
+            for rows in dealt_out(len(samples), size):
+                job = _Job(len(jobs), samples[rows], search.of(rows) if search is not None else None)
+                jobs.append(job)
+                if job.search is not None:
+                    self.state.searches[job.number] = (job.samples, job.search)
+        return jobs
+
+    def _classify(self, worker: int, job: _Job) -> None:
+        models, samples = self.models[worker], job.samples
+        x, y = self._batch(samples)
+        with full_precision(self.options.device):
+            labels = models.verify.label(x)
+        with self._lock:
+            self.state.labels[samples] = labels.cpu()
+            self.state.clean[samples] = self.state.robust[samples] = (labels == y).cpu()
+            self.state.finished[samples] = 0
+            self.ledger.book("clean", [models.verify])
             self._save()
-        self.ledger.book("clean")
+
+    def _say_clean_accuracy(self) -> None:
+        state = self.state
         correct, count = int(state.clean[self.mine].sum()), len(self.mine)
         if count:
             self.console.say(f"clean accuracy: {100 * correct / count:.2f} %")
         nan = nan_samples(state)["clean"]
         self.console.warn(inspection.nan_samples(nan[torch.isin(nan, self.mine)], "clean"))
 
-    def _attack_batch(self, index: int, stage: Stage, samples: Tensor) -> None:
-        state = self.state
+    def _attack(self, index: int, worker: int, job: _Job) -> None:
+        stage, models, samples = self.stages[index], self.models[worker], job.samples
         x, y = self._batch(samples)
         device, name = self.options.device, stage.attack.name
-        found, fooled = x.clone(), torch.zeros(len(x), dtype=torch.bool, device=device)
-        noise: Noise | None = ReferenceNoise(self.seed) if self.options.rng == "reference" else None
+        found, fooled, labels = x.clone(), torch.zeros(len(x), dtype=torch.bool, device=device), y.clone()
+        stream = ReferenceNoise(self.seed) if self.options.rng == "reference" else None
+        unverified = 0
         for part in stage.parts:
             rows = (~fooled).nonzero().squeeze(1)
             if len(rows) == 0:
                 break
-            attacked = samples[rows.cpu()]
-            with self.folding.applied() if self.folding is not None else nullcontext():
-                batch = Batch(
-                    x[rows],
-                    y[rows],
-                    attacked.to(device),
-                    part,
-                    noise or KeyedNoise(self.seed, name, part),
-                    self._resumed_search(attacked),
-                    self._pause(name, attacked),
-                )
-                points, wrong = stage.attack.run_part(self.search, batch)
-            state.search = None
-            with full_precision():
-                labels = self.verify.label(points)
-            confirmed = labels != y[rows]
+            batch = Batch(
+                x[rows],
+                y[rows],
+                samples[rows.cpu()].to(device),
+                part,
+                stream or KeyedNoise(self.seed, name, part),
+                job.search.to(device) if job.search is not None else None,
+                partial(self._pause, name, worker, job) if stream is None else None,
+            )
+            points, wrong = stage.attack.run_part(models.search, batch)
+            with full_precision(device):
+                given = models.verify.label(points)
+            confirmed = given != y[rows]
             confirmed &= wrong  # FAB's points beyond eps are misclassified and do not count
-            state.costs[name].unverified += int((wrong & ~confirmed).sum())
-            self._check_still_classifies(x[rows[confirmed & (labels < 0)]])
+            unverified += int((wrong & ~confirmed).sum())
+            self._check_still_classifies(models.verify, x[rows[confirmed & (given < 0)]])
             found[rows[confirmed]], fooled[rows[confirmed]] = points[confirmed], True
-            state.labels[attacked[confirmed.cpu()]] = labels[confirmed].cpu()
-        fallen = samples[fooled.cpu()]
-        state.robust[fallen] = False
-        state.fallen_by[fallen] = index
-        state.adversarial[fallen] = found[fooled].cpu()
-        state.finished[samples] = index + 1
+            labels[rows[confirmed]] = given[confirmed]
+        self._commit(index, worker, job, found[fooled].cpu(), labels[fooled].cpu(), fooled.cpu(), unverified)
 
-    def _check_still_classifies(self, x: Tensor) -> None:
+    def _commit(
+        self, index: int, worker: int, job: _Job, found: Tensor, labels: Tensor, fooled: Tensor, unverified: int
+    ) -> None:
+        """Take in what a job has found: points and labels of the samples that were fooled."""
+        state, name, fallen = self.state, self.stages[index].attack.name, job.samples[fooled]
+        with self._lock:
+            state.robust[fallen] = False
+            state.fallen_by[fallen] = index
+            state.adversarial[fallen] = found
+            state.labels[fallen] = labels
+            state.finished[job.samples] = index + 1
+            state.searches.pop(job.number, None)
+            state.costs[name].unverified += unverified
+            self._book(name, worker)
+            self._save()
+
+    def _pause(self, name: str, worker: int, job: _Job, search: Search) -> None:
+        """Remember how far a run has come; it goes on to write to the tensors of ``search``."""
+        with self._lock:
+            self.state.searches[job.number] = (job.samples, search.clone())
+            self._book(name, worker)
+            self._save()
+
+    def _check_still_classifies(self, verify: Classifier, x: Tensor) -> None:
         """Of clean samples x [N, …] that were classified: a NaN near them is found by an attack only if they still are.
 
         Raises:
             ValueError: none of them is; the model has changed on the way.
         """
-        if len(x) and bool((nan := self.verify.label(x) < 0).all()):
+        if len(x) and bool((nan := verify.label(x) < 0).all()):
             raise ValueError(
                 f"the model returned NaN for {int(nan.sum())} of {len(x)} clean samples that it classified before"
             )
@@ -294,34 +413,24 @@ class _Engine:
     def _batch(self, samples: Tensor) -> tuple[Tensor, Tensor]:
         return self.x[samples].to(self.options.device), self.y[samples].to(self.options.device)
 
-    def _pending(self, index: int) -> Tensor:
-        """The samples that stage ``index`` has still to attack, in order."""
-        open_here = self.state.robust & (self.state.finished == index)
-        return self.mine[open_here[self.mine]]
-
     def _finished(self) -> Tensor:
         """How many stages each sample of this process that stands is through with."""
         return self.state.finished[self.mine[self.state.robust[self.mine]]]
 
-    def _resumed_search(self, samples: Tensor) -> Search | None:
-        if self.state.search is None:
-            return None
-        saved, search = self.state.search
-        if not torch.equal(saved, samples):
-            return None
-        device = self.options.device
-        return Search(search.queries, search.best.to(device), search.margin.to(device))
+    def _classifiers(self, worker: int | None = None) -> list[Classifier]:
+        models = self.models if worker is None else [self.models[worker]]
+        return [classifier for pair in models for classifier in (pair.search, pair.verify)]
 
-    def _pause(self, name: str, samples: Tensor) -> Callable[[Search], None]:
-        def pause(search: Search) -> None:
-            self.state.search = (samples, search)
-            self._book(name)
-            self._save()
+    def _passed(self, samples: int) -> None:
+        self.console.advance(samples)
+        self.team.check()
+        budget = self.options.budget
+        if budget is not None and self._attacking and seconds_since(self._started) >= budget:
+            raise OutOfTime
 
-        return pause
-
-    def _book(self, name: str) -> None:
-        self.ledger.book(name)
+    def _book(self, name: str, worker: int | None = None) -> None:
+        """Book what a worker has done; without one, of all, while none is at work."""
+        self.ledger.book(name, self._classifiers(worker))
         finished = self._finished()
         self.console.expect(passes_left(self.stages, finished), f"{name}, {len(finished)} stand")
 

@@ -15,7 +15,7 @@ from .identity import Fingerprint, checksum
 from .parts import Search
 
 FORMATS = "scorematch AutoAttack "
-FORMAT = f"{FORMATS}2"
+FORMAT = f"{FORMATS}3"
 
 
 @dataclass
@@ -32,7 +32,8 @@ class EvaluationState:
         fallen_by: int64 [N], the stage at which a sample fell; -1 if it stands or was wrong from the start.
         costs: of each attack.
         fingerprint: what the model computes at some clean samples; None where no file is kept.
-        search: samples of the batch whose run was interrupted within, and how far it has come.
+        searches: samples of batches whose runs are not through, and how far they have come, by the worker that runs
+            them.
     """
 
     settings: dict[str, Any]
@@ -44,7 +45,7 @@ class EvaluationState:
     fallen_by: Tensor
     fingerprint: Fingerprint | None = None
     costs: dict[str, Cost] = field(default_factory=dict)
-    search: tuple[Tensor, Search] | None = None
+    searches: dict[int, tuple[Tensor, Search]] = field(default_factory=dict)
 
     @classmethod
     def new(cls, settings: dict[str, Any], x: Tensor, y: Tensor) -> EvaluationState:
@@ -76,15 +77,10 @@ class EvaluationState:
             "fingerprint": asdict(self.fingerprint) if self.fingerprint is not None else None,
             "search": None,
         }
-        if self.search is not None:
-            samples, search = self.search
-            content["search"] = {
-                "samples": samples.cpu(),
-                "queries": search.queries,
-                "best": search.best.cpu(),
-                "margin": search.margin.cpu(),
-            }
+        if self.searches:
+            content["search"] = _joined(list(self.searches.values()))
         content["checksum"] = checksum(content)
+        path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(path.name + ".part")
         try:
             with open(beside, "wb") as file:
@@ -94,6 +90,32 @@ class EvaluationState:
             os.replace(beside, path)
         finally:
             beside.unlink(missing_ok=True)
+
+    @classmethod
+    def from_disk(cls, path: str | Path) -> EvaluationState:
+        """The verdicts in a file, to read; to go on with an evaluation pass ``state_path``.
+
+        The file has no clean samples, so ``adversarial`` is NaN for every sample that no attack has fooled.
+
+        Raises:
+            ValueError: the file is damaged or no state.
+        """
+        content = _read(Path(path))
+        points = content["adversarial"]
+        return cls._of(content, points.new_full((len(content["robust"]), *points.shape[1:]), torch.nan))
+
+    @property
+    def robust_flags(self) -> Tensor | None:
+        """Which samples stand so far, bool [N]; None before all were classified."""
+        return None if bool((self.finished < 0).any()) else self.robust
+
+    @property
+    def clean_accuracy(self) -> float:
+        return self.clean.double().mean().item()
+
+    @property
+    def robust_accuracy(self) -> float:
+        return self.robust.double().mean().item()
 
     @classmethod
     def load(cls, path: Path, settings: dict[str, Any], x: Tensor) -> EvaluationState:
@@ -112,19 +134,39 @@ class EvaluationState:
                 raise ValueError(
                     f"state_path: {path} is of another {name}: {content['settings'].get(name)}, now {value}"
                 )
-        adversarial = x.clone()
-        adversarial[content["fallen_by"] >= 0] = content["adversarial"].to(x)
-        search = None
-        if (saved := content["search"]) is not None:
-            search = (saved["samples"], Search(saved["queries"], saved["best"], saved["margin"]))
+        return cls._of(content, x.clone())
+
+    @classmethod
+    def _of(cls, content: dict[str, Any], clean: Tensor) -> EvaluationState:
+        """What a file holds, with ``clean`` [N, …] for the samples that no attack has fooled."""
+        clean[content["fallen_by"] >= 0] = content["adversarial"].to(clean)
         return cls(
             settings=content["settings"],
-            adversarial=adversarial,
+            adversarial=clean,
             fingerprint=Fingerprint(**content["fingerprint"]),
             costs={name: Cost(**cost) for name, cost in content["costs"].items()},
-            search=search,
+            searches=dict(enumerate(_parted(content["search"]))) if content["search"] is not None else {},
             **{name: content[name] for name in ("robust", "clean", "finished", "labels", "fallen_by")},
         )
+
+
+def _joined(searches: list[tuple[Tensor, Search]]) -> dict[str, Tensor]:
+    """How far each sample has come: what a file holds does not depend on how the samples were dealt out."""
+    return {
+        "samples": torch.cat([samples for samples, _ in searches]),
+        "queries": torch.cat([torch.full_like(samples, search.queries) for samples, search in searches]),
+        "best": torch.cat([search.best.cpu() for _, search in searches]),
+        "margin": torch.cat([search.margin.cpu() for _, search in searches]),
+    }
+
+
+def _parted(content: dict[str, Tensor]) -> list[tuple[Tensor, Search]]:
+    """Samples that have come equally far, together."""
+    parts = []
+    for queries in content["queries"].unique().tolist():
+        rows = (content["queries"] == queries).nonzero().squeeze(1)
+        parts.append((content["samples"][rows], Search(queries, content["best"][rows], content["margin"][rows])))
+    return parts
 
 
 def _read(path: Path) -> dict[str, Any]:

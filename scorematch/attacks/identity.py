@@ -80,7 +80,7 @@ def clean_logits(model: Any, x: Tensor, device: torch.device) -> Tensor:
     count = min(len(x), PROBES)
     samples = torch.arange(count) * len(x) // count
     classifier = Classifier(model)
-    with full_precision():
+    with full_precision(device):
         return torch.cat([classifier.logits(x[some].to(device)).cpu() for some in samples.split(PROBE_BATCH)])
 
 

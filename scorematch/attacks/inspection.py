@@ -24,8 +24,9 @@ Model = Callable[[Tensor], Tensor]
 
 def doubts(
     model: Any, x: Tensor, y: Tensor, logits: Tensor, attacks: Sequence[Attack], version: str
-) -> Iterator[str | None]:
-    """What makes the evaluation of a model in eval mode doubtful, seen at its first batch; None where nothing does.
+) -> dict[str, str | None]:
+    """What makes the evaluation of a model in eval mode doubtful, seen at its first batch, by the name of the check;
+    None where nothing does.
 
     Args:
         x: [N, …], on the device of the model.
@@ -34,17 +35,17 @@ def doubts(
         version: of :class:`scorematch.AutoAttack`; ``"rand"`` expects a randomised model.
     """
     names = [attack.name for attack in attacks]
-    yield probabilities(logits)
+    found = {"probabilities": probabilities(logits)}
     if version != "rand":
-        yield randomised(model, x, y)
-    yield dynamic(model, x)
+        found["randomised"] = randomised(model, x, y)
+    found["dynamic"] = dynamic(model, x)
     if any(name != "square" for name in names):
         classifier = Classifier(model)
-        yield zero_gradients(classifier, x, y)
+        found["zero gradients"] = zero_gradients(classifier, x, y)
         known = predicted(logits) >= 0
-        yield broken_gradients(classifier, x[known], y[known])
+        found["broken gradients"] = broken_gradients(classifier, x[known], y[known])
     targets = max((getattr(a, "n_target_classes", 0) for a in attacks if a.name.endswith("-t")), default=0)
-    yield few_classes(logits.shape[1], names, targets)
+    return {**found, "few classes": few_classes(logits.shape[1], names, targets)}
 
 
 def no_classifier(logits: Tensor) -> None:

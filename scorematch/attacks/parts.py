@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from ..inputs import clean_batch
@@ -28,6 +30,16 @@ class Search:
     queries: int
     best: Tensor
     margin: Tensor
+
+    def of(self, rows: Tensor) -> Search:
+        """That of some samples of the batch, int64 [K]."""
+        return Search(self.queries, self.best[rows], self.margin[rows])
+
+    def to(self, device: torch.device) -> Search:
+        return Search(self.queries, self.best.to(device), self.margin.to(device))
+
+    def clone(self) -> Search:
+        return Search(self.queries, self.best.clone(), self.margin.clone())
 
 
 @dataclass(frozen=True)
@@ -75,14 +87,14 @@ class Attack(Protocol):
     def run_part(self, classifier: Classifier, batch: Batch) -> tuple[Tensor, Tensor]: ...
 
 
-def run_alone(attack: Attack, model: nn.Module, x: Tensor, y: Tensor, seed: int) -> Tensor:
+def run_alone(attack: Attack, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, seed: int) -> Tensor:
     """All parts of ``attack`` on the samples of x [N, …] that the model gets right; [N, …]."""
     attack.check()
     x, y = clean_batch(x, y, attack.threat_model)
     adversarial = x.clone()
     if len(x) == 0:
         return adversarial
-    with borrowed(model, "eval"):
+    with borrowed(model, "eval") if isinstance(model, nn.Module) else nullcontext():
         classifier = Classifier(model)
         logits = classifier.logits(adversarial)
         alive = (predicted(logits) == y).nonzero().squeeze(1)

@@ -39,15 +39,19 @@ def report_of(state: EvaluationState, stages: Sequence[Stage]) -> dict[str, Any]
     for index, stage in enumerate(stages):
         name = stage.attack.name
         after = accuracy(int(standing_after(state, index).sum()), count)
-        attacks[name] = {**after, **asdict(state.costs.get(name, Cost()))}
+        pending = int((state.robust & (state.finished <= index)).sum())
+        attacks[name] = {**after, **asdict(state.costs.get(name, Cost())), "pending": pending}
     clean, robust = accuracy(int(state.clean.sum()), count), accuracy(int(state.robust.sum()), count)
     return {
         "clean_accuracy": clean["accuracy"],
         "clean_interval": clean["interval"],
         "robust_accuracy": robust["accuracy"],
         "robust_interval": robust["interval"],
+        "complete": not any(attack["pending"] for attack in attacks.values()),
         "attacks": attacks,
         "samples": count,
+        "robust": state.robust.tolist(),
+        "fallen_by": [stages[index].attack.name if index >= 0 else None for index in state.fallen_by.tolist()],
         "nan_samples": {name: samples.tolist() for name, samples in nan_samples(state).items()},
         "seconds": sum(cost.seconds for cost in state.costs.values()),
     }
@@ -79,8 +83,41 @@ def result_line(report: dict[str, Any], state: EvaluationState, x: Tensor, norm:
     """The result, with the largest perturbation of x [N, …]."""
     largest = distance(state.adversarial, x, norm).max()
     low, high = report["robust_interval"]
+    bound = "" if report["complete"] else ", at most"
     return (
-        f"robust accuracy: {100 * report['robust_accuracy']:.2f} % "
+        f"robust accuracy{bound}: {100 * report['robust_accuracy']:.2f} % "
         f"(95 % interval {100 * low:.1f} to {100 * high:.1f}); "
         f"largest {norm_name} perturbation {float(largest):.5f}; {report['seconds']:.1f} s"
     )
+
+
+def table(report: dict[str, Any], form: str) -> str:
+    """A report as a table, one line for the clean samples and one for each attack.
+
+    Args:
+        form: ``"markdown"``, or ``"latex"``: a tabular that needs no package.
+
+    Raises:
+        ValueError: there is no such form.
+    """
+    if form not in ("markdown", "latex"):
+        raise ValueError(f"form must be markdown or latex, got {form!r}")
+    percent = "%" if form == "markdown" else r"\%"
+    head = ["after", f"accuracy, {percent}", f"95 {percent} interval", "forward passes", "backward passes", "seconds"]
+    rows = [["clean", *_shares(report["clean_accuracy"], report["clean_interval"]), "", "", ""]]
+    for name, attack in report["attacks"].items():
+        costs = [f"{attack['forwards']:,}", f"{attack['backwards']:,}", f"{attack['seconds']:.1f}"]
+        rows.append([name, *_shares(attack["accuracy"], attack["interval"]), *costs])
+    if form == "markdown":
+        rule = ["---", *["---:"] * (len(head) - 1)]
+        return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *rows))
+    lines = [" & ".join(line) + r" \\" for line in (head, *rows)]
+    columns = "l" + "r" * (len(head) - 1)
+    return "\n".join(
+        [rf"\begin{{tabular}}{{{columns}}}", r"\hline", lines[0], r"\hline", *lines[1:], r"\hline", r"\end{tabular}"]
+    )
+
+
+def _shares(accuracy: float, interval: Sequence[float]) -> list[str]:
+    low, high = (100 * end for end in interval)
+    return [f"{100 * accuracy:.2f}", f"{low:.1f} to {high:.1f}"]

@@ -1,7 +1,8 @@
-"""In which order an evaluation runs the parts of its attacks."""
+"""In which order an evaluation runs the parts of its attacks, and in which batches."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 from .parts import Attack
+
+SMALLEST = 8  # samples for which a worker of its own is worth it
 
 
 @dataclass(frozen=True)
@@ -40,3 +43,20 @@ def passes_left(stages: Sequence[Stage], finished: Tensor) -> int:
     """
     costs = torch.tensor([sum(stage.attack.cost()) * len(stage.parts) for stage in stages] + [0])
     return int(costs.flip(0).cumsum(0).flip(0)[finished.clamp_min(0)].sum())
+
+
+def batch_size(count: int, most: int, workers: int) -> int:
+    """How many of ``count`` samples go into a batch, so that each worker has as many batches of the same size.
+
+    Args:
+        most: samples in a batch, at most.
+        workers: at least 1; where there are few samples, some of them have nothing to do.
+    """
+    rounds = math.ceil(count / (most * workers))
+    return min(most, max(math.ceil(count / max(rounds * workers, 1)), SMALLEST))
+
+
+def dealt_out(count: int, size: int) -> list[Tensor]:
+    """``count`` rows in batches of at most ``size``; neighbours go to different ones, as data sets are often sorted."""
+    batches = math.ceil(count / size)
+    return [torch.arange(first, count, batches) for first in range(batches)]

@@ -5,9 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields
 from numbers import Integral
-from typing import Any
+from typing import Any, Protocol
+
+from torch import Tensor
 
 from ..threat_model import ThreatModel
+
+
+class Perturber(Protocol):
+    """What an attack asks of the ``AutoAttack`` that it belongs to."""
+
+    def perturb(self, attack: Any, x: Tensor, y: Tensor | None) -> Tensor: ...
 
 
 class AttackSettings:
@@ -31,6 +39,32 @@ class AttackSettings:
     @eps.setter
     def eps(self, value: float) -> None:
         self.threat_model = self.threat_model.replace(eps=value)
+
+    def perturb(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """All parts of an attack of an ``AutoAttack`` on a batch, such as ``adversary.apgd.perturb(x, y)``.
+
+        Model, seed and device are those of the ``AutoAttack``. To run an attack by itself, call it with a model.
+
+        Args:
+            x: [N, …] inside the box.
+            y: class indices [N]; None is what the model predicts.
+
+        Returns:
+            [N, …] on the device where was attacked: a misclassified point of B(x), or x where none was found.
+
+        Raises:
+            ValueError: the attack belongs to no ``AutoAttack``, or x and y do not fit.
+        """
+        owner = vars(self).get("_owner")
+        if owner is None:
+            raise ValueError(
+                f"this {type(self).__name__} is of no AutoAttack; call it with a model: attack(model, x, y)"
+            )
+        return owner.perturb(self, x, y)
+
+    def belong_to(self, owner: Perturber) -> None:
+        """Take model, seed and device from ``owner`` in :meth:`perturb`."""
+        object.__setattr__(self, "_owner", owner)
 
     def check_counts(self, *names: str) -> None:
         """Raise ValueError unless the settings of these names are whole numbers of at least 1."""

@@ -1,6 +1,7 @@
 """APGD, FAB and Square alone: exact on linear models, inside the ball, the same numbers in any batch."""
 
 import math
+import threading
 from itertools import pairwise
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from scorematch import ThreatModel
 from scorematch.attacks import APGD, FAB, Square
-from scorematch.attacks.classifier import Classifier, cache_chunk, channels_last_works, folding_that_works
+from scorematch.attacks.classifier import Classifier, cache_chunk, channels_last_works, folded_copy
 from scorematch.attacks.losses import dlr_loss, margin_loss, ranked_targets, targeted_dlr_loss
 from scorematch.attacks.parts import Batch, Search
 from scorematch.attacks.randomness import KeyedNoise, ReferenceNoise
@@ -286,15 +287,13 @@ def test_passes_in_chunks_are_the_same() -> None:
     assert (chunked.forwards, chunked.backwards) == (120, 60)
 
 
-def test_the_size_of_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_chunks() -> None:
     model, x, _ = batch()
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     # the widest layer is 8 channels of 8×8 in float32, 2 KiB a sample
-    assert cache_chunk(model, x, cache=200 << 10) == 64
-    assert cache_chunk(model, x, cache=1) == 32
-    assert cache_chunk(model.forward, x) is None
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    assert cache_chunk(model, x, cache=200 << 10) == 256
+    assert cache_chunk(model, x, 1, cache=200 << 10) == 64
+    assert cache_chunk(model, x, 1, cache=1) == 32
+    assert cache_chunk(model.forward, x, 1) is None
+    assert cache_chunk(model, x, 4, cache=200 << 10) == 256
     assert not any(module._forward_hooks for module in model.modules())
 
 
@@ -331,14 +330,32 @@ def test_models_that_cannot_take_channels_last() -> None:
     assert not channels_last_works(nn.Flatten(), torch.rand(3, 5))
 
 
-def test_folding_that_works() -> None:
+def test_a_folded_copy() -> None:
     x = torch.rand(3, 1, 8, 8)
     model = small_cnn(batch_norm=True).eval()
-    folding = folding_that_works(model, x)
-    assert folding is not None
-    assert folding.pairs == [(model[0], model[1])]
-    assert folding_that_works(small_cnn().eval(), x) is None
-    assert folding_that_works(model.forward, x) is None
+    nn.init.uniform_(model[1].running_var, 0.5, 2)
+    weight, passed = model[0].weight, []
+    with folded_copy(model, x) as folded:
+        assert folded is not None
+        torch.testing.assert_close(folded(x), model(x), rtol=0, atol=1e-5)
+        assert not torch.equal(folded[0].weight, weight)
+        assert model[0].weight is weight
+        assert folded[-1].weight is model[-1].weight, "what is not folded takes no memory"
+        for network in (model, folded):
+            network[1].register_forward_hook(lambda module, inputs, output: passed.append(output is inputs[0]))
+            network(x)
+    assert passed == [False, True]
+    with folded_copy(small_cnn().eval(), x) as folded:
+        assert folded is None
+    with folded_copy(model.forward, x) as folded:
+        assert folded is None
+
+
+def test_a_model_that_cannot_be_copied_is_not_folded() -> None:
+    model = small_cnn(batch_norm=True).eval()
+    model.lock = threading.Lock()
+    with folded_copy(model, torch.rand(3, 1, 8, 8)) as folded:
+        assert folded is None
 
 
 def test_a_model_that_folding_would_change_is_not_folded() -> None:
@@ -357,7 +374,8 @@ def test_a_model_that_folding_would_change_is_not_folded() -> None:
 
     path = Path().eval()
     path.model[1].running_mean.fill_(0.5)
-    assert folding_that_works(path, torch.rand(3, 1, 8, 8)) is None
+    with folded_copy(path, torch.rand(3, 1, 8, 8)) as folded:
+        assert folded is None
 
 
 def test_class_gradients() -> None:

@@ -165,7 +165,7 @@ def test_values_of_settings_are_checked_before_work(
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("seed", 1.5, "seed must be a whole number"),
+        ("seed", math.nan, "seed must be a number from 0"),
         ("rng", "official", "rng must be one of keyed, reference"),
         ("search_dtype", torch.float64, "search_dtype must be None"),
         ("save_every", -1, "save_every must be a number of seconds, at least 0, got -1"),

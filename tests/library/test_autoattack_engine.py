@@ -12,7 +12,7 @@ from scorematch import ThreatModel
 from scorematch.attacks import APGD, FAB, AutoAttackWarning, Square
 from scorematch.attacks.accounting import Cost, Ledger
 from scorematch.attacks.classifier import Classifier
-from scorematch.attacks.console import Console
+from scorematch.attacks.console import Console, Logger
 from scorematch.attacks.schedule import passes_left, stages_of
 from scorematch.attacks.sharing import Share
 
@@ -40,11 +40,11 @@ def test_passes_that_are_left() -> None:
 def test_accounts() -> None:
     model, x, y = data()
     classifier, costs = Classifier(model), {}
-    ledger = Ledger(costs, [classifier], since=-math.inf)
+    ledger = Ledger(costs, since=-math.inf)
     classifier.gradient(x, lambda z, y: z[:, 0] * math.nan, y)
-    ledger.book("one")
+    ledger.book("one", [classifier])
     classifier.logits(x)
-    ledger.book("two")
+    ledger.book("two", [classifier])
     assert (costs["one"].forwards, costs["one"].backwards, costs["one"].broken_gradients) == (40, 40, 40)
     assert (costs["two"].forwards, costs["two"].backwards, costs["two"].broken_gradients) == (40, 0, 0)
     assert costs["two"].seconds >= 0
@@ -55,7 +55,7 @@ def test_accounts() -> None:
 
 def test_only_one_process_speaks_and_all_warn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for speaks in (False, True):
-        console = Console(True, tmp_path / f"{speaks}.txt", speaks)
+        console = Console(True, Logger(tmp_path / f"{speaks}.txt"), speaks)
         console.say("line")
         with pytest.warns(AutoAttackWarning, match="doubt"):
             console.warn("doubt")

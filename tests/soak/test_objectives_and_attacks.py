@@ -46,7 +46,7 @@ def problems(draw: Any, images: bool = False) -> Arguments:
         "model": draw(networks(shape)),
         "x": x,
         "y": torch.arange(count) % CLASSES,
-        "threat_model": sm.ThreatModel(draw(st.sampled_from(["linf", "l2"])), eps, step_size=eps / 3),
+        "threat_model": sm.ThreatModel(draw(st.sampled_from(["linf", "l2", "l1"])), eps, step_size=eps / 3),
     }
 
 
@@ -77,7 +77,7 @@ def objectives(draw: Any, name: str) -> Arguments:
 
 
 def inside(threat_model: sm.ThreatModel, x_adv: Tensor, x: Tensor) -> bool:
-    far = (x_adv - x).flatten(1).norm(dim=1, p=math.inf if threat_model.norm == "linf" else 2)
+    far = (x_adv - x).flatten(1).norm(dim=1, p={"linf": math.inf, "l2": 2, "l1": 1}[threat_model.norm])
     return bool((far <= threat_model.eps * (1 + 1e-5) + 1e-6).all() and (x_adv >= 0).all() and (x_adv <= 1).all())
 
 

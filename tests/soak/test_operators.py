@@ -62,6 +62,28 @@ def apgd_steps(draw: Any) -> Arguments:
 
 
 @st.composite
+def l1_projections(draw: Any) -> Arguments:
+    """x0 lies in the box."""
+    drawn = draw(projections())
+    del drawn["norm"]
+    return {**drawn, "x0": drawn["x0"].clamp(drawn["lower"], drawn["upper"])}
+
+
+@st.composite
+def l1_steps(draw: Any) -> Arguments:
+    drawn = draw(l1_projections())
+    x = drawn["x"]
+    features = max(math.prod(x.shape[1:]), 1)
+    moving = draw(st.lists(st.integers(0, features), min_size=len(x), max_size=len(x)))
+    return {
+        **drawn,
+        "grad": draw(tensors(tuple(x.shape), x.dtype)),
+        "step_size": draw(tensors((len(x),), x.dtype)).abs().contiguous(),
+        "moving": torch.tensor(moving, dtype=torch.int64),
+    }
+
+
+@st.composite
 def starts(draw: Any) -> Arguments:
     drawn = draw(projections())
     x = drawn.pop("x0")
@@ -191,6 +213,8 @@ OPERATORS: dict[str, st.SearchStrategy[Arguments]] = {
     "pgd_step": steps(),
     "project": projections(),
     "apgd_step": apgd_steps(),
+    "l1_project": l1_projections(),
+    "l1_step": l1_steps(),
     "random_start": starts(),
     "divergence": divergences(),
     "logit_divergence": logit_divergences(),
@@ -200,6 +224,15 @@ OPERATORS: dict[str, st.SearchStrategy[Arguments]] = {
     "square_linf": squares(),
     "square_l2": squares_l2(),
     "keyed_uniform": keys(),
+}
+# A projection is a step of length 0.
+PROJECTIONS: dict[str, Callable[[Tensor], Arguments]] = {
+    "project": lambda x: {"grad": torch.zeros_like(x), "step_size": 0.0},
+    "l1_project": lambda x: {
+        "grad": torch.zeros_like(x),
+        "step_size": x.new_zeros(len(x)),
+        "moving": torch.zeros(len(x), dtype=torch.int64),
+    },
 }
 IN_PLACE = {"apgd_step": ("x", "x_prev", "best_x", "best_grad")}
 
@@ -222,8 +255,8 @@ def precise(arguments: Arguments) -> Arguments:
 def call(function: Callable, name: str, arguments: Arguments) -> list[Tensor]:
     """What the operator returns, or changes."""
     given = {key: value.clone() if key in IN_PLACE.get(name, ()) else value for key, value in arguments.items()}
-    if name == "project" and function is not ops.project:
-        given |= {"grad": torch.zeros_like(given["x"]), "step_size": 0.0}
+    if name in PROJECTIONS and function is not getattr(ops, name):
+        given |= PROJECTIONS[name](given["x"])
     result = function(**given)
     return [given[key] for key in IN_PLACE[name]] if name in IN_PLACE else [result]
 
@@ -248,7 +281,7 @@ def error_allowed(name: str, arguments: Arguments) -> float:
         return 50 * rounding * (largest + (rest.max().item() if rest.numel() else 0.0) + 1)
     numbers = [v for v in arguments.values() if isinstance(v, float) and math.isfinite(v)]
     sizes = [v.abs().max().item() for v in floats if v.numel()] + [abs(v) for v in numbers]
-    if name in ("pgd_step", "apgd_step", "random_start", "project"):
+    if name in ("pgd_step", "apgd_step", "random_start", "project", "l1_step", "l1_project"):
         used = ["x", "x0", "x_prev", "best_x", "step_size"]
         sizes = [
             *(
@@ -275,7 +308,7 @@ def test_operators_are_the_reference(name: str) -> None:
     @given(OPERATORS[name])
     def check(arguments: Arguments) -> None:
         found = call(getattr(ops, name), name, arguments)
-        plain = reference.pgd_step if name == "project" else getattr(reference, name)
+        plain = getattr(reference, {"project": "pgd_step", "l1_project": "l1_step"}.get(name, name))
         expected = call(plain, name, precise(arguments))
         for ours, theirs in zip(found, expected, strict=True):
             assert ours.shape == theirs.shape

@@ -1,0 +1,154 @@
+"""Threads that share out the batches of an evaluation."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+Job = TypeVar("Job")
+MOST = 8  # threads that "auto" takes; more have not been measured
+
+
+class Stopped(BaseException):
+    """Raised in a worker when another one has failed or the evaluation is interrupted."""
+
+
+class Team:
+    """Workers that take jobs from one list until it is empty.
+
+    One worker is the calling thread. Several are threads of their own; each has its share of torch's threads and the
+    autocast state of the caller.
+
+    Args:
+        count: workers, at least 1.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._stop = threading.Event()
+
+    def check(self) -> None:
+        """Raise :class:`Stopped` if the workers have to stop; called often, so that they stop soon."""
+        if self._stop.is_set():
+            raise Stopped
+
+    def run(self, jobs: Iterable[Job], work: Callable[[int, Job], None]) -> None:
+        """Do all jobs.
+
+        Args:
+            jobs: taken in this order.
+            work: called with the number of a worker, from 0, and a job.
+
+        Raises:
+            BaseException: the first that a worker, or the caller while it waits, has raised. Then no worker runs any
+                more.
+        """
+        waiting = deque(jobs)
+        count = min(self.count, len(waiting))
+        if count <= 1:
+            for job in waiting:
+                work(0, job)
+            return
+        failures: list[BaseException] = []
+        threads = torch.get_num_threads()
+        autocast = _autocast_state()
+
+        def work_off(worker: int) -> None:
+            try:
+                torch.set_num_threads(max(threads // count, 1))
+                with torch.autocast("cpu", **autocast):
+                    while not self._stop.is_set():
+                        try:
+                            job = waiting.popleft()
+                        except IndexError:
+                            return
+                        work(worker, job)
+            except Stopped:
+                pass
+            except BaseException as failure:
+                failures.append(failure)
+                self._stop.set()
+
+        workers = [threading.Thread(target=work_off, args=(worker,), daemon=True) for worker in range(count)]
+        try:
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                worker.join()
+        except BaseException:  # a signal reaches the calling thread alone
+            self._stop.set()
+            raise
+        finally:
+            for worker in workers:
+                if worker.ident is not None:
+                    worker.join()
+            torch.set_num_threads(threads)  # threads that begin later take the last number that was set
+        if failures:
+            raise failures[0]
+
+
+def automatic(model: Any, x: Tensor) -> int:
+    """How many workers suit a model in eval mode on the CPU: one for each of torch's threads if it can be shared.
+
+    Args:
+        x: [N, …], a few samples on the device where the model computes.
+    """
+    if x.device.type != "cpu" or torch.get_num_threads() == 1 or not can_be_shared(model, x):
+        return 1
+    return min(torch.get_num_threads(), MOST)
+
+
+def can_be_shared(model: Any, x: Tensor) -> bool:
+    """Whether several threads may call a model at the same time, as far as can be seen.
+
+    They may call a module of Python that has no hooks and changes none of its attributes, buffers and parameters while
+    it predicts. A scripted module or another callable may be as harmless; nothing shows it.
+
+    Args:
+        model: in eval mode.
+        x: [N, …], N ≥ 1.
+    """
+    if not isinstance(model, nn.Module):
+        return False
+    modules = list(model.modules())
+    if any(isinstance(module, torch.jit.ScriptModule) for module in modules) or torch_module._has_any_global_hook():
+        return False
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(getattr(module, kind, None) for module in modules for kind in hooks):
+        return False
+    before = list(_contents(modules))
+    with torch.enable_grad():
+        model(x.detach().requires_grad_())
+    after = list(_contents(modules))
+    return len(before) == len(after) and all(
+        one is other and version == now for (one, version), (other, now) in zip(before, after, strict=True)
+    )
+
+
+def _contents(modules: list[nn.Module]) -> Iterator[tuple[Any, int | None]]:
+    """The attributes of modules and the entries of their containers, with how often a tensor was written to."""
+    for module in modules:
+        for value in list(module.__dict__.values()):
+            yield value, _version(value)
+            if isinstance(value, dict):
+                yield from ((entry, _version(entry)) for pair in list(value.items()) for entry in pair)
+            elif isinstance(value, (list, tuple, set)):
+                yield from ((entry, _version(entry)) for entry in list(value))
+
+
+def _version(value: Any) -> int | None:
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else None
+
+
+def _autocast_state() -> dict[str, Any]:
+    return {
+        "enabled": torch.is_autocast_enabled("cpu"),
+        "dtype": torch.get_autocast_dtype("cpu"),
+        "cache_enabled": torch.is_autocast_cache_enabled(),
+    }
