@@ -52,10 +52,11 @@ def section(cells: Sequence[Cell], figures: Path) -> str:
         [
             "## Other dimensions, fewer labels",
             "",
-            "The same mixtures from 2 to 128 dimensions. Their means are about as far apart in each, so that the Bayes "
-            "error hardly changes; what changes is how hard p_d is to estimate. Fewer objectives than above: standard, "
-            "PGD-AT KL, TRADES KL with β from 0.25 to 2, and TRADES with soft targets by the ensemble of joint "
-            "energies. Evidence chooses between that ensemble and a kernel density of the training points.",
+            "The same mixtures from 2 to 128 dimensions. The means of their Gaussians are on average equally far "
+            "apart. In few dimensions some of the nine come close to each other all the same, so the classes overlap "
+            "more, as the Bayes accuracy shows. In many dimensions p_d is harder to estimate. Fewer objectives than "
+            "above: standard, PGD-AT KL, TRADES KL with β from 0.25 to 2, and TRADES with soft targets by the ensemble "
+            "of joint energies. Evidence chooses between that ensemble and a kernel density of the training points.",
             "",
             "R_SCORE, in nats. “Best” is the surrogate with the lowest mean, its weights picked by the oracle if that "
             "helps.",
