@@ -412,7 +412,7 @@ def test_bad_data(tmp_path: Path) -> None:
     for images, labels, message in cases:
         with pytest.raises(ValueError, match=message):
             run(images, labels, state_path=tmp_path / "state.pt")
-    with pytest.raises(ValueError, match="bs must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="bs must be a whole number, at least 1, got 0"):
         run(x, y, bs=0)
     with pytest.raises(ValueError, match="attacks_to_run is empty; choose among apgd-ce"):
         attack(model, version="custom").run_standard_evaluation(x, y)

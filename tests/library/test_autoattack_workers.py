@@ -238,8 +238,12 @@ def test_an_interrupt_ends_all_workers_and_keeps_what_was_found(tmp_path: Path) 
         if call == 200:
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        attack(Watched(model, each), workers=2).run_standard_evaluation(x, y, state_path=path)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a runner of tests may have taken away
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            attack(Watched(model, each), workers=2).run_standard_evaluation(x, y, state_path=path)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert threading.active_count() == before
     state = torch.load(path, weights_only=True)
     assert int((state["finished"] > 0).sum()) > 0
