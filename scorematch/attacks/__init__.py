@@ -2,9 +2,11 @@
 
 from .apgd import APGD
 from .autoattack import AutoAttack
+from .classifier import Classifier
 from .evaluation_state import EvaluationState
 from .fab import FAB
 from .inspection import AutoAttackWarning
+from .parts import Attack, Batch
 from .pgd import PGD, ascend
 from .single_step import single_step
 from .square import Square
@@ -13,8 +15,11 @@ __all__ = [
     "APGD",
     "FAB",
     "PGD",
+    "Attack",
     "AutoAttack",
     "AutoAttackWarning",
+    "Batch",
+    "Classifier",
     "EvaluationState",
     "Square",
     "ascend",

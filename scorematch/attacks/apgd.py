@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from ..threat_model import ThreatModel
 from .apgd_l1 import ascend_sparsely
 from .ascent import Ascent
 from .classifier import Classifier, Loss, predicted
-from .losses import UNTARGETED, ranked_targets, targeted_dlr_loss
+from .losses import UNTARGETED, own_loss, ranked_targets, targeted_dlr_loss
 from .parts import Batch, run_alone
 from .randomness import start_at_distance
 from .settings import AttackSettings
@@ -37,6 +37,8 @@ class APGD(AttackSettings):
     Args:
         threat_model: norm, radius and box; its step size and share are not used.
         loss: ``"ce"``, ``"dlr"``, or ``"dlr-targeted"``, which tries the classes of rank 2, 3, … of the clean logits.
+            Or a function of your own, from logits [N, L] and labels int64 [N] to one value a sample, [N], that is
+            larger where the sample is closer to being misclassified.
         n_iter: steps of one run.
         n_restarts: random starts (of each target).
         n_target_classes: how many classes the targeted loss tries, at most; there are never more than L − 1.
@@ -51,7 +53,7 @@ class APGD(AttackSettings):
     """
 
     threat_model: ThreatModel
-    loss: str = "ce"
+    loss: str | Callable[[Tensor, Tensor], Tensor] = "ce"
     n_iter: int = 100
     n_restarts: int = 1
     n_target_classes: int = 9
@@ -64,8 +66,8 @@ class APGD(AttackSettings):
 
     def check(self) -> None:
         """Raise ValueError for settings outside their range."""
-        if self.loss not in LOSSES:
-            raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
+        if not callable(self.loss) and self.loss not in LOSSES:
+            raise ValueError(f"loss must be one of {', '.join(LOSSES)}, or a function, got {self.loss!r}")
         self.check_counts("n_iter", "n_restarts", "n_target_classes", "eot_iter")
         self.check_share("rho")
         if self.use_largereps and self.threat_model.norm != "l1":
@@ -73,6 +75,8 @@ class APGD(AttackSettings):
 
     @property
     def name(self) -> str:
+        if callable(self.loss):
+            return f"apgd-{getattr(self.loss, '__name__', type(self.loss).__name__)}"
         return {"ce": "apgd-ce", "dlr": "apgd-dlr", "dlr-targeted": "apgd-t"}[self.loss]
 
     def parts(self, num_classes: int) -> int:
@@ -105,7 +109,7 @@ class APGD(AttackSettings):
         Returns:
             Points [N, …], and bool [N], whether the point is misclassified.
         """
-        loss: Loss = UNTARGETED.get(self.loss, targeted_dlr_loss)
+        loss = own_loss(self.loss) if callable(self.loss) else UNTARGETED.get(self.loss, targeted_dlr_loss)
         goals: tuple[Tensor, ...] = (batch.y,)
         if self.loss == "dlr-targeted":
             goals = (batch.y, ranked_targets(classifier.logits(batch.x), 2 + batch.part // self.n_restarts))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from numbers import Integral, Real
@@ -74,7 +74,8 @@ class AutoAttack:
         eps: radius, pixels in [0, 1]; in L1 a sum over all pixels and channels.
         seed: of the random numbers, from 0 to 2^63 − 1, of which the whole part counts; None draws one.
         verbose: print the accuracy after each attack, and progress where stderr is a terminal.
-        attacks_to_run: for ``version="custom"``: names among apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square.
+        attacks_to_run: for ``version="custom"``: names among apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square; or attacks
+            of your own, such as an :class:`APGD` with a loss of your own, or anything with what :class:`Attack` names.
         version: ``"standard"`` (apgd-ce, apgd-t, fab-t, square), ``"plus"`` (six attacks, with restarts), ``"rand"``
             (apgd-ce and apgd-dlr with gradients averaged over 20 passes, for randomised models), ``"fast"`` (apgd-ce
             and apgd-t), or ``"custom"``: set ``attacks_to_run``. The attributes of ``apgd``, ``apgd_targeted``, ``fab``
@@ -118,7 +119,7 @@ class AutoAttack:
         eps: float = 0.3,
         seed: float | None = None,
         verbose: bool = True,
-        attacks_to_run: Sequence[str] = (),
+        attacks_to_run: Sequence[str | Attack] = (),
         version: str = "standard",
         is_tf_model: bool = False,
         device: str | torch.device | None = None,
@@ -171,7 +172,7 @@ class AutoAttack:
         """
         self._set_version(version, ())
 
-    def _set_version(self, version: str, attacks_to_run: Sequence[str]) -> None:
+    def _set_version(self, version: str, attacks_to_run: Sequence[str | Attack]) -> None:
         if version not in VERSIONS:
             raise ValueError(f"version must be one of {', '.join(VERSIONS)}, got {version!r}")
         object.__setattr__(self, "version", version)
@@ -212,14 +213,18 @@ class AutoAttack:
             attack = getattr(self, name)
             if not isinstance(attack, kind):
                 raise TypeError(f"{name} must be a {kind.__name__}, got {type(attack).__name__}")
-            if attack.eps > self.eps:
-                raise ValueError(
-                    f"{name}.eps is {attack.eps}, but the evaluation is of eps {self.eps}: make an AutoAttack of the "
-                    "larger radius"
-                )
-            ours, own = self.threat_model, attack.threat_model
-            if (own.norm, own.lower, own.upper) != (ours.norm, ours.lower, ours.upper):
-                raise ValueError(f"{name} is made for another norm or box than the evaluation")
+            self._check_radius(name, attack)
+
+    def _check_radius(self, name: str, attack: Attack) -> None:
+        """Raise ValueError unless an attack searches within the ball and the box of the evaluation."""
+        ours, own = self.threat_model, attack.threat_model
+        if own.eps > ours.eps:
+            raise ValueError(
+                f"{name}.eps is {own.eps}, but the evaluation is of eps {ours.eps}: make an AutoAttack of the larger "
+                "radius"
+            )
+        if (own.norm, own.lower, own.upper) != (ours.norm, ours.lower, ours.upper):
+            raise ValueError(f"{name} is made for another norm or box than the evaluation")
 
     @property
     def eps(self) -> float:
@@ -356,7 +361,14 @@ class AutoAttack:
     def _attacks(self) -> list[Attack]:
         """The attacks in their order, with the settings that they have now."""
         self._check_settings()
-        if not self.attacks_to_run:
+        asked = list(self.attacks_to_run)
+        names = [entry if isinstance(entry, str) else getattr(entry, "name", repr(entry)) for entry in asked]
+        for entry, name in zip(asked, names, strict=True):
+            if not isinstance(entry, str) and names.count(name) > 1:
+                raise ValueError(
+                    f"attacks_to_run: two attacks are called {name!r}, which the report could not tell apart"
+                )
+        if not asked:
             raise ValueError(f"attacks_to_run is empty; choose among {', '.join(ATTACK_KEYS)}")
         known: dict[str, Attack] = {
             "apgd-ce": replace(self.apgd, loss="ce"),
@@ -366,11 +378,22 @@ class AutoAttack:
             "fab-t": replace(self.fab, targeted=True, n_restarts=1),
             "square": self.square,
         }
-        for name in self.attacks_to_run:
-            if name not in known:
-                raise ValueError(f"attacks_to_run: {name!r} is none of {', '.join(known)}")
-            known[name].check()
-        return [known[name] for name in self.attacks_to_run]
+        attacks = [self._own(entry, known) if not isinstance(entry, str) else known.get(entry) for entry in asked]
+        for entry, attack in zip(asked, attacks, strict=True):
+            if attack is None:
+                raise ValueError(f"attacks_to_run: {entry!r} is none of {', '.join(known)}")
+            attack.check()
+        return [attack for attack in attacks if attack is not None]
+
+    def _own(self, attack: Attack, known: Mapping[str, Attack]) -> Attack:
+        """An attack that was made elsewhere."""
+        if isinstance(attack, type) or not isinstance(attack, Attack):
+            raise TypeError(
+                f"attacks_to_run: {attack!r} is no attack, expected one of {', '.join(known)}, or an object with what "
+                "scorematch.attacks.Attack names"
+            )
+        self._check_radius(f"attacks_to_run: {attack.name}", attack)
+        return attack
 
     def _device(self, x: Tensor) -> torch.device:
         if self.device is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +70,14 @@ def identity_of(model: Any, x: Tensor, y: Tensor, attacks: Sequence[Attack]) -> 
     """What a state file must be of to go on with it, by the name that an error gives it."""
     settings = []
     for attack in attacks:
-        options = {k: v for k, v in asdict(attack).items() if k != "threat_model"}  # type: ignore[call-overload]
+        options = {k: _named(v) for k, v in vars(attack).items() if k != "threat_model" and k[0] != "_"}
         settings.append(f"{attack.name} {options | {'eps': attack.threat_model.eps}}")
     return {"model": digest_of_tensors(model), "data set": digest(x, y), "list of attacks": settings}
+
+
+def _named(value: Any) -> Any:
+    """A setting as it reads in every process: functions by their names."""
+    return f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else value
 
 
 def clean_logits(model: Any, x: Tensor, device: torch.device) -> Tensor:

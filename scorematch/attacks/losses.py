@@ -22,6 +22,21 @@ def margin_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return others.amax(1) - true.squeeze(1)
 
 
+def own_loss(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """A loss of somebody's own, which is told where it does not return what an attack needs."""
+
+    def checked(logits: Tensor, labels: Tensor) -> Tensor:
+        value = loss(logits, labels)
+        if not isinstance(value, Tensor) or value.shape != labels.shape or not value.requires_grad:
+            given = f"{list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"loss must return a tensor [{len(labels)}] with a gradient, one value for each sample, got {given}"
+            )
+        return value
+
+    return checked
+
+
 def difference(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
     """z_t − z_y, [N].
 

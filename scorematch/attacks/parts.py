@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -65,14 +65,25 @@ class Batch:
     pause: Callable[[Search], None] | None = None
 
 
+@runtime_checkable
 class Attack(Protocol):
-    """What AutoAttack needs of an attack: it consists of parts, each of which may find more.
+    """What AutoAttack needs of an attack, ours or yours: it consists of parts, each of which may find more.
 
     A part that takes long goes on from the ``search`` of its batch, and calls ``pause``. Others are done anew after an
-    interruption, and ignore both.
+    interruption, and ignore both. A state file knows an attack by its attributes, but for those that begin with _.
 
     Attributes:
+        threat_model: norm, box and a radius of at most that of the evaluation.
+        n_restarts: random starts.
         images_only: whether x must be [N, C, H, W].
+        name: what the report calls it; no other attack of the evaluation has it.
+
+    Methods:
+        check: raises ValueError for settings outside their range.
+        parts: how many calls of ``run_part`` the attack consists of, for L classes.
+        cost: forward and backward passes of one part on a sample that survives, for the progress.
+        run_part: points [N, …] inside B(x), and bool [N], whether the search saw them misclassified; what it says is
+            checked with the model itself. It calls the model through the classifier that it is given.
     """
 
     threat_model: ThreatModel

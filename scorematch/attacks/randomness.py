@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from typing import Protocol
 
 import torch
@@ -13,6 +14,11 @@ from ..ops.random_start import random_start
 from ..threat_model import ThreatModel
 
 ATTACK_KEYS = {"apgd-ce": 1, "apgd-dlr": 2, "apgd-t": 3, "fab": 4, "fab-t": 5, "square": 6}
+
+
+def attack_key(name: str) -> int:
+    """By which an attack draws, from 1 to 127: those of one's own by their names, the same in every process."""
+    return ATTACK_KEYS.get(name) or 64 + zlib.crc32(name.encode()) % 64
 
 
 class Noise(Protocol):
@@ -66,7 +72,7 @@ class KeyedNoise:
 
     Args:
         seed: 0 ≤ seed < 2^63.
-        attack: one of :data:`ATTACK_KEYS`.
+        attack: its name.
         part: target or restart, 0 ≤ part < 2^16.
     """
 
@@ -74,7 +80,7 @@ class KeyedNoise:
 
     def __init__(self, seed: int, attack: str, part: int) -> None:
         self.seed = seed
-        self._prefix = ATTACK_KEYS[attack] << 56 | part << 40
+        self._prefix = attack_key(attack) << 56 | part << 40
 
     def _uniform(self, samples: Tensor, count: int, draw: int) -> Tensor:
         return keyed_uniform(samples, count, seed=self.seed, stream=self._prefix | draw)

@@ -392,7 +392,7 @@ def test_class_gradients() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda m: APGD(m, loss="cw"), "loss must be one of ce, dlr, dlr-targeted, got 'cw'"),
+        (lambda m: APGD(m, loss="cw"), "loss must be one of ce, dlr, dlr-targeted, or a function, got 'cw'"),
         (lambda m: APGD(m, n_iter=0), "n_iter must be at least 1, got 0"),
         (lambda m: APGD(m, rho=1.5), r"rho must lie in \[0, 1\], got 1.5"),
         (lambda m: FAB(m, n_restarts=0), "n_restarts must be at least 1, got 0"),
