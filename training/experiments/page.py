@@ -99,8 +99,8 @@ INTRODUCTION = """# Direct SCORE against its surrogates, where the truth is know
 
 Direct SCORE trains towards a posterior p̂(y|x'), an estimate of p_d. Whether it wins depends on two things: on the
 objective, and on the estimate. On data whose p_d is known in closed form the two can be told apart. Everything below is
-such data. Intervals are 95 % over seeds (Student's t); each seed has a problem, data and initialisation of its own, and
-comparisons are paired over seeds. The hypotheses were written into
+such data, but for the real digits at the end. Intervals are 95 % over seeds (Student's t); each seed has a problem,
+data and initialisation of its own, and comparisons are paired over seeds. The hypotheses were written into
 [training/experiments](../training/experiments) before the runs.
 
 Words used below: **KL** is KL(p_d ‖ model) at clean points, in nats. **R_SCORE** is the mean of the largest such KL
