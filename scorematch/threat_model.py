@@ -163,7 +163,9 @@ class ThreatModel:
     def project(self, x: Tensor, x0: Tensor) -> Tensor:
         """x [N, …] projected to the ball of x0, then clipped to the box; in l1 to the ball and the box at once."""
         if self.norm == "l1":
-            return l1_project(x, x0, eps=self.eps, lower=self.lower, upper=self.upper)
+            ball: dict[str, float] = {"eps": self.eps, "lower": self.lower, "upper": self.upper}
+            # From far away rounding of x is large beside eps; the second projection sees a point that is near.
+            return l1_project(l1_project(x, x0, **ball), x0, **ball)
         return project(x, x0, norm=self.norm, eps=self.eps, lower=self.lower, upper=self.upper)
 
 

@@ -38,6 +38,18 @@ def test_every_move_stays_in_the_ball_and_the_box(norm: str, eps: float, step: f
     assert inside(threat_model, threat_model.project(far, x0), x0)
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_point_from_far_away_is_projected_into_the_ball(norm: str) -> None:
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        x0 = torch.rand(4, 2, 3, 3, generator=generator)
+        far = x0 + 100 * torch.randn(x0.shape, generator=generator)
+        threat_model = ThreatModel(norm, 1e-3)
+        near = threat_model.project(far, x0)
+        assert inside(threat_model, near, x0)
+        torch.testing.assert_close(threat_model.project(near, x0), near, rtol=0, atol=1e-7)
+
+
 def test_random_starts_are_uniform_in_the_ball() -> None:
     x = torch.zeros(20_000, 3)
     generator = torch.Generator().manual_seed(0)
