@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Iterable, Sequence
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -75,17 +75,6 @@ def check_attack(threat_model: Perturbations, steps: int) -> None:
         raise TypeError(f"steps must be a whole number, got {steps!r}")
     if steps < 0:
         raise ValueError(f"steps must be at least 0, got {steps}")
-
-
-def check_numbers(**values: object) -> None:
-    """Refuse a setting that is no number; the keyword is its name.
-
-    Raises:
-        TypeError: it is none.
-    """
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, Real):
-            raise TypeError(f"{name} must be a number, got {value!r}")
 
 
 def _looks(model: nn.Module, device: torch.device) -> bool:

@@ -35,8 +35,9 @@ from .attacks.pgd import ascend, input_gradient
 from .attacks.single_step import SINGLE_STEP, single_step, single_step_start
 from .divergences import check_kind, clip_bound
 from .graphs import Attack, AttackGraphs
-from .inputs import check_attack, check_inputs, check_numbers
+from .inputs import check_attack, check_inputs
 from .model_state import borrowed
+from .ops._checks import check_number
 from .ops.divergence import divergence as divergence_of
 from .ops.logit_divergence import logit_divergence
 from .posteriors import Posterior, Trace
@@ -191,11 +192,11 @@ def gaussian(
     """
     check_kind(divergence)
     check_inputs(model, x, y, None)
-    check_numbers(gamma=gamma)
+    check_number("gamma", gamma)
     if not math.isfinite(gamma) or gamma == 1.0:
         raise ValueError(f"gamma must be finite and not 1, got {gamma}")
     if alignment is not None:
-        check_numbers(alignment=alignment)
+        check_number("alignment", alignment)
         if not math.isfinite(alignment) or alignment == 0.0:
             raise ValueError(f"alignment must be finite and not 0, got {alignment}")
         if gamma != 0.0:
@@ -375,7 +376,7 @@ def pgd_at(
     """
     check_kind(divergence)
     check_attack(threat_model, steps)
-    check_numbers(clip=clip)
+    check_number("clip", clip)
     check_inputs(model, x, y, threat_model)
 
     def search(x: Tensor, y: Tensor, first: Tensor) -> dict[str, Tensor]:
@@ -441,9 +442,10 @@ def trades(
     """
     check_kind(divergence)
     check_attack(threat_model, steps)
-    check_numbers(clip=clip)
+    check_number("clip", clip)
     check_inputs(model, x, y, threat_model)
-    check_numbers(beta=beta, transport=transport)
+    check_number("beta", beta)
+    check_number("transport", transport)
     if not beta >= 0.0:
         raise ValueError(f"beta must not be negative, got {beta}")
     if not 0.0 <= transport < math.inf:
@@ -539,9 +541,9 @@ def score_direct(
     """
     check_kind(divergence)
     check_attack(threat_model, steps)
-    check_numbers(clip=clip)
+    check_number("clip", clip)
     check_inputs(model, x, y, threat_model)
-    check_numbers(target_mix=target_mix)
+    check_number("target_mix", target_mix)
     if not 0.0 <= target_mix <= 1.0:
         raise ValueError(f"target_mix must lie in [0, 1], got {target_mix}")
     literal = posterior.centering == "network"

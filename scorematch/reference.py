@@ -135,19 +135,16 @@ def _l1_shortening(
 
 
 def _to_hyperplane_in_l1(
-    p: Tensor,  # [N, D] in the box
-    w: Tensor,  # [N, D]
+    weight: Tensor,  # [N, D], |w|
+    direction: Tensor,  # [N, D] in which an element moves, -1, 0 or 1
+    room: Tensor,  # [N, D] up to the box
     c: Tensor,  # [N], <w, p> - b
-    lower: float,
-    upper: float,
 ) -> Tensor:  # [N, D]
     """The same in l1: the elements of the largest |w| go to the box, and the last as far as they must.
 
     Elements of the same |w| go together, each by the same share of its room.
     """
-    direction = -c.sign().unsqueeze(1) * w.sign()
-    room = torch.where(direction > 0, upper - p, p - lower)
-    weight, order = w.abs().sort(dim=1, descending=True)
+    weight, order = weight.sort(dim=1, descending=True)
     room = room.gather(1, order)
     gain = torch.nn.functional.pad((weight * room).cumsum(1), (1, 0))  # [N, D + 1], of the first k elements
     first, end = (torch.searchsorted(-weight, -weight, right=right) for right in (False, True))  # of the same |w|
@@ -170,11 +167,11 @@ def _to_hyperplane(
     Every element moves in the direction that lowers |c|, by min(t rate, room); sorted by the t at which they meet the
     box, the elements give the decrease of |c| as a piecewise linear function of t.
     """
-    if norm == "l1":
-        return _to_hyperplane_in_l1(p, w, c, lower, upper)
     weight, direction = w.abs(), -c.sign().unsqueeze(1) * w.sign()
-    rate = torch.ones_like(w) if norm == "linf" else weight
     room = torch.where(direction > 0, upper - p, p - lower)
+    if norm == "l1":
+        return _to_hyperplane_in_l1(weight, direction, room, c)
+    rate = torch.ones_like(w) if norm == "linf" else weight
     meets = torch.where(weight > 0, room / rate, torch.zeros_like(w))  # [N, D], the t at which an element is at the box
     meets, order = meets.sort(dim=1)
     gain_at_box, gain_rate = ((weight * v).gather(1, order) for v in (room, rate))

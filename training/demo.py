@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 import sys
 import webbrowser
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from matplotlib.animation import AbstractMovieWriter, FuncAnimation, HTMLWriter, PillowWriter
@@ -35,7 +35,10 @@ GRID = toy.Grid(points_per_eps=100)
 FRAMES_PER_SECOND = 8
 DPI = 80
 EMBED_LIMIT = 1000  # MB of frames in the page, beyond which matplotlib would leave some out
-STYLES = {"madry": ("PGD-AT", "pgd_at"), "score": ("direct SCORE", "score_network")}
+STYLES: dict[toy_fits.Objective, tuple[str, str]] = {
+    "madry": ("PGD-AT", "pgd_at"),
+    "score": ("direct SCORE", "score_network"),
+}
 TARGETS = {"madry": "p_d at x, wherever x' is", "score": "p_d at x'"}
 
 
@@ -70,6 +73,9 @@ class Frame:
     r_score: float
 
 
+Films = dict[toy_fits.Objective, list[Frame]]
+
+
 def main(arguments: list[str]) -> None:
     settings = command_line.parse(
         DemoSettings,
@@ -84,9 +90,9 @@ def main(arguments: list[str]) -> None:
     except OSError as error:
         raise InputError(f"out: {settings.out} cannot be made ({error.strerror})") from None
     torch.set_num_threads(1)
-    films: dict[str, list[Frame]] = {}
+    films: Films = {}
     with tqdm(total=2 * settings.steps, desc="training", unit="step") as progress:
-        for objective in ("madry", "score"):
+        for objective in STYLES:
             films[objective] = film(objective, settings, progress)
     page = save(films, settings)
     for objective, frames in films.items():
@@ -97,7 +103,7 @@ def main(arguments: list[str]) -> None:
         raise InputError(f"open: no browser was found; open {page} yourself")
 
 
-def film(objective: Any, settings: DemoSettings, progress: tqdm) -> list[Frame]:
+def film(objective: toy_fits.Objective, settings: DemoSettings, progress: tqdm) -> list[Frame]:
     """Train with one objective and keep the model's curve at evenly spread steps, the first and the last among them."""
     count = min(settings.frames, settings.steps)
     kept = {round(step * settings.steps / count) for step in range(count + 1)}
@@ -127,7 +133,7 @@ def frame(objective: str, step: int, model: nn.Module, at: float) -> Frame:
     return Frame(step, log_q[:, 1].exp(), inside[gaps.argmax()].item(), GRID.mean(errors.score).item())
 
 
-def save(films: dict[str, list[Frame]], settings: DemoSettings) -> Path:
+def save(films: Films, settings: DemoSettings) -> Path:
     """Write demo.html, which is returned, and demo.gif where it is asked for."""
     count = len(films["madry"])
     page = settings.out / "demo.html"
@@ -187,7 +193,7 @@ divergence, in nats. 0 means that the network is p<sub>d</sub>.</p>
 """
 
 
-def stage(films: dict[str, list[Frame]], at: float) -> tuple[Figure, Any]:
+def stage(films: Films, at: float) -> tuple[Figure, Callable[[int], list[Artist]]]:
     """An empty figure, and the function that draws a frame on it."""
     figure, axes = plt.subplot_mosaic(
         [["madry", "score"], ["errors", "errors"]],

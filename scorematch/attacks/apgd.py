@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..ops.apgd_step import apgd_step
 from ..threat_model import ThreatModel
 from .apgd_l1 import ascend_sparsely
-from .ascent import Ascent
+from .ascent import SETTLE_EVERY, Ascent
 from .classifier import Classifier, Loss, predicted
 from .losses import UNTARGETED, own_loss, ranked_targets, targeted_dlr_loss
 from .parts import Batch, run_alone
@@ -20,7 +20,6 @@ from .randomness import start_at_distance
 from .settings import AttackSettings
 
 MOMENTUM = 0.75  # weight of the new step against the last move
-SETTLE_EVERY = 4  # steps after which samples that fell leave the batch; on CUDA this waits for the device
 LOSSES = ("ce", "dlr", "dlr-targeted")
 LARGER_RADII = ((3.0, 0.3), (2.0, 0.3), (1.0, 0.4))  # in units of eps, and the share of the steps at each
 

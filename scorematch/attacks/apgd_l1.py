@@ -9,10 +9,9 @@ from torch import Tensor
 
 from ..ops.l1_step import l1_step
 from ..threat_model import ThreatModel
-from .ascent import Ascent, beside
+from .ascent import SETTLE_EVERY, Ascent, beside
 from .classifier import Classifier, Loss, predicted
 
-SETTLE_EVERY = 4  # steps after which samples that fell leave the batch; on CUDA this waits for the device
 FIRST_SHARE = 0.2  # of the features move in the first steps from a random start
 SPARSER = 1.5  # a step moves so many times fewer features than the best point has changed
 SHRINKS = 0.95  # fewer than this share of the features changed at the last checkpoint: progress

@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+SETTLE_EVERY = 4  # steps after which samples that fell leave the batch; on CUDA this waits for the device
+
 
 @dataclass
 class Ascent:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from numbers import Integral, Real
@@ -138,9 +138,7 @@ class AutoAttack:
             raise TypeError(f"model must be callable, got {type(model).__name__}")
         if norm not in NORMS:
             raise ValueError(f"norm must be Linf, L2 or L1, got {norm!r}")
-        if version not in VERSIONS:
-            raise ValueError(f"version must be one of {', '.join(VERSIONS)}, got {version!r}")
-        if attacks_to_run and version != "custom":
+        if attacks_to_run and version in VERSIONS and version != "custom":
             raise ValueError(f'attacks_to_run is for version="custom", got version={version!r}')
         self.norm = norm
         self.is_tf_model = False
@@ -296,9 +294,8 @@ class AutoAttack:
             bs: samples at a time; decides memory and speed, not the verdicts.
             return_labels: also return the predicted classes.
             state_path: file to resume from if it is there, and to write what was found so far, with any number of
-                workers; folders that are missing are made. It must be of the same
-                model, by its tensors and by its clean logits but for rounding. Under ``torchrun`` each rank has its
-                own, with ``.rank…`` appended.
+                workers; folders that are missing are made. It must be of the same model, by its tensors and by its
+                clean logits but for rounding. Under ``torchrun`` each rank has its own, with ``.rank…`` appended.
 
         Returns:
             The adversarial points [N, …] on the device of x_orig, the original where none was found; with
@@ -311,8 +308,7 @@ class AutoAttack:
         """
         x_orig, y_orig = joined(x_orig, y_orig)
         state = self._evaluate(x_orig, y_orig, bs, state_path, self._attacks())
-        adversarial = state.adversarial.to(x_orig.device)
-        return (adversarial, state.labels.to(y_orig.device)) if return_labels else adversarial
+        return _returned(state, x_orig, y_orig, return_labels)
 
     def run_standard_evaluation_individual(
         self,
@@ -337,8 +333,7 @@ class AutoAttack:
         for attack in attacks:
             path = None if state_path is None else Path(f"{state_path}.{attack.name}")
             state = self._evaluate(x_orig, y_orig, bs, path, [attack])
-            adversarial = state.adversarial.to(x_orig.device)
-            results[attack.name] = (adversarial, state.labels.to(y_orig.device)) if return_labels else adversarial
+            results[attack.name] = _returned(state, x_orig, y_orig, return_labels)
             reports[attack.name] = self.report
         self._report = reports
         return results
@@ -361,14 +356,7 @@ class AutoAttack:
     def _attacks(self) -> list[Attack]:
         """The attacks in their order, with the settings that they have now."""
         self._check_settings()
-        asked = list(self.attacks_to_run)
-        names = [entry if isinstance(entry, str) else getattr(entry, "name", repr(entry)) for entry in asked]
-        for entry, name in zip(asked, names, strict=True):
-            if not isinstance(entry, str) and names.count(name) > 1:
-                raise ValueError(
-                    f"attacks_to_run: two attacks are called {name!r}, which the report could not tell apart"
-                )
-        if not asked:
+        if not self.attacks_to_run:
             raise ValueError(f"attacks_to_run is empty; choose among {', '.join(ATTACK_KEYS)}")
         known: dict[str, Attack] = {
             "apgd-ce": replace(self.apgd, loss="ce"),
@@ -378,22 +366,32 @@ class AutoAttack:
             "fab-t": replace(self.fab, targeted=True, n_restarts=1),
             "square": self.square,
         }
-        attacks = [self._own(entry, known) if not isinstance(entry, str) else known.get(entry) for entry in asked]
-        for entry, attack in zip(asked, attacks, strict=True):
-            if attack is None:
-                raise ValueError(f"attacks_to_run: {entry!r} is none of {', '.join(known)}")
-            attack.check()
-        return [attack for attack in attacks if attack is not None]
+        attacks: list[Attack] = []
+        for entry in self.attacks_to_run:
+            if isinstance(entry, str):
+                if entry not in known:
+                    raise ValueError(f"attacks_to_run: {entry!r} is none of {', '.join(known)}")
+                attacks.append(known[entry])
+            else:
+                self._check_own(entry)
+                attacks.append(entry)
+            attacks[-1].check()
+        names = [attack.name for attack in attacks]
+        for entry, name in zip(self.attacks_to_run, names, strict=True):
+            if not isinstance(entry, str) and names.count(name) > 1:
+                raise ValueError(
+                    f"attacks_to_run: two attacks are called {name!r}, which the report could not tell apart"
+                )
+        return attacks
 
-    def _own(self, attack: Attack, known: Mapping[str, Attack]) -> Attack:
-        """An attack that was made elsewhere."""
+    def _check_own(self, attack: Attack) -> None:
+        """Raise TypeError or ValueError unless what was made elsewhere is an attack on the same ball."""
         if isinstance(attack, type) or not isinstance(attack, Attack):
             raise TypeError(
-                f"attacks_to_run: {attack!r} is no attack, expected one of {', '.join(known)}, or an object with what "
-                "scorematch.attacks.Attack names"
+                f"attacks_to_run: {attack!r} is no attack, expected one of {', '.join(ATTACK_KEYS)}, or an object with "
+                "what scorematch.attacks.Attack names"
             )
         self._check_radius(f"attacks_to_run: {attack.name}", attack)
-        return attack
 
     def _device(self, x: Tensor) -> torch.device:
         if self.device is not None:
@@ -449,3 +447,9 @@ class AutoAttack:
             if attack.images_only and x.dim() != 4:
                 raise ValueError(f"{attack.name} takes images [N, C, H, W], got x_orig of shape {list(x.shape)}")
         return x, y
+
+
+def _returned(state: EvaluationState, x: Tensor, y: Tensor, with_labels: bool) -> Any:
+    """What an evaluation of x and y returns, on their devices."""
+    adversarial = state.adversarial.to(x.device)
+    return (adversarial, state.labels.to(y.device)) if with_labels else adversarial

@@ -32,8 +32,7 @@ class EvaluationState:
         fallen_by: int64 [N], the stage at which a sample fell; -1 if it stands or was wrong from the start.
         costs: of each attack.
         fingerprint: what the model computes at some clean samples; None where no file is kept.
-        searches: samples of batches whose runs are not through, and how far they have come, by the worker that runs
-            them.
+        searches: samples of batches whose runs are not through, and how far they have come, by the number of the batch.
     """
 
     settings: dict[str, Any]

@@ -11,14 +11,13 @@ from torch import Tensor, nn
 
 from ..ops.fab_step import fab_step
 from ..threat_model import DUAL_ORDERS, ThreatModel
-from .ascent import beside
+from .ascent import SETTLE_EVERY, beside
 from .classifier import Classifier
 from .losses import difference, ranked_targets
 from .parts import Batch, run_alone
 from .randomness import start_at_distance
 from .settings import AttackSettings
 
-SETTLE_EVERY = 4  # steps after which samples that fell leave the batch; on CUDA this waits for the device
 HELD = 1 << 24  # numbers in the gradients of several classes that are held at once
 
 

@@ -76,8 +76,11 @@ def identity_of(model: Any, x: Tensor, y: Tensor, attacks: Sequence[Attack]) -> 
 
 
 def _named(value: Any) -> Any:
-    """A setting as it reads in every process: functions by their names."""
-    return f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else value
+    """A setting as it reads in every process: plain values as they are, functions and other objects by their names."""
+    if value is None or isinstance(value, (bool, int, float, str, tuple)):
+        return value
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def clean_logits(model: Any, x: Tensor, device: torch.device) -> Tensor:

@@ -1,5 +1,6 @@
 """Argument checks shared by the wrappers: each names the argument, what was given and what is allowed."""
 
+from numbers import Real
 from typing import NoReturn
 
 import torch
@@ -64,13 +65,28 @@ def check_alike(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
         raise ValueError(f"{name} has shape {shape(t)} but {other_name} has shape {shape(other)}")
 
 
+def check_companion(
+    name: str, t: Tensor, dtype: torch.dtype, other_name: str, other: Tensor, expected: tuple[int, ...]
+) -> None:
+    """A tensor of this dtype and shape, on the device of another argument."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+    if t.dtype != dtype:
+        raise TypeError(f"{name} is {t.dtype}, expected {dtype}")
+    check_same_device(name, t, other_name, other)
+    if t.shape != expected:
+        raise ValueError(
+            f"{name} has shape {shape(t)} but {other_name} has shape {shape(other)}: expected {list(expected)}"
+        )
+
+
 def check_batch(name: str, t: Tensor) -> None:
     if t.dim() < 1:
         raise ValueError(f"{name} has shape [], but must be a batch [N, ...]")
 
 
 def check_number(name: str, value: float) -> None:
-    if not isinstance(value, (int, float)):
+    if not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 

@@ -8,11 +8,10 @@ from ._checks import (
     check_alike,
     check_ball_and_box,
     check_batch,
+    check_companion,
     check_number,
-    check_same_device,
     check_tensor,
     choice,
-    shape,
     without_graph,
 )
 from .pgd_step import NORMS
@@ -24,22 +23,12 @@ def check_per_sample(name: str, t: Tensor, x: Tensor) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
     if t.dtype != x.dtype and t.dtype != accumulator(x.dtype):
         raise TypeError(f"{name} is {t.dtype} but x is {x.dtype}")
-    _check_one_a_sample(name, t, x)
+    check_companion(name, t, t.dtype, "x", x, x.shape[:1])
 
 
 def check_flags(name: str, t: Tensor, x_name: str, x: Tensor) -> None:
     """A bool a sample, [N]."""
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
-    if t.dtype != torch.bool:
-        raise TypeError(f"{name} is {t.dtype}, expected torch.bool")
-    _check_one_a_sample(name, t, x, x_name)
-
-
-def _check_one_a_sample(name: str, t: Tensor, x: Tensor, x_name: str = "x") -> None:
-    check_same_device(name, t, x_name, x)
-    if t.shape != x.shape[:1]:
-        raise ValueError(f"{name} has shape {shape(t)} but {x_name} has shape {shape(x)}: expected [{x.shape[0]}]")
+    check_companion(name, t, torch.bool, x_name, x, x.shape[:1])
 
 
 def _dense_format(x: Tensor) -> torch.memory_format | None:

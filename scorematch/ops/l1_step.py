@@ -8,10 +8,9 @@ from ._checks import (
     check_alike,
     check_ball_and_box,
     check_batch,
-    check_same_device,
+    check_companion,
     check_tensor,
     in_dense_format,
-    shape,
     without_graph,
 )
 from .apgd_step import check_per_sample
@@ -65,13 +64,7 @@ def l1_step(
     check_alike("grad", grad, "x", x)
     check_alike("x0", x0, "x", x)
     check_per_sample("step_size", step_size, x)
-    if not isinstance(moving, Tensor):
-        raise TypeError(f"moving must be a torch.Tensor, got {type(moving).__name__}")
-    if moving.dtype != torch.int64:
-        raise TypeError(f"moving is {moving.dtype}, expected torch.int64")
-    check_same_device("moving", moving, "x", x)
-    if moving.shape != x.shape[:1]:
-        raise ValueError(f"moving has shape {shape(moving)} but x has shape {shape(x)}: expected [{x.shape[0]}]")
+    check_companion("moving", moving, torch.int64, "x", x, x.shape[:1])
     check_ball_and_box(eps, lower, upper)
     return torch.ops.scorematch.l1_step.default(
         without_graph(x),

@@ -8,7 +8,7 @@ from torch import Tensor
 from ._checks import (
     check_alike,
     check_ball_and_box,
-    check_same_device,
+    check_companion,
     check_same_kind,
     check_tensor,
     in_dense_format,
@@ -23,15 +23,7 @@ def _check_images(best: Tensor, x0: Tensor, corner: Tensor, corners: int, sign: 
     if best.dim() != 4:
         raise ValueError(f"best has shape {shape(best)}, expected [N, C, H, W]")
     check_alike("x0", x0, "best", best)
-    if not isinstance(corner, Tensor):
-        raise TypeError(f"corner must be a torch.Tensor, got {type(corner).__name__}")
-    if corner.dtype != torch.int64:
-        raise TypeError(f"corner is {corner.dtype}, expected torch.int64")
-    check_same_device("corner", corner, "best", best)
-    if corner.shape != (best.shape[0], corners):
-        raise ValueError(
-            f"corner has shape {shape(corner)} but best has shape {shape(best)}: expected [{best.shape[0]}, {corners}]"
-        )
+    check_companion("corner", corner, torch.int64, "best", best, (best.shape[0], corners))
     check_same_kind("sign", sign, "best", best)
     if sign.shape != best.shape[:2]:
         raise ValueError(

@@ -8,18 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from .drawing import SOAKING
+
 DONE = Path(os.environ.get("SCOREMATCH_SOAK_DONE", "build/soak-done.txt"))  # tests that have passed, a line each
-SOAKING = "SCOREMATCH_SOAK" in os.environ
 
 
-def _done() -> set[str]:
-    return set(DONE.read_text().splitlines()) if SOAKING and DONE.exists() else set()
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.nodeid in _done():
-            item.add_marker(pytest.mark.skip(reason="passed before the interruption"))
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not (SOAKING and DONE.exists()):
+        return
+    done = set(DONE.read_text().splitlines())
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid in done])
+    items[:] = [item for item in items if item.nodeid not in done]
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -30,5 +29,5 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_sessionfinish(exitstatus: int) -> None:
-    if SOAKING and exitstatus == 0:
+    if SOAKING and exitstatus == pytest.ExitCode.OK:
         DONE.unlink(missing_ok=True)
