@@ -49,7 +49,7 @@ PROBLEMS = {
     "features": "known images by features",
     "images": "known images by principal components",
 }
-R_SCORE_TICKS = (0.02, 0.05, 0.1, 0.2, 0.5)
+R_SCORE_TICKS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
 
 
 @dataclass(frozen=True)
