@@ -41,7 +41,7 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 soak: build
-	SCOREMATCH_SOAK=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/soak $(ARGS)
+	SCOREMATCH_SOAK=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
 
 compare: build
 	$(BIN)/python -m training.compare --data $(DATA) $(ARGS)

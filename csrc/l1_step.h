@@ -113,7 +113,9 @@ SCOREMATCH_INLINE void l1_step_row(Lanes lanes, X x, Grad grad, X0 x0, Out out, 
   const T shorter = l1_shortening<A>(lanes, change, x0, count, eps, box);
   for (int64_t j = lanes.lane(); j < count; j += lanes.width()) {
     const A moved = change(j), kept = magnitude(moved) - A(shorter);
-    const A inside = select(kept >= l1_room(moved, x0(j), box), l1_bound(moved, box), stepped(j) - sign(moved) * A(shorter));
+    // Far from x0, rounding alone can take the difference out of the box.
+    const A shortened = clamp(stepped(j) - sign(moved) * A(shorter), A(box.lower), A(box.upper));
+    const A inside = select(kept >= l1_room(moved, x0(j), box), l1_bound(moved, box), shortened);
     out(j, select(kept > A(0), inside, x0(j)) + A(poison));
   }
 }

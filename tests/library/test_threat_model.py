@@ -18,7 +18,7 @@ def inside(threat_model: ThreatModel, x: torch.Tensor, x0: torch.Tensor) -> bool
     return in_box and bool((distance <= threat_model.eps * (1 + 1e-5) + 1e-6).all())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     norm=st.sampled_from(NORMS),
     eps=st.floats(1e-3, 10.0),

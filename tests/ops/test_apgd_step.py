@@ -121,7 +121,7 @@ def test_nan_at_the_best_point_matters_only_to_a_restart(device):
         assert result.isnan().any(1).tolist() == expected.tolist()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(0, 2**31),
     st.sampled_from(NORMS),

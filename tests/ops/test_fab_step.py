@@ -85,7 +85,7 @@ def problem(seed: int, count: int, share: float, box: tuple[float, float]) -> tu
     return p, w, sign * share * reachable(p, w, sign, *box)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(random_problem)
 def test_move_meets_the_hyperplane_inside_the_box(drawn):
     seed, norm, count, share, box = drawn
@@ -98,7 +98,7 @@ def test_move_meets_the_hyperplane_inside_the_box(drawn):
     assert (move[w == 0] == 0).all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(random_problem)
 def test_move_is_the_shortest(drawn):
     """linf: a linear program in (delta, t); l1: one in what goes up and what goes down. l2: the dual by bisection, delta = clip(p - nu w) - p."""

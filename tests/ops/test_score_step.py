@@ -101,7 +101,7 @@ def test_nan_stays_nan(device):
     assert score_line_integral(per_class, scores0, scores1, per_feature).isnan().any(1).tolist() == [False, True, False]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 2**31), st.integers(2, 40), st.integers(1, 70), st.sampled_from(["kl", "se", "js", "l1_squared"]))
 def test_a_class_independent_field_changes_nothing(seed, classes, features, kind):
     """The unconditional score cancels (Eq. 34): in the weights of any divergence, and in the normalisation."""

@@ -143,7 +143,7 @@ def test_nan_stays_nan(move, plain, case, where, device):
     assert result[2].isnan().all() == (move is square_l2)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 2**31), st.sampled_from(range(2)), st.integers(1, 7), st.floats(1e-3, 5))
 def test_candidate_is_in_ball_and_box(seed, number, side, eps):
     move, _, case = CASES[number]

@@ -129,7 +129,7 @@ def test_zero_sign_and_infinite_radius(device):
     assert pgd_step(x, torch.zeros_like(x), x, norm="l2", step_size=0.25, eps=math.inf).tolist() == x.tolist()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(0, 2**31),
     st.sampled_from(NORMS),

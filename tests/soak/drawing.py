@@ -13,15 +13,8 @@ SOAKING = "SCOREMATCH_SOAK" in os.environ
 
 
 def examples(quick: int, soak: int) -> settings:
-    """So many examples in the test run, the same ones each time, or in a soak, new ones each time."""
-    return settings(
-        max_examples=soak if SOAKING else quick,
-        derandomize=not SOAKING,
-        database=None,
-        deadline=None,
-        print_blob=True,
-        suppress_health_check=list(HealthCheck),
-    )
+    """So many examples in the test run, or in a soak."""
+    return settings(max_examples=soak if SOAKING else quick, suppress_health_check=list(HealthCheck))
 
 
 DTYPES = st.sampled_from([torch.float32, torch.float64])

@@ -1,0 +1,40 @@
+"""Random inputs: the same in every test run, so that its verdict is about the change; in a soak, new ones.
+
+``make soak`` runs the tests that draw inputs, and those of ``tests/soak`` with thousands of examples. One that is
+interrupted goes on with the tests that had not passed yet; one that passes starts anew next time.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+SOAKING = "SCOREMATCH_SOAK" in os.environ
+DONE = Path(os.environ.get("SCOREMATCH_SOAK_DONE", "build/soak-done.txt"))  # tests that have passed, a line each
+
+settings.register_profile("scorematch", derandomize=not SOAKING, database=None, deadline=None, print_blob=True)
+settings.load_profile("scorematch")
+
+
+@pytest.hookimpl(trylast=True)  # after hypothesis has marked the tests that draw
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not SOAKING:
+        return
+    done = set(DONE.read_text().splitlines()) if DONE.exists() else set()
+    draws = [item for item in items if item.get_closest_marker("hypothesis") or item.path.parent.name == "soak"]
+    left = [item for item in draws if item.nodeid not in done]
+    config.hook.pytest_deselected(items=[item for item in items if item not in left])
+    items[:] = left
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if SOAKING and report.when == "call" and report.passed:
+        DONE.parent.mkdir(parents=True, exist_ok=True)
+        with DONE.open("a") as file:
+            file.write(f"{report.nodeid}\n")
+
+
+def pytest_sessionfinish(exitstatus: int) -> None:
+    if SOAKING and exitstatus == pytest.ExitCode.OK:
+        DONE.unlink(missing_ok=True)
