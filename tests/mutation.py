@@ -1,0 +1,378 @@
+"""Mutation testing: are the tests strong enough that a broken line is noticed?
+
+    pip install cosmic-ray coverage
+    python -m tests.mutation --module objectives --count 300
+
+A *mutant* is the code with one small mistake: a sign, a bound, a number, a condition. Cosmic Ray makes them; a seed
+draws so many of them. The tests of ``tests/library`` are run once under coverage, so that each
+mutant meets the tests alone that execute its line, the quickest first. It is *killed* by the first one that fails or
+hangs, and *survives* when none does. Each runs in a process that is forked after torch was imported, and sees the
+mutant in the place of the file, which is never written.
+
+A run that is interrupted goes on where it was: results are kept, a line of JSON each, as long as neither the module nor
+the tests change. SURVIVORS says why those that survive do no harm.
+"""
+
+import argparse
+import ast
+import collections
+import contextlib
+import difflib
+import hashlib
+import importlib
+import importlib.machinery
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy  # noqa: F401  imported before the forks, as are the next ones
+import pytest
+import scipy.stats
+import tomllib
+import torch
+import torch.nn.functional
+from tqdm import tqdm
+
+ROOT = Path(__file__).parent.parent
+SURVIVORS = Path(__file__).with_suffix(".toml")
+MODULES = {
+    "objectives": "scorematch/objectives.py",
+    "divergences": "scorematch/divergences.py",
+    "posteriors": "scorematch/posteriors",
+    "matching": "scorematch/matching",
+    "attacks": "scorematch/attacks",
+}
+# Mistakes that a person could make. Cosmic Ray knows more, such as a shift in the place of a sum, which every test that
+# reaches the line notices: they would only make the score look better.
+SWAPS = {"Add": ["Sub", "Mul"], "Sub": ["Add"], "Mul": ["Div", "Add"], "Div": ["Mul"], "FloorDiv": ["Mul"]}
+SWAPS |= {"Mod": ["FloorDiv"], "Pow": ["Mul"], "BitAnd": ["BitOr"], "BitOr": ["BitAnd"]}
+ORDER = {"Eq": ["NotEq"], "NotEq": ["Eq"], "Lt": ["LtE", "Gt"], "LtE": ["Lt", "Gt"], "Gt": ["GtE", "Lt"]}
+ORDER |= {"GtE": ["Gt", "Lt"], "Is": ["IsNot"], "IsNot": ["Is"]}
+OPERATORS = [
+    *(f"core/ReplaceBinaryOperator_{a}_{b}" for a, others in SWAPS.items() for b in others),
+    *(f"core/ReplaceComparisonOperator_{a}_{b}" for a, others in ORDER.items() for b in others),
+    *(f"core/ReplaceUnaryOperator_{change}" for change in ("USub_UAdd", "Delete_Not", "Delete_Invert")),
+    *("core/AddNot", "core/NumberReplacer", "core/ReplaceTrueWithFalse", "core/ReplaceFalseWithTrue"),
+    *("core/ReplaceAndWithOr", "core/ReplaceOrWithAnd", "core/ReplaceBreakWithContinue"),
+    *("core/ReplaceContinueWithBreak", "core/ZeroIterationForLoop"),
+]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where Cosmic Ray can make a mistake, and which."""
+
+    file: str
+    line: int
+    column: int
+    operator: str
+    occurrence: int
+
+
+@dataclass(frozen=True)
+class Result:
+    place: Place
+    outcome: str  # killed, hung or survived
+    by: str  # the test that failed
+    tests: int  # how many execute the line
+    seconds: float
+    change: tuple[str, ...]  # lines removed and added
+
+
+class Coverage:
+    """Which tests execute a line, and how long each takes."""
+
+    def __init__(self, lines: dict[str, dict[int, list[str]]], seconds: dict[str, float]) -> None:
+        self.lines, self.seconds = lines, seconds
+        self.breadth = collections.Counter(test for by in lines.values() for tests in by.values() for test in tests)
+
+    def tests(self, file: str, statement: int) -> list[str]:
+        """Those that execute least else first. What an import executes concerns every test that uses the file."""
+        found = set(self.lines[file].get(statement, ()))
+        if "" in found:
+            found = found.union(*self.lines[file].values())
+        return sorted(found - {""}, key=lambda test: (self.breadth[test], test))
+
+
+# ----------------------------------------------------------------------------------------------------------- mutants
+
+
+def places(file: str) -> list[Place]:
+    """All that Cosmic Ray can do to a file, but for annotations and arguments of decorators, which change nothing."""
+    from cosmic_ray.ast import ast_nodes, get_ast
+    from cosmic_ray.plugins import get_operator
+
+    source = (ROOT / file).read_text()
+    skipped = [
+        getattr(owner, name, None) for owner in ast.walk(ast.parse(source)) for name in ("annotation", "returns")
+    ]
+    skipped += [node for owner in ast.walk(ast.parse(source)) for node in getattr(owner, "decorator_list", [])]
+    left_out = [
+        (node.lineno, node.col_offset, node.end_lineno or 0, node.end_col_offset or 0)
+        for node in skipped
+        if isinstance(node, ast.expr)
+    ]
+    tree, found = get_ast(source), []
+    for operator in OPERATORS:
+        change = get_operator(operator)()
+        positions = [start for node in ast_nodes(tree) for start, _ in change.mutation_positions(node)]
+        for occurrence, (line, column) in enumerate(positions):
+            if not any((a, b) <= (line, column) < (c, d) for a, b, c, d in left_out):
+                found.append(Place(file, line, column, operator, occurrence))
+    return found
+
+
+def drawn(files: Iterable[str], count: int, seed: int) -> list[Place]:
+    """``count`` mistakes, or as many as there are: one at each place, a second one when no place is left, and so on."""
+    dice, turns = random.Random(seed), collections.Counter[tuple[str, int, int]]()
+    everything = [place for file in files for place in places(file)]
+    dice.shuffle(everything)
+    ranked = []
+    for place in everything:
+        turns[place.file, place.line, place.column] += 1
+        ranked.append((turns[place.file, place.line, place.column], len(ranked), place))
+    return [place for _, _, place in sorted(ranked, key=lambda entry: entry[:2])[:count]]
+
+
+def mutated(place: Place) -> str:
+    from cosmic_ray.mutating import mutate_code
+    from cosmic_ray.plugins import get_operator
+
+    code = mutate_code((ROOT / place.file).read_text(), get_operator(place.operator)(), place.occurrence)
+    assert code is not None
+    return code
+
+
+def change_of(place: Place) -> tuple[str, ...]:
+    before, after = (ROOT / place.file).read_text().splitlines(), mutated(place).splitlines()
+    lines = [line for line in difflib.unified_diff(before, after, lineterm="", n=0) if line[:3] not in ("---", "+++")]
+    return tuple(" ".join(line.split()) for line in lines if line[0] in "+-")
+
+
+def statement_of(place: Place) -> int:
+    """The first line of the innermost statement, which is the one that coverage counts."""
+    nodes = [node for node in ast.walk(ast.parse((ROOT / place.file).read_text())) if isinstance(node, ast.stmt)]
+    starts = [(min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))]), node) for node in nodes]
+    around = [(start, node.lineno) for start, node in starts if start <= place.line <= (node.end_lineno or start)]
+    return max(around)[1]
+
+
+# -------------------------------------------------------------------------------------------------- runs of the tests
+
+
+class Selection:
+    """Runs these tests in this order, then those whose names were not known, and says what happened."""
+
+    def __init__(
+        self, tests: list[str] | None = None, known: Iterable[str] = (), switch: Callable[[str], None] | None = None
+    ) -> None:
+        self.tests, self.known, self.switch = tests, set(known), switch
+        self.failed: list[str] = []
+        self.seconds: dict[str, float] = collections.defaultdict(float)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        if self.tests is not None:
+            by_name = {item.nodeid: item for item in items}
+            new = [item for item in items if item.nodeid not in self.known]  # a table of the module is their parameters
+            items[:] = [by_name[name] for name in self.tests if name in by_name] + new
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        if self.switch:
+            self.switch(nodeid)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.seconds[report.nodeid] += report.duration
+        if report.failed:
+            self.failed.append(report.nodeid)
+
+
+def in_a_process(work: Callable[[], Any], limit: float) -> Any:
+    """What ``work`` returns in a forked process, as JSON; None when it did not end in time, or died."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        os.close(read)
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+            os.dup2(nowhere.fileno(), 2)
+        try:
+            answer = json.dumps(work())
+        except BaseException as error:  # the process must not go on with what belongs to its parent
+            answer = json.dumps({"error": repr(error)})
+        with os.fdopen(write, "w") as file:
+            file.write(answer)
+        os._exit(0)
+    os.close(write)
+    signal.signal(signal.SIGALRM, lambda *_: os.killpg(child, signal.SIGKILL))
+    signal.alarm(max(1, round(limit)))
+    try:
+        with os.fdopen(read) as file:
+            answer = file.read()
+    finally:
+        signal.alarm(0)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    return json.loads(answer) if answer else None
+
+
+def run_tests(selection: Selection, files: Iterable[str], *options: str) -> int:
+    command = ["-q", "-p", "no:cacheprovider", "-p", "no:randomly", *options, *files]
+    return int(pytest.main(command, plugins=[selection]))
+
+
+def baseline() -> dict[str, Any]:
+    """All tests once, under coverage, test by test: the lines that each executes, and its seconds."""
+    import coverage
+
+    def work() -> Any:
+        watch = coverage.Coverage(data_file=None, source=[str(ROOT / "scorematch")], config_file=False)
+        watch.start()
+        selection = Selection(switch=watch.switch_context)
+        status = run_tests(selection, ["tests/library"])
+        watch.stop()
+        data = watch.get_data()
+        lines = {
+            str(Path(file).relative_to(ROOT)): {n: sorted(set(names)) for n, names in by_line.items()}
+            for file in data.measured_files()
+            for by_line in [data.contexts_by_lineno(file)]
+        }
+        return {"status": status, "failed": selection.failed, "seconds": selection.seconds, "lines": lines}
+
+    found = in_a_process(work, limit=3600)
+    if not found or found.get("status") != 0:
+        failed = found and found.get("failed", found)
+        raise SystemExit(f"error: the tests must pass before mutants are made, failed: {failed}")
+    return found
+
+
+def try_mutant(place: Place, coverage: Coverage) -> Result:
+    tests = coverage.tests(place.file, statement_of(place))
+    code, target = mutated(place).encode(), str(ROOT / place.file)
+    start = time.monotonic()
+
+    def work() -> Any:
+        class Loader(importlib.machinery.SourceFileLoader):
+            def get_code(self, name: str) -> Any:
+                path = self.get_filename(name)
+                return self.source_to_code(code, path) if path == target else super().get_code(name)
+
+        finder = importlib.machinery.FileFinder.path_hook(
+            (importlib.machinery.ExtensionFileLoader, importlib.machinery.EXTENSION_SUFFIXES),
+            (Loader, importlib.machinery.SOURCE_SUFFIXES),
+        )
+        sys.path_hooks.insert(0, finder)
+        sys.path_importer_cache.clear()
+        files = list(dict.fromkeys(test.partition("::")[0] for test in tests))
+        for part in (files[:2], files[2:]):  # to collect all tests takes longer than most of them
+            selection = Selection([test for test in tests if test.partition("::")[0] in part], coverage.seconds)
+            status = run_tests(selection, part, "-x") if part else 0
+            if status not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+                return {"status": status, "by": selection.failed[0] if selection.failed else "(collection)"}
+        return {"status": 0}
+
+    found = None
+    if tests:
+        found = in_a_process(work, limit=60 + 10 * sum(coverage.seconds[test] for test in tests))
+    outcome = "survived" if not tests or (found and found.get("status") == 0) else "killed" if found else "hung"
+    by = (found or {}).get("by", "")
+    return Result(place, outcome, by, len(tests), round(time.monotonic() - start, 2), change_of(place))
+
+
+# ------------------------------------------------------------------------------------------------------------ program
+
+
+def digest(files: Iterable[Path]) -> str:
+    content = hashlib.sha256()
+    for file in sorted(files):
+        content.update(file.read_bytes())
+    return content.hexdigest()[:16]
+
+
+def coverage_of(key: str, path: Path) -> Coverage:
+    """As stored, if the code and the tests are still those."""
+    stored = json.loads(path.read_text()) if path.exists() else {}
+    if stored.get("key") != key:
+        print("== the tests under coverage", flush=True)
+        stored = baseline() | {"key": key}
+        path.write_text(json.dumps(stored))
+    lines = {file: {int(line): tests for line, tests in by.items()} for file, by in stored["lines"].items()}
+    return Coverage(lines, stored["seconds"])
+
+
+def reason(result: Result, survivors: dict[str, list[dict[str, Any]]]) -> str:
+    """Why a survivor does no harm: the entry of SURVIVORS with the same change."""
+    for entry in survivors.get(result.place.file, []):
+        if list(result.change) == entry["change"]:
+            return str(entry["why"])
+    return ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--module", choices=MODULES, required=True)
+    parser.add_argument("--count", type=int, default=300, help="mutants")
+    parser.add_argument("--seed", type=int, default=0, help="which ones")
+    parser.add_argument("--out", type=Path, default=Path("build/mutation"), help="folder of the results")
+    options = parser.parse_args()
+    if options.count < 1:
+        parser.error(f"--count must be at least 1, got {options.count}")
+    assert "scorematch" not in sys.modules, "each mutant imports it anew"
+    os.chdir(ROOT)
+    torch.set_num_threads(1)
+    options.out.mkdir(parents=True, exist_ok=True)
+
+    target = ROOT / MODULES[options.module]
+    files = [str(f.relative_to(ROOT)) for f in ([target] if target.is_file() else sorted(target.rglob("*.py")))]
+    tests = list((ROOT / "tests" / "library").glob("*.py"))
+    key = digest([*(ROOT / "scorematch").rglob("*.py"), *tests])
+    coverage = coverage_of(key, options.out / "coverage.json")
+
+    path = options.out / f"{options.module}.jsonl"
+    kept: dict[Place, Result] = {}
+    key = digest([*map(Path, files), *tests])
+    if path.exists():
+        first, *rest = path.read_text().splitlines()
+        if json.loads(first)["key"] == key:
+            for line in map(json.loads, rest):
+                place = Place(**line.pop("place"))
+                kept[place] = Result(place, **line | {"change": tuple(line["change"])})
+    if not kept:
+        path.write_text(json.dumps({"key": key}) + "\n")
+    results = []
+    for place in tqdm(drawn(files, options.count, options.seed), desc=options.module, unit="mutant"):
+        if place not in kept:
+            kept[place] = try_mutant(place, coverage)
+            with path.open("a") as file:
+                file.write(json.dumps(asdict(kept[place])) + "\n")
+        results.append(kept[place])
+    report(options.module, results)
+
+
+def report(module: str, results: list[Result]) -> None:
+    survivors = tomllib.loads(SURVIVORS.read_text()) if SURVIVORS.exists() else {}
+    lived = [result for result in results if result.outcome == "survived"]
+    killed = len(results) - len(lived)
+    low, high = scipy.stats.binomtest(killed, len(results)).proportion_ci(method="wilson")
+    unexplained = [result for result in lived if not reason(result, survivors)]
+    for result in unexplained:
+        print(f"\n{result.place.file}:{result.place.line} survives {result.tests} tests")
+        print("\n".join(f"    {line}" for line in result.change))
+    print(
+        f"\n{module}: {killed} of {len(results)} killed ({100 * killed / len(results):.1f} %, 95 % interval"
+        f" {100 * low:.1f} to {100 * high:.1f} %), {sum(r.outcome == 'hung' for r in results)} of them hung,"
+        f" {len(lived) - len(unexplained)} survivors explained, {len(unexplained)} not"
+    )
+
+
+if __name__ == "__main__":
+    main()
