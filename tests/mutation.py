@@ -10,7 +10,7 @@ hangs, and *survives* when none does. Each runs in a process that is forked afte
 mutant in the place of the file, which is never written.
 
 A run that is interrupted goes on where it was: results are kept, a line of JSON each, as long as neither the module nor
-the tests change. SURVIVORS says why those that survive do no harm.
+the tests that they rest on change. SURVIVORS says why those that survive do no harm.
 """
 
 import argparse
@@ -18,12 +18,13 @@ import ast
 import collections
 import contextlib
 import difflib
+import functools
 import hashlib
 import importlib
 import importlib.machinery
 import json
 import os
-import random
+import re
 import signal
 import sys
 import time
@@ -84,6 +85,7 @@ class Result:
     tests: int  # how many execute the line
     seconds: float
     change: tuple[str, ...]  # lines removed and added
+    evidence: str  # digest of the tests that this rests on
 
 
 class Coverage:
@@ -105,7 +107,10 @@ class Coverage:
 
 
 def places(file: str) -> list[Place]:
-    """All that Cosmic Ray can do to a file, but for annotations and arguments of decorators, which change nothing."""
+    """All that Cosmic Ray can do to a file, but for what changes nothing.
+
+    That is what annotations and decorators say, the * before arguments that have a name, and 1 added to 1e30.
+    """
     from cosmic_ray.ast import ast_nodes, get_ast
     from cosmic_ray.plugins import get_operator
 
@@ -119,26 +124,33 @@ def places(file: str) -> list[Place]:
         for node in skipped
         if isinstance(node, ast.expr)
     ]
+    lines = source.splitlines()
     tree, found = get_ast(source), []
     for operator in OPERATORS:
         change = get_operator(operator)()
         positions = [start for node in ast_nodes(tree) for start, _ in change.mutation_positions(node)]
         for occurrence, (line, column) in enumerate(positions):
-            if not any((a, b) <= (line, column) < (c, d) for a, b, c, d in left_out):
+            separator = lines[line - 1][column : column + 2] == "*,"
+            huge = re.match(r"[\d.]+e[1-9]\d", lines[line - 1][column:])
+            if not (separator or huge or any((a, b) <= (line, column) < (c, d) for a, b, c, d in left_out)):
                 found.append(Place(file, line, column, operator, occurrence))
     return found
 
 
 def drawn(files: Iterable[str], count: int, seed: int) -> list[Place]:
     """``count`` mistakes, or as many as there are: one at each place, a second one when no place is left, and so on."""
-    dice, turns = random.Random(seed), collections.Counter[tuple[str, int, int]]()
-    everything = [place for file in files for place in places(file)]
-    dice.shuffle(everything)
+    everything = sorted((place for file in files for place in places(file)), key=lambda place: shuffled(place, seed))
+    turns = collections.Counter[tuple[str, int, int]]()
     ranked = []
     for place in everything:
         turns[place.file, place.line, place.column] += 1
         ranked.append((turns[place.file, place.line, place.column], len(ranked), place))
     return [place for _, _, place in sorted(ranked, key=lambda entry: entry[:2])[:count]]
+
+
+def shuffled(place: Place, seed: int) -> str:
+    """A random number for each place, which does not depend on what else there is."""
+    return hashlib.sha256(f"{seed} {place}".encode()).hexdigest()
 
 
 def mutated(place: Place) -> str:
@@ -285,7 +297,8 @@ def try_mutant(place: Place, coverage: Coverage) -> Result:
         found = in_a_process(work, limit=60 + 10 * sum(coverage.seconds[test] for test in tests))
     outcome = "survived" if not tests or (found and found.get("status") == 0) else "killed" if found else "hung"
     by = (found or {}).get("by", "")
-    return Result(place, outcome, by, len(tests), round(time.monotonic() - start, 2), change_of(place))
+    seconds = round(time.monotonic() - start, 2)
+    return Result(place, outcome, by, len(tests), seconds, change_of(place), evidence_of(by))
 
 
 # ------------------------------------------------------------------------------------------------------------ program
@@ -296,6 +309,13 @@ def digest(files: Iterable[Path]) -> str:
     for file in sorted(files):
         content.update(file.read_bytes())
     return content.hexdigest()[:16]
+
+
+@functools.cache
+def evidence_of(by: str) -> str:
+    """Digest of the file with the test that killed a mutant, or of all tests: new ones may kill it."""
+    file = ROOT / by.partition("::")[0]
+    return digest([file] if file.is_file() else (ROOT / "tests" / "library").glob("*.py"))
 
 
 def coverage_of(key: str, path: Path) -> Coverage:
@@ -333,20 +353,22 @@ def main() -> None:
 
     target = ROOT / MODULES[options.module]
     files = [str(f.relative_to(ROOT)) for f in ([target] if target.is_file() else sorted(target.rglob("*.py")))]
-    tests = list((ROOT / "tests" / "library").glob("*.py"))
+    tests = (ROOT / "tests" / "library").glob("*.py")
     key = digest([*(ROOT / "scorematch").rglob("*.py"), *tests])
     coverage = coverage_of(key, options.out / "coverage.json")
 
     path = options.out / f"{options.module}.jsonl"
     kept: dict[Place, Result] = {}
-    key = digest([*map(Path, files), *tests])
+    key = digest(map(Path, files))
     if path.exists():
         first, *rest = path.read_text().splitlines()
         if json.loads(first)["key"] == key:
             for line in map(json.loads, rest):
                 place = Place(**line.pop("place"))
-                kept[place] = Result(place, **line | {"change": tuple(line["change"])})
-    if not kept:
+                result = Result(place, **line | {"change": tuple(line["change"])})
+                if result.evidence == evidence_of(result.by):
+                    kept[place] = result
+    if not path.exists() or json.loads(path.read_text().partition("\n")[0])["key"] != key:
         path.write_text(json.dumps({"key": key}) + "\n")
     results = []
     for place in tqdm(drawn(files, options.count, options.seed), desc=options.module, unit="mutant"):

@@ -27,6 +27,7 @@ from scorematch.divergences import KINDS
 from training import data as data_sets
 from training.data import DataName
 from training.engine import checkpoint
+from training.engine.claims import claimed
 from training.reports import comparison as report
 from training.settings import command_line, config
 from training.settings.config import Objective, Posterior, RunSettings
@@ -403,6 +404,11 @@ def main(arguments: list[str]) -> None:
     out = settings.out or Path("runs") / f"compare-{data_sets.slug(settings.data)}"
     jobs = settings.jobs or len(os.sched_getaffinity(0))
     planned = plan(settings, arguments[end + 1 :], out, jobs)
+    with claimed(out):
+        run(settings, planned, out, jobs, arguments)
+
+
+def run(settings: CompareSettings, planned: list[Job], out: Path, jobs: int, arguments: list[str]) -> None:
     count = len({job.entry.name for job in planned})
     print(
         f"{len(planned)} runs ({count} objectives, {len(settings.seeds)} seeds), {jobs} side by side, in {out}; "

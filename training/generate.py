@@ -31,6 +31,7 @@ from scorematch.networks import Denoiser
 from training import data
 from training.data import DataName, DataSettings, generated
 from training.engine import checkpoint, posteriors
+from training.engine.claims import claimed
 from training.settings import command_line, config
 from training.settings.errors import InputError, Interrupted, StopError, run_program
 
@@ -138,18 +139,20 @@ def main(arguments: list[str]) -> None:
         "seed": settings.seed,
         "device": device.type,
     }
-    parts = prepare_parts(settings.out, identity)
-    begin = time.perf_counter()
-    try:
-        made = make(generator, parts)
-    except Interrupted as signal:
-        done = sum(part_path(parts, number).exists() for number in range(generator.batches))
-        raise Interrupted(
-            f"{signal}, {done} of {generator.batches} batches are in {parts}; the same command goes on"
-        ) from None
-    seconds = time.perf_counter() - begin
-    join(generator, parts, settings.out)
-    shutil.rmtree(parts)
+    parts = settings.out.with_name(f"{settings.out.name}.parts")
+    with claimed(parts):
+        describe_parts(parts, identity)
+        begin = time.perf_counter()
+        try:
+            made = make(generator, parts)
+        except Interrupted as signal:
+            done = sum(part_path(parts, number).exists() for number in range(generator.batches))
+            raise Interrupted(
+                f"{signal}, {done} of {generator.batches} batches are in {parts}; the same command goes on"
+            ) from None
+        seconds = time.perf_counter() - begin
+        join(generator, parts, settings.out)
+        shutil.rmtree(parts)
     print_result(generator, settings.out, made, seconds)
 
 
@@ -218,9 +221,8 @@ def _data_settings(settings: GenerateSettings, path: Path, saved: dict[str, Any]
     return DataSettings(name, known.get("limit", settings.limit or 0), root=root, image_size=size)
 
 
-def prepare_parts(out: Path, identity: dict[str, Any]) -> Path:
-    """The folder of the batches; one that is there must be of the same images."""
-    parts = out.with_name(f"{out.name}.parts")
+def describe_parts(parts: Path, identity: dict[str, Any]) -> None:
+    """Of what images the folder holds batches; one that is there must be of the same ones."""
     description = parts / "settings.json"
     if description.exists():
         given = json.loads(description.read_text())
@@ -229,13 +231,8 @@ def prepare_parts(out: Path, identity: dict[str, Any]) -> Path:
             raise InputError(
                 f"out: {parts} holds batches with another {', '.join(changed)}; remove it, or give another out"
             )
-        return parts
-    try:
-        parts.mkdir(exist_ok=True)
-    except OSError as error:
-        raise InputError(f"out: {parts} cannot be made ({error.strerror})") from None
-    checkpoint.write_json(description, identity)
-    return parts
+    else:
+        checkpoint.write_json(description, identity)
 
 
 def part_path(parts: Path, number: int) -> Path:

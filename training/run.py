@@ -13,10 +13,12 @@ autoattack.pt is there only while AutoAttack is on its way.
 
 import dataclasses
 import io
+import itertools
 import json
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from scorematch.posteriors import Posterior
 from training import data, measures, models
 from training.data import Data, toy
 from training.engine import checkpoint, distributed, hardware, posteriors
+from training.engine.claims import claimed
 from training.engine.hardware import Hardware, Speed
 from training.engine.loop import Trainer, generator
 from training.reports import run as report
@@ -81,53 +84,58 @@ def run(settings: RunSettings, device: torch.device) -> None:
 
     given = read_posterior(settings, settings.posterior_from, loaded) if settings.posterior_from else None
 
-    out = distributed.by_first(lambda: prepare_folder(settings))
-    if (out / "summary.json").exists():
-        if distributed.rank() == 0:
-            (out / STATE).unlink(missing_ok=True)
-            report.write(out)
-            print(f"{out} is finished already")
-            print_table(json.loads((out / "summary.json").read_text()))
-        return
-    try:
-        train_and_evaluate(settings, loaded, model, given, out)
-    except Interrupted as signal:
-        last = len(checkpoint.read_metrics(out / "metrics.jsonl"))
-        raise Interrupted(
-            f"{signal}, {last} of {settings.epochs} epochs are saved; continue with: "
-            f"python -m training.run --resume {out}"
-        ) from None
+    with ExitStack() as claims:
+        out = distributed.by_first(lambda: prepare_folder(settings, claims))
+        if (out / "summary.json").exists():
+            if distributed.rank() == 0:
+                (out / STATE).unlink(missing_ok=True)
+                report.write(out)
+                print(f"{out} is finished already")
+                print_table(json.loads((out / "summary.json").read_text()))
+            return
+        try:
+            train_and_evaluate(settings, loaded, model, given, out)
+        except Interrupted as signal:
+            last = len(checkpoint.read_metrics(out / "metrics.jsonl"))
+            raise Interrupted(
+                f"{signal}, {last} of {settings.epochs} epochs are saved; continue with: "
+                f"python -m training.run --resume {out}"
+            ) from None
 
 
-def prepare_folder(settings: RunSettings) -> Path:
-    """The folder of the run, with its config.toml. An earlier run in it is continued only if asked for."""
+def prepare_folder(settings: RunSettings, claims: ExitStack) -> Path:
+    """The folder of the run, claimed, with its config.toml. An earlier run in it is continued only if asked for."""
+    out = settings.resume or settings.out or fresh_folder(settings)
+    claims.enter_context(claimed(out))
     if settings.resume is not None:
-        return settings.resume
-    out = settings.out or fresh_folder(settings)
+        return out
     config_of_run = tomli_w.dumps(config.as_table(settings))
     if (out / "config.toml").exists():
         if distributed.restarts() and (out / "config.toml").read_text() == config_of_run:
             return out
         raise InputError(f"out: {out} holds a run already, give --resume {out} or another folder")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"out: {out} cannot be made ({error.strerror})") from None
     checkpoint.write_atomically(out / "config.toml", config_of_run)
     return out
 
 
 def fresh_folder(settings: RunSettings) -> Path:
+    """A new folder in runs/, named after what matters most."""
     parts = [data.slug(settings.data), settings.objective, settings.divergence]
     if settings.posterior is not None:
         parts.append(settings.posterior)
     if settings.soft_targets:
         parts.append("soft")
     name = "-".join([*parts, f"seed{settings.seed}"])
-    number = 1
-    while (out := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
-        number += 1
-    return out
+    for number in itertools.count(1):
+        out = Path("runs") / (name if number == 1 else f"{name}-{number}")
+        try:
+            out.mkdir(parents=True)  # by this program, even if another one is looking for a name, too
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise InputError(f"out: {out} cannot be made ({error.strerror})") from None
+        return out
+    raise AssertionError("there is always another number")
 
 
 def train_and_evaluate(

@@ -16,6 +16,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +34,7 @@ from scorematch.posteriors import ScoreNetwork
 from training import data, generate
 from training.data import Data, DataName, DataSettings, toy
 from training.engine import checkpoint, distributed, hardware, posteriors, scores
+from training.engine.claims import claimed
 from training.engine.hardware import PrecisionWish, Speed, Switch
 from training.engine.posteriors import PosteriorSettings
 from training.measures import judge
@@ -201,39 +203,37 @@ def run(settings: ScoreSettings, device: torch.device) -> None:
     people = audit.read_people(settings.human_labels, loaded) if settings.human_labels else None
     features = judge.load_features(settings.feature_network, device) if settings.feature_network else None
     resolved = config.resolved_posterior(settings.posterior_settings, settings.data, loaded.input_shape)
-    out = distributed.by_first(lambda: prepare_folder(settings))
-    finished = (out / "score.json").exists()
-    if finished and distributed.rank() == 0:
-        print(f"{out} is finished already")
-        print_result(json.loads((out / "score.json").read_text()), out)
-    if finished and not settings.audit:
-        return
-    speed = speed_of(settings, resolved, hardware.hardware_of(device))
-    hardware.prepare(device, speed.precision, deterministic=settings.deterministic)
-    try:
-        posterior, seconds = trained(settings, resolved, loaded, speed, out)
-        if distributed.rank() == 0:
-            if not finished:
-                report(settings, resolved, loaded, posterior, features, seconds, out)
-            if settings.audit:
-                audited(settings, loaded, posterior, people, out)
-        distributed.barrier()
-    except Interrupted as signal:
-        raise Interrupted(f"{signal}; continue with: python -m training.score --resume {out}") from None
+    with ExitStack() as claims:
+        out = distributed.by_first(lambda: prepare_folder(settings, claims))
+        finished = (out / "score.json").exists()
+        if finished and distributed.rank() == 0:
+            print(f"{out} is finished already")
+            print_result(json.loads((out / "score.json").read_text()), out)
+        if finished and not settings.audit:
+            return
+        speed = speed_of(settings, resolved, hardware.hardware_of(device))
+        hardware.prepare(device, speed.precision, deterministic=settings.deterministic)
+        try:
+            posterior, seconds = trained(settings, resolved, loaded, speed, out)
+            if distributed.rank() == 0:
+                if not finished:
+                    report(settings, resolved, loaded, posterior, features, seconds, out)
+                if settings.audit:
+                    audited(settings, loaded, posterior, people, out)
+            distributed.barrier()
+        except Interrupted as signal:
+            raise Interrupted(f"{signal}; continue with: python -m training.score --resume {out}") from None
 
 
-def prepare_folder(settings: ScoreSettings) -> Path:
-    """The folder of the training, with its config.toml. What is in it is continued only if asked for."""
+def prepare_folder(settings: ScoreSettings, claims: ExitStack) -> Path:
+    """The folder of the training, claimed, with its config.toml. What is in it is continued only if asked for."""
+    out = settings.resume or settings.out or Path("runs") / f"score-{data.slug(settings.data)}-seed{settings.seed}"
+    claims.enter_context(claimed(out))
     if settings.resume is not None:
-        return settings.resume
-    out = settings.out or Path("runs") / f"score-{data.slug(settings.data)}-seed{settings.seed}"
+        return out
     path, content = out / "config.toml", tomli_w.dumps(as_table(settings))
     if (out / "score.json").exists() or (path.exists() and not distributed.restarts()):
         raise InputError(f"out: {out} holds a score network already, give --resume {out} or another folder")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"out: {out} cannot be made ({error.strerror})") from None
     checkpoint.write_atomically(path, content)
     return out
 

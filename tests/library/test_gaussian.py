@@ -234,6 +234,7 @@ def test_annealing_keeps_the_coefficient(gamma: float, final_sigma: float) -> No
         ({"sigma": torch.ones(3)}, ValueError, r"sigma must be torch.float32 \[4\] on cpu, .* got torch.float32 \[3\]"),
         ({"sigma": torch.ones(4).double()}, ValueError, "got torch.float64"),
         ({"sigma": -torch.ones(4)}, ValueError, r"at least 0, got values in \[-1, -1\]"),
+        ({"sigma": torch.tensor([-1.0, 0.0, 1.0, 2.0])}, ValueError, r"got values in \[-1, 2\]"),
         ({"sigma": 0.0, "alignment": 1.0}, ValueError, "sigma must be finite and above 0, got 0.0"),
         ({"sigma": (0.0, 1.0), "alignment": 1.0}, ValueError, "both finite and above 0"),
         ({"sigma": torch.zeros(4), "alignment": 1.0}, ValueError, "above 0, got values"),
@@ -259,6 +260,7 @@ def test_bad_input(options: dict, error: type[Exception], told: str) -> None:
 @pytest.mark.parametrize(
     ("progress", "options", "told"),
     [
+        (-0.5, {}, r"progress must lie in \[0, 1\], got -0.5"),
         (1.5, {}, r"progress must lie in \[0, 1\], got 1.5"),
         (math.nan, {}, "progress must lie"),
         (0.5, {"sigma": 0.0}, "sigma must be finite and positive, got 0.0"),
@@ -269,6 +271,21 @@ def test_bad_input(options: dict, error: type[Exception], told: str) -> None:
 def test_bad_schedules(progress: float, options: dict, told: str) -> None:
     with pytest.raises(ValueError, match=told):
         objectives.annealed(progress, **{"sigma": 0.5, "final_sigma": 0.1, **options})
+
+
+def test_annealing_starts_without_gamma_where_none_is_given() -> None:
+    assert objectives.annealed(0.0, sigma=0.5, final_sigma=0.1).gamma == 0.0
+
+
+def test_a_range_of_one_value_is_that_value() -> None:
+    x, y, omega = batch()
+    common = {"noise": omega, "generator": torch.Generator().manual_seed(0)}
+    ranged = objectives.gaussian(smooth_mlp(FEATURES, CLASSES), x, y, sigma=(0.3, 0.3), **common)
+    torch.testing.assert_close(ranged.x_adv, x + 0.3 * omega)
+
+
+def test_no_noise_has_no_alignment() -> None:
+    assert objectives.alignment_of(0.0, 0.5) == 0.0
 
 
 def test_bad_coefficients() -> None:

@@ -233,6 +233,21 @@ def test_the_anchor_of_a_path_cancels_in_trades() -> None:
         torch.testing.assert_close(again.loss, one.loss, rtol=0, atol=1e-9)
 
 
+def test_literal_scores_go_with_a_target_that_follows_in_full() -> None:
+    literal = score_network(centering="network")
+    whole = found("score_direct", posterior=literal, target_mix=1.0)
+    assert whole[2]["data_gradient_ratio"] > 0.01
+    torch.testing.assert_close(found("score_direct", posterior=literal), whole, rtol=0, atol=0)
+
+
+def test_noise_of_ones_own_in_a_single_step() -> None:
+    noise = objectives.noise_directions(X, 10, torch.Generator().manual_seed(2), "n_fgsm")
+    assert noise.shape == (1, *X.shape)
+    found("score_direct", posterior=ORACLE, attack="n_fgsm", data_gradient=noise)
+    with pytest.raises(ValueError, match=r"data_gradient must be torch.float64 \[1, 16, 6\] on cpu, .* \[2, 16, 6\]"):
+        found("score_direct", posterior=ORACLE, attack="n_fgsm", data_gradient=noise.expand(2, -1, -1))
+
+
 @pytest.mark.parametrize("given", ["labels", "probabilities"])
 def test_soft_targets_of_a_score_network_are_its_anchor(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
     y = Y if given == "labels" else torch.nn.functional.one_hot(Y, 4).double()

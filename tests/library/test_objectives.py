@@ -227,11 +227,34 @@ def test_metrics_measure_the_data_gradient() -> None:
     model, x, y = small_cnn(), torch.rand(16, 1, 8, 8), torch.arange(16) % 10
     common = {"threat_model": ThreatModel("linf", 0.1), "generator": torch.Generator().manual_seed(0)}
     flat = objectives.score_direct(model, x, y, posterior=Flat(torch.full((1, 10), 0.1).log()), **common)
+    assert flat.metrics["zero_gradient_share"] < 0.1
     assert flat.metrics["data_gradient_ratio"] == 0.0
     assert flat.metrics["sign_change_share"] == 0.0
     steep = objectives.score_direct(model, x, y, posterior=KernelDensity(x, y, num_classes=10, sigma=1.0), **common)
     assert steep.metrics["data_gradient_ratio"] > 1.0
     assert 0.1 < steep.metrics["sign_change_share"] < 0.9
+
+
+def test_metrics_count_the_gradients_that_are_zero() -> None:
+    class Half(nn.Module):
+        """Looks at the left half of an image alone."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 5.0 * x[..., :4].flatten(1)[:, :10]
+
+    x, y = torch.rand(16, 1, 8, 8), torch.arange(16) % 10
+    posterior = Flat(torch.arange(1.0, 11.0).log_softmax(0)[None])
+    found = objectives.score_direct(Half(), x, y, posterior=posterior, threat_model=ThreatModel("linf", 0.1))
+    assert found.metrics["zero_gradient_share"] == pytest.approx(1 - 10 / 64)
+
+
+def test_the_start_of_trades_is_as_published() -> None:
+    x = torch.full((8, 1, 8, 8), 0.5)
+    found = objectives.first_iterate(
+        x, ThreatModel("linf", 0.1), start="gaussian", generator=torch.Generator().manual_seed(3)
+    )
+    noise = torch.empty_like(x).normal_(generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(found, x + 0.001 * noise, rtol=0, atol=0)
 
 
 def test_nan_logits_give_a_nan_loss() -> None:

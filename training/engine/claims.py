@@ -1,0 +1,41 @@
+"""One program a folder: a second one that wants to write into it is refused."""
+
+import contextlib
+import fcntl
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from training.settings.errors import InputError
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """``folder`` belongs to this program until the block ends, or the process, even one that is killed.
+
+    The folder itself is locked, so that no file is left behind. A file system without locks gives a warning.
+
+    Raises:
+        InputError: another program has it, or it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise InputError(f"out: {folder} cannot be made ({error.strerror})") from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise InputError(
+            f"out: another program is writing into {folder}, wait until it has ended or give another folder"
+        ) from None
+    except OSError as error:
+        warnings.warn(
+            f"{folder} cannot be locked ({error.strerror}): start no second program in it", RuntimeWarning, stacklevel=2
+        )
+    try:
+        yield
+    finally:
+        os.close(handle)
