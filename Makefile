@@ -2,7 +2,7 @@
 #
 #   make run       train with direct SCORE on the digits, with ARGS="..." for further options
 #   make test      lint, types and the whole test suite, in one process a core (8 at most)
-#   make soak      random inputs by the thousand; goes on after an interruption
+#   make soak      random inputs by the thousand, kills by the hundred; goes on after an interruption
 #   make compare   direct SCORE beside its surrogates, on DATA=digits or DATA=toy
 #   make results   docs/direct-score.md and its figures, from the stored results in docs/evidence
 #   make docs      the documentation as a site in build/site, without network

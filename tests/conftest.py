@@ -1,6 +1,6 @@
 """Random inputs: the same in every test run, so that its verdict is about the change; in a soak, new ones.
 
-``make soak`` runs the tests that draw inputs, and those of ``tests/soak`` with thousands of examples. One that is
+``make soak`` runs the tests that draw inputs, those of ``tests/soak`` with thousands of examples. One that is
 interrupted goes on with the tests that had not passed yet; one that passes starts anew next time.
 """
 
@@ -22,7 +22,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not SOAKING:
         return
     done = set(DONE.read_text().splitlines()) if DONE.exists() else set()
-    draws = [item for item in items if item.get_closest_marker("hypothesis") or item.path.parent.name == "soak"]
+    draws = [item for item in items if any(map(item.get_closest_marker, ("hypothesis", "soak")))]
     left = [item for item in draws if item.nodeid not in done]
     config.hook.pytest_deselected(items=[item for item in items if item not in left])
     items[:] = left

@@ -27,7 +27,7 @@ from scorematch.divergences import KINDS
 from training import data as data_sets
 from training.data import DataName
 from training.engine import checkpoint
-from training.engine.claims import claimed
+from training.engine.claims import claimed, is_claimed
 from training.reports import comparison as report
 from training.settings import command_line, config
 from training.settings.config import Objective, Posterior, RunSettings
@@ -226,8 +226,15 @@ def _flat(table: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_all(planned: Sequence[Job], jobs: int) -> list[Job]:
-    """Run what is not finished, ``jobs`` at a time; returns the runs that failed."""
+    """Run what is not finished, ``jobs`` at a time; returns the runs that failed.
+
+    Where this program was killed, its runs went on: they are waited for.
+    """
     waiting = [job for job in planned if not job.finished]
+    others = [job for job in waiting if is_claimed(job.out)]
+    if others:
+        print(f"still running: {', '.join(job.out.name for job in others)}")
+        sys.stdout.flush()
     running: dict[subprocess.Popen, Job] = {}
     failed: list[Job] = []
     total = sum(job.settings.epochs for job in planned)
@@ -238,8 +245,11 @@ def run_all(planned: Sequence[Job], jobs: int) -> list[Job]:
     ) as progress:
         try:
             while waiting or running:
-                while waiting and len(running) < jobs:
-                    job = waiting.pop(0)
+                others = [job for job in others if is_claimed(job.out)]
+                waiting = [job for job in waiting if not job.finished]
+                ready = [job for job in waiting if job not in others]
+                for job in ready[: max(0, jobs - len(running) - len(others))]:
+                    waiting.remove(job)
                     running[_start(job, threads=1 if jobs > 1 else None)] = job
                 time.sleep(POLL_SECONDS)
                 for process in [process for process in running if process.poll() is not None]:

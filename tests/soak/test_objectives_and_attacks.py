@@ -15,6 +15,8 @@ from scorematch.attacks import APGD, FAB, Square
 
 from .drawing import examples, misfits
 
+pytestmark = pytest.mark.soak
+
 CLASSES = 3
 Arguments = dict[str, Any]
 

@@ -15,6 +15,8 @@ from scorematch import ops, reference
 
 from .drawing import DTYPES, IMAGES, SHAPES, SIZES, boxes, examples, misfits, tensors
 
+pytestmark = pytest.mark.soak
+
 NORMS = st.sampled_from(["linf", "l2"])
 Arguments = dict[str, Any]
 ROUNDING = {torch.float32: 3e-6, torch.float64: 1e-13}

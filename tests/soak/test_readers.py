@@ -26,6 +26,8 @@ from training.settings.errors import InputError
 
 from .drawing import examples
 
+pytestmark = pytest.mark.soak
+
 MEMORY = 64 << 20  # bytes that reading a file of a few kilobytes may take
 
 

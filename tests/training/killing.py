@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from scorematch.attacks.classifier import Classifier
-from training import run, score
+from training import compare, evaluate, generate, run, score
 from training.engine import Engine, checkpoint
 from training.engine.loop import Trainer
 from training.engine.scores import ScoreTrainer
@@ -36,7 +36,10 @@ POINTS: dict[str, tuple[Any, str]] = {
     "save": (Engine, "save"),
     "replace": (os, "replace"),  # a file is written in full and not yet in its place; in a thread of its own
     "pass": (Classifier, "_logits"),  # of the network, in AutoAttack
+    "batch": (generate.Generator, "images"),
+    "start of a run": (compare, "_start"),
 }
+PROGRAMS = {"compare": compare, "evaluate": evaluate, "generate": generate, "run": run, "score": score}
 
 
 def arm(hit: Hit) -> None:
@@ -58,13 +61,21 @@ def arm(hit: Hit) -> None:
 
 
 def program(arguments: list[str], log: Path, hit: Hit | None, name: str = "run") -> None:
-    """``training.run``, or ``training.score``, in this process, which writes into ``log``."""
+    """``training.NAME`` in this process, which writes into ``log``."""
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     if hit is not None:
         arm(hit)
-    sys.exit(run_program({"run": run.main, "score": score.main}[name], arguments))
+    sys.exit(run_program(PROGRAMS[name].main, arguments))
+
+
+def without_times(value: Any) -> Any:
+    """What a program has written, without what a second run of it never repeats."""
+    if isinstance(value, dict):
+        measured = ("seconds", "samples_per_second", "memory_gib")
+        return {key: without_times(inner) for key, inner in value.items() if not key.endswith(measured)}
+    return [without_times(inner) for inner in value] if isinstance(value, list) else value
 
 
 def status(process: ForkServerProcess) -> int | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from killing import Hit, Start, status
 
-from training.engine.claims import claimed
+from training.engine.claims import claimed, is_claimed
 from training.settings.errors import InputError
 
 RUN = (
@@ -24,7 +24,10 @@ def test_a_second_claim_is_refused_until_the_first_one_ends(tmp_path: Path) -> N
             pass
         with claimed(tmp_path / "a"):
             pass
+    assert not is_claimed(folder)
+    assert not is_claimed(tmp_path / "nowhere")
     with claimed(folder):
+        assert is_claimed(folder)
         assert list(folder.iterdir()) == [], "nothing is left behind"
 
 

@@ -3,10 +3,9 @@
 import json
 import signal
 from pathlib import Path
-from typing import Any
 
 import torch
-from killing import Hit, Start, status
+from killing import Hit, Start, status, without_times
 
 from training import run
 from training.engine import checkpoint
@@ -48,13 +47,6 @@ def final(out: Path) -> tuple[dict, list[dict], dict]:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((out / "summary.json").read_text())
     return weights, without_times(lines), without_times(summary)
-
-
-def without_times(value: Any) -> Any:
-    if isinstance(value, dict):
-        measured = ("seconds", "samples_per_second", "memory_gib")
-        return {key: without_times(inner) for key, inner in value.items() if not key.endswith(measured)}
-    return [without_times(inner) for inner in value] if isinstance(value, list) else value
 
 
 def test_killed_runs_end_with_the_same_bits(tmp_path: Path, start: Start, log: Path) -> None:

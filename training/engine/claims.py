@@ -1,4 +1,4 @@
-"""One program a folder: a second one that wants to write into it is refused."""
+"""One program a folder: a second one that wants to write into it is refused, or waits."""
 
 import contextlib
 import fcntl
@@ -39,3 +39,14 @@ def claimed(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def is_claimed(folder: Path) -> bool:
+    """Whether another program is writing into it at this moment."""
+    if not folder.is_dir():
+        return False
+    try:
+        with claimed(folder):
+            return False
+    except InputError:
+        return True
