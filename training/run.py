@@ -40,7 +40,7 @@ from training.engine.loop import Trainer, generator
 from training.reports import run as report
 from training.settings import config, tables
 from training.settings.config import RunSettings
-from training.settings.errors import InputError, Interrupted, run_program
+from training.settings.errors import InputError, Interrupted, StopError, out_of_memory, run_program
 
 STATE = "autoattack.pt"  # how far AutoAttack has come
 AUDITED = 500  # test samples on which the posterior is attacked itself
@@ -96,11 +96,19 @@ def run(settings: RunSettings, device: torch.device) -> None:
         try:
             train_and_evaluate(settings, loaded, model, given, out)
         except Interrupted as signal:
-            last = len(checkpoint.read_metrics(out / "metrics.jsonl"))
-            raise Interrupted(
-                f"{signal}, {last} of {settings.epochs} epochs are saved; continue with: "
-                f"python -m training.run --resume {out}"
+            raise Interrupted(f"{signal}, {saved(settings, out)}") from None
+        except Exception as error:
+            if (told := out_of_memory(error)) is None:
+                raise
+            raise StopError(
+                f"out of memory ({told}); --accumulate 2 in a new run needs about half of it; {saved(settings, out)}"
             ) from None
+
+
+def saved(settings: RunSettings, out: Path) -> str:
+    """How far a run has come that ends here, and how to go on."""
+    last = len(checkpoint.read_metrics(out / "metrics.jsonl"))
+    return f"{last} of {settings.epochs} epochs are saved; continue with: python -m training.run --resume {out}"
 
 
 def prepare_folder(settings: RunSettings, claims: ExitStack) -> Path:

@@ -1,6 +1,7 @@
 """Programs that a signal hits at a chosen point of their work: the same point on a slow machine and on a fast one."""
 
 import os
+import resource
 import signal
 import sys
 import time
@@ -8,6 +9,8 @@ from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
 
 from scorematch.attacks.classifier import Classifier
 from training import compare, evaluate, generate, run, score
@@ -17,6 +20,9 @@ from training.engine.scores import ScoreTrainer
 from training.settings.errors import run_program
 
 Start = Callable[..., ForkServerProcess]  # the fixture ``start``
+
+
+FULL_DISK, NO_MEMORY = -1, -2  # in the place of a signal: no file gets beyond 32 kB any more; an allocation fails
 
 
 class Hit(NamedTuple):
@@ -51,7 +57,11 @@ def arm(hit: Hit) -> None:
     def counted(*arguments: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == hit.count:
+        if calls == hit.count and hit.number == FULL_DISK:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2**15, resource.RLIM_INFINITY))
+        elif calls == hit.count and hit.number == NO_MEMORY:
+            torch.empty(2**50)
+        elif calls == hit.count:
             os.kill(os.getpid(), hit.number)
             if hit.number == signal.SIGKILL:
                 time.sleep(60)  # the signal may take a moment, and nothing must happen until then

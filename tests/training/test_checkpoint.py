@@ -43,6 +43,21 @@ def test_a_failure_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.pt"]
 
 
+def test_a_line_of_the_log_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = checkpoint.MetricsLog(tmp_path / "metrics.jsonl")
+    log.append({"epoch": 1})
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(StopError, match=r"metrics\.jsonl cannot be written \(No space left on device\); the last"):
+            log.append({"epoch": 2})
+    checkpoint.MetricsLog(tmp_path / "metrics.jsonl", last_epoch=1)
+    assert checkpoint.read_metrics(tmp_path / "metrics.jsonl") == [{"epoch": 1}]
+
+
 @pytest.mark.parametrize("kind", ["missing", "text", "cut", "foreign"])
 def test_unusable_files_give_one_clear_error(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "a.pt"

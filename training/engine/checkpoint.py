@@ -178,10 +178,13 @@ class MetricsLog:
         write_atomically(path, "".join(lines))
 
     def append(self, entry: dict[str, Any]) -> None:
-        with open(self.path, "a") as file:
-            file.write(json.dumps(entry) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(entry) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise StopError(f"{self.path} cannot be written ({error.strerror}); the last checkpoint is kept") from None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

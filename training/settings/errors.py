@@ -51,6 +51,15 @@ def interrupts_deferred() -> Iterator[Callable[[], str | None]]:
         raise Interrupted(_Deferral.waiting)
 
 
+def out_of_memory(error: BaseException) -> str | None:
+    """What the allocator says where ``error`` is one of memory, of the CPU or of a GPU; None for any other."""
+    of_torch = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    if not (isinstance(error, MemoryError) or of_torch):
+        return None
+    text = str(error).partition("\n")[0]
+    return text[text.find("DefaultCPUAllocator") :] if "DefaultCPUAllocator" in text else text or "MemoryError"
+
+
 def run_program(program: Callable[[list[str]], None], arguments: Sequence[str] | None = None) -> int:
     """Run ``program`` on the command line's arguments and return its exit status."""
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -67,5 +76,10 @@ def run_program(program: Callable[[list[str]], None], arguments: Sequence[str] |
         return 2
     except (StopError, Interrupted) as error:
         print(f"stopped: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if (told := out_of_memory(error)) is None:
+            raise
+        print(f"stopped: out of memory ({told}); what was saved is kept; smaller batches need less", file=sys.stderr)
         return 1
     return 0
