@@ -29,7 +29,8 @@ class APGD(AttackSettings):
     """Auto-PGD with cross-entropy, DLR or targeted DLR.
 
     Every iterate is judged, the start included. A sample that falls leaves the batch a few steps later: what is
-    returned is misclassified, not the point of highest loss.
+    returned is misclassified, not the point of highest loss. Only where a verdict takes several passes of a randomised
+    model it stays to the end, and the point of the largest margin is returned.
 
     In l1 steps are sparse: the features of the largest gradients move, and how many adapts to each sample.
 
@@ -162,12 +163,14 @@ class APGD(AttackSettings):
         found, fooled = start.clone(), torch.zeros(len(x0), dtype=torch.bool, device=x0.device)
         logits, value, grad = classifier.gradient(start, loss, *goals, passes=self.eot_iter)
         state = _State.begin(start, value, grad, predicted(logits) != goals[0], 2 * self.threat_model.eps)
+        if not classifier.is_sure:
+            state.clearer(state.wrong, logits, goals[0])
         interval, since = max(int(0.22 * self.n_iter), 1), 0
         shorter, shortest = max(int(0.03 * self.n_iter), 1), max(int(0.06 * self.n_iter), 1)
 
         for iteration in range(self.n_iter):
             if iteration % SETTLE_EVERY == 0:
-                if state.settle(found, fooled):
+                if classifier.is_sure and state.settle(found, fooled):
                     return found, fooled
                 centre, here = x0[state.rows], [goal[state.rows] for goal in goals]
             apgd_step(
@@ -187,7 +190,8 @@ class APGD(AttackSettings):
                 upper=self.threat_model.upper,
             )
             logits, value, state.grad = classifier.gradient(state.x, loss, *here, passes=self.eot_iter)
-            state.take(predicted(logits) != here[0], value)
+            fell = predicted(logits) != here[0]
+            state.take(fell if classifier.is_sure else state.clearer(fell, logits, here[0]), value)
             since += 1
             if since == interval:
                 state.adapt(self.rho * interval)
@@ -218,6 +222,7 @@ class _State(Ascent):
             grad=grad,
             wrong=wrong,
             fallen_x=x.clone(),
+            clearness=torch.full_like(value, -torch.inf),
             best_x=x.clone(),
             best_grad=torch.empty_like(x).copy_(grad),  # dense, and in the memory format of x
             best_value=value,

@@ -42,7 +42,7 @@ ATTACKS = ("apgd", "apgd_targeted", "fab", "square")
 FIXED = ("norm", "eps", "epsilon", "threat_model", "version", "is_tf_model", "logger")  # decided when one is made
 SETTINGS = (
     *("model", "seed", "verbose", "attacks_to_run", "device"),
-    *("rng", "search_dtype", "compile", "save_every", "workers", "budget"),
+    *("rng", "search_dtype", "compile", "save_every", "workers", "budget", "verdict_passes"),
     *ATTACKS,
 )
 
@@ -94,7 +94,16 @@ class AutoAttack:
             call the model at the same time. ``"auto"`` takes one for each of torch's threads, at most 8, and a single
             one wherever the model might not bear it: on a GPU, for a callable that is no module, for a module that is
             scripted, has hooks, changes an attribute or a buffer while it predicts, is randomised or takes gradients,
-            and for ``rng="reference"``, ``version="rand"`` and ``compile``.
+            and for ``rng="reference"``, ``version="rand"``, ``verdict_passes`` above 1 and ``compile``.
+        verdict_passes: for randomised models: over how many passes a point is judged, at least 1: when clean, in every
+            step of a search that asks whether a point fools, and when what was found is confirmed. Its class is that
+            of the largest mean probability, as for a classifier that is smoothed by noise (Salman et al., NeurIPS
+            2019). Logits have no common scale, and a single pass of large ones would outvote the others. Square
+            ascends the margin of the logarithms of these means (in the paper on AutoAttack it averages 20 passes).
+            FAB's steps follow one pass, and APGD's as many as its ``eot_iter`` says. Above 1, APGD and Square do not
+            end with the first point that fools, which lies where chance decides, but look for a clearer one; so they
+            take as long for samples that fall. Successes of the search that the confirmation did not see are
+            ``unverified`` in the report: if they are many, take more passes.
 
     Attributes:
         report: of the last evaluation: ``robust_accuracy``, ``clean_accuracy`` and ``attacks``, for each attack in turn
@@ -131,6 +140,7 @@ class AutoAttack:
         save_every: float = 30.0,
         workers: int | str = "auto",
         budget: float | None = None,
+        verdict_passes: int = 1,
     ) -> None:
         if is_tf_model:
             raise ValueError("is_tf_model: TensorFlow models are not supported, wrap the model in a PyTorch callable")
@@ -155,6 +165,7 @@ class AutoAttack:
         self.save_every = save_every
         self.workers = workers
         self.budget = budget
+        self.verdict_passes = verdict_passes
         self.apgd = APGD(self.threat_model)
         self.apgd_targeted = APGD(self.threat_model, loss="dlr-targeted")
         self.fab = FAB(self.threat_model, targeted=False)
@@ -207,6 +218,9 @@ class AutoAttack:
             raise ValueError(f'workers must be "auto" or a whole number of at least 1, got {workers!r}')
         if self.budget is not None and not self.budget > 0:
             raise ValueError(f"budget must be a positive number of seconds, or None, got {self.budget}")
+        passes = self.verdict_passes
+        if isinstance(passes, bool) or not isinstance(passes, Integral) or passes < 1:
+            raise ValueError(f"verdict_passes must be a whole number of at least 1, got {passes!r}")
         for name, kind in (("apgd", APGD), ("apgd_targeted", APGD), ("fab", FAB), ("square", Square)):
             attack = getattr(self, name)
             if not isinstance(attack, kind):
@@ -256,8 +270,8 @@ class AutoAttack:
         x = x.detach().to(device)
         if y is None:
             with borrowed(self.model, "eval") if isinstance(self.model, nn.Module) else nullcontext():
-                y = Classifier(self.model).label(x)
-        return run_alone(attack, self.model, x, y.to(device), int(self.get_seed()))
+                y = Classifier(self.model, verdict_passes=self.verdict_passes).label(x)
+        return run_alone(attack, self.model, x, y.to(device), int(self.get_seed()), self.verdict_passes)
 
     @property
     def report(self) -> dict[str, Any]:
@@ -348,7 +362,7 @@ class AutoAttack:
         x_orig, y_orig = self._check_input(*joined(x_orig, y_orig), bs)
         device = self._device(x_orig)
         with borrowed(self.model, "eval") if isinstance(self.model, nn.Module) else nullcontext():
-            classifier = Classifier(self.model)
+            classifier = Classifier(self.model, verdict_passes=self.verdict_passes)
             pairs = zip(x_orig.split(bs), y_orig.split(bs), strict=True)
             hits = sum(int((classifier.label(x.to(device)) == y.to(device)).sum()) for x, y in pairs)
         return hits / len(x_orig)
@@ -418,6 +432,7 @@ class AutoAttack:
             device=self._device(x),
             workers=None if self.workers == "auto" else int(self.workers),
             state_path=share.path(Path(state_path)) if state_path is not None else None,
+            verdict_passes=int(self.verdict_passes),
             budget=self.budget,
         )
         if options.workers not in (None, 1) and options.device.type != "cpu":

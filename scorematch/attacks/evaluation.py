@@ -60,6 +60,7 @@ class Options:
     device: torch.device
     workers: int | None
     state_path: Path | None
+    verdict_passes: int = 1
     budget: float | None = None
 
 
@@ -98,7 +99,7 @@ def evaluate(
         inspection.no_classifier(logits)
         classes = logits.shape[1]
         _check_labels(y, classes)
-        doubts = inspection.doubts(model, first_x, first_y, logits, attacks, options.version)
+        doubts = inspection.doubts(model, first_x, first_y, logits, attacks, options.version, options.verdict_passes)
         for doubt in doubts.values():
             console.warn(doubt)
         workers = _workers(model, first_x, options, doubts)
@@ -130,6 +131,7 @@ def evaluate(
         "rng": options.rng,
         "search_dtype": str(options.search_dtype) if options.search_dtype is not None else None,
         "compile": options.compile,
+        "verdict_passes": options.verdict_passes,
         "budget": options.budget,
         "warnings": list(console.warnings),
     }
@@ -152,10 +154,14 @@ def _workers(model: Any, x: Tensor, options: Options, doubts: Mapping[str, str |
     """How many threads share out the samples; x [N, …] are some of them, on the device."""
     if options.workers is not None:
         return options.workers
-    alone = options.rng == "reference" or options.version == "rand" or options.compile
+    alone = options.rng == "reference" or _for_randomised(options) or options.compile
     if alone or doubts.get("randomised") or doubts.get("dynamic"):
         return 1
     return automatic(model, x[:2])
+
+
+def _for_randomised(options: Options) -> bool:
+    return options.version == "rand" or options.verdict_passes > 1
 
 
 @contextmanager
@@ -167,7 +173,7 @@ def _searched(model: Any, x: Tensor, options: Options) -> Iterator[Any]:
     """
     if options.compile:
         yield torch.compile(model, dynamic=True)
-    elif options.rng == "reference" or options.version == "rand":
+    elif options.rng == "reference" or _for_randomised(options):
         yield model
     else:
         with folded_copy(model, x[:2]) as folded:
@@ -193,6 +199,7 @@ def _begin(
         "batch size": options.batch_size if options.rng == "reference" else None,
         "search_dtype": str(options.search_dtype),
         "compile": options.compile,
+        "verdict_passes": options.verdict_passes,
         "share of the samples": str(share),
     }
     if path is not None and path.exists():
@@ -273,11 +280,11 @@ class _Engine:
         self.team = Team(workers)
         few = x[:2].to(options.device)
         chunk = None if options.compile else cache_chunk(model, few, max(torch.get_num_threads() // workers, 1))
-        last = channels_last_works(model, few)
+        last, passes = channels_last_works(model, few), options.verdict_passes
         self.models = [
             _Models(
-                Classifier(searched, options.search_dtype, self._passed, chunk, last),
-                Classifier(model, None, self._passed, chunk),
+                Classifier(searched, options.search_dtype, self._passed, chunk, last, passes),
+                Classifier(model, None, self._passed, chunk, verdict_passes=passes),
             )
             for _ in range(workers)
         ]
@@ -292,7 +299,7 @@ class _Engine:
         self.team.run(self._jobs(-1), self._classify)
         self._say_clean_accuracy()
         self._attacking = True
-        self.console.start_progress(passes_left(self.stages, self._finished()))
+        self.console.start_progress(self._passes_left(self._finished()))
         for index, stage in enumerate(self.stages):
             name = stage.attack.name
             self._book(name)
@@ -417,6 +424,9 @@ class _Engine:
         """How many stages each sample of this process that stands is through with."""
         return self.state.finished[self.mine[self.state.robust[self.mine]]]
 
+    def _passes_left(self, finished: Tensor) -> int:
+        return passes_left(self.stages, finished, self.options.verdict_passes)
+
     def _classifiers(self, worker: int | None = None) -> list[Classifier]:
         models = self.models if worker is None else [self.models[worker]]
         return [classifier for pair in models for classifier in (pair.search, pair.verify)]
@@ -432,7 +442,7 @@ class _Engine:
         """Book what a worker has done; without one, of all, while none is at work."""
         self.ledger.book(name, self._classifiers(worker))
         finished = self._finished()
-        self.console.expect(passes_left(self.stages, finished), f"{name}, {len(finished)} stand")
+        self.console.expect(self._passes_left(finished), f"{name}, {len(finished)} stand")
 
     def _save(self) -> None:
         path = self.options.state_path

@@ -15,7 +15,7 @@ from .identity import Fingerprint, checksum
 from .parts import Search
 
 FORMATS = "scorematch AutoAttack "
-FORMAT = f"{FORMATS}3"
+FORMAT = f"{FORMATS}4"
 
 
 @dataclass

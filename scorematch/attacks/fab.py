@@ -160,7 +160,7 @@ class FAB(AttackSettings):
         if target is not None:
 
             def targeted(classifier: Classifier, x: Tensor) -> tuple[Tensor, Tensor]:
-                _, value, gradient = classifier.gradient(x, difference, y, target)
+                _, value, gradient = classifier.gradient(x, difference, y, target, judge=False)
                 return value, gradient
 
             return targeted

@@ -98,7 +98,9 @@ class Attack(Protocol):
     def run_part(self, classifier: Classifier, batch: Batch) -> tuple[Tensor, Tensor]: ...
 
 
-def run_alone(attack: Attack, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, seed: int) -> Tensor:
+def run_alone(
+    attack: Attack, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, seed: int, verdict_passes: int = 1
+) -> Tensor:
     """All parts of ``attack`` on the samples of x [N, …] that the model gets right; [N, …]."""
     attack.check()
     x, y = clean_batch(x, y, attack.threat_model)
@@ -106,7 +108,7 @@ def run_alone(attack: Attack, model: Callable[[Tensor], Tensor], x: Tensor, y: T
     if len(x) == 0:
         return adversarial
     with borrowed(model, "eval") if isinstance(model, nn.Module) else nullcontext():
-        classifier = Classifier(model)
+        classifier = Classifier(model, verdict_passes=verdict_passes)
         logits = classifier.logits(adversarial)
         alive = (predicted(logits) == y).nonzero().squeeze(1)
         for part in range(attack.parts(logits.shape[1])):
