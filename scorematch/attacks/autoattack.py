@@ -19,6 +19,7 @@ from ..threat_model import ThreatModel
 from .apgd import APGD
 from .classifier import Classifier
 from .console import Console, Logger
+from .curve import AccuracyCurve, ascending, at_radius, depends_on_radius
 from .evaluation import Options, evaluate
 from .evaluation_state import EvaluationState
 from .fab import FAB
@@ -109,10 +110,12 @@ class AutoAttack:
         report: of the last evaluation: ``robust_accuracy``, ``clean_accuracy`` and ``attacks``, for each attack in turn
             the accuracy after it, its 95 % interval (Wilson), its forward and backward passes (one for each sample) and
             its seconds. ``robust`` says of each sample whether it stands, ``fallen_by`` which attack fooled it, None if
-            it stands or was wrong from the start. ``complete`` is False where the budget was spent before the end;
-            then the robust accuracy is an upper bound, and ``pending`` of each attack says how many of the samples that
-            stand it has not, or not wholly, attacked. ``nan_samples`` lists the samples at whose points the model
-            returned NaN: ``clean``, and ``attacked`` for those that fell so.
+            it stands or was wrong from the start. ``nearest`` is the distance of the nearest misclassified point that
+            was found for each sample: 0 if it was wrong from the start, above eps if FAB alone found one, None if there
+            is none: an upper bound of the distance to the decision boundary. ``complete`` is False where the budget was
+            spent before the end; then the robust accuracy is an upper bound, and ``pending`` of each attack says how
+            many of the samples that stand it has not, or not wholly, attacked. ``nan_samples`` lists the samples at
+            whose points the model returned NaN: ``clean``, and ``attacked`` for those that fell so.
 
     Raises:
         ValueError, TypeError: an argument is outside its range; the message names it.
@@ -352,6 +355,62 @@ class AutoAttack:
         self._report = reports
         return results
 
+    def accuracy_curve(
+        self,
+        x_orig: Tensor | Iterable[tuple[Tensor, Tensor]],
+        y_orig: Tensor | None = None,
+        *,
+        radii: Iterable[float],
+        bs: int = 250,
+        state_path: str | Path | None = None,
+    ) -> AccuracyCurve:
+        """Robust accuracy at several radii, with less work than as many evaluations.
+
+        The radii are attacked in ascending order with the settings of this object, whose own eps does not matter. A
+        sample that has fallen is not attacked at larger radii. What FAB has found beyond a radius counts at those that
+        it lies within; as its way does not depend on eps, it runs at the smallest radius alone (but with random
+        restarts, or verdicts by several passes). At each radius at least those samples fall that
+        :meth:`run_standard_evaluation` finds there; more may, by points that were found at other radii.
+
+        Args:
+            x_orig, y_orig, bs: as for :meth:`run_standard_evaluation`.
+            radii: at least one, in units of the input.
+            state_path: to resume from, and to write; each radius has a file of its own, with ``.eps`` and the radius
+                appended. Larger radii may be added later, smaller ones not.
+
+        Returns:
+            The curve. ``budget`` is one for all radii; those that it does not reach are not ``complete``. ``report``
+            holds that of each radius, by its digits.
+
+        Raises:
+            ValueError: as for :meth:`run_standard_evaluation`; or a radius is not positive and finite, or the radius of
+                an attack cannot be changed: it has one of its own, or is an attack that was made elsewhere.
+        """
+        began = time.perf_counter()
+        x_orig, y_orig = joined(x_orig, y_orig)
+        sizes, attacks = ascending(radii), self._attacks()
+        balls = [self.threat_model.replace(eps=radius) for radius in sizes]
+        at_radius(attacks, balls[0], self.threat_model)
+        x, y = self._check_input(x_orig, y_orig, bs, attacks, balls[-1])  # before the first radius is attacked
+        console, reports = self._console(), []
+        fell_at = torch.full((len(x),), torch.inf, dtype=torch.float64)
+        state: EvaluationState | None = None
+        for index, ball in enumerate(balls):
+            if index and self.verdict_passes == 1:
+                attacks = [attack for attack in attacks if depends_on_radius(attack)]
+            left = None if self.budget is None else max(self.budget - (time.perf_counter() - began), 1e-9)
+            path = None if state_path is None else Path(f"{state_path}.eps{ball.eps!r}")
+            options = replace(self._options(x, bs, path), threat_model=ball, smaller_radii=sizes[:index], budget=left)
+            state, report = self._run(x, y, at_radius(attacks, ball, self.threat_model), options, console, state)
+            reports.append(report)
+            fell_at[~state.robust & fell_at.isinf()] = ball.eps
+            if not report["complete"]:
+                break
+        assert state is not None
+        self._report = {repr(radius): report for radius, report in zip(sizes, reports, strict=False)}
+        nearest = torch.minimum(state.nearest, fell_at)
+        return AccuracyCurve(self.threat_model.norm, sizes, nearest, state.adversarial.to(x.device), tuple(reports))
+
     def clean_accuracy(
         self, x_orig: Tensor | Iterable[tuple[Tensor, Tensor]], y_orig: Tensor | None = None, bs: int = 250
     ) -> float:
@@ -418,8 +477,15 @@ class AutoAttack:
         self, x: Tensor, y: Tensor, bs: int, state_path: str | Path | None, attacks: list[Attack]
     ) -> EvaluationState:
         x, y = self._check_input(x, y, bs, attacks)
+        options = self._options(x, bs, None if state_path is None else Path(state_path))
+        state, self._report = self._run(x, y, attacks, options, self._console())
+        return state
+
+    def _console(self) -> Console:
+        return Console(self.verbose, self.logger, speaks=Share.of_this_process().rank == 0)
+
+    def _options(self, x: Tensor, bs: int, state_path: Path | None) -> Options:
         share = Share.of_this_process()
-        console = Console(self.verbose, self.logger, speaks=share.rank == 0)
         options = Options(
             threat_model=self.threat_model,
             version=self.version,
@@ -431,7 +497,7 @@ class AutoAttack:
             batch_size=bs,
             device=self._device(x),
             workers=None if self.workers == "auto" else int(self.workers),
-            state_path=share.path(Path(state_path)) if state_path is not None else None,
+            state_path=share.path(state_path) if state_path is not None else None,
             verdict_passes=int(self.verdict_passes),
             budget=self.budget,
         )
@@ -439,13 +505,26 @@ class AutoAttack:
             raise ValueError(
                 f"workers must be 1 on another device than the CPU, got {self.workers} on {options.device}"
             )
-        x, y = x.cpu(), y.cpu()
-        state, self._report = evaluate(self.model, x, y, attacks, options, console, share)
-        console.say(result_line(self._report, state, x, self.threat_model.norm, self.norm))
-        return state
+        return options
 
-    def _check_input(self, x: Tensor, y: Tensor, bs: int, attacks: Sequence[Attack] = ()) -> tuple[Tensor, Tensor]:
-        """x [N, …] in the box and y int64 [N]."""
+    def _run(
+        self,
+        x: Tensor,
+        y: Tensor,
+        attacks: list[Attack],
+        options: Options,
+        console: Console,
+        before: EvaluationState | None = None,
+    ) -> tuple[EvaluationState, dict[str, Any]]:
+        x, y = x.cpu(), y.cpu()
+        state, report = evaluate(self.model, x, y, attacks, options, console, Share.of_this_process(), before)
+        console.say(result_line(report, state, x, self.threat_model.norm, self.norm))
+        return state, report
+
+    def _check_input(
+        self, x: Tensor, y: Tensor, bs: int, attacks: Sequence[Attack] = (), ball: ThreatModel | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x [N, …] in the box and y int64 [N]; the radius of ``ball``, or of the evaluation, must fit."""
         for name, tensor in (("x_orig", x), ("y_orig", y)):
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
@@ -457,7 +536,7 @@ class AutoAttack:
             raise ValueError(f"bs must be a whole number, at least 1, got {bs!r}")
         if len(x) == 0:
             raise ValueError("x_orig is empty, nothing can be evaluated")
-        x, y = clean_batch(x, y, self.threat_model, "y_orig")
+        x, y = clean_batch(x, y, ball or self.threat_model, "y_orig")
         for attack in attacks:
             if attack.images_only and x.dim() != 4:
                 raise ValueError(f"{attack.name} takes images [N, C, H, W], got x_orig of shape {list(x.shape)}")

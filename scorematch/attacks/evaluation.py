@@ -28,6 +28,7 @@ from .classifier import (
 )
 from .console import Console
 from .evaluation_state import EvaluationState
+from .fab import distance
 from .identity import Fingerprint, check_model, identity_of
 from .parts import Attack, Batch, Search
 from .randomness import KeyedNoise, ReferenceNoise
@@ -46,6 +47,7 @@ class Options:
         device: where to attack.
         workers: threads that share out the samples of this process; None chooses.
         state_path: file of this process to resume from and to write, or None.
+        smaller_radii: at which the same samples were attacked before.
         budget: seconds after which the attacks stop, or None.
     """
 
@@ -62,6 +64,7 @@ class Options:
     state_path: Path | None
     verdict_passes: int = 1
     budget: float | None = None
+    smaller_radii: tuple[float, ...] = ()
 
 
 class OutOfTime(BaseException):
@@ -76,12 +79,14 @@ def evaluate(
     options: Options,
     console: Console,
     share: Share,
+    before: EvaluationState | None = None,
 ) -> tuple[EvaluationState, dict[str, Any]]:
     """Attack every sample until it falls or all attacks are through.
 
     Args:
         x: [N, …] in the box, on the CPU.
         y: int64 [N], on the CPU.
+        before: the state at a smaller radius, whose verdicts are taken over.
 
     Returns:
         The state at the end, of the samples of all processes, and the report.
@@ -103,7 +108,7 @@ def evaluate(
         for doubt in doubts.values():
             console.warn(doubt)
         workers = _workers(model, first_x, options, doubts)
-        state = _begin(model, x, y, attacks, options, console, share)
+        state = _begin(model, x, y, attacks, options, console, share, before)
         stages = stages_of(attacks, classes, options.rng)
         searched = stack.enter_context(_searched(model, first_x, options))
         engine = _Engine(model, searched, x, y, stages, state, options, console, mine, workers, started)
@@ -188,8 +193,9 @@ def _begin(
     options: Options,
     console: Console,
     share: Share,
+    before: EvaluationState | None,
 ) -> EvaluationState:
-    """The state in the file, or a new one."""
+    """The state in the file, or a new one, or what the state at a smaller radius says."""
     path = options.state_path
     identity = {
         "norm": options.threat_model.norm,
@@ -201,6 +207,7 @@ def _begin(
         "compile": options.compile,
         "verdict_passes": options.verdict_passes,
         "share of the samples": str(share),
+        "smaller radii": list(options.smaller_radii),
     }
     if path is not None and path.exists():
         if options.seed is not None:
@@ -211,8 +218,12 @@ def _begin(
         standing, begun = int(state.robust[mine].sum()), int((state.finished[mine] > 0).sum())
         console.say(f"resumed from {path}: {standing} samples stand, {begun} were attacked")
     else:
-        seed = options.seed if options.seed is not None else share.agreed(secrets.randbits(31))
-        state = EvaluationState.new({**identity, "seed": seed}, x, y)
+        if before is not None:
+            state = before.at_larger_radius(options.threat_model.eps)
+            state.settings = {**identity, "seed": before.settings["seed"]}
+        else:
+            seed = options.seed if options.seed is not None else share.agreed(secrets.randbits(31))
+            state = EvaluationState.new({**identity, "seed": seed}, x, y)
         if path is not None:
             state.fingerprint = Fingerprint.take(model, x, options.device)
             state.save(path)  # a path that cannot be written shows now
@@ -236,6 +247,15 @@ class _Job:
     number: int
     samples: Tensor
     search: Search | None = None
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Misclassified points [N, …] and the classes predicted there, int64 [N], of samples, int64 [N]; on the CPU."""
+
+    samples: Tensor
+    points: Tensor
+    labels: Tensor
 
 
 @dataclass(frozen=True)
@@ -340,6 +360,7 @@ class _Engine:
         with self._lock:
             self.state.labels[samples] = labels.cpu()
             self.state.clean[samples] = self.state.robust[samples] = (labels == y).cpu()
+            self.state.nearest[samples[(labels != y).cpu()]] = 0.0
             self.state.finished[samples] = 0
             self.ledger.book("clean", [models.verify])
             self._save()
@@ -357,6 +378,7 @@ class _Engine:
         x, y = self._batch(samples)
         device, name = self.options.device, stage.attack.name
         found, fooled, labels = x.clone(), torch.zeros(len(x), dtype=torch.bool, device=device), y.clone()
+        further = []
         stream = ReferenceNoise(self.seed) if self.options.rng == "reference" else None
         unverified = 0
         for part in stage.parts:
@@ -381,23 +403,42 @@ class _Engine:
             self._check_still_classifies(models.verify, x[rows[confirmed & (given < 0)]])
             found[rows[confirmed]], fooled[rows[confirmed]] = points[confirmed], True
             labels[rows[confirmed]] = given[confirmed]
-        self._commit(index, worker, job, found[fooled].cpu(), labels[fooled].cpu(), fooled.cpu(), unverified)
+            missed = ~wrong & (given != y[rows]) & (given >= 0)
+            further.append(_Found(samples[rows[missed].cpu()], points[missed].cpu(), given[missed].cpu()))
+        within = _Found(samples[fooled.cpu()], found[fooled].cpu(), labels[fooled].cpu())
+        self._commit(index, worker, job, within, further, unverified)
 
     def _commit(
-        self, index: int, worker: int, job: _Job, found: Tensor, labels: Tensor, fooled: Tensor, unverified: int
+        self, index: int, worker: int, job: _Job, within: _Found, further: Sequence[_Found], unverified: int
     ) -> None:
-        """Take in what a job has found: points and labels of the samples that were fooled."""
-        state, name, fallen = self.state, self.stages[index].attack.name, job.samples[fooled]
+        """Take in what a job has found within eps, and points that do not count."""
+        state, name, fallen = self.state, self.stages[index].attack.name, within.samples
         with self._lock:
+            for beyond in further:
+                self._remember(beyond)
             state.robust[fallen] = False
             state.fallen_by[fallen] = index
-            state.adversarial[fallen] = found
-            state.labels[fallen] = labels
+            state.adversarial[fallen] = within.points
+            state.labels[fallen] = within.labels
+            state.nearest[fallen] = self._distances(within)
             state.finished[job.samples] = index + 1
             state.searches.pop(job.number, None)
             state.costs[name].unverified += unverified
             self._book(name, worker)
             self._save()
+
+    def _remember(self, found: _Found) -> None:
+        """Keep misclassified points beyond eps that are nearer than those before."""
+        state, length = self.state, self._distances(found)
+        nearer = (length > self.options.threat_model.eps) & (length < state.nearest[found.samples])
+        samples = found.samples[nearer]
+        state.nearest[samples] = length[nearer]
+        state.beyond[samples] = found.points[nearer]
+        state.beyond_labels[samples] = found.labels[nearer]
+
+    def _distances(self, found: _Found) -> Tensor:
+        """How far the points are from their samples, float64 [N]."""
+        return distance(found.points.double(), self.x[found.samples].double(), self.options.threat_model.norm)
 
     def _pause(self, name: str, worker: int, job: _Job, search: Search) -> None:
         """Remember how far a run has come; it goes on to write to the tensors of ``search``."""

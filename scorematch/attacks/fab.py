@@ -26,6 +26,7 @@ class FAB(AttackSettings):
     """FAB, targeted (the boundary to the classes of rank 2, 3, … in turn) or to the nearest boundary.
 
     The first restart starts at x and draws nothing. A sample is done once a misclassified point within eps was found.
+    So what this restart finds for a sample, up to there, does not depend on eps.
 
     Args:
         threat_model: norm, radius and a finite box; its step size is not used.
@@ -95,7 +96,8 @@ class FAB(AttackSettings):
         """One run; too short to stop within.
 
         Returns:
-            Points [N, …], and bool [N], whether the point is misclassified and within eps.
+            The nearest misclassified points [N, …], x itself where none was found, and bool [N], whether the point is
+            misclassified and within eps.
         """
         x, part = batch.x, batch.part
         target = ranked_targets(classifier.logits(x), 2 + part // self.n_restarts) if self.targeted else None
@@ -119,14 +121,15 @@ class FAB(AttackSettings):
         model = self.threat_model
         found, fooled = x0.clone(), torch.zeros(len(x0), dtype=torch.bool, device=x0.device)
         rows, x = torch.arange(len(x0), device=x0.device), start
-        within = torch.zeros_like(fooled)  # of the samples in rows: reached within eps
-        near_x = start
+        near_x = start  # of the samples in rows: the nearest misclassified point, and its distance
+        nearest = x0.new_full((len(x0),), torch.inf)
         for iteration in range(self.n_iter):
             if iteration % SETTLE_EVERY == 0:
+                within = nearest <= model.eps
                 if bool(within.any()):
                     found[rows[within]], fooled[rows[within]] = near_x[within], True
                     keep = (~within).nonzero().squeeze(1)
-                    rows, x, near_x, within = rows[keep], x[keep], near_x[keep], within[keep]
+                    rows, x, near_x, nearest = rows[keep], x[keep], near_x[keep], nearest[keep]
                     if len(keep) == 0:
                         return found, fooled
                 centre, labels = x0[rows], y[rows]
@@ -148,11 +151,13 @@ class FAB(AttackSettings):
             on_cpu = x.device.type == "cpu"  # elsewhere asking would wait for the device
             x = moved if on_cpu and bool(goes.all()) else torch.where(beside(goes, x), moved, x)
             crossed = classifier.label(x) != labels
-            near = crossed & (distance(x, centre, model.norm) <= model.eps)
-            near_x = torch.where(beside(near, x), x, near_x)
-            within = within | near
+            length = distance(x, centre, model.norm)
+            nearer = crossed & (length < nearest)
+            near_x = torch.where(beside(nearer, x), x, near_x)
+            nearest = torch.where(nearer, length, nearest)
             x = torch.where(beside(crossed, x), centre + (x - centre) * self.beta, x)
-        found[rows[within]], fooled[rows[within]] = near_x[within], True
+        known = nearest.isfinite()
+        found[rows[known]], fooled[rows] = near_x[known], nearest <= model.eps
         return found, fooled
 
     def _boundary_to(self, target: Tensor | None, y: Tensor) -> Callable[[Classifier, Tensor], tuple[Tensor, Tensor]]:

@@ -82,8 +82,9 @@ class Attack(Protocol):
         check: raises ValueError for settings outside their range.
         parts: how many calls of ``run_part`` the attack consists of, for L classes.
         cost: forward and backward passes of one part on a sample that survives, for the progress.
-        run_part: points [N, …] inside B(x), and bool [N], whether the search saw them misclassified; what it says is
-            checked with the model itself. It calls the model through the classifier that it is given.
+        run_part: points [N, …], and bool [N], whether the search saw them misclassified and inside B(x); what it says
+            is checked with the model itself. A point that is misclassified but not inside does not count; it may serve
+            at larger radii (``nearest`` of the report). It calls the model through the classifier that it is given.
     """
 
     threat_model: ThreatModel
@@ -115,8 +116,8 @@ def run_alone(
             if len(alive) == 0:
                 break
             noise = KeyedNoise(seed, attack.name, part)
-            found, _ = attack.run_part(classifier, Batch(adversarial[alive], y[alive], alive, part, noise))
-            fooled = classifier.label(found) != y[alive]
+            found, inside = attack.run_part(classifier, Batch(adversarial[alive], y[alive], alive, part, noise))
+            fooled = inside & (classifier.label(found) != y[alive])
             adversarial[alive[fooled]] = found[fooled]
             alive = alive[~fooled]
     return adversarial
