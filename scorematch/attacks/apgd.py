@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,11 @@ from ..threat_model import ThreatModel
 from .apgd_l1 import ascend_sparsely
 from .ascent import SETTLE_EVERY, Ascent
 from .classifier import Classifier, Loss, predicted
-from .losses import UNTARGETED, own_loss, ranked_targets, targeted_dlr_loss
+from .losses import UNTARGETED, own_loss, targeted_dlr_loss
 from .parts import Batch, run_alone
 from .randomness import start_at_distance
 from .settings import AttackSettings
+from .targets import check_target_classes, target_of
 
 MOMENTUM = 0.75  # weight of the new step against the last move
 LOSSES = ("ce", "dlr", "dlr-targeted")
@@ -42,6 +43,9 @@ class APGD(AttackSettings):
         n_iter: steps of one run.
         n_restarts: random starts (of each target).
         n_target_classes: how many classes the targeted loss tries, at most; there are never more than L − 1.
+        target_classes: int64 [N, T], the classes that the targeted loss tries for each sample of the data set (of the
+            batch, where the attack runs by itself), in this order; ``n_target_classes`` then says nothing. No row holds
+            a class twice, nor the label. None takes the likeliest classes.
         eot_iter: gradients of a randomised model averaged in each step.
         rho: the step size is halved if the loss rose in at most this share of the steps since the last checkpoint; not
             in l1.
@@ -60,6 +64,7 @@ class APGD(AttackSettings):
     eot_iter: int = 1
     rho: float = 0.75
     use_largereps: bool = False
+    target_classes: Tensor | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         self.check()
@@ -70,6 +75,9 @@ class APGD(AttackSettings):
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}, or a function, got {self.loss!r}")
         self.check_counts("n_iter", "n_restarts", "n_target_classes", "eot_iter")
         self.check_share("rho")
+        check_target_classes(self.target_classes)
+        if self.target_classes is not None and self.loss != "dlr-targeted":
+            raise ValueError(f"target_classes is for loss dlr-targeted, got loss {self.loss!r}")
         if self.use_largereps and self.threat_model.norm != "l1":
             raise ValueError(f"use_largereps is for norm l1, got norm {self.threat_model.norm}")
 
@@ -81,6 +89,8 @@ class APGD(AttackSettings):
 
     def parts(self, num_classes: int) -> int:
         """How many runs of :meth:`run_part` the attack consists of."""
+        if self.target_classes is not None:
+            return self.target_classes.shape[1] * self.n_restarts
         targets = min(self.n_target_classes, num_classes - 1) if self.loss == "dlr-targeted" else 1
         return targets * self.n_restarts
 
@@ -112,7 +122,8 @@ class APGD(AttackSettings):
         loss = own_loss(self.loss) if callable(self.loss) else UNTARGETED.get(self.loss, targeted_dlr_loss)
         goals: tuple[Tensor, ...] = (batch.y,)
         if self.loss == "dlr-targeted":
-            goals = (batch.y, ranked_targets(classifier.logits(batch.x), 2 + batch.part // self.n_restarts))
+            index = batch.part // self.n_restarts
+            goals = (batch.y, target_of(classifier, batch.x, batch.samples, self.target_classes, index))
         if self.threat_model.norm == "l1":
             return self._ascend_in_l1(classifier, batch, loss, goals)
         start = start_at_distance(self.threat_model, self.threat_model.eps, batch.x, batch.samples, batch.noise)

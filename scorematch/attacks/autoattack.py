@@ -29,6 +29,7 @@ from .report import result_line, table
 from .settings import AttackSettings, refuse_unknown
 from .sharing import Share
 from .square import Square
+from .targets import check_targets_fit
 
 NORMS = {"Linf": "linf", "L2": "l2", "L1": "l1", "linf": "linf", "l2": "l2", "l1": "l1"}
 VERSIONS: dict[str, tuple[str, ...]] = {
@@ -435,7 +436,7 @@ class AutoAttack:
             "apgd-ce": replace(self.apgd, loss="ce"),
             "apgd-dlr": replace(self.apgd, loss="dlr"),
             "apgd-t": self.apgd_targeted,
-            "fab": replace(self.fab, targeted=False),
+            "fab": replace(self.fab, targeted=False, target_classes=None),
             "fab-t": replace(self.fab, targeted=True, n_restarts=1),
             "square": self.square,
         }
@@ -538,6 +539,7 @@ class AutoAttack:
             raise ValueError("x_orig is empty, nothing can be evaluated")
         x, y = clean_batch(x, y, ball or self.threat_model, "y_orig")
         for attack in attacks:
+            check_targets_fit(attack, y)
             if attack.images_only and x.dim() != 4:
                 raise ValueError(f"{attack.name} takes images [N, C, H, W], got x_orig of shape {list(x.shape)}")
         return x, y

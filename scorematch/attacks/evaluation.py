@@ -35,6 +35,7 @@ from .randomness import KeyedNoise, ReferenceNoise
 from .report import doubts_of, nan_samples, report_of, stage_line
 from .schedule import Stage, batch_size, dealt_out, passes_left, stages_of
 from .sharing import Share
+from .targets import check_targets_fit
 from .workers import Team, automatic
 
 
@@ -104,6 +105,8 @@ def evaluate(
         inspection.no_classifier(logits)
         classes = logits.shape[1]
         _check_labels(y, classes)
+        for attack in attacks:
+            check_targets_fit(attack, y, classes)
         doubts = inspection.doubts(model, first_x, first_y, logits, attacks, options.version, options.verdict_passes)
         for doubt in doubts.values():
             console.warn(doubt)

@@ -50,7 +50,8 @@ def doubts(
         found["zero gradients"] = zero_gradients(classifier, x, y)
         known = predicted(logits) >= 0
         found["broken gradients"] = broken_gradients(classifier, x[known], y[known])
-    targets = max((getattr(a, "n_target_classes", 0) for a in attacks if a.name.endswith("-t")), default=0)
+    ranked = [a for a in attacks if a.name.endswith("-t") and getattr(a, "target_classes", None) is None]
+    targets = max((getattr(a, "n_target_classes", 0) for a in ranked), default=0)
     return {**found, "few classes": few_classes(logits.shape[1], names, targets)}
 
 

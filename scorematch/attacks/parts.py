@@ -15,6 +15,7 @@ from ..model_state import borrowed
 from ..threat_model import ThreatModel
 from .classifier import Classifier, predicted
 from .randomness import KeyedNoise, Noise
+from .targets import check_targets_fit
 
 
 @dataclass
@@ -111,6 +112,7 @@ def run_alone(
     with borrowed(model, "eval") if isinstance(model, nn.Module) else nullcontext():
         classifier = Classifier(model, verdict_passes=verdict_passes)
         logits = classifier.logits(adversarial)
+        check_targets_fit(attack, y, logits.shape[1])
         alive = (predicted(logits) == y).nonzero().squeeze(1)
         for part in range(attack.parts(logits.shape[1])):
             if len(alive) == 0:
