@@ -41,7 +41,8 @@ VERSIONS: dict[str, tuple[str, ...]] = {
 }
 RNGS = ("keyed", "reference")
 ATTACKS = ("apgd", "apgd_targeted", "fab", "square")
-FIXED = ("norm", "eps", "epsilon", "threat_model", "version", "is_tf_model", "logger")  # decided when one is made
+# What is decided when one is made.
+FIXED = ("norm", "eps", "epsilon", "lower", "upper", "threat_model", "version", "is_tf_model", "logger")
 SETTINGS = (
     *("model", "seed", "verbose", "attacks_to_run", "device"),
     *("rng", "search_dtype", "compile", "save_every", "workers", "budget", "verdict_passes"),
@@ -73,7 +74,8 @@ class AutoAttack:
         model: maps x [N, …] to logits [N, L] of any floating-point type; a module, scripted ones included, or any
             callable (then its mode is its own affair).
         norm: ``"Linf"``, ``"L2"`` or ``"L1"``.
-        eps: radius, pixels in [0, 1]; in L1 a sum over all pixels and channels.
+        eps: radius, in units of the input (pixels in [0, 1] unless there is another box); in L1 a sum over all pixels
+            and channels.
         seed: of the random numbers, from 0 to 2^63 − 1, of which the whole part counts; None draws one.
         verbose: print the accuracy after each attack, and progress where stderr is a terminal.
         attacks_to_run: for ``version="custom"``: names among apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square; or attacks
@@ -106,6 +108,9 @@ class AutoAttack:
             end with the first point that fools, which lies where chance decides, but look for a clearer one; so they
             take as long for samples that fall. Successes of the search that the confirmation did not see are
             ``unverified`` in the report: if they are many, take more passes.
+        lower, upper: the box: smallest and largest value that a feature may have, finite. For a model that takes
+            normalised images do not widen the box, since eps then counts in other units for each channel: wrap it in
+            :class:`scorematch.Normalised`.
 
     Attributes:
         report: of the last evaluation: ``robust_accuracy``, ``clean_accuracy`` and ``attacks``, for each attack in turn
@@ -145,6 +150,8 @@ class AutoAttack:
         workers: int | str = "auto",
         budget: float | None = None,
         verdict_passes: int = 1,
+        lower: float = 0.0,
+        upper: float = 1.0,
     ) -> None:
         if is_tf_model:
             raise ValueError("is_tf_model: TensorFlow models are not supported, wrap the model in a PyTorch callable")
@@ -156,7 +163,7 @@ class AutoAttack:
             raise ValueError(f'attacks_to_run is for version="custom", got version={version!r}')
         self.norm = norm
         self.is_tf_model = False
-        self.threat_model = ThreatModel(NORMS[norm], eps)
+        self.threat_model = ThreatModel(NORMS[norm], eps, lower=lower, upper=upper)
         self.logger = Logger(log_path)
         self._report: dict[str, Any] = {}
         self.model = model
@@ -247,6 +254,14 @@ class AutoAttack:
         return self.threat_model.eps
 
     @property
+    def lower(self) -> float:
+        return self.threat_model.lower
+
+    @property
+    def upper(self) -> float:
+        return self.threat_model.upper
+
+    @property
     def epsilon(self) -> float:
         """What the official class calls ``eps``."""
         return self.threat_model.eps
@@ -305,9 +320,9 @@ class AutoAttack:
         """Attack every sample until it falls or all attacks are through.
 
         Args:
-            x_orig: [N, …] in [0, 1], float32 or float64; images [N, C, H, W] for Square. What rounding put outside,
-                1e-6 at most, is clamped. Or batches (x, y), such as a ``DataLoader`` that keeps their order; ``y_orig``
-                is then left out, and all are read before the first attack.
+            x_orig: [N, …] in the box, float32 or float64; images [N, C, H, W] for Square. What rounding put outside,
+                1e-6 of the largest bound at most, is clamped. Or batches (x, y), such as a ``DataLoader`` that keeps
+                their order; ``y_orig`` is then left out, and all are read before the first attack.
             y_orig: class indices [N] or [N, 1], of any integer type.
             bs: samples at a time; decides memory and speed, not the verdicts.
             return_labels: also return the predicted classes.
@@ -320,7 +335,7 @@ class AutoAttack:
             ``return_labels`` also the class predicted at each, int64 [N], −1 where the model returned NaN.
 
         Raises:
-            ValueError: x leaves [0, 1], labels and shapes do not fit, the batch is empty, the model returns no logits,
+            ValueError: x leaves the box, labels and shapes do not fit, the batch is empty, the model returns no logits,
                 or NaN for every sample of the first batch or, on the way, for samples that it classified before, or the
                 state is damaged or of another evaluation.
         """
@@ -532,7 +547,7 @@ class AutoAttack:
             if tensor.is_meta or tensor.layout != torch.strided:
                 raise TypeError(f"{name} must be a dense tensor with values, got {tensor.layout} on {tensor.device}")
         if x.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"x_orig must be float32 or float64 in [0, 1], got {x.dtype}")
+            raise ValueError(f"x_orig must be float32 or float64 in [{self.lower:g}, {self.upper:g}], got {x.dtype}")
         if isinstance(bs, bool) or not isinstance(bs, Integral) or bs < 1:
             raise ValueError(f"bs must be a whole number, at least 1, got {bs!r}")
         if len(x) == 0:

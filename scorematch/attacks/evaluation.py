@@ -134,6 +134,7 @@ def evaluate(
     report |= {
         "norm": options.threat_model.norm,
         "eps": options.threat_model.eps,
+        "box": [options.threat_model.lower, options.threat_model.upper],
         "version": options.version,
         "seed": state.settings["seed"],
         "rng": options.rng,
@@ -203,6 +204,7 @@ def _begin(
     identity = {
         "norm": options.threat_model.norm,
         "eps": options.threat_model.eps,
+        "box": [options.threat_model.lower, options.threat_model.upper],
         **identity_of(model, x, y, attacks),
         "rng": options.rng,
         "batch size": options.batch_size if options.rng == "reference" else None,

@@ -154,7 +154,7 @@ class Square(AttackSettings):
     def _first(self, x: Tensor, samples: Tensor, noise: Noise) -> Tensor:
         """Vertical stripes of ±eps (linf), or tiles of a pattern, scaled to length eps; clipped to the box.
 
-        In l1 the tiles are projected to the ball and the box instead.
+        In l1 the tiles, each as long as the box is wide, are projected to the ball and the box instead.
         """
         model = self.threat_model
         channels, height, width = x.shape[1:]
@@ -176,7 +176,7 @@ class Square(AttackSettings):
                 delta[:, :, rows, columns] += piece[..., : max(rows.stop - top, 0), : max(columns.stop - left, 0)]
                 tile += 1
         if model.norm == "l1":
-            return model.replace(eps=model.eps * WITHIN).project(x + delta, x)
+            return model.replace(eps=model.eps * WITHIN).project(x + model.unit * delta, x)
         length = delta.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
         return (x + delta / (length + 1e-12) * model.eps).clamp(model.lower, model.upper)
 
