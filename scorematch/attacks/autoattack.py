@@ -85,7 +85,9 @@ class AutoAttack:
             and apgd-t), or ``"custom"``: set ``attacks_to_run``. The attributes of ``apgd``, ``apgd_targeted``, ``fab``
             and ``square`` are those of :class:`APGD`, :class:`FAB`, :class:`Square`, and can be set for any version.
         is_tf_model: not supported, must be False.
-        device: where to attack; None is the device of the model, or that of x.
+        device: where to attack; None is the device of the model, or that of x. Or several, such as ``["cuda:0",
+            "cuda:1"]``: the model is on the first and is copied to the others, and a worker on each attacks its share
+            of the samples. Verdicts, points and state files are those of one device but for rounding.
         log_path: a file to which what is printed is appended.
         rng: ``"keyed"``, or ``"reference"``: the official package's stream of numbers, for comparisons with it.
         search_dtype: torch.bfloat16 or torch.float16 search under autocast; a success still counts only if the model
@@ -140,7 +142,7 @@ class AutoAttack:
         attacks_to_run: Sequence[str | Attack] = (),
         version: str = "standard",
         is_tf_model: bool = False,
-        device: str | torch.device | None = None,
+        device: str | torch.device | Sequence[str | torch.device] | None = None,
         log_path: str | Path | None = None,
         *,
         rng: str = "keyed",
@@ -232,6 +234,11 @@ class AutoAttack:
         passes = self.verdict_passes
         if isinstance(passes, bool) or not isinstance(passes, Integral) or passes < 1:
             raise ValueError(f"verdict_passes must be a whole number of at least 1, got {passes!r}")
+        several = isinstance(self.device, Sequence) and not isinstance(self.device, str)
+        if several and not self.device:
+            raise ValueError("device names no device; None is that of the model")
+        if several and len(self.device) > 1 and workers != "auto":
+            raise ValueError(f'workers must be "auto" with several devices, one for each, got {workers!r}')
         for name, kind in (("apgd", APGD), ("apgd_targeted", APGD), ("fab", FAB), ("square", Square)):
             attack = getattr(self, name)
             if not isinstance(attack, kind):
@@ -483,11 +490,16 @@ class AutoAttack:
         self._check_radius(f"attacks_to_run: {attack.name}", attack)
 
     def _device(self, x: Tensor) -> torch.device:
+        return self._devices(x)[0]
+
+    def _devices(self, x: Tensor) -> tuple[torch.device, ...]:
+        if isinstance(self.device, Sequence) and not isinstance(self.device, str):
+            return tuple(torch.device(device) for device in self.device)
         if self.device is not None:
-            return torch.device(self.device)
+            return (torch.device(self.device),)
         if isinstance(self.model, nn.Module) and (parameter := next(self.model.parameters(), None)) is not None:
-            return parameter.device
-        return x.device
+            return (parameter.device,)
+        return (x.device,)
 
     def _evaluate(
         self, x: Tensor, y: Tensor, bs: int, state_path: str | Path | None, attacks: list[Attack]
@@ -511,7 +523,7 @@ class AutoAttack:
             compile=self.compile,
             save_every=self.save_every,
             batch_size=bs,
-            device=self._device(x),
+            devices=self._devices(x),
             workers=None if self.workers == "auto" else int(self.workers),
             state_path=share.path(state_path) if state_path is not None else None,
             verdict_passes=int(self.verdict_passes),

@@ -36,7 +36,7 @@ from .report import doubts_of, nan_samples, report_of, stage_line
 from .schedule import Stage, batch_size, dealt_out, passes_left, stages_of
 from .sharing import Share
 from .targets import check_targets_fit
-from .workers import Team, automatic
+from .workers import Team, automatic, copies
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Options:
 
     Attributes:
         batch_size: samples at a time.
-        device: where to attack.
+        devices: where to attack; several have a worker each.
         workers: threads that share out the samples of this process; None chooses.
         state_path: file of this process to resume from and to write, or None.
         smaller_radii: at which the same samples were attacked before.
@@ -60,12 +60,17 @@ class Options:
     compile: bool
     save_every: float
     batch_size: int
-    device: torch.device
+    devices: tuple[torch.device, ...]
     workers: int | None
     state_path: Path | None
     verdict_passes: int = 1
     budget: float | None = None
     smaller_radii: tuple[float, ...] = ()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is that was given."""
+        return self.devices[0]
 
 
 class OutOfTime(BaseException):
@@ -110,11 +115,15 @@ def evaluate(
         doubts = inspection.doubts(model, first_x, first_y, logits, attacks, options.version, options.verdict_passes)
         for doubt in doubts.values():
             console.warn(doubt)
-        workers = _workers(model, first_x, options, doubts)
         state = _begin(model, x, y, attacks, options, console, share, before)
         stages = stages_of(attacks, classes, options.rng)
-        searched = stack.enter_context(_searched(model, first_x, options))
-        engine = _Engine(model, searched, x, y, stages, state, options, console, mine, workers, started)
+        stations = []
+        for device, copied in zip(options.devices, copies(model, options.devices), strict=True):
+            searched = stack.enter_context(_searched(copied, first_x.to(device), options))
+            stations.append(_Station(device, searched, copied))
+        if len(stations) == 1:
+            stations *= _workers(model, first_x, options, doubts)
+        engine = _Engine(stations, x, y, stages, state, options, console, mine, started)
         try:
             engine.run()
         except OutOfTime:
@@ -271,24 +280,34 @@ class _Models:
     verify: Classifier
 
 
+@dataclass(frozen=True, eq=False)
+class _Station:
+    """Where a worker computes: the model, in eval mode, on a device.
+
+    Attributes:
+        searched: what to search with: the same, compiled, or folded.
+    """
+
+    device: torch.device
+    searched: Any
+    model: Any
+
+
 class _Engine:
     """Takes the samples of this process through all stages.
 
     Workers write to the state and to the accounts only in :meth:`_commit` and :meth:`_pause`, one at a time.
 
     Args:
-        model: in eval mode.
-        searched: the model to search with: the same, compiled, or folded.
+        stations: one for each worker; several may share one.
         state: where each sample stands; written to.
         mine: int64, the samples of this process.
-        workers: how many threads share them out.
         started: ``time.perf_counter()`` when the evaluation began.
     """
 
     def __init__(
         self,
-        model: Any,
-        searched: Any,
+        stations: Sequence[_Station],
         x: Tensor,
         y: Tensor,
         stages: Sequence[Stage],
@@ -296,28 +315,34 @@ class _Engine:
         options: Options,
         console: Console,
         mine: Tensor,
-        workers: int,
         started: float,
     ) -> None:
         self.x, self.y, self.mine = x, y, mine
         self.stages, self.state, self.options, self.console = stages, state, options, console
         self.seed = state.settings["seed"]
-        self.team = Team(workers)
-        few = x[:2].to(options.device)
-        chunk = None if options.compile else cache_chunk(model, few, max(torch.get_num_threads() // workers, 1))
-        last, passes = channels_last_works(model, few), options.verdict_passes
-        self.models = [
-            _Models(
-                Classifier(searched, options.search_dtype, self._passed, chunk, last, passes),
-                Classifier(model, None, self._passed, chunk, verdict_passes=passes),
-            )
-            for _ in range(workers)
-        ]
+        self.team = Team(len(stations))
+        self.stations = stations
+        self.models = self._models(x[:2])
         self.ledger = Ledger(state.costs, started)
         self.last_save = time.monotonic()
         self._started = started
         self._attacking = False
         self._lock = threading.Lock()
+
+    def _models(self, few: Tensor) -> list[_Models]:
+        """Of each worker; ``few`` samples [N, …] show how the model is best called."""
+        options, threads = self.options, max(torch.get_num_threads() // len(self.stations), 1)
+        passes, arranged = options.verdict_passes, {}
+        for station in dict.fromkeys(self.stations):
+            x = few.to(station.device)
+            chunk = None if options.compile else cache_chunk(station.model, x, threads)
+            arranged[station] = chunk, channels_last_works(station.model, x)
+        models = []
+        for station in self.stations:
+            chunk, last = arranged[station]
+            search = Classifier(station.searched, options.search_dtype, self._passed, chunk, last, passes)
+            models.append(_Models(search, Classifier(station.model, None, self._passed, chunk, verdict_passes=passes)))
+        return models
 
     def run(self) -> None:
         self.ledger.book("clean", self._classifiers())
@@ -359,8 +384,8 @@ class _Engine:
 
     def _classify(self, worker: int, job: _Job) -> None:
         models, samples = self.models[worker], job.samples
-        x, y = self._batch(samples)
-        with full_precision(self.options.device):
+        x, y = self._batch(samples, worker)
+        with full_precision(x.device):
             labels = models.verify.label(x)
         with self._lock:
             self.state.labels[samples] = labels.cpu()
@@ -380,8 +405,8 @@ class _Engine:
 
     def _attack(self, index: int, worker: int, job: _Job) -> None:
         stage, models, samples = self.stages[index], self.models[worker], job.samples
-        x, y = self._batch(samples)
-        device, name = self.options.device, stage.attack.name
+        x, y = self._batch(samples, worker)
+        device, name = x.device, stage.attack.name
         found, fooled, labels = x.clone(), torch.zeros(len(x), dtype=torch.bool, device=device), y.clone()
         further = []
         stream = ReferenceNoise(self.seed) if self.options.rng == "reference" else None
@@ -463,8 +488,9 @@ class _Engine:
                 f"the model returned NaN for {int(nan.sum())} of {len(x)} clean samples that it classified before"
             )
 
-    def _batch(self, samples: Tensor) -> tuple[Tensor, Tensor]:
-        return self.x[samples].to(self.options.device), self.y[samples].to(self.options.device)
+    def _batch(self, samples: Tensor, worker: int) -> tuple[Tensor, Tensor]:
+        device = self.stations[worker].device
+        return self.x[samples].to(device), self.y[samples].to(device)
 
     def _finished(self) -> Tensor:
         """How many stages each sample of this process that stands is through with."""

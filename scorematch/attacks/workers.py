@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -102,6 +103,24 @@ def automatic(model: Any, x: Tensor) -> int:
     if x.device.type != "cpu" or torch.get_num_threads() == 1 or not can_be_shared(model, x):
         return 1
     return min(torch.get_num_threads(), MOST)
+
+
+def copies(model: Any, devices: Sequence[torch.device]) -> list[Any]:
+    """A model for each device: itself on the first, copies of its own on the others.
+
+    Raises:
+        ValueError: there are several devices, and the model is no module or cannot be copied.
+    """
+    made = [model]
+    for device in devices[1:]:
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"device: a copy on {device} needs a module, the model is a {type(model).__name__}")
+        try:
+            made.append(copy.deepcopy(model).to(device))
+        except Exception as error:  # whatever an attribute that cannot be copied raises
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"device: the model cannot be copied to {device} ({reason})") from error
+    return made
 
 
 def can_be_shared(model: Any, x: Tensor) -> bool:
