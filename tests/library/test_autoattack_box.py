@@ -7,7 +7,9 @@ import torch
 from library_autoattack import COUNT, EPS, attack, data, verdict
 from torch import Tensor, nn
 
-from scorematch import AutoAttack
+from scorematch import AutoAttack, ThreatModel
+from scorematch.attacks import Square
+from scorematch.attacks.randomness import KeyedNoise
 from scorematch.threat_model import ORDERS
 
 BOXES = [(-1.0, 1.0), (0.0, 255.0), (-3.0, -1.0)]
@@ -46,6 +48,20 @@ def test_verdicts_do_not_depend_on_the_units(norm: str, version: str, box: tuple
         torch.testing.assert_close((x_adv - lower) / width, expected, rtol=0, atol=1e-6)
     assert report["box"] == list(box)
     assert 0 < report["robust_accuracy"] < report["clean_accuracy"]
+
+
+@pytest.mark.parametrize("box", BOXES)
+@pytest.mark.parametrize("norm", list(EPS))
+def test_the_first_proposals_of_square_do_not_depend_on_the_units(norm: str, box: tuple[float, float]) -> None:
+    x = torch.full((COUNT, 1, 8, 8), 0.5, dtype=torch.float64)
+    lower, width = box[0], box[1] - box[0]
+    firsts = []
+    for start, unit in ((0.0, 1.0), (lower, width)):
+        ball = ThreatModel(norm.lower(), EPS[norm] * unit, lower=start, upper=start + unit)
+        first = Square(ball)._first(start + unit * x, torch.arange(COUNT), KeyedNoise(0, "square", 0))
+        firsts.append((first - start) / unit)
+    torch.testing.assert_close(*firsts, rtol=0, atol=1e-9)
+    assert not torch.equal(firsts[0], x)
 
 
 @pytest.mark.parametrize("norm", list(EPS))
