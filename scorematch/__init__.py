@@ -4,6 +4,7 @@ from . import _extension as _extension
 from . import attacks, audit, bounds, divergences, matching, networks, objectives, posteriors, sampling, smoothing
 from .attacks import PGD, AutoAttack
 from .free import FreeAttack
+from .normalised import Normalised
 from .ops import divergence, logit_divergence, pgd_step, project, random_start, score_line_integral, score_step
 from .self_consistency import Consistency, consistency
 from .threat_model import Perturbations, ThreatModel
@@ -16,6 +17,7 @@ __all__ = [
     "AutoAttack",
     "Consistency",
     "FreeAttack",
+    "Normalised",
     "Perturbations",
     "ThreatModel",
     "WeightPerturbation",

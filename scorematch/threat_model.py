@@ -120,6 +120,12 @@ class ThreatModel:
         """The step size in force."""
         return self.eps / 4 if self.step_size is None else self.step_size
 
+    @property
+    def unit(self) -> float:
+        """What lengths that a paper gives for the box [0, 1] are in units of: the width of the box, 1 if infinite."""
+        width = self.upper - self.lower
+        return width if math.isfinite(width) else 1.0
+
     def replace(self, **changes: float | str | None) -> ThreatModel:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]

@@ -57,7 +57,9 @@ USES = {
     "transfer_model": ("obfuscation",),
     "plot": ("obfuscation", "certify"),
     **dict.fromkeys(("norm", "eps"), ("clean", "pgd", "autoattack", "obfuscation")),
-    **dict.fromkeys(("sigma", "n0", "n", "alpha", "radii"), ("certify",)),
+    **dict.fromkeys(("sigma", "n0", "n", "alpha"), ("certify",)),
+    "radii": ("autoattack", "certify"),
+    "verdict_passes": ("autoattack",),
 }
 
 
@@ -93,6 +95,7 @@ class EvaluateSettings:
     rng: Literal["keyed", "reference"] = "keyed"  # AutoAttack: random numbers of a sample, or the official stream
     search_dtype: Literal["none", "bfloat16", "float16"] = "none"  # AutoAttack: searches in this precision
     compile: bool = False  # AutoAttack: searches with torch.compile(model)
+    verdict_passes: int = 1  # AutoAttack: over so many passes of a randomised model each point is judged
     state: Path | None = None  # AutoAttack: file to resume from and to keep up to date
     transfer_from: str | None = None  # obfuscation: a second classifier, as --model-from, whose attacks are tried
     transfer_model: str | None = None  # obfuscation: architecture of --transfer-from, where its weights do not tell
@@ -101,7 +104,9 @@ class EvaluateSettings:
     n0: int = 100  # certify: noise vectors a sample that choose its class
     n: int = 1000  # certify: noise vectors a sample that bound the probability of that class; more certify larger radii
     alpha: float = 0.001  # certify: probability that the certificate of a sample is wrong
-    radii: tuple[float, ...] = ()  # certify: L2 radii to tell the accuracy at, in input units; none: multiples of σ/2
+    # radii in input units. autoattack: to attack at, instead of eps alone; certify: L2 radii to tell the accuracy at,
+    # none are multiples of σ/2
+    radii: tuple[float, ...] = ()
 
     batch: int = measures.BATCH  # samples at a time; decides memory (and which random start a sample gets from PGD)
     seed: int = 0  # of the random numbers
@@ -207,9 +212,12 @@ def evaluate(settings: EvaluateSettings, device: torch.device) -> None:
 
 def report(settings: EvaluateSettings, results: dict[str, Any]) -> None:
     """Print the table, write the files."""
+    curve = results.get("accuracy_curve")
     pages = {"obfuscation": obfuscation, "certify": certification}
     page = pages.get(settings.attack)
-    if page is None:
+    if curve:
+        print(curve["table"])
+    elif page is None:
         print_accuracies(results)
     else:
         print(page.table(results))
@@ -266,9 +274,20 @@ def native_autoattack(
         rng=settings.rng,
         search_dtype=DTYPES[settings.search_dtype],
         compile=settings.compile,
+        verdict_passes=settings.verdict_passes,
+        lower=threat_model.lower,
+        upper=threat_model.upper,
         device=x.device,
     )
     try:
+        if settings.radii:
+            curve = measures.accuracy_curve(adversary, x, y, settings.radii, batch=settings.batch, state=settings.state)
+            return {
+                "engine": "native",
+                "version": settings.version,
+                "clean_acc": 100 * curve.clean_accuracy,
+                "accuracy_curve": {**curve.as_dict(), "table": curve.table()},
+            }
         found = measures.autoattack(adversary, x, y, batch=settings.batch, state=settings.state)
     except Interrupted as signal:
         saved = f"what was found is in {settings.state}, the same command continues"
@@ -415,6 +434,8 @@ def _threat_model(settings: EvaluateSettings, subject: Subject) -> ThreatModel |
         return None
     run = subject.run
     norm, eps = settings.norm or (run.norm if run else "linf"), settings.eps
+    if settings.radii:
+        eps = max(settings.radii)
     if eps is None:
         if run is None and settings.attack != "clean":
             raise InputError("eps: none given, needed with --model-from")
@@ -427,12 +448,14 @@ def _threat_model(settings: EvaluateSettings, subject: Subject) -> ThreatModel |
 
 
 def _check_attack(settings: EvaluateSettings, subject: Subject) -> None:
-    form = subject.data.format
-    if settings.attack in ("autoattack", "obfuscation") and (
-        len(form.input_shape) != 3 or (form.lower, form.upper) != (0.0, 1.0)
-    ):
+    form, images, box = subject.data.format, "images in [0, 1]", (0.0, 1.0)
+    if settings.attack not in ("autoattack", "obfuscation"):
+        return
+    if settings.attack == "autoattack" and settings.engine == "native" and math.isfinite(form.upper - form.lower):
+        images, box = "images in a finite box", (form.lower, form.upper)
+    if len(form.input_shape) != 3 or (form.lower, form.upper) != box:
         given = f"{settings.attack} on {subject.data.name}"
-        raise InputError(f"attack: {given}, allowed: images in [0, 1]; clean and pgd take others")
+        raise InputError(f"attack: {given}, allowed: {images}; clean and pgd take others")
 
 
 @torch.no_grad()
@@ -494,6 +517,7 @@ def _check(settings: EvaluateSettings) -> None:
         "n": (lambda v: v >= 1, "at least 1"),
         "alpha": (lambda v: 0 < v < 1, "between 0 and 1, exclusive"),
         "radii": (lambda v: all(0 <= r < math.inf for r in v), "finite numbers of at least 0"),
+        "verdict_passes": (lambda v: v >= 1, "at least 1"),
         "seed": config.RANGES["seed"],
         "threads": config.RANGES["threads"],
     }
@@ -508,10 +532,15 @@ def _check(settings: EvaluateSettings) -> None:
     for name, attacks in USES.items():
         if name in given and settings.attack not in attacks:
             raise InputError(f"{name}: is for --attack {' and '.join(attacks)}, got --attack {settings.attack}")
+    if settings.attack == "autoattack" and "radii" in given:
+        if "eps" in given:
+            raise InputError("eps: is the radius of a single evaluation, --radii has several")
+        if min(settings.radii) <= 0:
+            raise InputError(f"radii: {settings.radii!r} is out of range, allowed with --attack autoattack: above 0")
     if "transfer_model" in given and "transfer_from" not in given:
         raise InputError("transfer_model: is for --transfer-from, which is not given")
     if settings.engine == "official":
-        for name in ("rng", "search_dtype", "compile", "state"):
+        for name in ("rng", "search_dtype", "compile", "verdict_passes", "radii", "state"):
             if name in given:
                 raise InputError(f"{name}: is for --engine native, the official engine does not have it")
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -3,6 +3,7 @@
 from .apgd import APGD
 from .autoattack import AutoAttack
 from .classifier import Classifier
+from .curve import AccuracyCurve
 from .evaluation_state import EvaluationState
 from .fab import FAB
 from .inspection import AutoAttackWarning
@@ -15,6 +16,7 @@ __all__ = [
     "APGD",
     "FAB",
     "PGD",
+    "AccuracyCurve",
     "Attack",
     "AutoAttack",
     "AutoAttackWarning",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,11 @@ from ..threat_model import ThreatModel
 from .apgd_l1 import ascend_sparsely
 from .ascent import SETTLE_EVERY, Ascent
 from .classifier import Classifier, Loss, predicted
-from .losses import UNTARGETED, own_loss, ranked_targets, targeted_dlr_loss
+from .losses import UNTARGETED, own_loss, targeted_dlr_loss
 from .parts import Batch, run_alone
 from .randomness import start_at_distance
 from .settings import AttackSettings
+from .targets import check_target_classes, target_of
 
 MOMENTUM = 0.75  # weight of the new step against the last move
 LOSSES = ("ce", "dlr", "dlr-targeted")
@@ -29,7 +30,8 @@ class APGD(AttackSettings):
     """Auto-PGD with cross-entropy, DLR or targeted DLR.
 
     Every iterate is judged, the start included. A sample that falls leaves the batch a few steps later: what is
-    returned is misclassified, not the point of highest loss.
+    returned is misclassified, not the point of highest loss. Only where a verdict takes several passes of a randomised
+    model it stays to the end, and the point of the largest margin is returned.
 
     In l1 steps are sparse: the features of the largest gradients move, and how many adapts to each sample.
 
@@ -41,6 +43,9 @@ class APGD(AttackSettings):
         n_iter: steps of one run.
         n_restarts: random starts (of each target).
         n_target_classes: how many classes the targeted loss tries, at most; there are never more than L − 1.
+        target_classes: int64 [N, T], the classes that the targeted loss tries for each sample of the data set (of the
+            batch, where the attack runs by itself), in this order; ``n_target_classes`` then says nothing. No row holds
+            a class twice, nor the label. None takes the likeliest classes.
         eot_iter: gradients of a randomised model averaged in each step.
         rho: the step size is halved if the loss rose in at most this share of the steps since the last checkpoint; not
             in l1.
@@ -59,6 +64,7 @@ class APGD(AttackSettings):
     eot_iter: int = 1
     rho: float = 0.75
     use_largereps: bool = False
+    target_classes: Tensor | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         self.check()
@@ -69,6 +75,9 @@ class APGD(AttackSettings):
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}, or a function, got {self.loss!r}")
         self.check_counts("n_iter", "n_restarts", "n_target_classes", "eot_iter")
         self.check_share("rho")
+        check_target_classes(self.target_classes)
+        if self.target_classes is not None and self.loss != "dlr-targeted":
+            raise ValueError(f"target_classes is for loss dlr-targeted, got loss {self.loss!r}")
         if self.use_largereps and self.threat_model.norm != "l1":
             raise ValueError(f"use_largereps is for norm l1, got norm {self.threat_model.norm}")
 
@@ -80,6 +89,8 @@ class APGD(AttackSettings):
 
     def parts(self, num_classes: int) -> int:
         """How many runs of :meth:`run_part` the attack consists of."""
+        if self.target_classes is not None:
+            return self.target_classes.shape[1] * self.n_restarts
         targets = min(self.n_target_classes, num_classes - 1) if self.loss == "dlr-targeted" else 1
         return targets * self.n_restarts
 
@@ -111,7 +122,8 @@ class APGD(AttackSettings):
         loss = own_loss(self.loss) if callable(self.loss) else UNTARGETED.get(self.loss, targeted_dlr_loss)
         goals: tuple[Tensor, ...] = (batch.y,)
         if self.loss == "dlr-targeted":
-            goals = (batch.y, ranked_targets(classifier.logits(batch.x), 2 + batch.part // self.n_restarts))
+            index = batch.part // self.n_restarts
+            goals = (batch.y, target_of(classifier, batch.x, batch.samples, self.target_classes, index))
         if self.threat_model.norm == "l1":
             return self._ascend_in_l1(classifier, batch, loss, goals)
         start = start_at_distance(self.threat_model, self.threat_model.eps, batch.x, batch.samples, batch.noise)
@@ -162,12 +174,14 @@ class APGD(AttackSettings):
         found, fooled = start.clone(), torch.zeros(len(x0), dtype=torch.bool, device=x0.device)
         logits, value, grad = classifier.gradient(start, loss, *goals, passes=self.eot_iter)
         state = _State.begin(start, value, grad, predicted(logits) != goals[0], 2 * self.threat_model.eps)
+        if not classifier.is_sure:
+            state.clearer(state.wrong, logits, goals[0])
         interval, since = max(int(0.22 * self.n_iter), 1), 0
         shorter, shortest = max(int(0.03 * self.n_iter), 1), max(int(0.06 * self.n_iter), 1)
 
         for iteration in range(self.n_iter):
             if iteration % SETTLE_EVERY == 0:
-                if state.settle(found, fooled):
+                if classifier.is_sure and state.settle(found, fooled):
                     return found, fooled
                 centre, here = x0[state.rows], [goal[state.rows] for goal in goals]
             apgd_step(
@@ -187,7 +201,8 @@ class APGD(AttackSettings):
                 upper=self.threat_model.upper,
             )
             logits, value, state.grad = classifier.gradient(state.x, loss, *here, passes=self.eot_iter)
-            state.take(predicted(logits) != here[0], value)
+            fell = predicted(logits) != here[0]
+            state.take(fell if classifier.is_sure else state.clearer(fell, logits, here[0]), value)
             since += 1
             if since == interval:
                 state.adapt(self.rho * interval)
@@ -218,6 +233,7 @@ class _State(Ascent):
             grad=grad,
             wrong=wrong,
             fallen_x=x.clone(),
+            clearness=torch.full_like(value, -torch.inf),
             best_x=x.clone(),
             best_grad=torch.empty_like(x).copy_(grad),  # dense, and in the memory format of x
             best_value=value,

@@ -49,16 +49,19 @@ def ascend_sparsely(
     found, fooled = start.clone(), torch.zeros(len(x0), dtype=torch.bool, device=x0.device)
     logits, value, grad = classifier.gradient(start, loss, *goals, passes=eot_iter)
     state = _State.begin(x0, start, value, grad, predicted(logits) != goals[0], ball.eps, random_start)
+    if not classifier.is_sure:
+        state.clearer(state.wrong, logits, goals[0])
     centre, here = x0, list(goals)
     interval = max(int(0.04 * steps), 1)
     for iteration in range(steps):
         if counts and iteration % SETTLE_EVERY == 0:
-            if state.settle(found, fooled):
+            if classifier.is_sure and state.settle(found, fooled):
                 break
             centre, here = x0[state.rows], [goal[state.rows] for goal in goals]
         state.step(centre, ball)
         logits, value, state.grad = classifier.gradient(state.x, loss, *here, passes=eot_iter)
-        state.take(predicted(logits) != here[0], value)
+        fell = predicted(logits) != here[0]
+        state.take(fell if classifier.is_sure else state.clearer(fell, logits, here[0]), value)
         if (iteration + 1) % interval == 0:
             state.adapt(centre, ball.eps)
     if counts:
@@ -76,7 +79,14 @@ class _State(Ascent):
 
     @classmethod
     def begin(
-        cls, x0: Tensor, x: Tensor, value: Tensor, grad: Tensor, wrong: Tensor, eps: float, random_start: bool
+        cls,
+        x0: Tensor,
+        x: Tensor,
+        value: Tensor,
+        grad: Tensor,
+        wrong: Tensor,
+        eps: float,
+        random_start: bool,
     ) -> _State:
         features, changed = x0[0].numel() if len(x0) else 0, _changed(x, x0)
         if random_start:
@@ -89,6 +99,7 @@ class _State(Ascent):
             grad=grad,
             wrong=wrong,
             fallen_x=x.clone(),
+            clearness=torch.full_like(value, -torch.inf),
             best_x=x.clone(),
             best_grad=grad.clone(),
             best_value=value,

@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from .losses import margin_loss
+
 SETTLE_EVERY = 4  # steps after which samples that fell leave the batch; on CUDA this waits for the device
 
 
@@ -18,7 +20,8 @@ class Ascent:
     x: Tensor
     grad: Tensor  # at x
     wrong: Tensor  # whether some iterate was misclassified
-    fallen_x: Tensor  # that iterate, the latest
+    fallen_x: Tensor  # that iterate: the latest, or the clearest
+    clearness: Tensor  # the margin of the clearest, where that is asked for
     best_x: Tensor
     best_grad: Tensor
     best_value: Tensor
@@ -34,6 +37,13 @@ class Ascent:
         for field in fields(self):
             setattr(self, field.name, getattr(self, field.name)[keep])
         return len(keep) == 0
+
+    def clearer(self, fell: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+        """Which of the iterates that fell, bool [N], are misclassified by a larger margin than all before."""
+        margin = margin_loss(logits, labels).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        better = fell & (margin > self.clearness)
+        self.clearness = torch.where(better, margin, self.clearness)
+        return better
 
     def judge(self, fell: Tensor) -> None:
         """Take in the verdict on the new x."""

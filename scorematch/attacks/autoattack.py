@@ -19,6 +19,7 @@ from ..threat_model import ThreatModel
 from .apgd import APGD
 from .classifier import Classifier
 from .console import Console, Logger
+from .curve import AccuracyCurve, ascending, at_radius, depends_on_radius
 from .evaluation import Options, evaluate
 from .evaluation_state import EvaluationState
 from .fab import FAB
@@ -28,6 +29,7 @@ from .report import result_line, table
 from .settings import AttackSettings, refuse_unknown
 from .sharing import Share
 from .square import Square
+from .targets import check_targets_fit
 
 NORMS = {"Linf": "linf", "L2": "l2", "L1": "l1", "linf": "linf", "l2": "l2", "l1": "l1"}
 VERSIONS: dict[str, tuple[str, ...]] = {
@@ -39,10 +41,11 @@ VERSIONS: dict[str, tuple[str, ...]] = {
 }
 RNGS = ("keyed", "reference")
 ATTACKS = ("apgd", "apgd_targeted", "fab", "square")
-FIXED = ("norm", "eps", "epsilon", "threat_model", "version", "is_tf_model", "logger")  # decided when one is made
+# What is decided when one is made.
+FIXED = ("norm", "eps", "epsilon", "lower", "upper", "threat_model", "version", "is_tf_model", "logger")
 SETTINGS = (
     *("model", "seed", "verbose", "attacks_to_run", "device"),
-    *("rng", "search_dtype", "compile", "save_every", "workers", "budget"),
+    *("rng", "search_dtype", "compile", "save_every", "workers", "budget", "verdict_passes"),
     *ATTACKS,
 )
 
@@ -71,7 +74,8 @@ class AutoAttack:
         model: maps x [N, …] to logits [N, L] of any floating-point type; a module, scripted ones included, or any
             callable (then its mode is its own affair).
         norm: ``"Linf"``, ``"L2"`` or ``"L1"``.
-        eps: radius, pixels in [0, 1]; in L1 a sum over all pixels and channels.
+        eps: radius, in units of the input (pixels in [0, 1] unless there is another box); in L1 a sum over all pixels
+            and channels.
         seed: of the random numbers, from 0 to 2^63 − 1, of which the whole part counts; None draws one.
         verbose: print the accuracy after each attack, and progress where stderr is a terminal.
         attacks_to_run: for ``version="custom"``: names among apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square; or attacks
@@ -81,7 +85,9 @@ class AutoAttack:
             and apgd-t), or ``"custom"``: set ``attacks_to_run``. The attributes of ``apgd``, ``apgd_targeted``, ``fab``
             and ``square`` are those of :class:`APGD`, :class:`FAB`, :class:`Square`, and can be set for any version.
         is_tf_model: not supported, must be False.
-        device: where to attack; None is the device of the model, or that of x.
+        device: where to attack; None is the device of the model, or that of x. Or several, such as ``["cuda:0",
+            "cuda:1"]``: the model is on the first and is copied to the others, and a worker on each attacks its share
+            of the samples. Verdicts, points and state files are those of one device but for rounding.
         log_path: a file to which what is printed is appended.
         rng: ``"keyed"``, or ``"reference"``: the official package's stream of numbers, for comparisons with it.
         search_dtype: torch.bfloat16 or torch.float16 search under autocast; a success still counts only if the model
@@ -94,16 +100,30 @@ class AutoAttack:
             call the model at the same time. ``"auto"`` takes one for each of torch's threads, at most 8, and a single
             one wherever the model might not bear it: on a GPU, for a callable that is no module, for a module that is
             scripted, has hooks, changes an attribute or a buffer while it predicts, is randomised or takes gradients,
-            and for ``rng="reference"``, ``version="rand"`` and ``compile``.
+            and for ``rng="reference"``, ``version="rand"``, ``verdict_passes`` above 1 and ``compile``.
+        verdict_passes: for randomised models: over how many passes a point is judged, at least 1: when clean, in every
+            step of a search that asks whether a point fools, and when what was found is confirmed. Its class is that
+            of the largest mean probability, as for a classifier that is smoothed by noise (Salman et al., NeurIPS
+            2019). Logits have no common scale, and a single pass of large ones would outvote the others. Square
+            ascends the margin of the logarithms of these means (in the paper on AutoAttack it averages 20 passes).
+            FAB's steps follow one pass, and APGD's as many as its ``eot_iter`` says. Above 1, APGD and Square do not
+            end with the first point that fools, which lies where chance decides, but look for a clearer one; so they
+            take as long for samples that fall. Successes of the search that the confirmation did not see are
+            ``unverified`` in the report: if they are many, take more passes.
+        lower, upper: the box: smallest and largest value that a feature may have, finite. For a model that takes
+            normalised images do not widen the box, since eps then counts in other units for each channel: wrap it in
+            :class:`scorematch.Normalised`.
 
     Attributes:
         report: of the last evaluation: ``robust_accuracy``, ``clean_accuracy`` and ``attacks``, for each attack in turn
             the accuracy after it, its 95 % interval (Wilson), its forward and backward passes (one for each sample) and
             its seconds. ``robust`` says of each sample whether it stands, ``fallen_by`` which attack fooled it, None if
-            it stands or was wrong from the start. ``complete`` is False where the budget was spent before the end;
-            then the robust accuracy is an upper bound, and ``pending`` of each attack says how many of the samples that
-            stand it has not, or not wholly, attacked. ``nan_samples`` lists the samples at whose points the model
-            returned NaN: ``clean``, and ``attacked`` for those that fell so.
+            it stands or was wrong from the start. ``nearest`` is the distance of the nearest misclassified point that
+            was found for each sample: 0 if it was wrong from the start, above eps if FAB alone found one, None if there
+            is none: an upper bound of the distance to the decision boundary. ``complete`` is False where the budget was
+            spent before the end; then the robust accuracy is an upper bound, and ``pending`` of each attack says how
+            many of the samples that stand it has not, or not wholly, attacked. ``nan_samples`` lists the samples at
+            whose points the model returned NaN: ``clean``, and ``attacked`` for those that fell so.
 
     Raises:
         ValueError, TypeError: an argument is outside its range; the message names it.
@@ -122,7 +142,7 @@ class AutoAttack:
         attacks_to_run: Sequence[str | Attack] = (),
         version: str = "standard",
         is_tf_model: bool = False,
-        device: str | torch.device | None = None,
+        device: str | torch.device | Sequence[str | torch.device] | None = None,
         log_path: str | Path | None = None,
         *,
         rng: str = "keyed",
@@ -131,6 +151,9 @@ class AutoAttack:
         save_every: float = 30.0,
         workers: int | str = "auto",
         budget: float | None = None,
+        verdict_passes: int = 1,
+        lower: float = 0.0,
+        upper: float = 1.0,
     ) -> None:
         if is_tf_model:
             raise ValueError("is_tf_model: TensorFlow models are not supported, wrap the model in a PyTorch callable")
@@ -142,7 +165,7 @@ class AutoAttack:
             raise ValueError(f'attacks_to_run is for version="custom", got version={version!r}')
         self.norm = norm
         self.is_tf_model = False
-        self.threat_model = ThreatModel(NORMS[norm], eps)
+        self.threat_model = ThreatModel(NORMS[norm], eps, lower=lower, upper=upper)
         self.logger = Logger(log_path)
         self._report: dict[str, Any] = {}
         self.model = model
@@ -155,6 +178,7 @@ class AutoAttack:
         self.save_every = save_every
         self.workers = workers
         self.budget = budget
+        self.verdict_passes = verdict_passes
         self.apgd = APGD(self.threat_model)
         self.apgd_targeted = APGD(self.threat_model, loss="dlr-targeted")
         self.fab = FAB(self.threat_model, targeted=False)
@@ -207,6 +231,14 @@ class AutoAttack:
             raise ValueError(f'workers must be "auto" or a whole number of at least 1, got {workers!r}')
         if self.budget is not None and not self.budget > 0:
             raise ValueError(f"budget must be a positive number of seconds, or None, got {self.budget}")
+        passes = self.verdict_passes
+        if isinstance(passes, bool) or not isinstance(passes, Integral) or passes < 1:
+            raise ValueError(f"verdict_passes must be a whole number of at least 1, got {passes!r}")
+        several = isinstance(self.device, Sequence) and not isinstance(self.device, str)
+        if several and not self.device:
+            raise ValueError("device names no device; None is that of the model")
+        if several and len(self.device) > 1 and workers != "auto":
+            raise ValueError(f'workers must be "auto" with several devices, one for each, got {workers!r}')
         for name, kind in (("apgd", APGD), ("apgd_targeted", APGD), ("fab", FAB), ("square", Square)):
             attack = getattr(self, name)
             if not isinstance(attack, kind):
@@ -227,6 +259,14 @@ class AutoAttack:
     @property
     def eps(self) -> float:
         return self.threat_model.eps
+
+    @property
+    def lower(self) -> float:
+        return self.threat_model.lower
+
+    @property
+    def upper(self) -> float:
+        return self.threat_model.upper
 
     @property
     def epsilon(self) -> float:
@@ -256,8 +296,8 @@ class AutoAttack:
         x = x.detach().to(device)
         if y is None:
             with borrowed(self.model, "eval") if isinstance(self.model, nn.Module) else nullcontext():
-                y = Classifier(self.model).label(x)
-        return run_alone(attack, self.model, x, y.to(device), int(self.get_seed()))
+                y = Classifier(self.model, verdict_passes=self.verdict_passes).label(x)
+        return run_alone(attack, self.model, x, y.to(device), int(self.get_seed()), self.verdict_passes)
 
     @property
     def report(self) -> dict[str, Any]:
@@ -287,9 +327,9 @@ class AutoAttack:
         """Attack every sample until it falls or all attacks are through.
 
         Args:
-            x_orig: [N, …] in [0, 1], float32 or float64; images [N, C, H, W] for Square. What rounding put outside,
-                1e-6 at most, is clamped. Or batches (x, y), such as a ``DataLoader`` that keeps their order; ``y_orig``
-                is then left out, and all are read before the first attack.
+            x_orig: [N, …] in the box, float32 or float64; images [N, C, H, W] for Square. What rounding put outside,
+                1e-6 of the largest bound at most, is clamped. Or batches (x, y), such as a ``DataLoader`` that keeps
+                their order; ``y_orig`` is then left out, and all are read before the first attack.
             y_orig: class indices [N] or [N, 1], of any integer type.
             bs: samples at a time; decides memory and speed, not the verdicts.
             return_labels: also return the predicted classes.
@@ -302,7 +342,7 @@ class AutoAttack:
             ``return_labels`` also the class predicted at each, int64 [N], −1 where the model returned NaN.
 
         Raises:
-            ValueError: x leaves [0, 1], labels and shapes do not fit, the batch is empty, the model returns no logits,
+            ValueError: x leaves the box, labels and shapes do not fit, the batch is empty, the model returns no logits,
                 or NaN for every sample of the first batch or, on the way, for samples that it classified before, or the
                 state is damaged or of another evaluation.
         """
@@ -338,6 +378,62 @@ class AutoAttack:
         self._report = reports
         return results
 
+    def accuracy_curve(
+        self,
+        x_orig: Tensor | Iterable[tuple[Tensor, Tensor]],
+        y_orig: Tensor | None = None,
+        *,
+        radii: Iterable[float],
+        bs: int = 250,
+        state_path: str | Path | None = None,
+    ) -> AccuracyCurve:
+        """Robust accuracy at several radii, with less work than as many evaluations.
+
+        The radii are attacked in ascending order with the settings of this object, whose own eps does not matter. A
+        sample that has fallen is not attacked at larger radii. What FAB has found beyond a radius counts at those that
+        it lies within; as its way does not depend on eps, it runs at the smallest radius alone (but with random
+        restarts, or verdicts by several passes). At each radius at least those samples fall that
+        :meth:`run_standard_evaluation` finds there; more may, by points that were found at other radii.
+
+        Args:
+            x_orig, y_orig, bs: as for :meth:`run_standard_evaluation`.
+            radii: at least one, in units of the input.
+            state_path: to resume from, and to write; each radius has a file of its own, with ``.eps`` and the radius
+                appended. Larger radii may be added later, smaller ones not.
+
+        Returns:
+            The curve. ``budget`` is one for all radii; those that it does not reach are not ``complete``. ``report``
+            holds that of each radius, by its digits.
+
+        Raises:
+            ValueError: as for :meth:`run_standard_evaluation`; or a radius is not positive and finite, or the radius of
+                an attack cannot be changed: it has one of its own, or is an attack that was made elsewhere.
+        """
+        began = time.perf_counter()
+        x_orig, y_orig = joined(x_orig, y_orig)
+        sizes, attacks = ascending(radii), self._attacks()
+        balls = [self.threat_model.replace(eps=radius) for radius in sizes]
+        at_radius(attacks, balls[0], self.threat_model)
+        x, y = self._check_input(x_orig, y_orig, bs, attacks, balls[-1])  # before the first radius is attacked
+        console, reports = self._console(), []
+        fell_at = torch.full((len(x),), torch.inf, dtype=torch.float64)
+        state: EvaluationState | None = None
+        for index, ball in enumerate(balls):
+            if index and self.verdict_passes == 1:
+                attacks = [attack for attack in attacks if depends_on_radius(attack)]
+            left = None if self.budget is None else max(self.budget - (time.perf_counter() - began), 1e-9)
+            path = None if state_path is None else Path(f"{state_path}.eps{ball.eps!r}")
+            options = replace(self._options(x, bs, path), threat_model=ball, smaller_radii=sizes[:index], budget=left)
+            state, report = self._run(x, y, at_radius(attacks, ball, self.threat_model), options, console, state)
+            reports.append(report)
+            fell_at[~state.robust & fell_at.isinf()] = ball.eps
+            if not report["complete"]:
+                break
+        assert state is not None
+        self._report = {repr(radius): report for radius, report in zip(sizes, reports, strict=False)}
+        nearest = torch.minimum(state.nearest, fell_at)
+        return AccuracyCurve(self.threat_model.norm, sizes, nearest, state.adversarial.to(x.device), tuple(reports))
+
     def clean_accuracy(
         self, x_orig: Tensor | Iterable[tuple[Tensor, Tensor]], y_orig: Tensor | None = None, bs: int = 250
     ) -> float:
@@ -348,7 +444,7 @@ class AutoAttack:
         x_orig, y_orig = self._check_input(*joined(x_orig, y_orig), bs)
         device = self._device(x_orig)
         with borrowed(self.model, "eval") if isinstance(self.model, nn.Module) else nullcontext():
-            classifier = Classifier(self.model)
+            classifier = Classifier(self.model, verdict_passes=self.verdict_passes)
             pairs = zip(x_orig.split(bs), y_orig.split(bs), strict=True)
             hits = sum(int((classifier.label(x.to(device)) == y.to(device)).sum()) for x, y in pairs)
         return hits / len(x_orig)
@@ -362,7 +458,7 @@ class AutoAttack:
             "apgd-ce": replace(self.apgd, loss="ce"),
             "apgd-dlr": replace(self.apgd, loss="dlr"),
             "apgd-t": self.apgd_targeted,
-            "fab": replace(self.fab, targeted=False),
+            "fab": replace(self.fab, targeted=False, target_classes=None),
             "fab-t": replace(self.fab, targeted=True, n_restarts=1),
             "square": self.square,
         }
@@ -394,18 +490,30 @@ class AutoAttack:
         self._check_radius(f"attacks_to_run: {attack.name}", attack)
 
     def _device(self, x: Tensor) -> torch.device:
+        return self._devices(x)[0]
+
+    def _devices(self, x: Tensor) -> tuple[torch.device, ...]:
+        if isinstance(self.device, Sequence) and not isinstance(self.device, str):
+            return tuple(torch.device(device) for device in self.device)
         if self.device is not None:
-            return torch.device(self.device)
+            return (torch.device(self.device),)
         if isinstance(self.model, nn.Module) and (parameter := next(self.model.parameters(), None)) is not None:
-            return parameter.device
-        return x.device
+            return (parameter.device,)
+        return (x.device,)
 
     def _evaluate(
         self, x: Tensor, y: Tensor, bs: int, state_path: str | Path | None, attacks: list[Attack]
     ) -> EvaluationState:
         x, y = self._check_input(x, y, bs, attacks)
+        options = self._options(x, bs, None if state_path is None else Path(state_path))
+        state, self._report = self._run(x, y, attacks, options, self._console())
+        return state
+
+    def _console(self) -> Console:
+        return Console(self.verbose, self.logger, speaks=Share.of_this_process().rank == 0)
+
+    def _options(self, x: Tensor, bs: int, state_path: Path | None) -> Options:
         share = Share.of_this_process()
-        console = Console(self.verbose, self.logger, speaks=share.rank == 0)
         options = Options(
             threat_model=self.threat_model,
             version=self.version,
@@ -415,35 +523,50 @@ class AutoAttack:
             compile=self.compile,
             save_every=self.save_every,
             batch_size=bs,
-            device=self._device(x),
+            devices=self._devices(x),
             workers=None if self.workers == "auto" else int(self.workers),
-            state_path=share.path(Path(state_path)) if state_path is not None else None,
+            state_path=share.path(state_path) if state_path is not None else None,
+            verdict_passes=int(self.verdict_passes),
             budget=self.budget,
         )
         if options.workers not in (None, 1) and options.device.type != "cpu":
             raise ValueError(
                 f"workers must be 1 on another device than the CPU, got {self.workers} on {options.device}"
             )
-        x, y = x.cpu(), y.cpu()
-        state, self._report = evaluate(self.model, x, y, attacks, options, console, share)
-        console.say(result_line(self._report, state, x, self.threat_model.norm, self.norm))
-        return state
+        return options
 
-    def _check_input(self, x: Tensor, y: Tensor, bs: int, attacks: Sequence[Attack] = ()) -> tuple[Tensor, Tensor]:
-        """x [N, …] in the box and y int64 [N]."""
+    def _run(
+        self,
+        x: Tensor,
+        y: Tensor,
+        attacks: list[Attack],
+        options: Options,
+        console: Console,
+        before: EvaluationState | None = None,
+    ) -> tuple[EvaluationState, dict[str, Any]]:
+        x, y = x.cpu(), y.cpu()
+        state, report = evaluate(self.model, x, y, attacks, options, console, Share.of_this_process(), before)
+        console.say(result_line(report, state, x, self.threat_model.norm, self.norm))
+        return state, report
+
+    def _check_input(
+        self, x: Tensor, y: Tensor, bs: int, attacks: Sequence[Attack] = (), ball: ThreatModel | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x [N, …] in the box and y int64 [N]; the radius of ``ball``, or of the evaluation, must fit."""
         for name, tensor in (("x_orig", x), ("y_orig", y)):
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
             if tensor.is_meta or tensor.layout != torch.strided:
                 raise TypeError(f"{name} must be a dense tensor with values, got {tensor.layout} on {tensor.device}")
         if x.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"x_orig must be float32 or float64 in [0, 1], got {x.dtype}")
+            raise ValueError(f"x_orig must be float32 or float64 in [{self.lower:g}, {self.upper:g}], got {x.dtype}")
         if isinstance(bs, bool) or not isinstance(bs, Integral) or bs < 1:
             raise ValueError(f"bs must be a whole number, at least 1, got {bs!r}")
         if len(x) == 0:
             raise ValueError("x_orig is empty, nothing can be evaluated")
-        x, y = clean_batch(x, y, self.threat_model, "y_orig")
+        x, y = clean_batch(x, y, ball or self.threat_model, "y_orig")
         for attack in attacks:
+            check_targets_fit(attack, y)
             if attack.images_only and x.dim() != 4:
                 raise ValueError(f"{attack.name} takes images [N, C, H, W], got x_orig of shape {list(x.shape)}")
         return x, y

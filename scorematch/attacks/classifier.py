@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -33,6 +35,18 @@ def logits_of(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
+def log_mean_probabilities(passes: Sequence[Tensor]) -> Tensor:
+    """log of the mean over K passes of softmax(z), [N, L]: the logits of a randomised model's expected prediction.
+
+    NaN for a sample where some pass has a NaN. An infinite logit counts as the largest finite one.
+
+    Args:
+        passes: K logits [N, L].
+    """
+    logits = torch.stack(list(passes)).nan_to_num(nan=torch.nan, neginf=-torch.inf)
+    return logits.log_softmax(2).logsumexp(0) - math.log(len(passes))
+
+
 def predicted(logits: Tensor) -> Tensor:
     """The class of the largest logit, int64 [N]; −1, which is no class, where a logit is NaN.
 
@@ -55,6 +69,11 @@ class Classifier:
         on_pass: called with the number of samples after each pass, forward or backward.
         chunk: about how many samples go through the model at once, fewer than twice as many; None is all.
         channels_last: hand images to the model in this memory format.
+        verdict_passes: over how many passes of a randomised model a verdict is taken; see :meth:`logits`.
+
+    Attributes:
+        is_sure: whether a point that fools the model once does so again. Otherwise the first that a search meets lies
+            where chance decides, and it goes on to look for a clearer one.
     """
 
     def __init__(
@@ -64,12 +83,15 @@ class Classifier:
         on_pass: Callable[[int], None] = lambda samples: None,
         chunk: int | None = None,
         channels_last: bool = False,
+        verdict_passes: int = 1,
     ) -> None:
         self._model = model
         self._dtype = dtype
         self._on_pass = on_pass
         self._chunk = chunk
         self._arranged = in_channels_last if channels_last else torch.detach
+        self._verdict_passes = verdict_passes
+        self.is_sure = verdict_passes == 1
         self.forwards = 0  # passes of one sample
         self.backwards = 0
         self._broken: Tensor | int = 0
@@ -93,41 +115,56 @@ class Classifier:
         return zip(*(t.tensor_split(count) for t in tensors), strict=True)
 
     def logits(self, x: Tensor) -> Tensor:
-        """[N, L], without a graph."""
+        """What a verdict goes by, [N, L], without a graph: the logits, or over several passes their
+        :func:`log_mean_probabilities`."""
         with torch.no_grad():
-            return _joined([self._logits(self._arranged(part)) for (part,) in self._parts(x)])
+            return _joined([self._judged(self._arranged(part)) for (part,) in self._parts(x)])
+
+    def _judged(self, x: Tensor, known: Sequence[Tensor] = ()) -> Tensor:
+        """The same for one part, with the logits of the passes that were made there already."""
+        passes = [*known, *(self._logits(x) for _ in range(self._verdict_passes - len(known)))]
+        return passes[-1] if self._verdict_passes == 1 else log_mean_probabilities(passes)
 
     def label(self, x: Tensor) -> Tensor:
         """The predicted class, int64 [N]; −1 where a logit is NaN."""
         return predicted(self.logits(x))
 
-    def gradient(self, x: Tensor, loss: Loss, *goals: Tensor, passes: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    def gradient(
+        self, x: Tensor, loss: Loss, *goals: Tensor, passes: int = 1, judge: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Logits [N, L], loss [N] (−∞ where it is NaN) and its gradient like x [N, …].
 
         Args:
             x: [N, …].
             loss: from logits [n, L] and the goals of the same n samples to [n].
             goals: labels [N] and whatever else the loss takes for each sample.
-            passes: over how many evaluations of a randomised model the gradient is averaged; logits and loss are those
-                of the last.
+            passes: over how many evaluations of a randomised model the gradient is averaged; the loss is that of the
+                last.
+            judge: whether the logits are those of a verdict, for which further passes are made where these are too few.
         """
-        parts = [self._gradient(part, loss, of_part, passes) for part, *of_part in self._parts(x, *goals)]
+        parts = [self._gradient(part, loss, of_part, passes, judge) for part, *of_part in self._parts(x, *goals)]
         logits, values, gradients = (_joined(list(column)) for column in zip(*parts, strict=True))
         return logits, values, gradients
 
-    def _gradient(self, x: Tensor, loss: Loss, goals: Sequence[Tensor], passes: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _gradient(
+        self, x: Tensor, loss: Loss, goals: Sequence[Tensor], passes: int, judge: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
         x = self._arranged(x).requires_grad_()
         total: Tensor | None = None
+        seen = []
         for _ in range(passes):
             with torch.enable_grad():
                 logits = self._logits(x)
                 value = loss(logits, *goals)
                 (gradient,) = torch.autograd.grad(value.sum(), x)
+            seen.append(logits.detach())
             gradient = self._usable(gradient, passes)
             total = gradient if total is None else total + gradient
         assert total is not None
         value = value.detach().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-        return logits.detach(), value, (total if passes == 1 else total / passes).contiguous()
+        with torch.no_grad():
+            judged = self._judged(x.detach(), seen) if judge else seen[-1]
+        return judged, value, (total if passes == 1 else total / passes).contiguous()
 
     def class_gradients(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Logits [N, L], and a function that takes one class of each sample, int64 [N], and returns the gradients of
@@ -259,15 +296,31 @@ def cache_chunk(model: Any, x: Tensor, threads: int, cache: int = 1 << 20) -> in
     return max(32, 1 << (fit.bit_length() - 1))
 
 
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """float32 arithmetic without TF32 on CUDA; on another device nothing changes."""
-    if device.type != "cuda":
-        yield
-        return
-    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
+class _WithoutTF32:
+    """TF32 is allowed or not in the whole process, so it comes back when the last thread has left."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._within = 0
+        self._before = (False, False)
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._within == 0:
+                self._before = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
+                torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+            self._within += 1
+
+    def __exit__(self, *failure: object) -> None:
+        with self._lock:
+            self._within -= 1
+            if self._within == 0:
+                torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = self._before
+
+
+_without_tf32 = _WithoutTF32()
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[None]:
+    """float32 arithmetic without TF32 on CUDA, in any number of threads; on another device nothing changes."""
+    return _without_tf32 if device.type == "cuda" else nullcontext()

@@ -58,8 +58,8 @@ class Console:
             self._logger.log(text, printed=self._verbose)
 
     def warn(self, text: str | None) -> None:
-        """Warn of a doubt, if there is one, in the name of the line that called the package."""
-        if text is None:
+        """Warn of a doubt, if there is a new one, in the name of the line that called the package."""
+        if text is None or text in self.warnings:
             return
         self.warnings.append(text)
         self.say(f"warning: {text}")

@@ -28,13 +28,15 @@ from .classifier import (
 )
 from .console import Console
 from .evaluation_state import EvaluationState
+from .fab import distance
 from .identity import Fingerprint, check_model, identity_of
 from .parts import Attack, Batch, Search
 from .randomness import KeyedNoise, ReferenceNoise
 from .report import doubts_of, nan_samples, report_of, stage_line
 from .schedule import Stage, batch_size, dealt_out, passes_left, stages_of
 from .sharing import Share
-from .workers import Team, automatic
+from .targets import check_targets_fit
+from .workers import Team, automatic, copies
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,10 @@ class Options:
 
     Attributes:
         batch_size: samples at a time.
-        device: where to attack.
+        devices: where to attack; several have a worker each.
         workers: threads that share out the samples of this process; None chooses.
         state_path: file of this process to resume from and to write, or None.
+        smaller_radii: at which the same samples were attacked before.
         budget: seconds after which the attacks stop, or None.
     """
 
@@ -57,10 +60,17 @@ class Options:
     compile: bool
     save_every: float
     batch_size: int
-    device: torch.device
+    devices: tuple[torch.device, ...]
     workers: int | None
     state_path: Path | None
+    verdict_passes: int = 1
     budget: float | None = None
+    smaller_radii: tuple[float, ...] = ()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is that was given."""
+        return self.devices[0]
 
 
 class OutOfTime(BaseException):
@@ -75,12 +85,14 @@ def evaluate(
     options: Options,
     console: Console,
     share: Share,
+    before: EvaluationState | None = None,
 ) -> tuple[EvaluationState, dict[str, Any]]:
     """Attack every sample until it falls or all attacks are through.
 
     Args:
         x: [N, …] in the box, on the CPU.
         y: int64 [N], on the CPU.
+        before: the state at a smaller radius, whose verdicts are taken over.
 
     Returns:
         The state at the end, of the samples of all processes, and the report.
@@ -98,14 +110,20 @@ def evaluate(
         inspection.no_classifier(logits)
         classes = logits.shape[1]
         _check_labels(y, classes)
-        doubts = inspection.doubts(model, first_x, first_y, logits, attacks, options.version)
+        for attack in attacks:
+            check_targets_fit(attack, y, classes)
+        doubts = inspection.doubts(model, first_x, first_y, logits, attacks, options.version, options.verdict_passes)
         for doubt in doubts.values():
             console.warn(doubt)
-        workers = _workers(model, first_x, options, doubts)
-        state = _begin(model, x, y, attacks, options, console, share)
+        state = _begin(model, x, y, attacks, options, console, share, before)
         stages = stages_of(attacks, classes, options.rng)
-        searched = stack.enter_context(_searched(model, first_x, options))
-        engine = _Engine(model, searched, x, y, stages, state, options, console, mine, workers, started)
+        stations = []
+        for device, copied in zip(options.devices, copies(model, options.devices), strict=True):
+            searched = stack.enter_context(_searched(copied, first_x.to(device), options))
+            stations.append(_Station(device, searched, copied))
+        if len(stations) == 1:
+            stations *= _workers(model, first_x, options, doubts)
+        engine = _Engine(stations, x, y, stages, state, options, console, mine, started)
         try:
             engine.run()
         except OutOfTime:
@@ -125,11 +143,13 @@ def evaluate(
     report |= {
         "norm": options.threat_model.norm,
         "eps": options.threat_model.eps,
+        "box": [options.threat_model.lower, options.threat_model.upper],
         "version": options.version,
         "seed": state.settings["seed"],
         "rng": options.rng,
         "search_dtype": str(options.search_dtype) if options.search_dtype is not None else None,
         "compile": options.compile,
+        "verdict_passes": options.verdict_passes,
         "budget": options.budget,
         "warnings": list(console.warnings),
     }
@@ -152,10 +172,14 @@ def _workers(model: Any, x: Tensor, options: Options, doubts: Mapping[str, str |
     """How many threads share out the samples; x [N, …] are some of them, on the device."""
     if options.workers is not None:
         return options.workers
-    alone = options.rng == "reference" or options.version == "rand" or options.compile
+    alone = options.rng == "reference" or _for_randomised(options) or options.compile
     if alone or doubts.get("randomised") or doubts.get("dynamic"):
         return 1
     return automatic(model, x[:2])
+
+
+def _for_randomised(options: Options) -> bool:
+    return options.version == "rand" or options.verdict_passes > 1
 
 
 @contextmanager
@@ -167,7 +191,7 @@ def _searched(model: Any, x: Tensor, options: Options) -> Iterator[Any]:
     """
     if options.compile:
         yield torch.compile(model, dynamic=True)
-    elif options.rng == "reference" or options.version == "rand":
+    elif options.rng == "reference" or _for_randomised(options):
         yield model
     else:
         with folded_copy(model, x[:2]) as folded:
@@ -182,18 +206,22 @@ def _begin(
     options: Options,
     console: Console,
     share: Share,
+    before: EvaluationState | None,
 ) -> EvaluationState:
-    """The state in the file, or a new one."""
+    """The state in the file, or a new one, or what the state at a smaller radius says."""
     path = options.state_path
     identity = {
         "norm": options.threat_model.norm,
         "eps": options.threat_model.eps,
+        "box": [options.threat_model.lower, options.threat_model.upper],
         **identity_of(model, x, y, attacks),
         "rng": options.rng,
         "batch size": options.batch_size if options.rng == "reference" else None,
         "search_dtype": str(options.search_dtype),
         "compile": options.compile,
+        "verdict_passes": options.verdict_passes,
         "share of the samples": str(share),
+        "smaller radii": list(options.smaller_radii),
     }
     if path is not None and path.exists():
         if options.seed is not None:
@@ -204,8 +232,12 @@ def _begin(
         standing, begun = int(state.robust[mine].sum()), int((state.finished[mine] > 0).sum())
         console.say(f"resumed from {path}: {standing} samples stand, {begun} were attacked")
     else:
-        seed = options.seed if options.seed is not None else share.agreed(secrets.randbits(31))
-        state = EvaluationState.new({**identity, "seed": seed}, x, y)
+        if before is not None:
+            state = before.at_larger_radius(options.threat_model.eps)
+            state.settings = {**identity, "seed": before.settings["seed"]}
+        else:
+            seed = options.seed if options.seed is not None else share.agreed(secrets.randbits(31))
+            state = EvaluationState.new({**identity, "seed": seed}, x, y)
         if path is not None:
             state.fingerprint = Fingerprint.take(model, x, options.device)
             state.save(path)  # a path that cannot be written shows now
@@ -232,11 +264,33 @@ class _Job:
 
 
 @dataclass(frozen=True)
+class _Found:
+    """Misclassified points [N, …] and the classes predicted there, int64 [N], of samples, int64 [N]; on the CPU."""
+
+    samples: Tensor
+    points: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
 class _Models:
     """The model as one worker calls it, to search and to confirm what was found."""
 
     search: Classifier
     verify: Classifier
+
+
+@dataclass(frozen=True, eq=False)
+class _Station:
+    """Where a worker computes: the model, in eval mode, on a device.
+
+    Attributes:
+        searched: what to search with: the same, compiled, or folded.
+    """
+
+    device: torch.device
+    searched: Any
+    model: Any
 
 
 class _Engine:
@@ -245,18 +299,15 @@ class _Engine:
     Workers write to the state and to the accounts only in :meth:`_commit` and :meth:`_pause`, one at a time.
 
     Args:
-        model: in eval mode.
-        searched: the model to search with: the same, compiled, or folded.
+        stations: one for each worker; several may share one.
         state: where each sample stands; written to.
         mine: int64, the samples of this process.
-        workers: how many threads share them out.
         started: ``time.perf_counter()`` when the evaluation began.
     """
 
     def __init__(
         self,
-        model: Any,
-        searched: Any,
+        stations: Sequence[_Station],
         x: Tensor,
         y: Tensor,
         stages: Sequence[Stage],
@@ -264,35 +315,41 @@ class _Engine:
         options: Options,
         console: Console,
         mine: Tensor,
-        workers: int,
         started: float,
     ) -> None:
         self.x, self.y, self.mine = x, y, mine
         self.stages, self.state, self.options, self.console = stages, state, options, console
         self.seed = state.settings["seed"]
-        self.team = Team(workers)
-        few = x[:2].to(options.device)
-        chunk = None if options.compile else cache_chunk(model, few, max(torch.get_num_threads() // workers, 1))
-        last = channels_last_works(model, few)
-        self.models = [
-            _Models(
-                Classifier(searched, options.search_dtype, self._passed, chunk, last),
-                Classifier(model, None, self._passed, chunk),
-            )
-            for _ in range(workers)
-        ]
+        self.team = Team(len(stations))
+        self.stations = stations
+        self.models = self._models(x[:2])
         self.ledger = Ledger(state.costs, started)
         self.last_save = time.monotonic()
         self._started = started
         self._attacking = False
         self._lock = threading.Lock()
 
+    def _models(self, few: Tensor) -> list[_Models]:
+        """Of each worker; ``few`` samples [N, …] show how the model is best called."""
+        options, threads = self.options, max(torch.get_num_threads() // len(self.stations), 1)
+        passes, arranged = options.verdict_passes, {}
+        for station in dict.fromkeys(self.stations):
+            x = few.to(station.device)
+            chunk = None if options.compile else cache_chunk(station.model, x, threads)
+            arranged[station] = chunk, channels_last_works(station.model, x)
+        models = []
+        for station in self.stations:
+            chunk, last = arranged[station]
+            search = Classifier(station.searched, options.search_dtype, self._passed, chunk, last, passes)
+            models.append(_Models(search, Classifier(station.model, None, self._passed, chunk, verdict_passes=passes)))
+        return models
+
     def run(self) -> None:
         self.ledger.book("clean", self._classifiers())
         self.team.run(self._jobs(-1), self._classify)
         self._say_clean_accuracy()
         self._attacking = True
-        self.console.start_progress(passes_left(self.stages, self._finished()))
+        self.console.start_progress(self._passes_left(self._finished()))
         for index, stage in enumerate(self.stages):
             name = stage.attack.name
             self._book(name)
@@ -327,12 +384,13 @@ class _Engine:
 
     def _classify(self, worker: int, job: _Job) -> None:
         models, samples = self.models[worker], job.samples
-        x, y = self._batch(samples)
-        with full_precision(self.options.device):
+        x, y = self._batch(samples, worker)
+        with full_precision(x.device):
             labels = models.verify.label(x)
         with self._lock:
             self.state.labels[samples] = labels.cpu()
             self.state.clean[samples] = self.state.robust[samples] = (labels == y).cpu()
+            self.state.nearest[samples[(labels != y).cpu()]] = 0.0
             self.state.finished[samples] = 0
             self.ledger.book("clean", [models.verify])
             self._save()
@@ -347,9 +405,10 @@ class _Engine:
 
     def _attack(self, index: int, worker: int, job: _Job) -> None:
         stage, models, samples = self.stages[index], self.models[worker], job.samples
-        x, y = self._batch(samples)
-        device, name = self.options.device, stage.attack.name
+        x, y = self._batch(samples, worker)
+        device, name = x.device, stage.attack.name
         found, fooled, labels = x.clone(), torch.zeros(len(x), dtype=torch.bool, device=device), y.clone()
+        further = []
         stream = ReferenceNoise(self.seed) if self.options.rng == "reference" else None
         unverified = 0
         for part in stage.parts:
@@ -366,6 +425,7 @@ class _Engine:
                 partial(self._pause, name, worker, job) if stream is None else None,
             )
             points, wrong = stage.attack.run_part(models.search, batch)
+            self._check_points(name, points, wrong, batch)
             with full_precision(device):
                 given = models.verify.label(points)
             confirmed = given != y[rows]
@@ -374,23 +434,68 @@ class _Engine:
             self._check_still_classifies(models.verify, x[rows[confirmed & (given < 0)]])
             found[rows[confirmed]], fooled[rows[confirmed]] = points[confirmed], True
             labels[rows[confirmed]] = given[confirmed]
-        self._commit(index, worker, job, found[fooled].cpu(), labels[fooled].cpu(), fooled.cpu(), unverified)
+            missed = ~wrong & (given != y[rows]) & (given >= 0)
+            further.append(_Found(samples[rows[missed].cpu()], points[missed].cpu(), given[missed].cpu()))
+        within = _Found(samples[fooled.cpu()], found[fooled].cpu(), labels[fooled].cpu())
+        self._commit(index, worker, job, within, further, unverified)
 
     def _commit(
-        self, index: int, worker: int, job: _Job, found: Tensor, labels: Tensor, fooled: Tensor, unverified: int
+        self, index: int, worker: int, job: _Job, within: _Found, further: Sequence[_Found], unverified: int
     ) -> None:
-        """Take in what a job has found: points and labels of the samples that were fooled."""
-        state, name, fallen = self.state, self.stages[index].attack.name, job.samples[fooled]
+        """Take in what a job has found within eps, and points that do not count."""
+        state, name, fallen = self.state, self.stages[index].attack.name, within.samples
         with self._lock:
+            for beyond in further:
+                self._remember(beyond)
             state.robust[fallen] = False
             state.fallen_by[fallen] = index
-            state.adversarial[fallen] = found
-            state.labels[fallen] = labels
+            state.adversarial[fallen] = within.points
+            state.labels[fallen] = within.labels
+            state.nearest[fallen] = self._distances(within)
             state.finished[job.samples] = index + 1
             state.searches.pop(job.number, None)
             state.costs[name].unverified += unverified
             self._book(name, worker)
             self._save()
+
+    def _remember(self, found: _Found) -> None:
+        """Keep misclassified points beyond eps that are nearer than those before."""
+        state, length = self.state, self._distances(found)
+        nearer = (length > self.options.threat_model.eps) & (length < state.nearest[found.samples])
+        samples = found.samples[nearer]
+        state.nearest[samples] = length[nearer]
+        state.beyond[samples] = found.points[nearer]
+        state.beyond_labels[samples] = found.labels[nearer]
+
+    def _distances(self, found: _Found) -> Tensor:
+        """How far the points are from their samples, float64 [N]."""
+        return distance(found.points.double(), self.x[found.samples].double(), self.options.threat_model.norm)
+
+    def _check_points(self, name: str, points: Tensor, wrong: Tensor, batch: Batch) -> None:
+        """An attack, which may be the user's, must return points like x, and those that it counts inside B(x)."""
+        ball, x = self.options.threat_model, batch.x
+        if (
+            points.shape != x.shape
+            or points.dtype != x.dtype
+            or wrong.shape != x.shape[:1]
+            or wrong.dtype != torch.bool
+        ):
+            raise ValueError(
+                f"{name} must return points {x.dtype} {list(x.shape)} and bool [{len(x)}], got {points.dtype} "
+                f"{list(points.shape)} and {wrong.dtype} {list(wrong.shape)}"
+            )
+        counted = points[wrong]
+        if not len(counted):
+            return
+        farthest = float(distance(counted.double(), x[wrong].double(), ball.norm).max())
+        low, high = (float(bound) for bound in torch.aminmax(counted))
+        slack = 1e-3 * ball.eps  # more than rounding, less than a mistake
+        inside = farthest <= ball.eps + slack and low >= ball.lower - slack and high <= ball.upper + slack
+        if not inside:  # NaN is not
+            raise ValueError(
+                f"{name} counts a point that is not allowed: up to {farthest:g} away from its sample in {ball.norm}, "
+                f"allowed {ball.eps:g}; values in [{low:g}, {high:g}], allowed [{ball.lower:g}, {ball.upper:g}]"
+            )
 
     def _pause(self, name: str, worker: int, job: _Job, search: Search) -> None:
         """Remember how far a run has come; it goes on to write to the tensors of ``search``."""
@@ -410,12 +515,16 @@ class _Engine:
                 f"the model returned NaN for {int(nan.sum())} of {len(x)} clean samples that it classified before"
             )
 
-    def _batch(self, samples: Tensor) -> tuple[Tensor, Tensor]:
-        return self.x[samples].to(self.options.device), self.y[samples].to(self.options.device)
+    def _batch(self, samples: Tensor, worker: int) -> tuple[Tensor, Tensor]:
+        device = self.stations[worker].device
+        return self.x[samples].to(device), self.y[samples].to(device)
 
     def _finished(self) -> Tensor:
         """How many stages each sample of this process that stands is through with."""
         return self.state.finished[self.mine[self.state.robust[self.mine]]]
+
+    def _passes_left(self, finished: Tensor) -> int:
+        return passes_left(self.stages, finished, self.options.verdict_passes)
 
     def _classifiers(self, worker: int | None = None) -> list[Classifier]:
         models = self.models if worker is None else [self.models[worker]]
@@ -432,7 +541,7 @@ class _Engine:
         """Book what a worker has done; without one, of all, while none is at work."""
         self.ledger.book(name, self._classifiers(worker))
         finished = self._finished()
-        self.console.expect(passes_left(self.stages, finished), f"{name}, {len(finished)} stand")
+        self.console.expect(self._passes_left(finished), f"{name}, {len(finished)} stand")
 
     def _save(self) -> None:
         path = self.options.state_path

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from .identity import Fingerprint, checksum
 from .parts import Search
 
 FORMATS = "scorematch AutoAttack "
-FORMAT = f"{FORMATS}3"
+FORMAT = f"{FORMATS}4"
+EARLIER = -2  # what a sample fell by that has fallen, or was reached, at a smaller radius
+VECTORS = ("robust", "clean", "finished", "labels", "fallen_by", "nearest", "beyond_labels")  # of one value a sample
 
 
 @dataclass
@@ -29,7 +31,12 @@ class EvaluationState:
         finished: int64 [N], how many stages each sample is through with.
         adversarial: [N, …], the misclassified point of each sample that fell, the original of every other.
         labels: int64 [N], the class predicted there; -1 where a logit is NaN.
-        fallen_by: int64 [N], the stage at which a sample fell; -1 if it stands or was wrong from the start.
+        fallen_by: int64 [N], the stage at which a sample fell; -1 if it stands or was wrong from the start, -2 if its
+            point is known from an evaluation at a smaller radius.
+        nearest: float64 [N], distance of the nearest misclassified point that was found: 0 for a sample that was wrong
+            from the start, ∞ where there is none, above the radius where it does not count.
+        beyond: [N, …], those points whose distance is above the radius; any values elsewhere.
+        beyond_labels: int64 [N], the classes predicted there.
         costs: of each attack.
         fingerprint: what the model computes at some clean samples; None where no file is kept.
         searches: samples of batches whose runs are not through, and how far they have come, by the number of the batch.
@@ -42,6 +49,9 @@ class EvaluationState:
     adversarial: Tensor
     labels: Tensor
     fallen_by: Tensor
+    nearest: Tensor
+    beyond: Tensor
+    beyond_labels: Tensor
     fingerprint: Fingerprint | None = None
     costs: dict[str, Cost] = field(default_factory=dict)
     searches: dict[int, tuple[Tensor, Search]] = field(default_factory=dict)
@@ -58,20 +68,50 @@ class EvaluationState:
             adversarial=x.clone(),
             labels=y.clone(),
             fallen_by=torch.full((count,), -1),
+            nearest=torch.full((count,), torch.inf, dtype=torch.float64),
+            beyond=torch.empty_like(x),  # where nothing is written it takes no memory
+            beyond_labels=y.clone(),
         )
+
+    def at_larger_radius(self, eps: float) -> EvaluationState:
+        """Before the first attack at a radius of which this is the state at a smaller one.
+
+        What fell stays fallen, and what was found beyond the smaller radius counts if it is within this one. The two
+        states share tensors.
+        """
+        reached = self.robust & (self.nearest <= eps)
+        robust = self.robust & ~reached
+        adversarial, labels = self.adversarial.clone(), self.labels.clone()
+        adversarial[reached], labels[reached] = self.beyond[reached], self.beyond_labels[reached]
+        return replace(
+            self,
+            robust=robust,
+            finished=torch.zeros_like(self.finished),
+            adversarial=adversarial,
+            labels=labels,
+            fallen_by=torch.full_like(self.fallen_by, -1).masked_fill(self.clean & ~robust, EARLIER),
+            costs={},
+            searches={},
+        )
+
+    @property
+    def has_fallen(self) -> Tensor:
+        """Whether an attack has fooled the model near a sample, bool [N]."""
+        return self.fallen_by != -1
+
+    @property
+    def is_beyond(self) -> Tensor:
+        """Of which samples that stand a misclassified point beyond the radius is known, bool [N]."""
+        return self.robust & self.nearest.isfinite()
 
     def save(self, path: Path) -> None:
         """Write the state so that an interruption leaves the old file or the new one."""
-        fallen = (self.fallen_by >= 0).nonzero().squeeze(1)
         content = {
             "format": FORMAT,
             "settings": self.settings,
-            "robust": self.robust,
-            "clean": self.clean,
-            "finished": self.finished,
-            "labels": self.labels,
-            "fallen_by": self.fallen_by,
-            "adversarial": self.adversarial[fallen],
+            **{name: getattr(self, name) for name in VECTORS},
+            "adversarial": self.adversarial[self.has_fallen],
+            "beyond": self.beyond[self.is_beyond],
             "costs": {name: asdict(cost) for name, cost in self.costs.items()},
             "fingerprint": asdict(self.fingerprint) if self.fingerprint is not None else None,
             "search": None,
@@ -138,14 +178,17 @@ class EvaluationState:
     @classmethod
     def _of(cls, content: dict[str, Any], clean: Tensor) -> EvaluationState:
         """What a file holds, with ``clean`` [N, …] for the samples that no attack has fooled."""
-        clean[content["fallen_by"] >= 0] = content["adversarial"].to(clean)
+        beyond = torch.empty_like(clean)
+        clean[content["fallen_by"] != -1] = content["adversarial"].to(clean)
+        beyond[content["robust"] & content["nearest"].isfinite()] = content["beyond"].to(clean)
         return cls(
             settings=content["settings"],
             adversarial=clean,
+            beyond=beyond,
             fingerprint=Fingerprint(**content["fingerprint"]),
             costs={name: Cost(**cost) for name, cost in content["costs"].items()},
             searches=dict(enumerate(_parted(content["search"]))) if content["search"] is not None else {},
-            **{name: content[name] for name in ("robust", "clean", "finished", "labels", "fallen_by")},
+            **{name: content[name] for name in VECTORS},
         )
 
 

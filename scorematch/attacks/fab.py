@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,11 @@ from ..ops.fab_step import fab_step
 from ..threat_model import DUAL_ORDERS, ThreatModel
 from .ascent import SETTLE_EVERY, beside
 from .classifier import Classifier
-from .losses import difference, ranked_targets
+from .losses import difference
 from .parts import Batch, run_alone
 from .randomness import start_at_distance
 from .settings import AttackSettings
+from .targets import check_target_classes, target_of
 
 HELD = 1 << 24  # numbers in the gradients of several classes that are held at once
 
@@ -26,6 +27,7 @@ class FAB(AttackSettings):
     """FAB, targeted (the boundary to the classes of rank 2, 3, … in turn) or to the nearest boundary.
 
     The first restart starts at x and draws nothing. A sample is done once a misclassified point within eps was found.
+    So what this restart finds for a sample, up to there, does not depend on eps.
 
     Args:
         threat_model: norm, radius and a finite box; its step size is not used.
@@ -33,6 +35,9 @@ class FAB(AttackSettings):
         n_iter: steps of one run.
         n_restarts: runs (of each target).
         n_target_classes: how many classes are tried when targeted, at most L − 1.
+        target_classes: int64 [N, T], the classes that are tried when targeted for each sample of the data set (of the
+            batch, where the attack runs by itself), in this order; ``n_target_classes`` then says nothing. No row holds
+            a class twice, nor the label. None takes the likeliest classes.
         alpha_max: how far a step is drawn towards the projection of the original point, at most; in [0, 1].
         eta: factor on a step towards the hyperplane, at least 0; above 1 it crosses.
         beta: share of the distance to the original that is kept after a success, in [0, 1].
@@ -49,6 +54,7 @@ class FAB(AttackSettings):
     alpha_max: float = 0.1
     eta: float = 1.05
     beta: float = 0.9
+    target_classes: Tensor | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         self.check()
@@ -58,6 +64,9 @@ class FAB(AttackSettings):
         self.check_counts("n_iter", "n_restarts", "n_target_classes")
         self.check_share("alpha_max")
         self.check_share("beta")
+        check_target_classes(self.target_classes)
+        if self.target_classes is not None and not self.targeted:
+            raise ValueError("target_classes is for targeted=True, got targeted=False")
         if not 0 <= self.eta < math.inf:
             raise ValueError(f"eta must be finite and at least 0, got {self.eta}")
         if not abs(self.threat_model.upper - self.threat_model.lower) < float("inf"):
@@ -71,6 +80,8 @@ class FAB(AttackSettings):
 
     def parts(self, num_classes: int) -> int:
         """How many runs of :meth:`run_part` the attack consists of."""
+        if self.target_classes is not None:
+            return self.n_restarts * self.target_classes.shape[1]
         return self.n_restarts * (min(self.n_target_classes, num_classes - 1) if self.targeted else 1)
 
     def cost(self) -> tuple[int, int]:
@@ -95,10 +106,13 @@ class FAB(AttackSettings):
         """One run; too short to stop within.
 
         Returns:
-            Points [N, …], and bool [N], whether the point is misclassified and within eps.
+            The nearest misclassified points [N, …], x itself where none was found, and bool [N], whether the point is
+            misclassified and within eps.
         """
         x, part = batch.x, batch.part
-        target = ranked_targets(classifier.logits(x), 2 + part // self.n_restarts) if self.targeted else None
+        target = None
+        if self.targeted:
+            target = target_of(classifier, x, batch.samples, self.target_classes, part // self.n_restarts)
         start = x
         if part % self.n_restarts:
             start = self._random_start(batch)
@@ -119,14 +133,15 @@ class FAB(AttackSettings):
         model = self.threat_model
         found, fooled = x0.clone(), torch.zeros(len(x0), dtype=torch.bool, device=x0.device)
         rows, x = torch.arange(len(x0), device=x0.device), start
-        within = torch.zeros_like(fooled)  # of the samples in rows: reached within eps
-        near_x = start
+        near_x = start  # of the samples in rows: the nearest misclassified point, and its distance
+        nearest = x0.new_full((len(x0),), torch.inf)
         for iteration in range(self.n_iter):
             if iteration % SETTLE_EVERY == 0:
+                within = nearest <= model.eps
                 if bool(within.any()):
                     found[rows[within]], fooled[rows[within]] = near_x[within], True
                     keep = (~within).nonzero().squeeze(1)
-                    rows, x, near_x, within = rows[keep], x[keep], near_x[keep], within[keep]
+                    rows, x, near_x, nearest = rows[keep], x[keep], near_x[keep], nearest[keep]
                     if len(keep) == 0:
                         return found, fooled
                 centre, labels = x0[rows], y[rows]
@@ -148,11 +163,13 @@ class FAB(AttackSettings):
             on_cpu = x.device.type == "cpu"  # elsewhere asking would wait for the device
             x = moved if on_cpu and bool(goes.all()) else torch.where(beside(goes, x), moved, x)
             crossed = classifier.label(x) != labels
-            near = crossed & (distance(x, centre, model.norm) <= model.eps)
-            near_x = torch.where(beside(near, x), x, near_x)
-            within = within | near
+            length = distance(x, centre, model.norm)
+            nearer = crossed & (length < nearest)
+            near_x = torch.where(beside(nearer, x), x, near_x)
+            nearest = torch.where(nearer, length, nearest)
             x = torch.where(beside(crossed, x), centre + (x - centre) * self.beta, x)
-        found[rows[within]], fooled[rows[within]] = near_x[within], True
+        known = nearest.isfinite()
+        found[rows[known]], fooled[rows] = near_x[known], nearest <= model.eps
         return found, fooled
 
     def _boundary_to(self, target: Tensor | None, y: Tensor) -> Callable[[Classifier, Tensor], tuple[Tensor, Tensor]]:
@@ -160,7 +177,7 @@ class FAB(AttackSettings):
         if target is not None:
 
             def targeted(classifier: Classifier, x: Tensor) -> tuple[Tensor, Tensor]:
-                _, value, gradient = classifier.gradient(x, difference, y, target)
+                _, value, gradient = classifier.gradient(x, difference, y, target, judge=False)
                 return value, gradient
 
             return targeted

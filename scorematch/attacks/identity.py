@@ -76,9 +76,12 @@ def identity_of(model: Any, x: Tensor, y: Tensor, attacks: Sequence[Attack]) -> 
 
 
 def _named(value: Any) -> Any:
-    """A setting as it reads in every process: plain values as they are, functions and other objects by their names."""
+    """A setting as it reads in every process: plain values as they are, tensors by a digest, functions and other
+    objects by their names."""
     if value is None or isinstance(value, (bool, int, float, str, tuple)):
         return value
+    if isinstance(value, Tensor):
+        return digest(value)
     named = value if hasattr(value, "__qualname__") else type(value)
     return f"{named.__module__}.{named.__qualname__}"
 

@@ -23,7 +23,13 @@ Model = Callable[[Tensor], Tensor]
 
 
 def doubts(
-    model: Any, x: Tensor, y: Tensor, logits: Tensor, attacks: Sequence[Attack], version: str
+    model: Any,
+    x: Tensor,
+    y: Tensor,
+    logits: Tensor,
+    attacks: Sequence[Attack],
+    version: str,
+    verdict_passes: int = 1,
 ) -> dict[str, str | None]:
     """What makes the evaluation of a model in eval mode doubtful, seen at its first batch, by the name of the check;
     None where nothing does.
@@ -32,19 +38,20 @@ def doubts(
         x: [N, …], on the device of the model.
         y: int64 [N].
         logits: [N, L], of the model at x.
-        version: of :class:`scorematch.AutoAttack`; ``"rand"`` expects a randomised model.
+        version, verdict_passes: of :class:`scorematch.AutoAttack`; ``"rand"`` expects a randomised model.
     """
     names = [attack.name for attack in attacks]
     found = {"probabilities": probabilities(logits)}
     if version != "rand":
-        found["randomised"] = randomised(model, x, y)
+        found["randomised"] = randomised(model, x, y, verdict_passes)
     found["dynamic"] = dynamic(model, x)
     if any(name != "square" for name in names):
         classifier = Classifier(model)
         found["zero gradients"] = zero_gradients(classifier, x, y)
         known = predicted(logits) >= 0
         found["broken gradients"] = broken_gradients(classifier, x[known], y[known])
-    targets = max((getattr(a, "n_target_classes", 0) for a in attacks if a.name.endswith("-t")), default=0)
+    ranked = [a for a in attacks if a.name.endswith("-t") and getattr(a, "target_classes", None) is None]
+    targets = max((getattr(a, "n_target_classes", 0) for a in ranked), default=0)
     return {**found, "few classes": few_classes(logits.shape[1], names, targets)}
 
 
@@ -81,15 +88,20 @@ def broken_gradients(classifier: Classifier, x: Tensor, y: Tensor) -> str | None
     return None
 
 
-def randomised(model: Model, x: Tensor, y: Tensor, passes: int = 5, tolerance: float = 1e-4) -> str | None:
-    """Whether repeated passes over x [N, …] disagree."""
+def randomised(
+    model: Model, x: Tensor, y: Tensor, verdict_passes: int = 1, passes: int = 5, tolerance: float = 1e-4
+) -> str | None:
+    """Whether repeated passes over x [N, …] disagree, and what then to use besides ``verdict_passes``."""
     with torch.no_grad():
         outputs = [model(x).float().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) for _ in range(passes)]
     labels = [output.argmax(1) == y for output in outputs]
     scaled = [output / (output.norm(dim=1, keepdim=True) + 1e-10) for output in outputs]
     difference = max(float((one - scaled[0]).norm(dim=1).max()) for one in scaled)
     if difference > tolerance or any(int(one.sum()) != int(labels[0].sum()) for one in labels):
-        return 'the model seems to be randomised: its outputs differ from pass to pass; use version="rand"'
+        doubt = 'the model seems to be randomised: its outputs differ from pass to pass; use version="rand"'
+        if verdict_passes > 1:
+            return f"{doubt}, which averages its gradients"
+        return f"{doubt}, and verdict_passes (such as 20), or a lucky pass counts as a success"
     return None
 
 

@@ -15,6 +15,7 @@ from ..model_state import borrowed
 from ..threat_model import ThreatModel
 from .classifier import Classifier, predicted
 from .randomness import KeyedNoise, Noise
+from .targets import check_targets_fit
 
 
 @dataclass
@@ -82,8 +83,9 @@ class Attack(Protocol):
         check: raises ValueError for settings outside their range.
         parts: how many calls of ``run_part`` the attack consists of, for L classes.
         cost: forward and backward passes of one part on a sample that survives, for the progress.
-        run_part: points [N, …] inside B(x), and bool [N], whether the search saw them misclassified; what it says is
-            checked with the model itself. It calls the model through the classifier that it is given.
+        run_part: points [N, …], and bool [N], whether the search saw them misclassified and inside B(x); what it says
+            is checked with the model itself. A point that is misclassified but not inside does not count; it may serve
+            at larger radii (``nearest`` of the report). It calls the model through the classifier that it is given.
     """
 
     threat_model: ThreatModel
@@ -98,7 +100,9 @@ class Attack(Protocol):
     def run_part(self, classifier: Classifier, batch: Batch) -> tuple[Tensor, Tensor]: ...
 
 
-def run_alone(attack: Attack, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, seed: int) -> Tensor:
+def run_alone(
+    attack: Attack, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, seed: int, verdict_passes: int = 1
+) -> Tensor:
     """All parts of ``attack`` on the samples of x [N, …] that the model gets right; [N, …]."""
     attack.check()
     x, y = clean_batch(x, y, attack.threat_model)
@@ -106,15 +110,16 @@ def run_alone(attack: Attack, model: Callable[[Tensor], Tensor], x: Tensor, y: T
     if len(x) == 0:
         return adversarial
     with borrowed(model, "eval") if isinstance(model, nn.Module) else nullcontext():
-        classifier = Classifier(model)
+        classifier = Classifier(model, verdict_passes=verdict_passes)
         logits = classifier.logits(adversarial)
+        check_targets_fit(attack, y, logits.shape[1])
         alive = (predicted(logits) == y).nonzero().squeeze(1)
         for part in range(attack.parts(logits.shape[1])):
             if len(alive) == 0:
                 break
             noise = KeyedNoise(seed, attack.name, part)
-            found, _ = attack.run_part(classifier, Batch(adversarial[alive], y[alive], alive, part, noise))
-            fooled = classifier.label(found) != y[alive]
+            found, inside = attack.run_part(classifier, Batch(adversarial[alive], y[alive], alive, part, noise))
+            fooled = inside & (classifier.label(found) != y[alive])
             adversarial[alive[fooled]] = found[fooled]
             alive = alive[~fooled]
     return adversarial

@@ -54,11 +54,11 @@ class Noise(Protocol):
 def start_at_distance(model: ThreatModel, radius: float, x: Tensor, samples: Tensor, noise: Noise) -> Tensor:
     """A random point at distance ``radius`` from x [N, …] (in linf, in the coordinate that moves farthest), clipped.
 
-    In l1 it is x plus normal noise, projected to the ball and the box.
+    In l1 it is x plus normal noise, whose spread is the width of the box, projected to the ball and the box.
     """
     raw = noise.start(samples, x, model.norm)
     if model.norm == "l1":
-        return model.replace(eps=radius).project(x + raw.to(x), x)
+        return model.replace(eps=radius).project(x + model.unit * raw.to(x), x)
     if model.norm == "linf":
         raw = raw / raw.flatten(1).abs().amax(1).clamp_min(1e-12).view(-1, *[1] * (x.dim() - 1))
     return random_start(x, raw.to(x), norm=model.norm, eps=radius, lower=model.lower, upper=model.upper)

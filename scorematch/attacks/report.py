@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -11,9 +12,11 @@ from torch import Tensor
 from ..intervals import wilson
 from . import inspection
 from .accounting import Cost
-from .evaluation_state import EvaluationState
+from .evaluation_state import EARLIER, EvaluationState
 from .fab import distance
 from .schedule import Stage
+
+SMALLER = "smaller radius"  # what the report calls EARLIER
 
 
 def accuracy(hits: int, count: int) -> dict[str, Any]:
@@ -23,12 +26,12 @@ def accuracy(hits: int, count: int) -> dict[str, Any]:
 
 def standing_after(state: EvaluationState, index: int) -> Tensor:
     """Which samples stood after a stage, bool [N]; later ones may have lowered it since."""
-    return state.clean & ~((state.fallen_by >= 0) & (state.fallen_by <= index))
+    return state.clean & ~(state.has_fallen & (state.fallen_by <= index))
 
 
 def nan_samples(state: EvaluationState) -> dict[str, Tensor]:
     """Samples at whose points the model returned NaN, int64 [K]: at the clean ones, and at those that attacks found."""
-    nan, fallen = (state.finished >= 0) & (state.labels < 0), state.fallen_by >= 0
+    nan, fallen = (state.finished >= 0) & (state.labels < 0), state.has_fallen
     return {"clean": (nan & ~fallen).nonzero().squeeze(1), "attacked": (nan & fallen).nonzero().squeeze(1)}
 
 
@@ -51,10 +54,17 @@ def report_of(state: EvaluationState, stages: Sequence[Stage]) -> dict[str, Any]
         "attacks": attacks,
         "samples": count,
         "robust": state.robust.tolist(),
-        "fallen_by": [stages[index].attack.name if index >= 0 else None for index in state.fallen_by.tolist()],
+        "fallen_by": [_fallen_by(stages, index) for index in state.fallen_by.tolist()],
+        "nearest": [length if math.isfinite(length) else None for length in state.nearest.tolist()],
         "nan_samples": {name: samples.tolist() for name, samples in nan_samples(state).items()},
         "seconds": sum(cost.seconds for cost in state.costs.values()),
     }
+
+
+def _fallen_by(stages: Sequence[Stage], index: int) -> str | None:
+    if index == EARLIER:
+        return SMALLER
+    return stages[index].attack.name if index >= 0 else None
 
 
 def doubts_of(report: dict[str, Any], state: EvaluationState) -> list[str | None]:
@@ -100,14 +110,26 @@ def table(report: dict[str, Any], form: str) -> str:
     Raises:
         ValueError: there is no such form.
     """
+    rows = [["clean", *shares(report["clean_accuracy"], report["clean_interval"]), "", "", ""]]
+    for name, attack in report["attacks"].items():
+        rows.append([name, *shares(attack["accuracy"], attack["interval"]), *costs(attack)])
+    return tabular("after", rows, form)
+
+
+def tabular(first: str, rows: Sequence[Sequence[str]], form: str) -> str:
+    """Rows of accuracies and costs under their heads.
+
+    Args:
+        first: head of the first column; the others are accuracy, interval, forward and backward passes, seconds.
+        form: as for :func:`table`.
+
+    Raises:
+        ValueError: there is no such form.
+    """
     if form not in ("markdown", "latex"):
         raise ValueError(f"form must be markdown or latex, got {form!r}")
     percent = "%" if form == "markdown" else r"\%"
-    head = ["after", f"accuracy, {percent}", f"95 {percent} interval", "forward passes", "backward passes", "seconds"]
-    rows = [["clean", *_shares(report["clean_accuracy"], report["clean_interval"]), "", "", ""]]
-    for name, attack in report["attacks"].items():
-        costs = [f"{attack['forwards']:,}", f"{attack['backwards']:,}", f"{attack['seconds']:.1f}"]
-        rows.append([name, *_shares(attack["accuracy"], attack["interval"]), *costs])
+    head = [first, f"accuracy, {percent}", f"95 {percent} interval", "forward passes", "backward passes", "seconds"]
     if form == "markdown":
         rule = ["---", *["---:"] * (len(head) - 1)]
         return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *rows))
@@ -118,6 +140,10 @@ def table(report: dict[str, Any], form: str) -> str:
     )
 
 
-def _shares(accuracy: float, interval: Sequence[float]) -> list[str]:
+def shares(accuracy: float, interval: Sequence[float]) -> list[str]:
     low, high = (100 * end for end in interval)
     return [f"{100 * accuracy:.2f}", f"{low:.1f} to {high:.1f}"]
+
+
+def costs(attack: dict[str, Any]) -> list[str]:
+    return [f"{attack['forwards']:,}", f"{attack['backwards']:,}", f"{attack['seconds']:.1f}"]

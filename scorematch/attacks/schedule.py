@@ -35,14 +35,21 @@ def stages_of(attacks: Sequence[Attack], classes: int, rng: str) -> list[Stage]:
     return stages
 
 
-def passes_left(stages: Sequence[Stage], finished: Tensor) -> int:
+def passes_left(stages: Sequence[Stage], finished: Tensor, verdict_passes: int = 1) -> int:
     """Passes of one sample that are still to be made if every sample survives.
 
     Args:
         finished: int64 [K], how many stages each standing sample is through with; negative before the first.
+        verdict_passes: over how many passes a point is judged; those that average a gradient are among them.
     """
-    costs = torch.tensor([sum(stage.attack.cost()) * len(stage.parts) for stage in stages] + [0])
+    costs = torch.tensor([_cost(stage.attack, verdict_passes) * len(stage.parts) for stage in stages] + [0])
     return int(costs.flip(0).cumsum(0).flip(0)[finished.clamp_min(0)].sum())
+
+
+def _cost(attack: Attack, verdict_passes: int) -> int:
+    """Passes of one part on a sample that survives, as if it judged a point in each of its forward passes."""
+    forwards, backwards = attack.cost()
+    return math.ceil(forwards * max(1.0, verdict_passes / getattr(attack, "eot_iter", 1))) + backwards
 
 
 def batch_size(count: int, most: int, workers: int) -> int:

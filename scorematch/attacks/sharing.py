@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .accounting import Cost
-from .evaluation_state import EvaluationState
+from .evaluation_state import VECTORS, EvaluationState
 
-SHARED = ("robust", "clean", "finished", "labels", "fallen_by", "adversarial")
+SHARED = (*VECTORS, "adversarial")
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,12 @@ class Share:
         mine = self.samples(len(state.robust))
         found = {name: getattr(state, name)[mine] for name in SHARED}
         shares: list[Any] = [None] * self.world
-        torch.distributed.all_gather_object(shares, (mine, found, state.costs, warnings))
+        further = mine[state.is_beyond[mine]]
+        beyond = (further, state.beyond[further])
+        torch.distributed.all_gather_object(shares, (mine, found, beyond, state.costs, warnings))
         state.costs = {}
-        for samples, part, costs, notes in shares:
+        for samples, part, (further, points), costs, notes in shares:
+            state.beyond[further] = points
             for name in SHARED:
                 getattr(state, name)[samples] = part[name]
             for name, cost in costs.items():

@@ -26,6 +26,8 @@ HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries (of 10,00
 class Square(AttackSettings):
     """Square Attack on the margin, for images [N, C, H, W].
 
+    A sample leaves the batch soon after it fell, but where a verdict takes several passes of a randomised model.
+
     Args:
         threat_model: norm, radius and box; its step size is not used.
         n_queries: proposals of one run.
@@ -104,7 +106,8 @@ class Square(AttackSettings):
             first = self._first(x, samples, noise)
             search = Search(0, first, _margin_of_truth(classifier.logits(first), y))
         best, margin = search.best.clone(), search.margin.clone()
-        rows = (margin > 0).nonzero().squeeze(1)  # the samples still attacked; the next five tensors are theirs
+        # The samples still attacked; the next five tensors are theirs.
+        rows = (margin > (0 if classifier.is_sure else -torch.inf)).nonzero().squeeze(1)
         current, current_margin = best[rows], margin[rows]
         centre, labels, ids = x[rows], y[rows], samples[rows]
         for query in range(search.queries, self.n_queries):
@@ -112,10 +115,12 @@ class Square(AttackSettings):
                 break
             proposal = self._propose(current, centre, ids, noise, query)
             proposed_margin = self._margin(classifier, proposal, labels, current, current_margin)
-            accept = (proposed_margin < current_margin) | (proposed_margin <= 0)
+            accept = proposed_margin < current_margin
+            if classifier.is_sure:
+                accept |= proposed_margin <= 0
             current = torch.where(accept.view(-1, 1, 1, 1), proposal, current)
             current_margin = torch.where(accept, proposed_margin, current_margin)
-            if noise.depends_on_batch or query % SETTLE_EVERY == SETTLE_EVERY - 1:
+            if classifier.is_sure and (noise.depends_on_batch or query % SETTLE_EVERY == SETTLE_EVERY - 1):
                 alive = current_margin > 0
                 if not bool(alive.all()):
                     best[rows], margin[rows] = current, current_margin
@@ -149,7 +154,7 @@ class Square(AttackSettings):
     def _first(self, x: Tensor, samples: Tensor, noise: Noise) -> Tensor:
         """Vertical stripes of ±eps (linf), or tiles of a pattern, scaled to length eps; clipped to the box.
 
-        In l1 the tiles are projected to the ball and the box instead.
+        In l1 the tiles, each as long as the box is wide, are projected to the ball and the box instead.
         """
         model = self.threat_model
         channels, height, width = x.shape[1:]
@@ -171,7 +176,7 @@ class Square(AttackSettings):
                 delta[:, :, rows, columns] += piece[..., : max(rows.stop - top, 0), : max(columns.stop - left, 0)]
                 tile += 1
         if model.norm == "l1":
-            return model.replace(eps=model.eps * WITHIN).project(x + delta, x)
+            return model.replace(eps=model.eps * WITHIN).project(x + model.unit * delta, x)
         length = delta.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
         return (x + delta / (length + 1e-12) * model.eps).clamp(model.lower, model.upper)
 

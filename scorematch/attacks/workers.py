@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -61,6 +63,8 @@ class Team:
 
         def work_off(worker: int) -> None:
             try:
+                if self._stop.is_set():
+                    return
                 torch.set_num_threads(max(threads // count, 1))
                 with torch.autocast("cpu", **autocast):
                     while not self._stop.is_set():
@@ -86,6 +90,8 @@ class Team:
             raise
         finally:
             for worker in workers:
+                while worker.ident is None and worker in threading.enumerate():
+                    time.sleep(0.001)  # a signal came while it was being started
                 if worker.ident is not None:
                     worker.join()
             torch.set_num_threads(threads)  # threads that begin later take the last number that was set
@@ -102,6 +108,24 @@ def automatic(model: Any, x: Tensor) -> int:
     if x.device.type != "cpu" or torch.get_num_threads() == 1 or not can_be_shared(model, x):
         return 1
     return min(torch.get_num_threads(), MOST)
+
+
+def copies(model: Any, devices: Sequence[torch.device]) -> list[Any]:
+    """A model for each device: itself on the first, copies of its own on the others.
+
+    Raises:
+        ValueError: there are several devices, and the model is no module or cannot be copied.
+    """
+    made = [model]
+    for device in devices[1:]:
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"device: a copy on {device} needs a module, the model is a {type(model).__name__}")
+        try:
+            made.append(copy.deepcopy(model).to(device))
+        except Exception as error:  # whatever an attribute that cannot be copied raises
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"device: the model cannot be copied to {device} ({reason})") from error
+    return made
 
 
 def can_be_shared(model: Any, x: Tensor) -> bool:

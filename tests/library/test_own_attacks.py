@@ -52,6 +52,44 @@ class RandomPoints:
         return points, torch.ones_like(wrong) if self.lies else wrong
 
 
+class Beyond(RandomPoints):
+    """Changes what random points return."""
+
+    name = "beyond"
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(BALL)
+        self.kind = kind
+
+    def run_part(self, classifier: Classifier, batch: Batch) -> tuple[Tensor, Tensor]:
+        points, _ = super().run_part(classifier, batch)
+        everything = torch.ones(len(points), dtype=torch.bool)
+        if self.kind == "far":
+            return batch.x + 0.11 * (0.5 - batch.x).sign(), everything
+        if self.kind == "box":
+            return batch.x - 0.05, everything
+        if self.kind == "nan":
+            return points * torch.nan, everything
+        if self.kind == "shape":
+            return points.flatten(1), everything
+        return points, everything.float()
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("far", r"beyond counts a point that is not allowed: up to 0.11 away from its sample in linf, allowed 0.1;"),
+        ("box", r"beyond counts a point that is not allowed: .* values in \[-0.0\d+, 0.9\d+\], allowed \[0, 1\]"),
+        ("nan", "beyond counts a point that is not allowed: up to nan away"),
+        ("shape", r"beyond must return points torch.float32 \[60, 1, 4, 4\] and bool \[60\], got .* \[60, 16\] and"),
+        ("mask", r"got torch.float32 \[60, 1, 4, 4\] and torch.float32 \[60\]"),
+    ],
+)
+def test_points_that_are_not_allowed_are_refused(kind: str, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        run([Beyond(kind)])
+
+
 def run(attacks: list[Any], **options: Any) -> tuple[Tensor, dict[str, Any]]:
     model, x, y = problem()
     path, workers = options.pop("state_path", None), options.pop("workers", 1)

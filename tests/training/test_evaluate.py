@@ -326,3 +326,66 @@ def test_pgd_searches_in_a_low_precision_and_judges_in_full(call: Any, trained: 
     ending = call("evaluate", "--run", trained, "--attack", "autoattack", "--precision", "bfloat16")
     assert ending.status == 2
     assert "precision: is for --attack pgd" in ending.err
+
+
+def test_autoattack_at_several_radii(call: Any, trained: Path, tmp_path: Path) -> None:
+    curve = ["--radii", "0.05", "0.02", "--state", "state.pt", "--out", "curve.json"]
+    ending = call("evaluate", "--run", trained, *FAST, *curve)
+    assert ending.status == 0, ending
+    assert "| linf eps | accuracy, % | 95 % interval |" in ending.out
+    results = read(tmp_path / "curve.json")
+    model, x, y = subject(trained)
+    adversary = AutoAttack(model, "Linf", 0.05, seed=2, verbose=False, version="fast")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AutoAttackWarning)
+        expected = adversary.accuracy_curve(x, y, radii=[0.02, 0.05])
+    assert results["accuracy_curve"]["robust_accuracy"] == list(expected.robust_accuracy.values())
+    assert results["threat_model"] == {"norm": "linf", "eps": 0.05}
+    assert 1 > results["accuracy_curve"]["robust_accuracy"][0] > results["accuracy_curve"]["robust_accuracy"][1] > 0
+    assert {path.name for path in tmp_path.glob("state.pt*")} == {"state.pt.eps0.02", "state.pt.eps0.05"}
+    assert "resumed from" in call("evaluate", "--run", trained, *FAST, *curve).out
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ("--radii 0.05 0", "radii: (0.05, 0.0) is out of range, allowed with --attack autoattack: above 0"),
+        ("--radii 0.05 --eps 0.1", "eps: is the radius of a single evaluation, --radii has several"),
+        ("--radii 0.05 --engine official", "radii: is for --engine native"),
+        ("--verdict-passes 0", "verdict_passes: 0 is out of range"),
+        ("--verdict-passes 3 --engine official", "verdict_passes: is for --engine native"),
+    ],
+)
+def test_options_of_autoattack_that_do_not_fit(call: Any, trained: Path, options: str, told: str) -> None:
+    ending = call("evaluate", "--run", trained, "--attack", "autoattack", *options.split())
+    assert ending.status == 2
+    assert told in ending.err
+
+
+def test_verdict_passes_reach_autoattack(call: Any, trained: Path, tmp_path: Path) -> None:
+    ending = call("evaluate", "--run", trained, *FAST, "--verdict-passes", "2", "--out", "report.json")
+    assert ending.status == 0, ending
+    assert read(tmp_path / "report.json")["autoattack"]["verdict_passes"] == 2
+
+
+def test_autoattack_on_images_in_another_box(
+    call: Any, mine: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images in [-1, 1] are attacked within it; the official package takes [0, 1] alone."""
+    (tmp_path / "signed_to_evaluate.py").write_text(
+        "import torch\n"
+        "from training.data import Data\n"
+        "def images():\n"
+        "    x = 2 * torch.rand(60, 1, 8, 8, generator=torch.Generator().manual_seed(0)) - 1\n"
+        "    y = torch.arange(60) % 10\n"
+        "    return Data('signed', 10, x, y, x[:20], y[:20], x[20:40], y[20:40], lower=-1.0, upper=1.0)\n"
+    )
+    monkeypatch.delitem(sys.modules, "signed_to_evaluate", raising=False)
+    source = ["--model-from", "mine_to_evaluate:linear", "--data", "signed_to_evaluate:images", "--eps", "0.1"]
+    options = ["--attack", "autoattack", "--version", "fast", "--out", "report.json"]
+    ending = call("evaluate", *source, *options)
+    assert ending.status == 0, ending
+    assert read(tmp_path / "report.json")["autoattack"]["box"] == [-1.0, 1.0]
+    monkeypatch.setitem(sys.modules, "autoattack", SimpleNamespace())
+    ending = call("evaluate", *source, *options, "--engine", "official")
+    assert "allowed: images in [0, 1]; clean and pgd take others" in ending.err

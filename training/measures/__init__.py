@@ -3,7 +3,8 @@
 import io
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
 from scorematch import PGD, AutoAttack, ThreatModel, consistency, intervals
-from scorematch.attacks import AutoAttackWarning
+from scorematch.attacks import AccuracyCurve, AutoAttackWarning
 from scorematch.posteriors import Posterior
 from training.engine import distributed
 from training.settings.errors import InputError
@@ -71,15 +72,40 @@ def autoattack(
     Raises:
         InputError: data, model or state file are not what AutoAttack takes.
     """
+    with _told_by_autoattack():
+        adversary.run_standard_evaluation(x, y, bs=batch, state_path=state)
+    return adversary.report
+
+
+def accuracy_curve(
+    adversary: AutoAttack,
+    x: Tensor,
+    y: Tensor,
+    radii: Sequence[float],
+    *,
+    batch: int = BATCH,
+    state: Path | None = None,
+) -> AccuracyCurve:
+    """The same at several radii, each with a state file of its own.
+
+    Raises:
+        InputError: as for :func:`autoattack`.
+    """
+    with _told_by_autoattack():
+        return adversary.accuracy_curve(x, y, radii=radii, bs=batch, state_path=state)
+
+
+@contextmanager
+def _told_by_autoattack() -> Iterator[None]:
+    """Its lines as they come, its warnings as lines like all else, its errors as those of a program."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # hours may pass between two lines
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AutoAttackWarning)
         try:
-            adversary.run_standard_evaluation(x, y, bs=batch, state_path=state)
+            yield
         except ValueError as error:
             raise InputError(f"autoattack: {error}") from None
-    return adversary.report
 
 
 def share_of(count: int) -> int:
