@@ -284,6 +284,13 @@ def test_a_range_of_one_value_is_that_value() -> None:
     torch.testing.assert_close(ranged.x_adv, x + 0.3 * omega)
 
 
+def test_no_noise_is_a_level_of_noise_unless_refused() -> None:
+    x = torch.zeros(3, 2)
+    assert objectives.noise_levels(x, 0.0).tolist() == [0.0] * 3
+    with pytest.raises(ValueError, match=r"sigma must be finite and above 0, got 0\.0"):
+        objectives.noise_levels(x, 0.0, positive=True)
+
+
 def test_no_noise_has_no_alignment() -> None:
     assert objectives.alignment_of(0.0, 0.5) == 0.0
 

@@ -87,6 +87,24 @@ def test_ascent_equals_automatic_differentiation(base: str, share: float, kind: 
     torch.testing.assert_close(ascent.gradient(MOVED), expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
 
 
+def test_metrics_of_an_ascent_are_what_they_are_called() -> None:
+    """The sum of norms by the sum of norms, and shares of components, over the steps."""
+    ascent = _DirectAscent(MODEL, _Target(ORACLE.trace(X, Y)), "kl")
+    data_norm, model_norm, changes = 0.0, 0.0, []
+    for point in (MOVED, X + 0.5):
+        total = ascent.gradient(point)
+        x = point.clone().requires_grad_()
+        target = log_posterior(ORACLE, point).exp()
+        (alone,) = torch.autograd.grad(plain_divergence(target, MODEL(x).softmax(1), "kl").sum(), x)
+        data_norm += float((total - alone).norm(dim=1).sum())
+        model_norm += float(alone.norm(dim=1).sum())
+        changes.append((total.sign() != alone.sign()).float().mean())
+    assert 0.05 < float(sum(changes)) / 2 < 0.95
+    metrics = ascent.metrics()
+    assert float(metrics["data_gradient_ratio"]) == pytest.approx(data_norm / model_norm, rel=1e-6)
+    assert float(metrics["sign_change_share"]) == pytest.approx(float(sum(changes)) / 2, rel=1e-6)
+
+
 def found(name: str, **options: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(0)
     outcome = objectives.OBJECTIVES[name](MODEL, X, Y, threat_model=L2, generator=generator, **options)

@@ -137,6 +137,13 @@ def test_standard_is_cross_entropy() -> None:
     torch.testing.assert_close(objectives.standard(model, x, y).loss, cross_entropy(model(x), y, reduction="none"))
 
 
+def test_accuracy_counts_what_is_right() -> None:
+    logits = torch.tensor([[1.0, 2.0, 0.0], [0.0, 0.1, 3.0], [5.0, 1.0, 1.0], [0.0, 4.0, 1.0]])
+    assert objectives.accuracy(logits, torch.tensor([1, 2, 0, 2])) == 0.75
+    soft = torch.tensor([[0.1, 0.8, 0.1], [0.6, 0.2, 0.2], [0.5, 0.3, 0.2], [0.0, 0.0, 1.0]])
+    assert objectives.accuracy(logits, soft) == 0.5
+
+
 def test_trades_is_its_two_terms() -> None:
     model, x, y = small_cnn(), torch.rand(8, 1, 8, 8), torch.arange(8)
     outcome = objectives.trades(model, x, y, threat_model=ThreatModel("linf", 0.1), beta=3.0, divergence="se")
