@@ -1,0 +1,159 @@
+"""The arithmetic of benchmarks.kernels --floor and --compare; no verdict here depends on how fast the machine is."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import floor, kernels
+
+PEAK = floor.Peak(operations=1e9, exponentials=1e8)
+
+
+def probes(**changes: float) -> floor.Probes:
+    """1 ns for a byte read, 3 ns for a byte written, 10 µs for a call."""
+    given = {"moved": 1000, "read": 11e-6, "copied": 12e-6, "call": 10e-6, "backward": 40e-6}
+    return floor.Probes(**{**given, **changes})
+
+
+def test_a_byte_read_or_written_has_its_own_time():
+    found = floor.floor_of(floor.Work(20_000, 10_000, 1000), probes(), PEAK, cache_bytes=2**20)
+    assert found["call_us"] == pytest.approx(10)
+    assert found["moving_us"] == pytest.approx(20 * 1 + 10 * 3)
+    assert found["computing_us"] == pytest.approx(1)
+    assert found["floor_us"] == pytest.approx(10 + 50)
+    assert found["bound"] == "cache"
+
+
+def test_operations_and_exponentials_add_up():
+    found = floor.floor_of(floor.Work(1000, 0, 30_000, 2000), probes(), PEAK, cache_bytes=2**20)
+    assert found["computing_us"] == pytest.approx(30 + 20)
+    assert found["floor_us"] == pytest.approx(10 + 50)
+    assert found["bound"] == "arithmetic"
+
+
+def test_what_bounds_a_call():
+    small, large = floor.Work(8, 8, 4), floor.Work(500_000, 500_000, 4)
+    assert floor.floor_of(small, probes(), PEAK, cache_bytes=2**20)["bound"] == "call"
+    assert floor.floor_of(large, probes(), PEAK, cache_bytes=10**6)["bound"] == "cache"
+    assert floor.floor_of(large, probes(), PEAK, cache_bytes=10**6 - 1)["bound"] == "memory"
+    in_turns = floor.Work(500_000, 500_000, 4, turns=6)
+    found = floor.floor_of(in_turns, probes(), PEAK, cache_bytes=6 * 10**6 - 1)
+    assert found["bound"] == "memory"
+    assert found["footprint"] == 6 * 10**6
+    backward = floor.Work(8, 8, 4, backward=True)
+    assert floor.floor_of(backward, probes(), PEAK, cache_bytes=2**20)["call_us"] == pytest.approx(40)
+
+
+def test_probes_faster_than_a_call_give_no_negative_time():
+    found = floor.floor_of(floor.Work(8, 8, 4), probes(read=9e-6, copied=9e-6), PEAK, cache_bytes=2**20)
+    assert found["moving_us"] == 0
+
+
+def test_probes_move_what_the_case_moves():
+    moved, runs = floor.probe_runs(floor.Work(300_000, 100_000, 0, turns=3), "cpu")
+    assert moved == 400_000
+    assert set(runs) == {"read", "copied", "call"}
+    assert floor.probe_runs(floor.Work(8, 8, 4), "cpu")[0] == floor.SMALLEST_PROBE
+    assert "backward" in floor.probe_runs(floor.Work(8, 8, 4, backward=True), "cpu")[1]
+
+
+def test_every_case_says_what_it_has_to_do():
+    suites = (kernels.threat_model_cases, kernels.auto_attack_cases, kernels.divergence_cases, kernels.score_cases)
+    cases = {case.name: case.work for suite in suites for case in suite("cpu")}
+    elements = 128 * 3 * 32 * 32
+    assert all(work.read > 0 and work.written > 0 and work.operations > 0 for work in cases.values())
+    assert cases["pgd_step linf [128,3,32,32]"] == floor.Work(12 * elements, 4 * elements, 9 * elements)
+    assert cases["score_step [128,10,3072] from memory"] == floor.Work(
+        4 * (11 * elements + 1280), 4 * elements, 20 * elements, turns=6
+    )
+    assert cases["keyed_uniform [128,5]"] == floor.Work(8 * 128, 4 * 5 * 128, 128 * (2 * 80 + 15))
+    assert all(work.backward == ("divergence" in name) for name, work in cases.items())
+    logits = 512 * 10
+    assert cases["divergence kl, labels [512,10]"] == floor.Work(
+        4 * logits + 8 * 512, 4 * (logits + 512), 13 * logits, logits, backward=True
+    )
+
+
+@pytest.mark.parametrize(("count", "outside"), [(5, 0), (6, 0), (9, 1), (20, 5), (60, 21)])
+def test_interval_of_the_median(count, outside):
+    """As many values are left out at each end as tables of the sign test say."""
+    values = torch.randperm(count).tolist()
+    assert floor.interval_of_median(values) == (outside, count - 1 - outside)
+
+
+def record(*, ours: float, eager: float, noise: float = 0.02, **changes: object) -> dict:
+    results = {
+        "name": "step",
+        "ours": {"median_us": ours, "low_us": ours * (1 - noise), "high_us": ours * (1 + noise)},
+        "eager/ours": eager / ours,
+        "eager/ours_interval": [eager / ours * (1 - noise), eager / ours * (1 + noise)],
+    }
+    return {"device": "a processor", "threads": 2, "results": [results], **changes}
+
+
+@pytest.mark.parametrize(
+    ("new", "slower"),
+    [
+        (record(ours=10, eager=30), False),
+        (record(ours=13, eager=30), True),
+        (record(ours=11, eager=30), False),  # less than the threshold
+        (record(ours=13, eager=30, noise=0.35), False),  # the intervals overlap
+        (record(ours=13, eager=39), False),  # the machine is slower
+        (record(ours=10, eager=20), False),  # PyTorch is faster
+        (record(ours=7, eager=30), False),
+    ],
+)
+def test_regressions(new, slower, tmp_path, capsys):
+    files = [tmp_path / name for name in ("old.json", "new.json")]
+    for file, content in zip(files, (record(ours=10, eager=30), new), strict=True):
+        file.write_text(json.dumps(content))
+    assert kernels.main(["--compare", *map(str, files)]) == int(slower)
+    printed = capsys.readouterr().out
+    assert ("step: 1.30 times as long (10.0 to 13.0 µs), 1.30 times beside eager PyTorch" in printed) == slower
+    assert ("no case is slower" in printed) != slower
+
+
+def test_what_cannot_be_compared(tmp_path, capsys):
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    old.write_text(json.dumps(record(ours=10, eager=30)))
+    cases = {
+        "threads must be the same in both files, got 2 and 1": record(ours=10, eager=30, threads=1),
+        "the new file has no intervals": record(ours=10, eager=30, results=[{"name": "step", "ours": {}}]),
+    }
+    for message, content in cases.items():
+        new.write_text(json.dumps(content))
+        assert kernels.main(["--compare", str(old), str(new)]) == 2
+        assert message in capsys.readouterr().err
+    assert kernels.main(["--compare", str(old), str(tmp_path / "missing.json")]) == 2
+
+
+def test_a_case_in_one_file_alone_is_named(tmp_path, capsys):
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    old.write_text(json.dumps(record(ours=10, eager=30)))
+    new.write_text(json.dumps(record(ours=10, eager=30, results=[])))
+    assert kernels.main(["--compare", str(old), str(new)]) == 0
+    assert "only in one file: step" in capsys.readouterr().out
+
+
+def test_a_measured_file_can_be_compared(tmp_path):
+    """From the command line to the verdict, on the smallest case."""
+    files = [tmp_path / name for name in ("a.json", "b.json")]
+    options = ["--only", "score_step fixed", "--no-compile", "--rounds", "7", "--threads", "1"]
+    for file in files:
+        assert kernels.main([*options, "--out", str(file)]) == 0
+    assert kernels.main(["--compare", *map(str, files)]) in (0, 1)
+
+
+def test_a_measured_floor_is_complete(tmp_path, monkeypatch):
+    monkeypatch.setattr(floor, "larger_than_caches", lambda device: 2**22)
+    out = Path(tmp_path / "floor.json")
+    options = ["--only", "score_step fixed", "--no-compile", "--rounds", "7", "--threads", "1", "--floor"]
+    assert kernels.main([*options, "--out", str(out)]) == 0
+    written = json.loads(out.read_text())
+    assert written["machine"]["peak"]["operations"] > 0
+    assert [line["bytes"] for line in written["machine"]["bandwidth"]][-1] == 2**22
+    found = written["results"][0]["floor"]
+    assert found["floor_us"] >= found["call_us"] > 0
+    assert found["bound"] in ("call", "cache", "memory", "arithmetic")
