@@ -1,0 +1,158 @@
+"""Where AutoAttack's time goes: in the network's passes, which it cannot do without, or beside them.
+
+    python -m benchmarks.overhead --model digits_cnn --input-shape 1 8 8 --samples 250 --threads 1
+
+An untrained network is attacked within so small a radius that nothing is found, with its own predictions as labels: so
+every attack does all of its work for every sample. All passes are counted, with the samples of each; right afterwards
+the bare passes of the same network are timed on as many samples, and floor = Σ count × time of a bare pass. What an
+attack takes beyond is its own: steps, losses, choices of the best point, books.
+"""
+
+import json
+import shlex
+import statistics
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.kernels import device_name
+from scorematch import AutoAttack
+from scorematch.attacks import classifier
+from scorematch.attacks.autoattack import VERSIONS
+from training import models
+from training.settings import command_line
+from training.settings.errors import run_program
+
+Network = Callable[[Tensor], Tensor]
+Pass = tuple[str, int]  # "logits" (forward), "graph" (forward, to go back through) or "back", and the samples
+
+
+@dataclass(frozen=True)
+class BenchmarkSettings:
+    """What to attack."""
+
+    model: str = "digits_cnn"  # architecture, untrained
+    input_shape: tuple[int, ...] = (1, 8, 8)  # of a sample
+    classes: int = 10  # of the network
+    samples: int = 250  # how many are attacked, all at once
+    eps: float = 1e-6  # radius, so small that nothing is found
+    attacks: tuple[str, ...] = VERSIONS["standard"]  # which attacks
+    steps: int = 100  # iterations of APGD and FAB
+    queries: int = 5000  # of Square
+    repeats: int = 3  # runs of each attack; the median counts
+    threads: int = 1  # CPU threads
+    out: Path | None = None  # JSON file to write
+
+
+@dataclass
+class Recorder:
+    """Stands for `logits_of`: counts the passes, and keeps the network that is called and an input of each kind."""
+
+    call: Callable[[Network, Tensor], Tensor]
+    passes: Counter[Pass] = field(default_factory=Counter)
+    network: Network | None = None
+    example: Tensor | None = None
+
+    def __call__(self, network: Network, x: Tensor) -> Tensor:
+        logits = self.call(network, x)
+        count = len(x)
+        if logits.requires_grad:
+            logits.register_hook(lambda gradient: self.passes.update([("back", count)]))
+        self.passes[("graph" if logits.requires_grad else "logits", count)] += 1
+        if self.example is None or count > len(self.example):
+            self.network, self.example = network, x.detach()
+        return logits
+
+
+def floor_seconds(passes: Counter[Pass], seconds: dict[Pass, float]) -> float:
+    return sum(count * seconds[kind] for kind, count in passes.items())
+
+
+def bare_seconds(network: Network, example: Tensor, passes: Counter[Pass], rounds: int = 7) -> dict[Pass, float]:
+    """Seconds of each kind of pass; the median of rounds in which all take turns."""
+    taken: dict[Pass, list[float]] = {kind: [] for kind in passes}
+    for _ in range(rounds):
+        for kind, count in passes:
+            x = example[:count].clone(memory_format=torch.preserve_format).requires_grad_(kind != "logits")
+            with torch.set_grad_enabled(kind != "logits"):
+                begin = time.perf_counter()
+                logits = network(x)
+                if kind == "back":
+                    chosen = logits.sum()
+                    begin = time.perf_counter()
+                    torch.autograd.grad(chosen, x)
+                taken[kind, count].append(time.perf_counter() - begin)
+    return {kind: statistics.median(values) for kind, values in taken.items()}
+
+
+def measure(model: torch.nn.Module, x: Tensor, attack: str, settings: BenchmarkSettings) -> dict[str, Any]:
+    adversary = AutoAttack(model, "Linf", settings.eps, 0, False, version="custom", attacks_to_run=[attack], workers=1)
+    for part in (adversary.apgd, adversary.apgd_targeted, adversary.fab):
+        part.n_iter = settings.steps
+    adversary.square.n_queries = settings.queries
+    y = classifier.predicted(model(x))
+    recorder = Recorder(classifier.logits_of)
+    seconds = []
+    classifier.logits_of = recorder
+    try:
+        for _ in range(settings.repeats):
+            recorder.passes.clear()
+            begin = time.perf_counter()
+            adversary.run_standard_evaluation(x, y, bs=len(x))
+            seconds.append(time.perf_counter() - begin)
+    finally:
+        classifier.logits_of = recorder.call
+    assert recorder.network is not None
+    assert recorder.example is not None
+    bare = bare_seconds(recorder.network, recorder.example, recorder.passes)
+    lowest, taken = floor_seconds(recorder.passes, bare), statistics.median(seconds)
+    counts = {
+        kind: sum(n for (k, _), n in recorder.passes.items() if k == kind) for kind in ("logits", "graph", "back")
+    }
+    return {
+        "attack": attack,
+        "passes": counts,
+        "seconds": taken,
+        "all_seconds": seconds,
+        "floor_seconds": lowest,
+        "times_floor": taken / lowest,
+        "overhead_a_forward_us": (taken - lowest) / (counts["logits"] + counts["graph"]) * 1e6,
+    }
+
+
+def main(arguments: list[str]) -> None:
+    settings = command_line.parse(
+        BenchmarkSettings,
+        arguments,
+        program="python -m benchmarks.overhead",
+        description="Share of AutoAttack's time outside the network's passes.",
+    )
+    torch.set_num_threads(settings.threads)
+    torch.manual_seed(0)
+    model = models.build(settings.model, settings.input_shape, settings.classes, None).eval().requires_grad_(False)
+    x = torch.rand(settings.samples, *settings.input_shape)
+    lines = []
+    for attack in settings.attacks:
+        lines.append(measure(model, x, attack, settings))
+        print(json.dumps(lines[-1]), flush=True)
+    if settings.out is not None:
+        head = {
+            "command": f"python -m benchmarks.overhead {shlex.join(arguments)}",
+            "device": device_name("cpu"),
+            "threads": settings.threads,
+            "torch": torch.__version__,
+        }
+        settings.out.write_text(json.dumps({**head, "attacks": lines}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    sys.exit(run_program(main))
