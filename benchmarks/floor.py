@@ -49,8 +49,9 @@ def bytes_of(tensors: Sequence[Tensor]) -> int:
 class Probes:
     """Seconds that the machine takes for simple things, on data that come round as often as the case's."""
 
-    moved: int  # bytes that `read` reads, and that `copied` reads and writes together
-    read: float
+    moved: int  # bytes that a reading reads, and that `copied` reads and writes together
+    read: float  # in one run
+    read_in_two: float  # in two at once, which is faster from memory and slower from the nearest cache
     copied: float
     call: float  # of torch's smallest operator
     backward: float  # the same, forward and backward
@@ -66,16 +67,26 @@ def probe_runs(case: Work, device: str) -> tuple[int, dict[str, Run]]:
     """Bytes moved, and what is to be timed for `Probes`."""
     moved = max(case.read + case.written, SMALLEST_PROBE) // 8 * 8
     buffers = [torch.rand(moved // 4, device=device) for _ in range(case.turns)]
-    to_read, to_copy = itertools.cycle(buffers), itertools.cycle([b.chunk(2) for b in buffers])
+    to_read = itertools.cycle(buffers)
+    halves, to_copy = (itertools.cycle([b.chunk(2) for b in buffers]) for _ in range(2))
     one = torch.ones(1, device=device)
     differentiable = torch.ones(2, device=device, requires_grad=True)
     upstream = torch.ones(2, device=device)
+
+    def read_in_two() -> Tensor:
+        a, b = next(halves)
+        return torch.dot(a, b)
 
     def copy() -> None:
         source, target = next(to_copy)
         target.copy_(source)
 
-    runs: dict[str, Run] = {"read": lambda: next(to_read).sum(), "copied": copy, "call": one.neg}
+    runs: dict[str, Run] = {
+        "read": lambda: next(to_read).sum(),
+        "read_in_two": read_in_two,
+        "copied": copy,
+        "call": one.neg,
+    }
     if case.backward:
         runs["backward"] = lambda: torch.autograd.grad(differentiable.neg(), differentiable, upstream)
     return moved, runs
@@ -84,11 +95,13 @@ def probe_runs(case: Work, device: str) -> tuple[int, dict[str, Run]]:
 def floor_of(case: Work, probes: Probes, peak: Peak, cache_bytes: int) -> Result:
     """The least time of a call, in µs: that of a call as such, and the longer of moving its bytes and computing.
 
-    A byte read takes as long as in a sum, a byte written as long as it adds to a copy.
+    A byte read takes as long as in the fastest of a sum, a dot product and a copy, a byte written as long as it adds to
+    the copy.
     """
     overhead = probes.backward if case.backward else probes.call
-    seconds_a_byte = max(probes.read - probes.call, 0.0) / probes.moved
-    seconds_a_byte_written = max(2 * max(probes.copied - probes.call, 0.0) / probes.moved - seconds_a_byte, 0.0)
+    copied = max(probes.copied - probes.call, 0.0) / probes.moved
+    seconds_a_byte = min(max(min(probes.read, probes.read_in_two) - probes.call, 0.0) / probes.moved, copied)
+    seconds_a_byte_written = 2 * copied - seconds_a_byte
     moving = case.read * seconds_a_byte + case.written * seconds_a_byte_written
     computing = case.operations / peak.operations + case.exponentials / peak.exponentials
     size = case.read + case.written
@@ -109,8 +122,8 @@ def floor_of(case: Work, probes: Probes, peak: Peak, cache_bytes: int) -> Result
 
 
 def measure_peak(device: str, seconds: Callable[[Run, int, str], float]) -> Peak:
-    """By a product of matrices and by exponentials, both in the nearest cache; the best of several."""
-    a, z = torch.rand(512, 512, device=device), torch.rand(16384, device=device)
+    """By a product of matrices and by exponentials, both in a near cache; the best of many."""
+    a, z = torch.rand(256, 256, device=device), torch.rand(16384, device=device)
     product, exponentials = torch.empty_like(a), torch.empty_like(z)
     best = {}
     for name, run in (
@@ -118,8 +131,8 @@ def measure_peak(device: str, seconds: Callable[[Run, int, str], float]) -> Peak
         ("exponentials", lambda: torch.exp(z, out=exponentials)),
     ):
         run()
-        best[name] = min(seconds(run, 20, device) for _ in range(20))
-    return Peak(2 * 512**3 / best["product"], len(z) / best["exponentials"])
+        best[name] = min(seconds(run, 5, device) for _ in range(300))
+    return Peak(2 * 256**3 / best["product"], len(z) / best["exponentials"])
 
 
 def measure_bandwidth(device: str, seconds: Callable[[Run, int, str], float], large: int) -> list[dict[str, float]]:
@@ -168,11 +181,21 @@ def interval_of_median(values: Sequence[float]) -> tuple[float, float]:
     return ordered[below], ordered[n - 1 - below]
 
 
+def lower_decile(values: Sequence[float]) -> float:
+    return statistics.quantiles(values, n=10)[0]
+
+
 def spread(values: Sequence[float]) -> dict[str, float]:
     """In µs."""
-    tenths = statistics.quantiles(values, n=10)
     low, high = interval_of_median(values)
-    named = {"median": statistics.median(values), "p10": tenths[0], "p90": tenths[-1], "low": low, "high": high}
+    upper_decile = statistics.quantiles(values, n=10)[-1]
+    named = {
+        "median": statistics.median(values),
+        "p10": lower_decile(values),
+        "p90": upper_decile,
+        "low": low,
+        "high": high,
+    }
     return {f"{name}_us": value * 1e6 for name, value in named.items()}
 
 

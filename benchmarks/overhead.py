@@ -5,7 +5,8 @@
 An untrained network is attacked within so small a radius that nothing is found, with its own predictions as labels: so
 every attack does all of its work for every sample. All passes are counted, with the samples of each; right afterwards
 the bare passes of the same network are timed on as many samples, and floor = Σ count × time of a bare pass. What an
-attack takes beyond is its own: steps, losses, choices of the best point, books.
+attack takes beyond is its own: steps, losses, choices of the best point, books. Seconds are those of the processor,
+which other work on the machine does not lengthen; with several threads they are the sum of all.
 """
 
 import json
@@ -76,20 +77,20 @@ def floor_seconds(passes: Counter[Pass], seconds: dict[Pass, float]) -> float:
     return sum(count * seconds[kind] for kind, count in passes.items())
 
 
-def bare_seconds(network: Network, example: Tensor, passes: Counter[Pass], rounds: int = 7) -> dict[Pass, float]:
-    """Seconds of each kind of pass; the median of rounds in which all take turns."""
+def bare_seconds(network: Network, example: Tensor, passes: Counter[Pass], rounds: int = 15) -> dict[Pass, float]:
+    """Processor seconds of each kind of pass; the median of rounds in which all take turns."""
     taken: dict[Pass, list[float]] = {kind: [] for kind in passes}
     for _ in range(rounds):
         for kind, count in passes:
             x = example[:count].clone(memory_format=torch.preserve_format).requires_grad_(kind != "logits")
             with torch.set_grad_enabled(kind != "logits"):
-                begin = time.perf_counter()
+                begin = time.process_time()
                 logits = network(x)
                 if kind == "back":
                     chosen = logits.sum()
-                    begin = time.perf_counter()
+                    begin = time.process_time()
                     torch.autograd.grad(chosen, x)
-                taken[kind, count].append(time.perf_counter() - begin)
+                taken[kind, count].append(time.process_time() - begin)
     return {kind: statistics.median(values) for kind, values in taken.items()}
 
 
@@ -105,9 +106,9 @@ def measure(model: torch.nn.Module, x: Tensor, attack: str, settings: BenchmarkS
     try:
         for _ in range(settings.repeats):
             recorder.passes.clear()
-            begin = time.perf_counter()
+            begin = time.process_time()
             adversary.run_standard_evaluation(x, y, bs=len(x))
-            seconds.append(time.perf_counter() - begin)
+            seconds.append(time.process_time() - begin)
     finally:
         classifier.logits_of = recorder.call
     assert recorder.network is not None

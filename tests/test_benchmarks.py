@@ -14,7 +14,7 @@ PEAK = floor.Peak(operations=1e9, exponentials=1e8)
 
 def probes(**changes: float) -> floor.Probes:
     """1 ns for a byte read, 3 ns for a byte written, 10 µs for a call."""
-    given = {"moved": 1000, "read": 11e-6, "copied": 12e-6, "call": 10e-6, "backward": 40e-6}
+    given = {"moved": 1000, "read": 11e-6, "read_in_two": 12e-6, "copied": 12e-6, "call": 10e-6, "backward": 40e-6}
     return floor.Probes(**{**given, **changes})
 
 
@@ -25,6 +25,13 @@ def test_a_byte_read_or_written_has_its_own_time():
     assert found["computing_us"] == pytest.approx(1)
     assert found["floor_us"] == pytest.approx(10 + 50)
     assert found["bound"] == "cache"
+
+
+def test_the_fastest_way_to_read_counts():
+    work = floor.Work(20_000, 10_000, 1000)
+    assert floor.floor_of(work, probes(read=13e-6, read_in_two=11e-6), PEAK, 0)["moving_us"] == pytest.approx(50)
+    slow = probes(read=13e-6, read_in_two=14e-6)  # 3 ns, but a copy moves a byte in 2 ns
+    assert floor.floor_of(work, slow, PEAK, 0)["moving_us"] == pytest.approx(60)
 
 
 def test_operations_and_exponentials_add_up():
@@ -48,14 +55,16 @@ def test_what_bounds_a_call():
 
 
 def test_probes_faster_than_a_call_give_no_negative_time():
-    found = floor.floor_of(floor.Work(8, 8, 4), probes(read=9e-6, copied=9e-6), PEAK, cache_bytes=2**20)
+    found = floor.floor_of(
+        floor.Work(8, 8, 4), probes(read=9e-6, read_in_two=9e-6, copied=9e-6), PEAK, cache_bytes=2**20
+    )
     assert found["moving_us"] == 0
 
 
 def test_probes_move_what_the_case_moves():
     moved, runs = floor.probe_runs(floor.Work(300_000, 100_000, 0, turns=3), "cpu")
     assert moved == 400_000
-    assert set(runs) == {"read", "copied", "call"}
+    assert set(runs) == {"read", "read_in_two", "copied", "call"}
     assert floor.probe_runs(floor.Work(8, 8, 4), "cpu")[0] == floor.SMALLEST_PROBE
     assert "backward" in floor.probe_runs(floor.Work(8, 8, 4, backward=True), "cpu")[1]
 
