@@ -3,10 +3,10 @@
     python -m benchmarks.overhead --model digits_cnn --input-shape 1 8 8 --samples 250 --threads 1
 
 An untrained network is attacked within so small a radius that nothing is found, with its own predictions as labels: so
-every attack does all of its work for every sample. All passes are counted, with the samples of each; right afterwards
-the bare passes of the same network are timed on as many samples, and floor = Σ count × time of a bare pass. What an
-attack takes beyond is its own: steps, losses, choices of the best point, books. Seconds are those of the processor,
-which other work on the machine does not lengthen; with several threads they are the sum of all.
+every attack does all of its work for every sample. All passes are counted, with the samples of each. Before every tenth
+a bare pass of the same network on the same samples is timed, which does not count for the attack, and floor = Σ count ×
+median time of a bare pass. What an attack takes beyond is its own: steps, losses, choices of the best point, books.
+Seconds are those of the processor, which other work on the machine lengthens little; of threads they are the sum.
 """
 
 import json
@@ -48,50 +48,51 @@ class BenchmarkSettings:
     attacks: tuple[str, ...] = VERSIONS["standard"]  # which attacks
     steps: int = 100  # iterations of APGD and FAB
     queries: int = 5000  # of Square
-    repeats: int = 3  # runs of each attack; the median counts
     threads: int = 1  # CPU threads
     out: Path | None = None  # JSON file to write
 
 
+def bare_pass(network: Network, x: Tensor, with_graph: bool) -> dict[str, float]:
+    """Processor seconds of a forward pass, and with a graph of the backward pass to x."""
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(with_graph)
+    with torch.set_grad_enabled(with_graph):
+        begin = time.process_time()
+        logits = network(x)
+        forward = time.process_time() - begin
+        if not with_graph:
+            return {"logits": forward}
+        chosen = logits.sum()
+        begin = time.process_time()
+        torch.autograd.grad(chosen, x)
+        return {"graph": forward, "back": time.process_time() - begin}
+
+
 @dataclass
 class Recorder:
-    """Stands for `logits_of`: counts the passes, and keeps the network that is called and an input of each kind."""
+    """Stands for `logits_of`: counts the passes, and times a bare one of the same kind before every tenth."""
 
     call: Callable[[Network, Tensor], Tensor]
     passes: Counter[Pass] = field(default_factory=Counter)
-    network: Network | None = None
-    example: Tensor | None = None
+    bare: dict[Pass, list[float]] = field(default_factory=dict)
+    seconds: float = 0.0  # that the bare passes took
 
     def __call__(self, network: Network, x: Tensor) -> Tensor:
+        with_graph, count = torch.is_grad_enabled() and x.requires_grad, len(x)
+        kind = ("graph" if with_graph else "logits", count)
+        if self.passes[kind] % 10 == 0:
+            begin = time.process_time()
+            for name, taken in bare_pass(network, x, with_graph).items():
+                self.bare.setdefault((name, count), []).append(taken)
+            self.seconds += time.process_time() - begin
+        self.passes[kind] += 1
         logits = self.call(network, x)
-        count = len(x)
-        if logits.requires_grad:
+        if with_graph:
             logits.register_hook(lambda gradient: self.passes.update([("back", count)]))
-        self.passes[("graph" if logits.requires_grad else "logits", count)] += 1
-        if self.example is None or count > len(self.example):
-            self.network, self.example = network, x.detach()
         return logits
 
-
-def floor_seconds(passes: Counter[Pass], seconds: dict[Pass, float]) -> float:
-    return sum(count * seconds[kind] for kind, count in passes.items())
-
-
-def bare_seconds(network: Network, example: Tensor, passes: Counter[Pass], rounds: int = 15) -> dict[Pass, float]:
-    """Processor seconds of each kind of pass; the median of rounds in which all take turns."""
-    taken: dict[Pass, list[float]] = {kind: [] for kind in passes}
-    for _ in range(rounds):
-        for kind, count in passes:
-            x = example[:count].clone(memory_format=torch.preserve_format).requires_grad_(kind != "logits")
-            with torch.set_grad_enabled(kind != "logits"):
-                begin = time.process_time()
-                logits = network(x)
-                if kind == "back":
-                    chosen = logits.sum()
-                    begin = time.process_time()
-                    torch.autograd.grad(chosen, x)
-                taken[kind, count].append(time.process_time() - begin)
-    return {kind: statistics.median(values) for kind, values in taken.items()}
+    def floor_seconds(self) -> float:
+        """Of the network's passes alone."""
+        return sum(count * statistics.median(self.bare[kind]) for kind, count in self.passes.items())
 
 
 def measure(model: torch.nn.Module, x: Tensor, attack: str, settings: BenchmarkSettings) -> dict[str, Any]:
@@ -101,20 +102,14 @@ def measure(model: torch.nn.Module, x: Tensor, attack: str, settings: BenchmarkS
     adversary.square.n_queries = settings.queries
     y = classifier.predicted(model(x))
     recorder = Recorder(classifier.logits_of)
-    seconds = []
     classifier.logits_of = recorder
     try:
-        for _ in range(settings.repeats):
-            recorder.passes.clear()
-            begin = time.process_time()
-            adversary.run_standard_evaluation(x, y, bs=len(x))
-            seconds.append(time.process_time() - begin)
+        begin = time.process_time()
+        adversary.run_standard_evaluation(x, y, bs=len(x))
+        taken = time.process_time() - begin - recorder.seconds
     finally:
         classifier.logits_of = recorder.call
-    assert recorder.network is not None
-    assert recorder.example is not None
-    bare = bare_seconds(recorder.network, recorder.example, recorder.passes)
-    lowest, taken = floor_seconds(recorder.passes, bare), statistics.median(seconds)
+    lowest = recorder.floor_seconds()
     counts = {
         kind: sum(n for (k, _), n in recorder.passes.items() if k == kind) for kind in ("logits", "graph", "back")
     }
@@ -122,7 +117,6 @@ def measure(model: torch.nn.Module, x: Tensor, attack: str, settings: BenchmarkS
         "attack": attack,
         "passes": counts,
         "seconds": taken,
-        "all_seconds": seconds,
         "floor_seconds": lowest,
         "times_floor": taken / lowest,
         "overhead_a_forward_us": (taken - lowest) / (counts["logits"] + counts["graph"]) * 1e6,
