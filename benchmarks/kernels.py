@@ -1,10 +1,18 @@
 """Times every kernel beside eager PyTorch and torch.compile, in one run, and writes benchmarks/results/<device>.json.
 
-    python -m benchmarks.kernels [--device cpu] [--threads 2] [--rounds 60] [--only NAME ...] [--no-compile]
+    python -m benchmarks.kernels [--device cpu] [--threads 2] [--rounds 60] [--only NAME ...] [--no-compile] [--floor]
+    python -m benchmarks.kernels --compare OLD.json NEW.json
 
 The variants of a case take turns in every round, in random order, so that whatever else the machine does meets all of
 them; a ratio is the median of the rounds' ratios. Divergences are timed forward and backward, as attacks use them. A
 "fixed" row is the same call on almost no data: what a call costs whatever its size.
+
+``--floor`` adds what no implementation could be faster than: the bytes that a call has to read and write and the
+operations that it has to do, counted from the definition of the operator, at the speeds at which the same number of
+threads reads, copies, multiplies and exponentiates. Reading and copying take turns with the case itself, on as many
+bytes; of all of them the lower decile counts, since other work on the machine only ever adds.
+
+``--compare`` ends with status 1 if a case has become slower beyond the noise of both files.
 """
 
 import argparse
@@ -17,18 +25,20 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import scorematch
+from benchmarks import floor
+from benchmarks.floor import Run, Work, work
 from scorematch import _extension, ops, reference
 
-Run = Callable[[], object]
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -39,6 +49,7 @@ class Case:
     name: str
     ours: Run
     eager: Run
+    work: Work
     compiled: Callable[[], Run] | None = None  # compiles when called
     others: dict[str, Run] = field(default_factory=dict)
 
@@ -201,11 +212,16 @@ def threat_model_cases(device: str) -> list[Case]:
     few = x[:1, :, :4, :4].contiguous()
     step, eps = 2 / 255, 8 / 255
 
-    def case(name: str, ours: Callable[..., Tensor], eager: Callable[..., Tensor], *arguments: Tensor) -> Case:
+    def case(
+        name: str, ours: Callable[..., Tensor], eager: Callable[..., Tensor], operations: int, *arguments: Tensor
+    ) -> Case:
+        """So many operations an element; each argument is read once, a result like x written."""
+        x = arguments[0]
         return Case(
             name,
             lambda: ours(*arguments),
             lambda: eager(*arguments),
+            work(arguments, [x], operations * x.numel()),
             lambda: partial(torch.compile(eager), *arguments),
         )
 
@@ -221,16 +237,21 @@ def threat_model_cases(device: str) -> list[Case]:
     def eager_l2(x: Tensor, grad: Tensor, x0: Tensor) -> Tensor:
         return eager_pgd_step_l2(x, grad, x0, 0.1, 0.5)
 
+    # sign, × step, + x; x0 ± eps, clip to both; clip to the box
+    of_linf = 3 + 4 + 2
+    # ‖grad‖: 2; + step grad - x0: 3; ‖…‖: 2; x0 + shrink …: 2; clip to the box: 2
+    of_l2 = 2 + 3 + 2 + 2 + 2
     channels_last = [t.to(memory_format=torch.channels_last) for t in (x, grad, x0)]
     return [
-        case("pgd_step linf [128,3,32,32]", linf, eager_linf, x, grad, x0),
-        case("pgd_step linf [128,3,32,32] channels_last", linf, eager_linf, *channels_last),
-        case("pgd_step linf fixed [1,3,4,4]", linf, eager_linf, few, few, few),
-        case("pgd_step l2 [128,3,32,32]", l2, eager_l2, x, grad, x0),
+        case("pgd_step linf [128,3,32,32]", linf, eager_linf, of_linf, x, grad, x0),
+        case("pgd_step linf [128,3,32,32] channels_last", linf, eager_linf, of_linf, *channels_last),
+        case("pgd_step linf fixed [1,3,4,4]", linf, eager_linf, of_linf, few, few, few),
+        case("pgd_step l2 [128,3,32,32]", l2, eager_l2, of_l2, x, grad, x0),
         case(
             "random_start linf [128,3,32,32]",
             lambda x, noise: scorematch.random_start(x, noise, norm="linf", eps=eps),
             lambda x, noise: (x + eps * noise.clamp(-1, 1)).clamp(0, 1),
+            2 + 2 + 2,  # clip the noise, × eps, + x, clip to the box
             x,
             noise,
         ),
@@ -238,6 +259,7 @@ def threat_model_cases(device: str) -> list[Case]:
             "random_start l2 [128,3,32,32]",
             lambda x, noise, radius: scorematch.random_start(x, noise, norm="l2", eps=0.5, radius=radius),
             lambda x, noise, radius: eager_random_start_l2(x, noise, radius, 0.5),
+            2 + 2 + 2,  # ‖noise‖, × length, + x, clip to the box
             x,
             noise,
             radius,
@@ -255,18 +277,34 @@ def auto_attack_cases(device: str) -> list[Case]:
     apgd = (x, x_prev, x0, grad, best_x, best_grad, step_size, improved, restart)
     cases = []
 
-    def case(name: str, ours: Callable[..., object], eager: Callable[..., object], *arguments: Tensor) -> None:
+    def case(
+        name: str, ours: Callable[..., object], eager: Callable[..., object], of_call: Work, *arguments: Tensor
+    ) -> None:
         def compiled() -> Run:
             return partial(torch.compile(eager, dynamic=False), *arguments)
 
-        cases.append(Case(name, partial(ours, *arguments), partial(eager, *arguments), compiled))
+        cases.append(Case(name, partial(ours, *arguments), partial(eager, *arguments), of_call, compiled))
 
+    elements = x0.numel()
+    # Start and gradient are each read from one of two places; the best ones are written where they have improved.
+    best = [t[improved] for t in (best_x, best_grad)]
+    # Two steps into ball and box, and the momentum between them: 6
+    of_apgd = {
+        "linf": 2 * (4 + 2) + 3 + 6,  # sign, × step, +
+        "l2": 2 * (3 + 2 + 2) + 4 + 6,  # distance, shrink, clip to the box; ‖grad‖, × step, +
+    }
+    # <normal, x0 - x>: 3. For each of two points the room of every element: 2; whether it is used up: 2; the move: 2;
+    # its length: 2. The mean of both points, overshot: 7, clipped to the box: 2
+    of_fab = 3 + 2 * (2 + 2 + 2 + 2) + 7 + 2
+    # |grad| beside a threshold: 2; step: 2; distance from x0: 2; beside a threshold: 3; + x0, clip to the box: 3
+    of_l1 = 2 + 2 + 2 + 3 + 3
     for norm, eps in (("linf", 8 / 255), ("l2", 0.5)):
         # In place: each variant goes on from where the last left the points, which costs the same.
         case(
             f"apgd_step {norm} [128,3,32,32]",
             partial(ops.apgd_step, norm=norm, eps=eps, momentum=0.75),
             partial(eager_apgd_step, norm=norm, eps=eps),
+            work([x, grad, x_prev, x0], [x, x_prev, *best], of_apgd[norm] * elements),
             *apgd,
         )
         if norm == "l2":
@@ -275,6 +313,7 @@ def auto_attack_cases(device: str) -> list[Case]:
             f"fab_step {norm} [128,3,32,32]",
             partial(ops.fab_step, norm=norm),
             partial(eager_fab_step, norm=norm),
+            work([x, x0, grad], [x], of_fab * elements),
             best_x.clone(),
             x0,
             0.1 * grad,
@@ -285,6 +324,7 @@ def auto_attack_cases(device: str) -> list[Case]:
         "fab_step l1 [128,3,32,32]",
         partial(ops.fab_step, **sorting),
         partial(reference.fab_step, **sorting),
+        work([x, x0, grad], [x], of_fab * elements),
         best_x.clone(),
         x0,
         0.1 * grad,
@@ -296,6 +336,7 @@ def auto_attack_cases(device: str) -> list[Case]:
         "l1_step [128,3,32,32]",
         partial(ops.l1_step, eps=12.0),
         partial(reference.l1_step, eps=12.0),
+        work([x, grad, x0], [x], of_l1 * elements),
         best_x.clone(),
         grad,
         x0,
@@ -307,6 +348,7 @@ def auto_attack_cases(device: str) -> list[Case]:
         "l1_project [128,3,32,32]",
         partial(ops.l1_project, eps=12.0),
         lambda x, x0: reference.l1_step(x, x, x0, 0 * long, 0 * fifth, eps=12.0),
+        work([x, x0], [x], (of_l1 - 4) * elements),  # no step
         best_x.clone(),
         x0,
     )
@@ -322,12 +364,16 @@ def auto_attack_cases(device: str) -> list[Case]:
         f"square_linf [250,3,32,32] side {side}",
         partial(ops.square_linf, side=side, eps=8 / 255),
         partial(eager_square_linf, side=side, eps=8 / 255),
+        # x0 ± eps, clip to both, clip to the box; in the window also + move
+        work([best, x0], [best], 6 * best.numel() + sign.numel() * side**2),
         *images,
     )
     case(
         f"square_l2 [250,3,32,32] side {side}",
         partial(ops.square_l2, eps=0.5),
         partial(eager_square_l2, eps=0.5),
+        # ‖δ‖: 3; x0 + stretch δ: 3, clip to the box: 2; in the window that gains η: 7 and ‖η‖: 2, in both their ‖δ‖: 3
+        work([best, x0], [best], 8 * best.numel() + 15 * sign.numel() * side**2),
         *(best, x0, corner, sign, pattern, transpose),
     )
     samples = torch.arange(128, device=device)
@@ -336,10 +382,34 @@ def auto_attack_cases(device: str) -> list[Case]:
             f"keyed_uniform [128,{count}]",
             partial(ops.keyed_uniform, count=count, seed=1, stream=2),
             lambda samples, count=count: torch.rand(len(samples), count, device=samples.device),
+            # For each four numbers ten rounds of 2 products, 4 exclusive ors and 2 additions; 3 to make a number
+            Work(8 * len(samples), 4 * count * len(samples), len(samples) * (80 * math.ceil(count / 4) + 3 * count)),
             samples,
         )
     cases[-2].others["keyed in eager"] = partial(reference.keyed_uniform, samples, 3072, seed=1, stream=2)
     return cases
+
+
+# Operations for a class, forward and backward. A softmax has its largest element: 1, the difference to it, the sum and
+# the quotient: 3. Then the share of D, its sum, c_j = ∂D/∂log q_j, Σ c, c - q Σ c, and the product with what comes from
+# above; a second gradient takes 4 more.
+OF_SOFTMAX = 4
+OF_DIVERGENCE = {"kl": 3, "se": 3, "l2": 3, "l1": 3, "l1_squared": 3, "linf": 3, "js": 9, "js_distance": 9}
+OF_GRADIENT = 1 + 1 + 1 + 2 + 1
+
+
+def work_of_divergence(kind: str, reads: list[Tensor], logits: Tensor, of_logits: bool) -> Work:
+    """Reads what is given; writes the losses and a gradient, for target logits a second one."""
+    distributions = 2 if of_logits else 1
+    operations = distributions * (OF_SOFTMAX + OF_GRADIENT) + OF_DIVERGENCE[kind]
+    logarithms = {"kl": 0, "js": 2, "js_distance": 2}.get(kind, 0)  # log q is a difference
+    return work(
+        reads,
+        [logits[:, 0], *[logits] * distributions],
+        operations * logits.numel(),
+        (distributions + logarithms) * logits.numel(),
+        backward=True,
+    )
 
 
 def divergence_cases(device: str) -> list[Case]:
@@ -361,6 +431,7 @@ def divergence_cases(device: str) -> list[Case]:
                 f"divergence kl, labels {size}",
                 forward_backward(lambda z, y: scorematch.divergence(z, y, kind="kl"), logits, labels),
                 forward_backward(cross_entropy, logits, labels),
+                work_of_divergence("kl", [logits, labels], logits, of_logits=False),
                 compiled(cross_entropy, logits, labels),
             )
         )
@@ -373,6 +444,7 @@ def divergence_cases(device: str) -> list[Case]:
                 f"divergence se, labels {size}",
                 forward_backward(lambda z, y: scorematch.divergence(z, y, kind="se"), logits, labels),
                 forward_backward(se_of_labels, logits, labels),
+                work_of_divergence("se", [logits, labels], logits, of_logits=False),
                 compiled(se_of_labels, logits, labels),
             )
         )
@@ -389,6 +461,7 @@ def divergence_cases(device: str) -> list[Case]:
                     f"logit_divergence {kind} {size}",
                     forward_backward(ours, logits, other_logits),
                     forward_backward(eager, logits, other_logits),
+                    work_of_divergence(kind, [logits, other_logits], logits, of_logits=True),
                     compiled(eager, logits, other_logits),
                 )
             )
@@ -399,6 +472,7 @@ def divergence_cases(device: str) -> list[Case]:
             "logit_divergence kl fixed [2,10]",
             forward_backward(lambda z, t: scorematch.logit_divergence(z, t, kind="kl"), z, t),
             forward_backward(lambda z, t: eager_divergence(t.log_softmax(1), z.log_softmax(1), "kl"), z, t),
+            work_of_divergence("kl", [z, t], z, of_logits=True),
         )
     )
     return cases
@@ -411,15 +485,24 @@ def score_cases(device: str) -> list[Case]:
     weights, log_p = torch.randn(2, samples, classes, device=device).unbind()
     grad, move = torch.randn(2, samples, features, device=device).unbind()
 
-    def case(name: str, ours: Callable[..., Tensor], eager: Callable[..., Tensor], *arguments: Tensor) -> Case:
+    def case(
+        name: str, ours: Callable[..., Tensor], eager: Callable[..., Tensor], of_call: Work, *arguments: Tensor
+    ) -> Case:
         return Case(
             name,
             lambda: ours(*arguments),
             lambda: eager(*arguments),
+            of_call,
             lambda: partial(torch.compile(eager), *arguments),
         )
 
-    step = case("score_step [128,10,3072]", scorematch.score_step, eager_score_step, weights, scores0, grad)
+    def of_step(weights: Tensor, scores: Tensor, grad: Tensor, turns: int = 1) -> Work:  # × weight, +
+        return work([weights, scores, grad], [grad], 2 * scores.numel(), turns=turns)
+
+    of_step_here = of_step(weights, scores0, grad)
+    step = case(
+        "score_step [128,10,3072]", scorematch.score_step, eager_score_step, of_step_here, weights, scores0, grad
+    )
     as_matrix, as_row = weights.unsqueeze(1), grad.unsqueeze(1)
     step.others = {
         "baddbmm": lambda: torch.baddbmm(as_row, as_matrix, scores0),
@@ -431,12 +514,15 @@ def score_cases(device: str) -> list[Case]:
         "score_step [128,10,3072] from memory",
         lambda: scorematch.score_step(weights, next(turns), grad),
         lambda: eager_score_step(weights, next(turns), grad),
+        of_step(weights, scores0, grad, turns=6),
         others={"baddbmm": lambda: torch.baddbmm(as_row, as_matrix, next(turns)), "read": lambda: next(turns).sum()},
     )
     integral = case(
         "score_line_integral [128,10,3072]",
         scorematch.score_line_integral,
         eager_score_line_integral,
+        # s0 + s1, × move, +; a softmax of the classes
+        work([log_p, scores0, scores1, move], [log_p], 3 * scores0.numel() + 4 * log_p.numel(), log_p.numel()),
         log_p,
         scores0,
         scores1,
@@ -444,7 +530,14 @@ def score_cases(device: str) -> list[Case]:
     )
     integral.others = {"read": lambda: (scores0.sum(), scores1.sum())}
     few = [t[:1, ..., :8].contiguous() for t in (scores0, grad)]
-    fixed = case("score_step fixed [1,10,8]", scorematch.score_step, eager_score_step, weights[:1], *few)
+    fixed = case(
+        "score_step fixed [1,10,8]",
+        scorematch.score_step,
+        eager_score_step,
+        of_step(weights[:1], *few),
+        weights[:1],
+        *few,
+    )
     return [step, from_memory, integral, fixed]
 
 
@@ -460,31 +553,40 @@ def seconds(run: Run, calls: int, device: str) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def measure(case: Case, rounds: int, with_compile: bool, device: str) -> dict[str, object]:
+def measure(
+    case: Case, rounds: int, with_compile: bool, device: str, peak: floor.Peak | None = None
+) -> dict[str, object]:
+    """With `peak`, also the floor."""
     variants: dict[str, Run] = {"ours": case.ours, "eager": case.eager, **case.others}
     if with_compile and case.compiled is not None:
         torch._dynamo.reset()
         variants["compiled"] = case.compiled()
-    for run in variants.values():
+    moved, probes = floor.probe_runs(case.work, device) if peak is not None else (0, {})
+    runs = {**variants, **{f"probe {name}": run for name, run in probes.items()}}
+    for run in runs.values():
         for _ in range(3):
             run()
     calls = max(1, min(50, int(2e-3 / seconds(case.ours, 3, device))))
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    order = list(variants)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    order = list(runs)
     for _ in range(rounds):
         random.shuffle(order)
         for name in order:
-            times[name].append(seconds(variants[name], calls, device))
+            for _ in range(case.work.turns):  # its data lie where they would lie in a loop of nothing else
+                runs[name]()
+            times[name].append(seconds(runs[name], calls, device))
     result: dict[str, object] = {"name": case.name, "calls_a_round": calls}
-    for name, values in times.items():
-        low, middle, high = (
-            statistics.quantiles(values, n=10)[0],
-            statistics.median(values),
-            statistics.quantiles(values, n=10)[-1],
-        )
-        result[name] = {"median_us": middle * 1e6, "p10_us": low * 1e6, "p90_us": high * 1e6}
+    for name in variants:
+        result[name] = floor.spread(times[name])
         if name != "ours":
-            result[f"{name}/ours"] = statistics.median(b / a for a, b in zip(times["ours"], values, strict=True))
+            ratios = [b / a for a, b in zip(times["ours"], times[name], strict=True)]
+            result[f"{name}/ours"] = statistics.median(ratios)
+            result[f"{name}/ours_interval"] = floor.interval_of_median(ratios)
+    if peak is not None:
+        undisturbed = {name: floor.lower_decile(values) for name, values in times.items()}
+        found = floor.Probes(moved, **{"backward": 0.0, **{name: undisturbed[f"probe {name}"] for name in probes}})
+        lowest = floor.floor_of(case.work, found, peak, floor.last_cache(device))
+        result["floor"] = {**lowest, "ours/floor": undisturbed["ours"] * 1e6 / lowest["floor_us"]}
     return result
 
 
@@ -496,7 +598,31 @@ def device_name(device: str) -> str:
     return models[0].split(":")[1].strip() if models else platform.processor()
 
 
-def main() -> None:
+def compare(old: Path, new: Path) -> int:
+    """Prints what has become slower; the exit status."""
+    try:
+        records = [json.loads(path.read_text()) for path in (old, new)]
+        lines = floor.regressions(*records)
+    except (OSError, ValueError, KeyError, floor.Unusable) as error:
+        print(f"{old} and {new} cannot be compared: {error}", file=sys.stderr)
+        return 2
+    for name in floor.only_in_one(*records):
+        print(f"only in one file: {name}")
+    print("\n".join(lines) or f"no case is slower (by more than {floor.THRESHOLD} times and beyond the noise)")
+    return 1 if lines else 0
+
+
+def print_floor(result: dict[str, Any]) -> None:
+    lowest, ours = result["floor"], result["ours"]["p10_us"]
+    print(
+        f"{result['name']:45}{lowest['bytes_read'] / 1e3:10.0f}{lowest['bytes_written'] / 1e3:10.0f}"
+        f"{lowest['operations'] / 1e6:10.2f}{lowest['exponentials'] / 1e6:10.2f}{lowest['floor_us']:10.1f}{ours:10.1f}"
+        f"{lowest['ours/floor']:10.2f}  {lowest['bound']}",
+        flush=True,
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of torch")
@@ -505,8 +631,18 @@ def main() -> None:
     parser.add_argument(
         "--no-compile", action="store_true", help="leave torch.compile out (its compilations take most of the time)"
     )
+    parser.add_argument("--floor", action="store_true", help="also what no implementation could be faster than")
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        type=Path,
+        metavar=("OLD", "NEW"),
+        help="do not measure, compare two files that were written",
+    )
     parser.add_argument("--out", type=Path, default=None, help="default: benchmarks/results/<device>.json")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    if options.compare is not None:
+        return compare(*options.compare)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     random.seed(0)
@@ -516,6 +652,15 @@ def main() -> None:
     if options.only:
         cases = [case for case in cases if any(part in case.name for part in options.only)]
     columns = ["ours", "eager", "compiled", "baddbmm", "read"]
+    peak, machine = None, {}
+    if options.floor:
+        peak = floor.measure_peak(options.device, seconds)
+        bandwidth = floor.measure_bandwidth(options.device, seconds, floor.larger_than_caches(options.device))
+        machine = {"machine": {"peak": asdict(peak), "bandwidth": bandwidth}}
+        print(f"{peak.operations / 1e9:.0f} G operations, {peak.exponentials / 1e9:.2f} G exponentials a second")
+        for line in bandwidth:
+            rates = [f"{name} {line[f'{name}_bytes_a_second'] / 1e9:.1f} GB/s" for name in ("sum", "triad")]
+            print(f"arrays of {line['bytes'] / 2**20:.2f} MiB: {', '.join(rates)}")
     print(
         f"{'median µs a call':45}"
         + "".join(f"{name:>10}" for name in columns)
@@ -523,7 +668,7 @@ def main() -> None:
     )
     results = []
     for case in cases:
-        result = measure(case, options.rounds, not options.no_compile, options.device)
+        result = measure(case, options.rounds, not options.no_compile, options.device, peak)
         results.append(result)
         cells = [f"{result[name]['median_us']:10.1f}" if name in result else " " * 10 for name in columns]  # type: ignore[index]
         ratios = [result.get("eager/ours"), result.get("compiled/ours")]
@@ -534,8 +679,13 @@ def main() -> None:
             flush=True,
         )
 
+    if options.floor:
+        names = ["kB read", "written", "M operat.", "M exponen.", "floor µs", "ours µs", "ratio"]
+        print(f"\n{'floor':45}" + "".join(f"{name:>10}" for name in names) + "  bound by")
+        for result in results:
+            print_floor(result)
     record = {
-        "command": "python -m benchmarks.kernels " + " ".join(sys.argv[1:]),
+        "command": "python -m benchmarks.kernels " + " ".join(sys.argv[1:] if arguments is None else arguments),
         "device": device_name(options.device),
         "threads": options.threads,
         "rounds": options.rounds,
@@ -543,13 +693,15 @@ def main() -> None:
         "python": platform.python_version(),
         "scorematch": scorematch.__version__,
         "build": _extension.build_info(),
+        **machine,
         "results": results,
     }
     out = options.out or RESULTS / f"{options.device}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     print(f"written to {out}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,6 +10,14 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+# A library in the place of the kernels, in any test: see ops/sanitized/build.py.
+if KERNELS := os.environ.get("SCOREMATCH_KERNELS"):
+    import torch
+
+    import scorematch  # noqa: F401 (its kernels are loaded before those that replace them)
+
+    torch.ops.load_library(KERNELS)
+
 SOAKING = "SCOREMATCH_SOAK" in os.environ
 DONE = Path(os.environ.get("SCOREMATCH_SOAK_DONE", "build/soak-done.txt"))  # tests that have passed, a line each
 

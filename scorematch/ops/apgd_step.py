@@ -12,6 +12,7 @@ from ._checks import (
     check_number,
     check_tensor,
     choice,
+    in_accumulator,
     without_graph,
 )
 from .pgd_step import NORMS
@@ -23,12 +24,12 @@ def check_per_sample(name: str, t: Tensor, x: Tensor) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
     if t.dtype != x.dtype and t.dtype != accumulator(x.dtype):
         raise TypeError(f"{name} is {t.dtype} but x is {x.dtype}")
-    check_companion(name, t, t.dtype, "x", x, x.shape[:1])
+    check_companion(name, t, t.dtype, "x", x, (x.shape[0],))
 
 
 def check_flags(name: str, t: Tensor, x_name: str, x: Tensor) -> None:
     """A bool a sample, [N]."""
-    check_companion(name, t, torch.bool, x_name, x, x.shape[:1])
+    check_companion(name, t, torch.bool, x_name, x, (x.shape[0],))
 
 
 def _dense_format(x: Tensor) -> torch.memory_format | None:
@@ -122,7 +123,7 @@ def apgd_step(
         without_graph(grad),
         without_graph(best_x),
         without_graph(best_grad),
-        without_graph(step_size).to(accumulator(x.dtype)),
+        in_accumulator(step_size, x.dtype),
         improved,
         restart,
         number,

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from ._checks import (
-    accumulator,
     check_alike,
     check_batch,
     check_number,
     check_tensor,
     choice,
+    in_accumulator,
     in_dense_format,
     without_graph,
 )
@@ -89,7 +89,7 @@ def fab_step(
         without_graph(x),
         without_graph(x0),
         without_graph(normal),
-        without_graph(difference).to(accumulator(x.dtype)),
+        in_accumulator(difference, x.dtype),
         number,
         alpha_max,
         overshoot,

@@ -37,7 +37,7 @@ def keyed_uniform(samples: Tensor, count: int, *, seed: int, stream: int, dtype:
     if samples.dtype != torch.int64:
         raise TypeError(f"samples is {samples.dtype}, expected torch.int64")
     check_dense("samples", samples)
-    missing = _extension.missing_kernel_message(samples.device)
+    missing = None if samples.is_cpu else _extension.missing_kernel_message(samples.device)
     if missing is not None:
         raise RuntimeError(f"samples is on {samples.device}, but {missing}")
     if samples.dim() != 1:

@@ -10,6 +10,7 @@ from ._checks import (
     check_batch,
     check_companion,
     check_tensor,
+    in_accumulator,
     in_dense_format,
     without_graph,
 )
@@ -64,13 +65,13 @@ def l1_step(
     check_alike("grad", grad, "x", x)
     check_alike("x0", x0, "x", x)
     check_per_sample("step_size", step_size, x)
-    check_companion("moving", moving, torch.int64, "x", x, x.shape[:1])
+    check_companion("moving", moving, torch.int64, "x", x, (x.shape[0],))
     check_ball_and_box(eps, lower, upper)
     return torch.ops.scorematch.l1_step.default(
         without_graph(x),
         without_graph(grad),
         without_graph(x0),
-        without_graph(step_size).to(accumulator(x.dtype)),
+        in_accumulator(step_size, x.dtype),
         moving,
         eps,
         lower,

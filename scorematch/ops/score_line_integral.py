@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ._checks import accumulator, check_alike, check_tensor, without_graph
+from ._checks import check_alike, check_tensor, in_accumulator, without_graph
 from .score_step import check_per_class, check_scores
 
 
@@ -39,7 +39,7 @@ def score_line_integral(log_p: Tensor, scores0: Tensor, scores1: Tensor, move: T
     check_alike("scores1", scores1, "scores0", scores0)
     check_per_class("log_p", log_p, "scores0", scores0)
     return torch.ops.scorematch.score_line_integral.default(
-        without_graph(log_p).to(accumulator(scores0.dtype)),
+        in_accumulator(log_p, scores0.dtype),
         without_graph(scores0),
         without_graph(scores1),
         without_graph(move),

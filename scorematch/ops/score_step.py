@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ._checks import accumulator, check_same_device, check_tensor, shape, without_graph
+from ._checks import accumulator, check_same_device, check_tensor, in_accumulator, shape, without_graph
 
 
 def check_scores(scores_name: str, scores: Tensor, feature_name: str, per_feature: Tensor) -> None:
@@ -16,10 +16,11 @@ def check_scores(scores_name: str, scores: Tensor, feature_name: str, per_featur
     if per_feature.dtype != scores.dtype:
         raise TypeError(f"{feature_name} is {per_feature.dtype} but {scores_name} is {scores.dtype}")
     check_same_device(feature_name, per_feature, scores_name, scores)
-    if per_feature.shape != scores.shape[:1] + scores.shape[2:]:
+    samples, _, *features = scores.shape
+    if per_feature.shape != (samples, *features):
         raise ValueError(
             f"{feature_name} has shape {shape(per_feature)} but {scores_name} has shape {shape(scores)}: "
-            f"expected {list(scores.shape[:1] + scores.shape[2:])}"
+            f"expected {[samples, *features]}"
         )
 
 
@@ -67,7 +68,7 @@ def score_step(weights: Tensor, scores: Tensor, grad: Tensor) -> Tensor:
     check_scores("scores", scores, "grad", grad)
     check_per_class("weights", weights, "scores", scores)
     return torch.ops.scorematch.score_step.default(
-        without_graph(weights).to(accumulator(scores.dtype)), without_graph(scores), without_graph(grad)
+        in_accumulator(weights, scores.dtype), without_graph(scores), without_graph(grad)
     )
 
 

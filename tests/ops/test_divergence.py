@@ -410,6 +410,13 @@ def test_bad_values_are_found_in_any_row(classes):
         divergence(torch.randn(300, classes), probabilities)
 
 
+@pytest.mark.parametrize("classes", [5, 70])
+def test_every_row_is_refused(classes):
+    """By all threads at once; the message is about one of the rows."""
+    with pytest.raises(ValueError, match=r"target\[\d+\] is 1000, but logits has"):
+        divergence(torch.randn(300, classes), torch.full((300,), 1000), kind="kl")
+
+
 def test_bad_values_are_nan_on_cuda(device):
     """An error would have to wait for the GPU."""
     if not runs_cuda_code(device):

@@ -34,15 +34,19 @@ FLAGS = [
 ]
 
 
-def runtime_libraries() -> list[str] | None:
-    """What must be loaded before python; None where g++ or its address sanitizer is missing."""
+def path_of_library(name: str) -> str | None:
+    """Where g++ has a library of its own, or None without g++ or the library."""
     if shutil.which("g++") is None:
         return None
-    paths = []
-    for name in ("libasan.so", "libstdc++.so"):
-        found = subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True)
-        paths.append(found.stdout.strip())
-    return paths if all(Path(path).is_absolute() for path in paths) else None
+    found = subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+    path = found.stdout.strip()
+    return path if Path(path).is_absolute() else None
+
+
+def runtime_libraries() -> list[str] | None:
+    """What must be loaded before python; None where g++ or its address sanitizer is missing."""
+    paths = [path_of_library(name) for name in ("libasan.so", "libstdc++.so")]
+    return None if None in paths else [str(path) for path in paths]
 
 
 def substitute(path: Path, old: str, new: str) -> None:
@@ -54,9 +58,14 @@ def substitute(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new))
 
 
+def copy_folder(folder: Path) -> Path:
+    """csrc in `folder`."""
+    return Path(shutil.copytree(CSRC, folder / "csrc"))
+
+
 def copy_sources(folder: Path) -> Path:
     """csrc in `folder`, for tensors on the CPU."""
-    csrc = Path(shutil.copytree(CSRC, folder / "csrc"))
+    csrc = copy_folder(folder)
     for source in csrc.glob("cuda/*.cu"):
         substitute(source, *IN_SOURCES)
     substitute(csrc / "cuda/launch.h", *IN_LAUNCH)

@@ -1,0 +1,203 @@
+"""The arithmetic of benchmarks.kernels --floor and --compare; no verdict here depends on how fast the machine is."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import floor, kernels, overhead
+from scorematch.attacks import classifier
+
+PEAK = floor.Peak(operations=1e9, exponentials=1e8)
+
+
+def probes(**changes: float) -> floor.Probes:
+    """1 ns for a byte read, 3 ns for a byte written, 10 µs for a call."""
+    given = {"moved": 1000, "read": 11e-6, "read_in_two": 12e-6, "copied": 12e-6, "call": 10e-6, "backward": 40e-6}
+    return floor.Probes(**{**given, **changes})
+
+
+def test_a_byte_read_or_written_has_its_own_time():
+    found = floor.floor_of(floor.Work(20_000, 10_000, 1000), probes(), PEAK, cache_bytes=2**20)
+    assert found["call_us"] == pytest.approx(10)
+    assert found["moving_us"] == pytest.approx(20 * 1 + 10 * 3)
+    assert found["computing_us"] == pytest.approx(1)
+    assert found["floor_us"] == pytest.approx(10 + 50)
+    assert found["bound"] == "cache"
+
+
+def test_the_fastest_way_to_read_counts():
+    work = floor.Work(20_000, 10_000, 1000)
+    assert floor.floor_of(work, probes(read=13e-6, read_in_two=11e-6), PEAK, 0)["moving_us"] == pytest.approx(50)
+    slow = probes(read=13e-6, read_in_two=14e-6)  # 3 ns, but a copy moves a byte in 2 ns
+    assert floor.floor_of(work, slow, PEAK, 0)["moving_us"] == pytest.approx(60)
+
+
+def test_operations_and_exponentials_add_up():
+    found = floor.floor_of(floor.Work(1000, 0, 30_000, 2000), probes(), PEAK, cache_bytes=2**20)
+    assert found["computing_us"] == pytest.approx(30 + 20)
+    assert found["floor_us"] == pytest.approx(10 + 50)
+    assert found["bound"] == "arithmetic"
+
+
+def test_what_bounds_a_call():
+    small, large = floor.Work(8, 8, 4), floor.Work(500_000, 500_000, 4)
+    assert floor.floor_of(small, probes(), PEAK, cache_bytes=2**20)["bound"] == "call"
+    assert floor.floor_of(large, probes(), PEAK, cache_bytes=10**6)["bound"] == "cache"
+    assert floor.floor_of(large, probes(), PEAK, cache_bytes=10**6 - 1)["bound"] == "memory"
+    in_turns = floor.Work(500_000, 500_000, 4, turns=6)
+    found = floor.floor_of(in_turns, probes(), PEAK, cache_bytes=6 * 10**6 - 1)
+    assert found["bound"] == "memory"
+    assert found["footprint"] == 6 * 10**6
+    backward = floor.Work(8, 8, 4, backward=True)
+    assert floor.floor_of(backward, probes(), PEAK, cache_bytes=2**20)["call_us"] == pytest.approx(40)
+
+
+def test_probes_faster_than_a_call_give_no_negative_time():
+    found = floor.floor_of(
+        floor.Work(8, 8, 4), probes(read=9e-6, read_in_two=9e-6, copied=9e-6), PEAK, cache_bytes=2**20
+    )
+    assert found["moving_us"] == 0
+
+
+def test_probes_move_what_the_case_moves():
+    moved, runs = floor.probe_runs(floor.Work(300_000, 100_000, 0, turns=3), "cpu")
+    assert moved == 400_000
+    assert set(runs) == {"read", "read_in_two", "copied", "call"}
+    assert floor.probe_runs(floor.Work(8, 8, 4), "cpu")[0] == floor.SMALLEST_PROBE
+    assert "backward" in floor.probe_runs(floor.Work(8, 8, 4, backward=True), "cpu")[1]
+
+
+def test_every_case_says_what_it_has_to_do():
+    suites = (kernels.threat_model_cases, kernels.auto_attack_cases, kernels.divergence_cases, kernels.score_cases)
+    cases = {case.name: case.work for suite in suites for case in suite("cpu")}
+    elements = 128 * 3 * 32 * 32
+    assert all(work.read > 0 and work.written > 0 and work.operations > 0 for work in cases.values())
+    assert cases["pgd_step linf [128,3,32,32]"] == floor.Work(12 * elements, 4 * elements, 9 * elements)
+    assert cases["score_step [128,10,3072] from memory"] == floor.Work(
+        4 * (11 * elements + 1280), 4 * elements, 20 * elements, turns=6
+    )
+    assert cases["keyed_uniform [128,5]"] == floor.Work(8 * 128, 4 * 5 * 128, 128 * (2 * 80 + 15))
+    assert all(work.backward == ("divergence" in name) for name, work in cases.items())
+    logits = 512 * 10
+    assert cases["divergence kl, labels [512,10]"] == floor.Work(
+        4 * logits + 8 * 512, 4 * (logits + 512), 13 * logits, logits, backward=True
+    )
+
+
+@pytest.mark.parametrize(("count", "outside"), [(5, 0), (6, 0), (9, 1), (20, 5), (60, 21)])
+def test_interval_of_the_median(count, outside):
+    """As many values are left out at each end as tables of the sign test say."""
+    values = torch.randperm(count).tolist()
+    assert floor.interval_of_median(values) == (outside, count - 1 - outside)
+
+
+def record(*, ours: float, eager: float, noise: float = 0.02, **changes: object) -> dict:
+    results = {
+        "name": "step",
+        "ours": {"median_us": ours, "low_us": ours * (1 - noise), "high_us": ours * (1 + noise)},
+        "eager/ours": eager / ours,
+        "eager/ours_interval": [eager / ours * (1 - noise), eager / ours * (1 + noise)],
+    }
+    return {"device": "a processor", "threads": 2, "results": [results], **changes}
+
+
+@pytest.mark.parametrize(
+    ("new", "slower"),
+    [
+        (record(ours=10, eager=30), False),
+        (record(ours=13, eager=30), True),
+        (record(ours=11, eager=30), False),  # less than the threshold
+        (record(ours=13, eager=30, noise=0.35), False),  # the intervals overlap
+        (record(ours=13, eager=39), False),  # the machine is slower
+        (record(ours=10, eager=20), False),  # PyTorch is faster
+        (record(ours=7, eager=30), False),
+    ],
+)
+def test_regressions(new, slower, tmp_path, capsys):
+    files = [tmp_path / name for name in ("old.json", "new.json")]
+    for file, content in zip(files, (record(ours=10, eager=30), new), strict=True):
+        file.write_text(json.dumps(content))
+    assert kernels.main(["--compare", *map(str, files)]) == int(slower)
+    printed = capsys.readouterr().out
+    assert ("step: 1.30 times as long (10.0 to 13.0 µs), 1.30 times beside eager PyTorch" in printed) == slower
+    assert ("no case is slower" in printed) != slower
+
+
+def test_what_cannot_be_compared(tmp_path, capsys):
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    old.write_text(json.dumps(record(ours=10, eager=30)))
+    cases = {
+        "threads must be the same in both files, got 2 and 1": record(ours=10, eager=30, threads=1),
+        "the new file has no intervals": record(ours=10, eager=30, results=[{"name": "step", "ours": {}}]),
+    }
+    for message, content in cases.items():
+        new.write_text(json.dumps(content))
+        assert kernels.main(["--compare", str(old), str(new)]) == 2
+        assert message in capsys.readouterr().err
+    assert kernels.main(["--compare", str(old), str(tmp_path / "missing.json")]) == 2
+
+
+def test_a_case_in_one_file_alone_is_named(tmp_path, capsys):
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    old.write_text(json.dumps(record(ours=10, eager=30)))
+    new.write_text(json.dumps(record(ours=10, eager=30, results=[])))
+    assert kernels.main(["--compare", str(old), str(new)]) == 0
+    assert "only in one file: step" in capsys.readouterr().out
+
+
+def test_a_measured_file_can_be_compared(tmp_path):
+    """From the command line to the verdict, on the smallest case."""
+    files = [tmp_path / name for name in ("a.json", "b.json")]
+    options = ["--only", "score_step fixed", "--no-compile", "--rounds", "7", "--threads", "1"]
+    for file in files:
+        assert kernels.main([*options, "--out", str(file)]) == 0
+    assert kernels.main(["--compare", *map(str, files)]) in (0, 1)
+
+
+def test_a_measured_floor_is_complete(tmp_path, monkeypatch):
+    monkeypatch.setattr(floor, "larger_than_caches", lambda device: 2**22)
+    out = Path(tmp_path / "floor.json")
+    options = ["--only", "score_step fixed", "--no-compile", "--rounds", "7", "--threads", "1", "--floor"]
+    assert kernels.main([*options, "--out", str(out)]) == 0
+    written = json.loads(out.read_text())
+    assert written["machine"]["peak"]["operations"] > 0
+    assert [line["bytes"] for line in written["machine"]["bandwidth"]][-1] == 2**22
+    found = written["results"][0]["floor"]
+    assert found["floor_us"] >= found["call_us"] > 0
+    assert found["bound"] in ("call", "cache", "memory", "arithmetic")
+
+
+def test_every_pass_is_counted_with_its_samples():
+    network, recorder = torch.nn.Linear(3, 4).requires_grad_(False), overhead.Recorder(classifier.logits_of)
+    x = torch.rand(5, 3)
+    for _ in range(11):
+        recorder(network, x)
+    logits = recorder(network, x[:2].requires_grad_())
+    for _ in range(3):
+        torch.autograd.grad(logits.sum(), logits, retain_graph=True)
+    assert recorder.passes == {("logits", 5): 11, ("graph", 2): 1, ("back", 2): 3}
+    assert {kind: len(values) for kind, values in recorder.bare.items()} == {
+        ("logits", 5): 2,
+        ("graph", 2): 1,
+        ("back", 2): 1,
+    }
+
+
+def test_the_floor_of_an_attack_is_its_passes():
+    recorder = overhead.Recorder(classifier.logits_of)
+    recorder.passes.update({("logits", 5): 10, ("graph", 5): 2, ("back", 5): 3})
+    recorder.bare = {("logits", 5): [0.1, 0.1, 9.0], ("graph", 5): [0.2], ("back", 5): [0.3, 0.4, 0.5]}
+    assert recorder.floor_seconds() == pytest.approx(10 * 0.1 + 2 * 0.2 + 3 * 0.4)
+
+
+def test_overheads_from_the_command_line(tmp_path):
+    out = tmp_path / "overhead.json"
+    options = ["--samples", "3", "--steps", "2", "--queries", "4", "--out", str(out)]
+    overhead.main([*options, "--attacks", "apgd-ce", "fab-t"])
+    first, second = json.loads(out.read_text())["attacks"]
+    assert (first["attack"], second["attack"]) == ("apgd-ce", "fab-t")
+    assert first["passes"]["graph"] == first["passes"]["back"] >= 2
+    assert first["times_floor"] == pytest.approx(first["seconds"] / first["floor_seconds"])
+    assert classifier.logits_of.__name__ == "logits_of"
