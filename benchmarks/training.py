@@ -4,6 +4,10 @@
 
 Every objective and variant trains the same network on the same batches; rounds of all of them follow each other, and
 the median of the rounds counts, so that a machine that slows down slows all. Printed and, with --out, written as JSON.
+
+``--outside`` also repeats the bare passes of the network of each step, forward and backward, and says what share of the
+step is not theirs: attack, loss, posterior, optimiser, data. It is a share of processor seconds, summed over threads,
+which other work on the machine lengthens little.
 """
 
 import dataclasses
@@ -15,9 +19,10 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from benchmarks.kernels import device_name
@@ -85,6 +90,7 @@ class BenchmarkSettings:
     rounds: int = 3  # rounds, after one of BEFORE steps that is not counted
     attack_steps: int = 10  # steps of the attack
     threads: int = 2  # CPU threads
+    outside: bool = False  # also the share of a step outside the passes of the network, on a CPU
     device: str = "cpu"  # torch device
     out: Path | None = None  # JSON file to write
 
@@ -102,6 +108,8 @@ def main(arguments: list[str]) -> None:
         if name not in get_args(config.Objective) or kind not in allowed:
             names = ", ".join([*get_args(config.Objective), "score_direct:linear", "score_direct:POSTERIOR"])
             raise InputError(f"objectives: {objective!r} is unknown, allowed: {names}")
+    if settings.outside and settings.device != "cpu":
+        raise InputError(f"outside: is for the CPU, got --device {settings.device}")
     torch.set_num_threads(settings.threads)
     loaded = data.load(DataSettings(settings.data, root=settings.data_root)).to(torch.device(settings.device))
     lines = []
@@ -109,12 +117,15 @@ def main(arguments: list[str]) -> None:
         cases = [(objective, variant) for objective in settings.objectives for variant in settings.variants]
         trainers = {case: trainer(settings, *case, loaded, Path(folder)) for case in cases}
         seconds: dict[tuple[str, str], list[float]] = {case: [] for case in cases}
+        shares: dict[tuple[str, str], list[float]] = {case: [] for case in cases}
         index = torch.arange(settings.batch, device=loaded.x_train.device)
         for number in tqdm(range(settings.rounds + 1), desc="benchmark", unit="round"):
             for case, run in trainers.items():
                 taken = time_of(run, index, settings.steps if number else BEFORE)
                 if number:
                     seconds[case].append(taken)
+                if number and settings.outside:
+                    shares[case].append(share_outside(run, index))
     for (objective, variant), values in seconds.items():
         median = statistics.median(values)
         lines.append(
@@ -126,6 +137,7 @@ def main(arguments: list[str]) -> None:
                 "seconds_per_epoch": round(median * trainers[objective, variant].course.steps, 1),
                 "times_first": round(statistics.median(seconds[objective, settings.variants[0]]) / median, 2),
                 "times_first_objective": round(median / statistics.median(seconds[cases[0][0], variant]), 2),
+                **({"outside_per_cent": spread(shares[objective, variant])} if settings.outside else {}),
             }
         )
         print(json.dumps(lines[-1]), flush=True)
@@ -171,6 +183,54 @@ def time_of(run: Trainer, index: torch.Tensor, steps: int) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return (time.perf_counter() - begin) / steps
+
+
+class Pass(NamedTuple):
+    """A call of the network in a step: on what, and what its gradient is taken to."""
+
+    x: torch.Tensor
+    to_x: bool
+    to_weights: bool
+    training: bool
+
+
+def share_outside(run: Trainer, index: torch.Tensor) -> float:
+    """Of a step, the per cent of processor seconds beside the passes of the network, which are timed alone after it."""
+    passes: list[Pass] = []
+
+    def record(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        x, graph = inputs[0], torch.is_grad_enabled()
+        to_weights = graph and any(parameter.requires_grad for parameter in run.model.parameters())
+        passes.append(Pass(x.detach(), graph and x.requires_grad, to_weights, run.model.training))
+
+    hook = run.forward.register_forward_pre_hook(record)
+    begin = time.process_time()
+    run._step(index)
+    whole = time.process_time() - begin
+    hook.remove()
+
+    mode, parameters = run.model.training, list(run.model.parameters())
+    wanted = [parameter.requires_grad for parameter in parameters]
+    begin = time.process_time()
+    for one in passes:
+        run.model.train(one.training)
+        run.model.requires_grad_(one.to_weights)
+        x = one.x.clone(memory_format=torch.preserve_format).requires_grad_(one.to_x)
+        with torch.set_grad_enabled(one.to_x or one.to_weights):
+            total = run.forward(x).sum()
+        if total.requires_grad:
+            torch.autograd.grad(total, [x] if one.to_x else parameters, allow_unused=True)
+    bare = time.process_time() - begin
+    run.model.train(mode)
+    for parameter, want in zip(parameters, wanted, strict=True):
+        parameter.requires_grad_(want)
+    return 100 * (1 - bare / whole)
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """The median, and the quartiles around it."""
+    quarters = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else 3 * values
+    return {name: round(value, 1) for name, value in zip(("low", "median", "high"), quarters, strict=True)}
 
 
 if __name__ == "__main__":

@@ -189,9 +189,11 @@ class FactorAnalysers(ClassScorePosterior):
         Raises:
             ValueError: an argument is outside its range.
         """
-        dimension = x[0].numel() if len(x) else 0
         if len(x) != len(y):
             raise ValueError(f"x has {len(x)} samples but y has {len(y)}")
+        if len(x) == 0:
+            raise ValueError("x has no samples")
+        dimension = x[0].numel()
         if components < 1:
             raise ValueError(f"components must be at least 1, got {components}")
         if not 1 <= rank < dimension:

@@ -278,6 +278,10 @@ def test_audit_finds_the_robust_accuracy_of_a_linear_posterior() -> None:
         (lambda: GaussianMixture(torch.zeros(2, 1, 3), -torch.ones(2, 1)), "positive definite"),
         (lambda: GaussianMixture(torch.zeros(2, 1, 3), torch.ones(2, 1), torch.ones(3)), r"weights must be \[L, K\]"),
         (lambda: GaussianMixture(torch.zeros(2, 1, 3), torch.ones(2, 1), -torch.ones(2, 1)), "non-negative"),
+        (
+            lambda: GaussianMixture(torch.zeros(1, 2, 3), torch.ones(1, 2), torch.tensor([[-0.5, 2.0]])),
+            "weights must be non-negative",
+        ),
         (lambda: mixture()(torch.zeros(2, 4, dtype=torch.float64)), "x has 4 features a sample, the mixture 5"),
         (lambda: KernelDensity(torch.zeros(2, 3), torch.tensor([0, 1]), num_classes=2, sigma=0.0), "sigma must be pos"),
         (lambda: KernelDensity(torch.zeros(2, 3), torch.tensor([0]), num_classes=2, sigma=1.0), "x has 2 samples but"),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from scorematch.posteriors import FactorAnalysers, GaussianMixture
-from scorematch.posteriors.factor_analysers import _iteration
+from scorematch.posteriors.factor_analysers import _iteration, _k_means
 
 F64 = {"rtol": 1e-9, "atol": 1e-9}
 NOISES = ("isotropic", "diagonal")
@@ -212,6 +212,33 @@ def test_one_iteration_equals_its_definition() -> None:
     torch.testing.assert_close(result.noise[0, 0], (both[:6, :6] - explained).diagonal(), **F64)
 
 
+def test_k_means_starts_in_every_cluster() -> None:
+    """A point that coincides with a centre is never drawn as the next one, so each cluster has its centre."""
+    places = torch.tensor([[0.0, 0.0], [3.0, 1.0], [100.0, 0.0], [0.0, 40.0]], dtype=torch.float64)
+    points = places.repeat_interleave(10, 0)
+    for seed in range(10):
+        centres = _k_means(points, 4, torch.Generator().manual_seed(seed), iterations=0)
+        assert {tuple(row) for row in centres.tolist()} == {tuple(row) for row in places.tolist()}
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_the_start_of_a_fit_is_that_of_its_clusters(noise: str) -> None:
+    generator = torch.Generator().manual_seed(5)
+    spread = torch.tensor([0.1, 0.2, 0.05], dtype=torch.float64)
+    near = 2 + spread * torch.randn(30, 3, dtype=torch.float64, generator=generator)
+    far = 50 + spread * torch.randn(10, 3, dtype=torch.float64, generator=generator)
+    x = torch.cat([near, far])
+    found = FactorAnalysers.fit(
+        x, torch.zeros(40, dtype=torch.int64), num_classes=1, components=2, rank=1, iterations=0, noise=noise
+    )
+    order = found.means[0, :, 0].argsort()
+    torch.testing.assert_close(found.means[0, order], torch.stack([near.mean(0), far.mean(0)]))
+    torch.testing.assert_close(found.log_weights[0, order].exp(), torch.tensor([0.75, 0.25], dtype=torch.float64))
+    deviations = torch.cat([near - near.mean(0), far - far.mean(0)]).square().mean(0)
+    variance = deviations if noise == "diagonal" else deviations.mean()
+    torch.testing.assert_close(found.noise[0], variance.expand(found.noise[0].shape))
+
+
 def test_fit_survives_samples_that_coincide() -> None:
     x, y = torch.ones(20, 4), torch.arange(20) % 2
     fitted = FactorAnalysers.fit(x, y, num_classes=2, components=2, rank=2, floor=0.01)
@@ -236,7 +263,10 @@ def fit(x: Tensor = X, y: Tensor = Y, **settings) -> FactorAnalysers:  # type: i
         (lambda: FactorAnalysers(MEANS, FACTORS, torch.zeros(2, 1)), "noise must be positive variances, got 0"),
         (lambda: FactorAnalysers(MEANS, FACTORS, torch.ones(2, 1), torch.ones(2)), r"weights must be \[L, K\]"),
         (lambda: FactorAnalysers(MEANS, FACTORS, torch.ones(2, 1), torch.zeros(2, 1)), "weights must be non-negative"),
-        (lambda: analysers("diagonal")(torch.zeros(2, 5, dtype=torch.float64)), "x has 5 features a sample, the mix"),
+        (
+            lambda: analysers("diagonal")(torch.zeros(2, 5, dtype=torch.float64)),
+            "x has 5 features a sample, the mixture 6",
+        ),
         (lambda: analysers("diagonal").sample(2, shape=(2, 2)), r"shape \[2, 2\] has 4 features, the mixture 6"),
         (lambda: fit(y=Y[:3]), "x has 4 samples but y has 3"),
         (lambda: fit(components=0), "components must be at least 1, got 0"),
@@ -245,6 +275,8 @@ def fit(x: Tensor = X, y: Tensor = Y, **settings) -> FactorAnalysers:  # type: i
         (lambda: fit(noise="full"), "noise must be one of isotropic, diagonal, got 'full'"),
         (lambda: fit(floor=0.0), "floor must be positive, got 0.0"),
         (lambda: fit(num_classes=1), r"labels must lie in \[0, 1\), got 1"),
+        (lambda: fit(X[:0], Y[:0]), "x has no samples"),
+        (lambda: fit(components=2), "class 0 has 2 samples, too few for 2 components"),
         (lambda: fit(num_classes=3), "class 2 has 0 samples, too few for 1 components"),
     ],
 )
