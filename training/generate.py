@@ -106,7 +106,7 @@ class Generator:
             self.denoiser,
             (len(labels), *self.shape),
             class_labels=labels,
-            generator=torch.Generator(device).manual_seed(int(state[0] >> np.uint64(1))),
+            generator=torch.Generator(device).manual_seed(int(state[0]) >> 1),
         )
         return _pixels(x)
 

@@ -52,6 +52,7 @@ def test_clip_bounds_of_table_2() -> None:
     assert round(clip_bound("se", 0.3, 10), 4) == 0.1
     assert clip_bound("kl", 0.4, 10) == pytest.approx(-math.log(0.6))
     assert clip_bound("kl", 0.0, 10) == 0.0
+    assert clip_bound("l1", 0.25, 2) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(

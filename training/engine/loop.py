@@ -68,7 +68,7 @@ StepObjective = Callable[[nn.Module, Tensor, Tensor, Draws, WeightPerturbation |
 def generator(seed: int, purpose: str, device: torch.device | str = "cpu") -> Generator:
     """A generator for one purpose of one run."""
     sequence = np.random.SeedSequence([seed, PURPOSES.index(purpose)])
-    return Generator(device).manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
+    return Generator(device).manual_seed(int(sequence.generate_state(1, np.uint64)[0]) >> 1)
 
 
 def bind_objective(

@@ -101,7 +101,7 @@ class ScoreTrainer(Engine):
         self.lr = fitting.optimizer.param_groups[0]["lr"]
         if training.random_layers:  # a function of the step and the process, so that it can be resumed
             state = np.random.SeedSequence([training.seed, self.steps_done, self.rank]).generate_state(1, np.uint64)
-            torch.manual_seed(int(state[0] >> 1))
+            torch.manual_seed(int(state[0]) >> 1)
         whole = fitting.draw(training.x, training.y, self.generator, training.augment)
         mine = whole.part(slice(self.rank, None, self.world))
         fitting.network.train()
