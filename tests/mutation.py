@@ -4,8 +4,8 @@
     python -m tests.mutation --module objectives --count 300
 
 A *mutant* is the code with one small mistake: a sign, a bound, a number, a condition. Cosmic Ray makes them, and a seed
-draws some. The tests of ``tests/library`` run once under coverage, so that each mutant meets only the tests that execute
-its line, those first that execute little else. It is *killed* by the first one that fails or hangs. It *survives* when
+draws some. The tests of ``tests/library`` run once under coverage, so that each mutant meets only the tests that
+execute its line, those first that execute little else. It is *killed* by the first one that fails or hangs. It *survives* when
 none does. Each mutant has a process of its own, forked after torch was imported, which sees the mutant in the place of
 the file. The file itself is never written.
 
