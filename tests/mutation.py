@@ -3,11 +3,11 @@
     pip install cosmic-ray coverage
     python -m tests.mutation --module objectives --count 300
 
-A *mutant* is the code with one small mistake: a sign, a bound, a number, a condition. Cosmic Ray makes them, and a seed
-draws some. The tests of ``tests/library`` run once under coverage, so that each mutant meets only the tests that
-execute its line, those first that execute little else. It is *killed* by the first one that fails or hangs. It *survives* when
-none does. Each mutant has a process of its own, forked after torch was imported, which sees the mutant in the place of
-the file. The file itself is never written.
+A *mutant* is the code with one small mistake: a sign, a bound, a number, a condition. Cosmic Ray makes them, and a
+seed draws some. The tests of ``tests/library`` run once under coverage, so that each mutant meets only the tests that
+execute its line, those first that execute little else. It is *killed* by the first one that fails or hangs. It
+*survives* when none does. Each mutant has a process of its own, forked after torch was imported, which sees the
+mutant in the place of the file. The file itself is never written.
 
 An interrupted run goes on where it was. Results are kept, a line of JSON each, as long as neither the module nor the
 tests that they rest on change. SURVIVORS says why some survivors do no harm. Needs Python 3.11.

@@ -38,6 +38,7 @@ def of_run(out: Path) -> Any:
     weights = checkpoint.load(out / "checkpoint.pt")["training"]["model"]
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((out / "summary.json").read_text())
+    del summary["commit"]  # somebody may commit while this goes on
     assert (out / "report.html").exists()
     return {name: value.tolist() for name, value in weights.items()}, without_times(lines), without_times(summary)
 
@@ -51,7 +52,7 @@ def of_score(out: Path) -> Any:
 def of_comparison(out: Path) -> Any:
     compared = without_times(json.loads((out / "compare.json").read_text()))
     assert (out / "report.html").exists()
-    left_out = ("train_seconds", "posterior_seconds", "eval_seconds", "autoattack_seconds", "folder")
+    left_out = ("train_seconds", "posterior_seconds", "eval_seconds", "autoattack_seconds", "folder", "commit")
     for entry in [*compared["aggregate"].values(), *(found for runs in compared["runs"].values() for found in runs)]:
         for name in left_out:
             entry.pop(name, None)
