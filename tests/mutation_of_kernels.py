@@ -4,13 +4,12 @@
 
 The mutants are made by hand, since no tool changes C++ as sensibly: MUTANTS says in which file which text becomes which,
 and whose tests have to notice it. Each mutant is compiled without sanitizers, which takes seconds, and stands in the
-place of the kernels in a process of its own that runs tests/ops/test_NAME.py and what tests/soak draws for the
-operators of NAME. It is *killed* when a test fails, when the process crashes, and when it hangs. A mutant that cannot
-be compiled, and tests that cannot be collected, are mistakes of this file: they end the program with an error.
+place of the kernels in a forked process that runs tests/ops/test_NAME.py and what tests/soak draws for the operators of
+NAME. It is *killed* when a test fails, and when the process crashes or hangs. A mutant that cannot be compiled, and
+tests that cannot be collected, are mistakes of this file: they end the program with an error.
 
 A run that is interrupted goes on where it was: results are kept in build/mutation/kernels.jsonl, a line of JSON each,
-as long as neither the sources of a mutant nor the tests that its result rests on change. Mutants are built and tested
-MAX_JOBS at a time (default 1).
+as long as neither the sources of a mutant nor the tests that its result rests on change.
 """
 
 # ruff: noqa: E501 (a table of sources)
@@ -22,24 +21,28 @@ import functools
 import hashlib
 import json
 import os
-import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import hypothesis  # noqa: F401  imported before the forks, as are the next ones
+import pytest
+import scipy.optimize  # noqa: F401
+import torch
 from tqdm import tqdm
 
+from scorematch import ops, reference  # noqa: F401
+
+from .mutation import Selection, in_a_process, run_tests
 from .ops.emulated_device.build import CSRC, substitute
 from .ops.sanitized import build
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path("build/mutation/kernels.jsonl")
 BUILD = "plain"
-SECONDS = 300  # for the tests of an operator, which take about ten
+SECONDS = 120  # for the tests of an operator, which take about ten
 SOAK = "tests/soak/test_operators.py"
 # The public operators of csrc/cpu/NAME.cpp, as tests/soak/test_operators.py calls them.
 DRAWN = {
@@ -205,11 +208,11 @@ MUTANTS: dict[tuple[str, str], list[Change]] = {
         Change("select(reach < room, reach, room)", "select(reach > room, room, reach)"),
         Change("weight >= A(move.all), room", "weight > A(move.all), room"),
         Change("weight >= A(move.some), A(move.share)", "weight > A(move.some), A(move.share)"),
-        Change("if (!(initial_slope > T(0))) return T(0);", ""),
+        Change("if (!(initial_slope > T(0))) return T(0);", "", harmless="a normal of 0 moves nothing, whatever the time is"),
         Change("step < 100", "step < 2"),
         Change(">= room;", "> room;", harmless="where time * rate is the room, both pieces have the same value"),
         Change("slope += select(at_box, A(0), weight * rate)", "slope += weight * rate"),
-        Change("return T(INFINITY);", "return time;"),
+        Change("return T(INFINITY);", "return time;", harmless="at this time, too, all elements are at the box"),
         Change("if (!(next > time)) return time;", "", harmless="it ends the search early: a further step does not move"),
         Change("if (!(gain > distance)) return {towards, T(0), T(0), T(0)};", ""),
         Change("* T(2);  // above all", ";"),
@@ -233,7 +236,7 @@ MUTANTS: dict[tuple[str, str], list[Change]] = {
         Change("A(options.overshoot) * moved_by<norm>(x0(j)", "moved_by<norm>(x0(j)"),
         Change("clamp(p * A(T(1) - alpha) + p0 * A(alpha), A(box.lower), A(box.upper))", "(p * A(T(1) - alpha) + p0 * A(alpha))"),
         Change(" + A(poison));", ");"),
-        Change("const T check = slope + there", "const T check = there"),
+        Change("const T check = slope + there", "const T check = there", harmless="what makes the slope NaN makes the other NaN, too"),
     ],
     ("square.h", "square"): [
         Change("channel * image.channel_stride + row", "channel + row"),
@@ -257,22 +260,22 @@ MUTANTS: dict[tuple[str, str], list[Change]] = {
     ("l1_step.h", "l1_step"): [
         Change("select(change > A(0), A(box.upper), A(box.lower))", "select(change < A(0), A(box.upper), A(box.lower))"),
         Change("return select(room > A(0), room, A(0));", "return room;"),
-        Change("if (!(positive > wanted)) return smallest;", ""),
+        Change("if (!(positive > wanted)) return smallest;", "", harmless="the bisection ends there, later"),
         Change("largest < finite ? largest : finite", "largest"),
-        Change("if (at_least(few) >= wanted) return few;", ""),
+        Change("if (at_least(few) >= wanted) return few;", "", harmless="the bisection ends just below the largest, with the same elements"),
         Change("if (number == wanted) return middle;", "", harmless="the bisection ends later, with the same elements"),
         Change("(number > wanted ? enough : few) = middle", "(number > wanted ? few : enough) = middle"),
         Change("if (!(middle > enough && middle < few)) return enough;", ""),
         Change("left > A(0), select(at_box, room, left)", "left > A(0), left"),
         Change("select(at_box, A(0), A(1)), A(0))", "A(1), A(0))", harmless="Newton's steps are worse, and its bracket makes up for it"),
-        Change("if (!(sum > eps)) return T(0);", ""),
+        Change("if (!(sum > eps)) return T(0);", "", harmless="the search ends next to 0, later, and rounding hides the rest"),
         Change("t + (sum - eps) / slope", "t - (sum - eps) / slope", harmless="Newton's steps leave the bracket, and bisection does it"),
         Change("magnitude(next - t) <= rounding * t", "magnitude(next - t) <= t"),
         Change("step < 200", "step < 3"),
         Change("(sum > eps ? low : high) = t", "(sum > eps ? high : low) = t"),
         Change("smallest = magnitude_of_largest<A>(lanes, grad, count, moving);", "smallest = magnitude_of_largest<A>(lanes, grad, count, moving + T(1));"),
         Change("unit = step_size / moves", "unit = step_size / moving"),
-        Change("if (moves > T(0)) unit", "unit"),
+        Change("if (moves > T(0)) unit", "unit", harmless="where no element moves, the infinite unit is not used"),
         Change("A(unit) * sign(g)", "A(unit) * g"),
         Change("clamp(stepped(j) - sign(moved) * A(shorter), A(box.lower), A(box.upper))", "stepped(j) - sign(moved) * A(shorter)"),
         Change("stepped(j) - sign(moved)", "x(j) - sign(moved)"),
@@ -356,7 +359,7 @@ MUTANTS: dict[tuple[str, str], list[Change]] = {
         Change("denormal_exponent = 24", "denormal_exponent = 23"),
         Change("denormal_exponent = 54", "denormal_exponent = 53"),
         Change("1.9875691500e-4}", "1.9875691500e-3}"),
-        Change("1. / 9, 1. / 11};", "1. / 9, 1. / 19};"),
+        Change("1. / 9, 1. / 11};", "1. / 9, 1. / 19};", harmless="the difference is below the rounding of float32"),
         Change("0.41421356237309504880", "0.9"),
         Change("x == P(T(0)), P(T(-INFINITY))", "x == P(T(0)), P(T(-100))"),
         Change("P(T(0)), above);\n  return select(x == x, both, x);", "P(T(0)), above);\n  return both;", harmless="a NaN passes through the polynomial, too"),
@@ -395,7 +398,7 @@ class Result:
     operator: str
     old: str
     new: str
-    outcome: str  # killed, crashed, hung or survived
+    outcome: str  # killed, died (it crashed or hung) or survived
     by: str  # the test that failed
     evidence: str  # digest of the sources and the tests that this rests on
 
@@ -429,39 +432,27 @@ def evidence_of(changed: str, operator: str, by: str) -> str:
     return digest([*sources, *map(up_to, [by] if by else tests_of(operator))])
 
 
-def run_tests(library: Path, operator: str) -> tuple[str, str]:
-    """The outcome, and the test that failed."""
-    drawn = " or ".join(f"{name}]" if name != "fab_steps" else name for name in DRAWN[operator])
-    selected = f"({SELECTED}) and (test_{operator}.py or {drawn})"
-    options = ["-q", "-x", "-p", "no:cacheprovider", "--tb=no", "-rf", "-k", selected]
-    environment = {**os.environ, **build.variables(library, BUILD), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", *options, *tests_of(operator)],
-            env=environment,
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=SECONDS,
-        )
-    except subprocess.TimeoutExpired:
-        return "hung", ""
-    if done.returncode < 0:
-        return "crashed", ""
-    if done.returncode not in (0, 1):
-        raise RuntimeError(f"pytest ended with {done.returncode}:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
-    failed = re.search(r"^FAILED (\S+?::\S+)", done.stdout, re.MULTILINE)
-    return ("survived", "") if done.returncode == 0 else ("killed", failed.group(1) if failed else "")
-
-
 def try_sources(operator: str, mutant: Mutant | None = None) -> tuple[str, str]:
     """The outcome, and the test that failed, of csrc with the change of `mutant`."""
+    drawn = " or ".join(f"{name}]" if name != "fab_steps" else name for name in DRAWN[operator])
+    selected = f"({SELECTED}) and (test_{operator}.py or {drawn})"
     with tempfile.TemporaryDirectory() as folder:
         csrc = build.copy_sources(Path(folder), BUILD)
         if mutant:
             substitute(csrc / mutant.changed, mutant.old, mutant.new)
-        return run_tests(build.compile_sources(csrc, BUILD, [operator]), operator)
+        library = build.compile_sources(csrc, BUILD, [operator])
+
+        def work() -> tuple[int, list[str]]:
+            os.environ |= build.variables(library, BUILD)
+            selection = Selection()
+            return run_tests(selection, tests_of(operator), "-x", "-k", selected), selection.failed
+
+        answer = in_a_process(work, SECONDS)
+    if answer is None:
+        return "died", ""
+    if "error" in answer or answer[0] not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        raise RuntimeError(f"the tests of {operator} could not be run: {answer}")
+    return ("killed", answer[1][0]) if answer[1] else ("survived", "")
 
 
 def try_mutant(mutant: Mutant) -> Result:
@@ -491,6 +482,8 @@ def main() -> None:
     if build.runtime_libraries(BUILD) is None:
         sys.exit("g++ is needed")
     os.chdir(ROOT)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    torch.set_num_threads(1)
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
 
     chosen = [mutant for mutant in mutants() if options.only in (None, mutant.operator)]
@@ -507,11 +500,10 @@ def main() -> None:
             sys.exit(
                 f"error: the tests of {operator} must pass before mutants are made; {outcome} by {by or 'a signal'}"
             )
-    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "1"))) as pool:
-        for mutant, result in zip(left, tqdm(pool.map(try_mutant, left), total=len(left), unit="mutant"), strict=True):
-            known[keys[mutant]] = result
-            with RESULTS.open("a") as file:
-                file.write(json.dumps(asdict(result)) + "\n")
+    for mutant in tqdm(left, unit="mutant"):
+        result = known[keys[mutant]] = try_mutant(mutant)
+        with RESULTS.open("a") as file:
+            file.write(json.dumps(asdict(result)) + "\n")
     report({mutant: known[keys[mutant]] for mutant in chosen})
 
 

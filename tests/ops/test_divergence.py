@@ -173,6 +173,51 @@ def test_extreme_logits(kind, form, classes, dtype, device):
         assert_close(gradients[0], torch.autograd.grad(expected.sum(), logits64)[0])
 
 
+@pytest.mark.parametrize("classes", [4, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_small_probabilities_have_all_their_digits(classes, dtype, device):
+    """The gradient of the cross-entropy is q at the classes that are not the label."""
+    smallest, rounding = {torch.float32: (-85.0, 1e-6), torch.float64: (-700.0, 1e-13)}[dtype]
+    logits = (smallest * torch.rand(30, classes, dtype=dtype)).to(device)
+    logits[:, 0], logits[:, 1] = 0, smallest
+    logits.requires_grad_()
+    loss = divergence(logits, torch.zeros(30, dtype=torch.int64, device=device), kind="kl")
+    q = torch.autograd.grad(loss.sum(), logits)[0][:, 1:]
+    expected = logits.detach().double().softmax(1)[:, 1:]
+    torch.testing.assert_close(q.double(), expected, rtol=rounding, atol=0)
+
+
+@pytest.mark.parametrize("classes", [3, 40])
+@pytest.mark.parametrize(("dtype", "tiny"), [(torch.float32, 1e-40), (torch.float64, 1e-310)])
+def test_logarithms_of_the_smallest_probabilities(classes, dtype, tiny, device):
+    """They are denormal numbers; dKL/dp = log p - log q + 1 tells their logarithms."""
+    target = torch.zeros(2, classes, dtype=dtype, device=device)
+    target[:, 0], target[:, 1], target[1, 2] = 1, tiny, 3 * tiny
+    target.requires_grad_()
+    gradient = torch.autograd.grad(divergence(torch.zeros_like(target), target, kind="kl").sum(), target)[0]
+    p = target.detach().double()
+    expected = torch.where(p > 0, p.log() + math.log(classes) + 1, 0)
+    torch.testing.assert_close(gradient.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("classes", "first", "second"), [(8, 2, 5), (64, 5, 9), (64, 6, 9), (64, 7, 40)])
+def test_of_equally_far_classes_the_first_carries_the_gradient(classes, first, second, device):
+    """linf; q is 1 / classes, so that all numbers are exact."""
+    q = 1 / classes
+    target = torch.full((2, classes), q, device=device)
+    target[0, first], target[0, second] = 1.5 * q, 0.5 * q
+    target[1, first], target[1, second] = 0.5 * q, 1.5 * q
+    target.requires_grad_()
+    logits = torch.zeros_like(target).requires_grad_()
+    loss = divergence(logits, target, kind="linf")
+    by_logits, by_target = torch.autograd.grad(loss.sum(), (logits, target))
+    direction = torch.tensor([[-1.0], [1.0]], device=device)  # of q - p
+    carries = direction * F.one_hot(torch.tensor(first, device=device), classes)
+    assert (loss == 0.5 * q).all()
+    assert torch.equal(by_target, -carries)
+    assert torch.equal(by_logits, q * carries - q * q * direction)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("classes", [4, 50])
 def test_one_hot_probabilities_are_labels(kind, classes, device):
@@ -382,6 +427,7 @@ def bad_inputs() -> list[tuple[dict[str, object], type[Exception], str]]:
         ({"target": torch.tensor([0, 1, 10, 3])}, ValueError, r"^target\[2\] is 10, but logits has 10 classes: allowed are 0 to 9$"),
         ({"target": torch.tensor([0, -1, 0, 3])}, ValueError, r"^target\[1\] is -1, but logits has 10 classes"),
         ({"target": 1.5 * p}, ValueError, r"is no probability distribution: its sum is 1.5 \(1 ± 0.001 is allowed\)"),
+        ({"target": 0.5 * p}, ValueError, r"is no probability distribution: its sum is 0.5"),
         ({"target": p - torch.eye(4, 10) + torch.eye(4, 10).roll(1, 1)}, ValueError, r"its smallest entry -0.9 \(at least 0\)"),
     ]  # fmt: skip
 
@@ -408,6 +454,12 @@ def test_bad_values_are_found_in_any_row(classes):
     probabilities[299, 0] += 2e-3
     with pytest.raises(ValueError, match=r"target\[299\] is no probability distribution"):
         divergence(torch.randn(300, classes), probabilities)
+    for less, more in ((0, 1), (1, 2), (classes - 1, 0)):  # a sum of 1, with an entry below 0
+        probabilities = torch.full((300, classes), 1 / classes)
+        probabilities[298, less] -= 0.5
+        probabilities[298, more] += 0.5
+        with pytest.raises(ValueError, match=r"target\[298\] is no probability distribution"):
+            divergence(torch.randn(300, classes), probabilities)
 
 
 @pytest.mark.parametrize("classes", [5, 70])

@@ -96,7 +96,7 @@ def test_memory_formats(norm, name, arrange, arranged, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("power", [-44, -30, -12, 0, 12, 30, 38])
+@pytest.mark.parametrize("power", [-44, -30, -25, -12, 0, 12, 25, 30, 38])
 def test_l2_step_is_full_however_large_the_gradient(power, dtype, device):
     x = torch.full((3, 50), 0.5, device=device, dtype=dtype)
     grad = (torch.randn(3, 50, device=device, dtype=torch.float64) * 10.0**power).clamp(-3e38, 3e38).to(dtype)
@@ -108,6 +108,28 @@ def test_l2_step_is_full_however_large_the_gradient(power, dtype, device):
     torch.testing.assert_close(
         (moved - x).double(), 0.1 * grad.double() / grad.double().norm(dim=1, keepdim=True), rtol=1e-3, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("power", [-310, -200, -160, 160, 200, 300])
+def test_l2_step_is_full_up_to_the_ends_of_float64(power, device):
+    direction = torch.randn(3, 50, dtype=torch.float64)
+    x = torch.full((3, 50), 0.5, device=device, dtype=torch.float64)
+    moved = pgd_step(x, (direction * 10.0**power).to(device), x, norm="l2", step_size=0.1, eps=1.0)
+    expected = 0.1 * direction / direction.norm(dim=1, keepdim=True)
+    torch.testing.assert_close((moved - x).cpu(), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bound", [48, -48, 480, -480])
+def test_l2_step_where_elements_of_a_row_are_on_both_sides_of_a_bound(bound, dtype, device):
+    """Rows are scaled where their largest element is beyond 2^±48 (float32) or 2^±480 (float64)."""
+    if dtype == torch.float32 and abs(bound) > 48:
+        pytest.skip("no number of float32")
+    direction = 0.3 * torch.randn(3, 50, dtype=torch.float64).sign()
+    direction[:, 0] = 5.0
+    x = torch.full((3, 50), 0.5, device=device, dtype=dtype)
+    moved = pgd_step(x, (direction * 2.0**bound).to(device, dtype), x, norm="l2", step_size=0.1, eps=1.0)
+    assert_close(moved, 0.5 + 0.1 * direction / direction.norm(dim=1, keepdim=True))
 
 
 @pytest.mark.parametrize("norm", NORMS)
