@@ -261,6 +261,42 @@ def test_no_cancellation_near_coincidence(kind, classes, distance, device):
     assert (loss > 0).all()
 
 
+@pytest.mark.parametrize("classes", [2, 10, 100])
+@pytest.mark.parametrize("distance", [1e-6, 2e-7])
+def test_js_distance_is_a_number_however_near_the_distributions_are(classes, distance, device):
+    """Rounding must not make the sum negative, whose root it is."""
+    logits = torch.randn(1000, classes, device=device)
+    target = logits + distance * torch.randn(1000, classes, device=device)
+    loss = logit_divergence(logits, target, kind="js_distance")
+    assert (loss >= 0).all()
+    assert (loss < 1e-5).all()
+
+
+@pytest.mark.parametrize("gap", [0.05, 0.08, 0.09])
+def test_js_has_all_its_digits_where_a_series_stands_for_logarithms(gap, device):
+    """float64; |p - q| / (p + q) is below 0.1 in both classes."""
+    p, q = torch.tensor([[0.5 + gap, 0.5 - gap]], dtype=torch.float64), torch.full((1, 2), 0.5, dtype=torch.float64)
+    m = (p + q) / 2
+    expected = 0.5 * (p * (p / m).log() + q * (q / m).log()).sum(1)
+    loss = divergence(q.log().to(device), p.to(device), kind="js")
+    torch.testing.assert_close(loss.cpu(), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "kl"])
+@pytest.mark.parametrize("form", ["probabilities", "logits"])
+@pytest.mark.parametrize("classes", [6, 40])
+def test_classes_that_only_the_model_excludes(kind, form, classes, device):
+    """A logit of -inf is the limit of small ones; only KL is infinite there."""
+    logits, target = make(form, 7, classes, device, torch.float64)
+    results = []
+    for excluded in (-math.inf, -1e4):
+        z = logits.detach().masked_fill(torch.arange(classes, device=device) % 3 == 1, excluded).requires_grad_()
+        loss = FUNCTIONS[form][0](z, target, kind=kind)
+        results.append((loss.detach(), *torch.autograd.grad(loss.sum(), (z, target))))
+    assert all(t.isfinite().all() for t in results[0])
+    torch.testing.assert_close(results[0], results[1])
+
+
 def test_kl_gradient_is_kept_where_rounding_makes_it_negative(device):
     """relu must not stop the gradient of a divergence that is only numerically at its minimum."""
     logits = torch.randn(256, 10, device=device).requires_grad_()
