@@ -364,13 +364,13 @@ MUTANTS: dict[tuple[str, str], list[Change]] = {
         Change("x == P(T(0)), P(T(-INFINITY))", "x == P(T(0)), P(T(-100))"),
         Change("P(T(0)), above);\n  return select(x == x, both, x);", "P(T(0)), above);\n  return both;", harmless="a NaN passes through the polynomial, too"),
         Change("r.v[i] += static_cast<T>(i)", "r.v[i] += static_cast<T>(i + 1)"),
+        Change("for (int i = 0; i < Pack<T, bytes>::size; ++i) r.v[i] = std::sqrt(x.v[i])", "for (int i = 0; i < Pack<T, bytes>::size; ++i) r.v[i] = std::sqrt(x.v[0])"),
     ],
     ("cpu/pack.h", "threat_model"): [
         Change("int half = P::size / 2; half", "int half = P::size / 4; half"),
         Change("y > x ? y : x", "y < x ? y : x"),
         Change("P::load_first(data + j, count - j, rest)", "P::load_first(data + j, count - j - 1, rest)"),
         Change("value.store_first(data + j, count - j)", "value.store_first(data + j, count - j - 1)"),
-        Change("for (int i = 0; i < Pack<T, bytes>::size; ++i) r.v[i] = std::sqrt(x.v[i])", "for (int i = 0; i < Pack<T, bytes>::size; ++i) r.v[i] = std::sqrt(x.v[0])"),
     ],
     ("cpu/parallel.h", "threat_model"): [
         Change("return run_items(job, 0, items);", "return run_items(job, 0, items - 1);"),
@@ -415,10 +415,10 @@ def digest(texts: Iterable[str]) -> str:
 
 @functools.cache
 def up_to(test: str) -> str:
-    """The file of a test up to its end, where its helpers are: a test that is added below it changes nothing."""
+    """The file of a test up to its end, where its helpers are: what is added below changes nothing. A whole file as it is."""
     path, _, name = test.partition("::")
-    text = (ROOT / path).read_text()
-    ends = [node.end_lineno for node in ast.parse(text).body if getattr(node, "name", "") == name.partition("[")[0]]
+    text, name = (ROOT / path).read_text(), name.partition("[")[0]
+    ends = [node.end_lineno for node in ast.parse(text).body if isinstance(node, ast.FunctionDef) and node.name == name]
     return "\n".join(text.splitlines()[: ends[0] if ends else None])
 
 

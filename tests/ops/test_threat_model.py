@@ -110,6 +110,22 @@ def test_l2_step_is_full_however_large_the_gradient(power, dtype, device):
     )
 
 
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_batch_that_is_worth_several_threads(norm, threads, device):
+    x, grad, x0 = inputs((70, 3, 33, 31), device, torch.float32)
+    options = {"norm": norm, "eps": EPS[norm]}
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        moved = pgd_step(x, grad, x0, step_size=0.07, **options)
+        start = random_start(x, grad.clamp(-1, 1), **options)
+    finally:
+        torch.set_num_threads(before)
+    assert_close(moved, reference.pgd_step(x.double(), grad.double(), x0.double(), step_size=0.07, **options))
+    assert_close(start, reference.random_start(x.double(), grad.clamp(-1, 1).double(), **options))
+
+
 @pytest.mark.parametrize("power", [-310, -200, -160, 160, 200, 300])
 def test_l2_step_is_full_up_to_the_ends_of_float64(power, device):
     direction = torch.randn(3, 50, dtype=torch.float64)
