@@ -13,7 +13,7 @@ from torch.library import opcheck
 from scorematch import reference
 from scorematch.ops import pgd_step, project, random_start
 
-from .conftest import assert_close
+from .conftest import assert_close, runs_cuda_code
 
 NORMS = ["linf", "l2"]
 EPS = {"linf": 0.1, "l2": 0.7}
@@ -110,10 +110,11 @@ def test_l2_step_is_full_however_large_the_gradient(power, dtype, device):
     )
 
 
+@pytest.mark.skipif(runs_cuda_code("cpu"), reason="about threads of the CPU")
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_a_batch_that_is_worth_several_threads(norm, threads, device):
-    x, grad, x0 = inputs((70, 3, 33, 31), device, torch.float32)
+def test_a_batch_that_is_worth_several_threads(norm, threads):
+    x, grad, x0 = inputs((70, 3, 33, 31), "cpu", torch.float32)
     options = {"norm": norm, "eps": EPS[norm]}
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
