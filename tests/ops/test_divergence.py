@@ -173,6 +173,51 @@ def test_extreme_logits(kind, form, classes, dtype, device):
         assert_close(gradients[0], torch.autograd.grad(expected.sum(), logits64)[0])
 
 
+@pytest.mark.parametrize("classes", [4, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_small_probabilities_have_all_their_digits(classes, dtype, device):
+    """The gradient of the cross-entropy is q at the classes that are not the label."""
+    smallest, rounding = {torch.float32: (-85.0, 1e-6), torch.float64: (-700.0, 1e-13)}[dtype]
+    logits = (smallest * torch.rand(30, classes, dtype=dtype)).to(device)
+    logits[:, 0], logits[:, 1] = 0, smallest
+    logits.requires_grad_()
+    loss = divergence(logits, torch.zeros(30, dtype=torch.int64, device=device), kind="kl")
+    q = torch.autograd.grad(loss.sum(), logits)[0][:, 1:]
+    expected = logits.detach().double().softmax(1)[:, 1:]
+    torch.testing.assert_close(q.double(), expected, rtol=rounding, atol=0)
+
+
+@pytest.mark.parametrize("classes", [3, 40])
+@pytest.mark.parametrize(("dtype", "tiny"), [(torch.float32, 1e-40), (torch.float64, 1e-310)])
+def test_logarithms_of_the_smallest_probabilities(classes, dtype, tiny, device):
+    """They are denormal numbers; dKL/dp = log p - log q + 1 tells their logarithms."""
+    target = torch.zeros(2, classes, dtype=dtype, device=device)
+    target[:, 0], target[:, 1], target[1, 2] = 1, tiny, 3 * tiny
+    target.requires_grad_()
+    gradient = torch.autograd.grad(divergence(torch.zeros_like(target), target, kind="kl").sum(), target)[0]
+    p = target.detach().double()
+    expected = torch.where(p > 0, p.log() + math.log(classes) + 1, 0)
+    torch.testing.assert_close(gradient.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("classes", "first", "second"), [(8, 2, 5), (64, 5, 9), (64, 6, 9), (64, 7, 40)])
+def test_of_equally_far_classes_the_first_carries_the_gradient(classes, first, second, device):
+    """linf; q is 1 / classes, so that all numbers are exact."""
+    q = 1 / classes
+    target = torch.full((2, classes), q, device=device)
+    target[0, first], target[0, second] = 1.5 * q, 0.5 * q
+    target[1, first], target[1, second] = 0.5 * q, 1.5 * q
+    target.requires_grad_()
+    logits = torch.zeros_like(target).requires_grad_()
+    loss = divergence(logits, target, kind="linf")
+    by_logits, by_target = torch.autograd.grad(loss.sum(), (logits, target))
+    direction = torch.tensor([[-1.0], [1.0]], device=device)  # of q - p
+    carries = direction * F.one_hot(torch.tensor(first, device=device), classes)
+    assert (loss == 0.5 * q).all()
+    assert torch.equal(by_target, -carries)
+    assert torch.equal(by_logits, q * carries - q * q * direction)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("classes", [4, 50])
 def test_one_hot_probabilities_are_labels(kind, classes, device):
@@ -214,6 +259,42 @@ def test_no_cancellation_near_coincidence(kind, classes, distance, device):
     expected = reference.logit_divergence(logits.double(), target.double(), kind=kind)
     torch.testing.assert_close(loss.double(), expected, rtol=2e-6 / distance + 1e-4, atol=0)
     assert (loss > 0).all()
+
+
+@pytest.mark.parametrize("classes", [2, 10, 100])
+@pytest.mark.parametrize("distance", [1e-6, 2e-7])
+def test_js_distance_is_a_number_however_near_the_distributions_are(classes, distance, device):
+    """Rounding must not make the sum negative, whose root it is."""
+    logits = torch.randn(1000, classes, device=device)
+    target = logits + distance * torch.randn(1000, classes, device=device)
+    loss = logit_divergence(logits, target, kind="js_distance")
+    assert (loss >= 0).all()
+    assert (loss < 1e-5).all()
+
+
+@pytest.mark.parametrize("gap", [0.05, 0.08, 0.09])
+def test_js_has_all_its_digits_where_a_series_stands_for_logarithms(gap, device):
+    """float64; |p - q| / (p + q) is below 0.1 in both classes."""
+    p, q = torch.tensor([[0.5 + gap, 0.5 - gap]], dtype=torch.float64), torch.full((1, 2), 0.5, dtype=torch.float64)
+    m = (p + q) / 2
+    expected = 0.5 * (p * (p / m).log() + q * (q / m).log()).sum(1)
+    loss = divergence(q.log().to(device), p.to(device), kind="js")
+    torch.testing.assert_close(loss.cpu(), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "kl"])
+@pytest.mark.parametrize("form", ["probabilities", "logits"])
+@pytest.mark.parametrize("classes", [6, 40])
+def test_classes_that_only_the_model_excludes(kind, form, classes, device):
+    """A logit of -inf is the limit of small ones; only KL is infinite there."""
+    logits, target = make(form, 7, classes, device, torch.float64)
+    results = []
+    for excluded in (-math.inf, -1e4):
+        z = logits.detach().masked_fill(torch.arange(classes, device=device) % 3 == 1, excluded).requires_grad_()
+        loss = FUNCTIONS[form][0](z, target, kind=kind)
+        results.append((loss.detach(), *torch.autograd.grad(loss.sum(), (z, target))))
+    assert all(t.isfinite().all() for t in results[0])
+    torch.testing.assert_close(results[0], results[1])
 
 
 def test_kl_gradient_is_kept_where_rounding_makes_it_negative(device):
@@ -382,6 +463,7 @@ def bad_inputs() -> list[tuple[dict[str, object], type[Exception], str]]:
         ({"target": torch.tensor([0, 1, 10, 3])}, ValueError, r"^target\[2\] is 10, but logits has 10 classes: allowed are 0 to 9$"),
         ({"target": torch.tensor([0, -1, 0, 3])}, ValueError, r"^target\[1\] is -1, but logits has 10 classes"),
         ({"target": 1.5 * p}, ValueError, r"is no probability distribution: its sum is 1.5 \(1 ± 0.001 is allowed\)"),
+        ({"target": 0.5 * p}, ValueError, r"is no probability distribution: its sum is 0.5"),
         ({"target": p - torch.eye(4, 10) + torch.eye(4, 10).roll(1, 1)}, ValueError, r"its smallest entry -0.9 \(at least 0\)"),
     ]  # fmt: skip
 
@@ -408,6 +490,12 @@ def test_bad_values_are_found_in_any_row(classes):
     probabilities[299, 0] += 2e-3
     with pytest.raises(ValueError, match=r"target\[299\] is no probability distribution"):
         divergence(torch.randn(300, classes), probabilities)
+    for less, more in ((0, 1), (1, 2), (classes - 1, 0)):  # a sum of 1, with an entry below 0
+        probabilities = torch.full((300, classes), 1 / classes)
+        probabilities[298, less] -= 0.5
+        probabilities[298, more] += 0.5
+        with pytest.raises(ValueError, match=r"target\[298\] is no probability distribution"):
+            divergence(torch.randn(300, classes), probabilities)
 
 
 @pytest.mark.parametrize("classes", [5, 70])

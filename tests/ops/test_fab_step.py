@@ -165,6 +165,43 @@ def test_zero_normal(norm, device):
     torch.testing.assert_close(moved, 0.75 * x + 0.25 * x0)
 
 
+def test_moves_of_no_length_weigh_the_same(device):
+    """alpha = 1e-8 / (1e-8 + 1e-8), where both points are on the hyperplane or the normal is 0."""
+    x, x0 = torch.rand(2, 3, 20, device=device).unbind()
+    for norm in NORMS:
+        moved = fab_step(x, x0, torch.zeros_like(x), torch.zeros(3, device=device), norm=norm, alpha_max=1.0)
+        torch.testing.assert_close(moved, 0.5 * x + 0.5 * x0)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_an_element_outside_of_the_box_leaves_the_way_to_the_others(norm, device):
+    """It has no room, rather than less than none."""
+    p = torch.tensor([[1.2, 0.5]], device=device, dtype=torch.float64)
+    c = torch.tensor([-0.3], device=device, dtype=torch.float64)
+    moved = fab_step(p, p, torch.ones_like(p), c, norm=norm, alpha_max=0.0, overshoot=1.0)
+    torch.testing.assert_close(moved, torch.tensor([[1.0, 0.8]], device=device, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize(("c", "move"), [(0.8, [0.4, 0.0]), (1.0, [0.5, 0.0]), (1.2, [0.5, 0.2])])
+def test_l1_move_where_the_search_meets_a_weight(sign, c, move, device):
+    """Its bounds are halves of 4: one of them is the weight 2 itself."""
+    p = torch.full((1, 2), 0.5, device=device, dtype=torch.float64)
+    w = torch.tensor([[2.0, 1.0]], device=device, dtype=torch.float64)
+    found = move_to_hyperplane(p, w, torch.tensor([sign * c], device=device, dtype=torch.float64), "l1")
+    torch.testing.assert_close(found, -sign * torch.tensor([move], device=device, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_l1_move_where_weights_are_the_same(share, device):
+    """The elements of the largest weight go first, all by the same share of their room."""
+    w = torch.tensor([[3.0, -3.0, 3.0, -1.0, 1.0, 1.0]], device=device, dtype=torch.float64)
+    p = torch.tensor([[0.2, 0.9, 0.5, 0.4, 0.6, 0.7]], device=device, dtype=torch.float64)
+    c = -share * (w.abs() * torch.where(w > 0, 1 - p, p)).sum(1)
+    moved = fab_step(p, p, w, c, norm="l1", alpha_max=0.0, overshoot=1.0)
+    assert_close(moved, reference.fab_step(p, p, w, c, norm="l1", alpha_max=0.0, overshoot=1.0))
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_many_pieces(norm, device):
     """Newton's method meets as many pieces as the weights' scales spread over."""

@@ -141,7 +141,10 @@ def test_the_largest_gradients_move(count, device):
     torch.testing.assert_close(moved, grad.sign() * largest * 0.4 / count, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("values", [[3.0, 3.0, -3.0, 1.0], [1e-38, 1e-30, 2.0, -3.0], [math.inf, -math.inf, 5.0, 0.0]])
+@pytest.mark.parametrize(
+    "values",
+    [[3.0, 3.0, -3.0, 1.0], [1e-38, 1e-30, 2.0, -3.0], [math.inf, -math.inf, 5.0, 0.0], [math.inf, 5.0, -4.0, 3.0]],
+)
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_ties_and_extreme_gradients(values, count, device):
     """All elements of the same gradient move together; 0 never moves."""
@@ -165,6 +168,13 @@ def test_zero_and_nan_gradients_stay(device):
     assert torch.equal(moved[:2], x[:2])
     assert torch.equal(moved[2, :5], x[2, :5])
     assert (moved[2, 5:] != x[2, 5:]).sum() > 20
+
+
+def test_an_element_of_x0_outside_of_the_box_leaves_the_ball_to_the_others(device):
+    """It has no room, rather than less than none."""
+    x0, x = torch.tensor([[[1.5, 0.5, 0.5]], [[1.8, 0.9, 0.1]]], device=device, dtype=torch.float64).unbind()
+    found = l1_project(x, x0, eps=0.4)
+    torch.testing.assert_close(found, torch.tensor([[1.0, 0.7, 0.3]], device=device, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -166,6 +166,16 @@ def test_l2_move_is_on_the_sphere_and_empties_the_second_window(device):
     assert (moved[:, :, :3, :3] != 0).all()
 
 
+def test_l2_move_of_nothing_is_nothing(device):
+    """The second window holds the whole perturbation; what rounding leaves outside of it may be below 0."""
+    arguments = l2_case((64, 3, 8, 8), 4, device, torch.float32)
+    delta = torch.zeros_like(arguments["x0"])
+    delta[:, :, :4, :4] = 0.05 * torch.randn(64, 3, 4, 4, device=device)
+    arguments |= {"best": arguments["x0"] + delta, "corner": torch.tensor([[4, 4, 0, 0]] * 64, device=device)}
+    arguments["pattern"] = torch.zeros_like(arguments["pattern"])
+    assert torch.equal(square_l2(**arguments), arguments["x0"])
+
+
 @by_norm
 def test_opcheck(move, plain, case, device):
     arguments = case((4, 3, 8, 6), 3, device, torch.float32)

@@ -13,7 +13,7 @@ from torch.library import opcheck
 from scorematch import reference
 from scorematch.ops import pgd_step, project, random_start
 
-from .conftest import assert_close
+from .conftest import assert_close, runs_cuda_code
 
 NORMS = ["linf", "l2"]
 EPS = {"linf": 0.1, "l2": 0.7}
@@ -96,7 +96,7 @@ def test_memory_formats(norm, name, arrange, arranged, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("power", [-44, -30, -12, 0, 12, 30, 38])
+@pytest.mark.parametrize("power", [-44, -30, -25, -12, 0, 12, 25, 30, 38])
 def test_l2_step_is_full_however_large_the_gradient(power, dtype, device):
     x = torch.full((3, 50), 0.5, device=device, dtype=dtype)
     grad = (torch.randn(3, 50, device=device, dtype=torch.float64) * 10.0**power).clamp(-3e38, 3e38).to(dtype)
@@ -108,6 +108,45 @@ def test_l2_step_is_full_however_large_the_gradient(power, dtype, device):
     torch.testing.assert_close(
         (moved - x).double(), 0.1 * grad.double() / grad.double().norm(dim=1, keepdim=True), rtol=1e-3, atol=1e-6
     )
+
+
+@pytest.mark.skipif(runs_cuda_code("cpu"), reason="about threads of the CPU")
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_batch_that_is_worth_several_threads(norm, threads):
+    x, grad, x0 = inputs((70, 3, 33, 31), "cpu", torch.float32)
+    options = {"norm": norm, "eps": EPS[norm]}
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        moved = pgd_step(x, grad, x0, step_size=0.07, **options)
+        start = random_start(x, grad.clamp(-1, 1), **options)
+    finally:
+        torch.set_num_threads(before)
+    assert_close(moved, reference.pgd_step(x.double(), grad.double(), x0.double(), step_size=0.07, **options))
+    assert_close(start, reference.random_start(x.double(), grad.clamp(-1, 1).double(), **options))
+
+
+@pytest.mark.parametrize("power", [-310, -200, -160, 160, 200, 300])
+def test_l2_step_is_full_up_to_the_ends_of_float64(power, device):
+    direction = torch.randn(3, 50, dtype=torch.float64)
+    x = torch.full((3, 50), 0.5, device=device, dtype=torch.float64)
+    moved = pgd_step(x, (direction * 10.0**power).to(device), x, norm="l2", step_size=0.1, eps=1.0)
+    expected = 0.1 * direction / direction.norm(dim=1, keepdim=True)
+    torch.testing.assert_close((moved - x).cpu(), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bound", [48, -48, 480, -480])
+def test_l2_step_where_elements_of_a_row_are_on_both_sides_of_a_bound(bound, dtype, device):
+    """Rows are scaled where their largest element is beyond 2^±48 (float32) or 2^±480 (float64)."""
+    if dtype == torch.float32 and abs(bound) > 48:
+        pytest.skip("no number of float32")
+    direction = 0.3 * torch.randn(3, 50, dtype=torch.float64).sign()
+    direction[:, 0] = 5.0
+    x = torch.full((3, 50), 0.5, device=device, dtype=dtype)
+    moved = pgd_step(x, (direction * 2.0**bound).to(device, dtype), x, norm="l2", step_size=0.1, eps=1.0)
+    assert_close(moved, 0.5 + 0.1 * direction / direction.norm(dim=1, keepdim=True))
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -1,9 +1,10 @@
-"""Builds csrc/cpu with sanitizers, as a library in the place of the ordinary kernels.
+"""Builds csrc/cpu with or without sanitizers, as a library in the place of the ordinary kernels.
 
 env $(python -m tests.ops.sanitized.build memory FOLDER) python -m pytest tests/ops/test_square.py
 
 runs tests on it: `memory` stands for the address and the undefined-behaviour sanitizer, `threads` for the thread
-sanitizer. One instruction set is built, the one that every processor has; SCOREMATCH_SIMD=avx2|avx512 builds another.
+sanitizer, `plain` for none, which is quick to build. One instruction set is built, the one that every processor has;
+SCOREMATCH_SIMD=avx2|avx512 builds another.
 """
 
 import os
@@ -25,7 +26,7 @@ UNDEFINED = "shift,signed-integer-overflow,integer-divide-by-zero,bounds,float-c
 
 
 class Sanitizer(NamedTuple):
-    library: str  # must be loaded before python
+    library: str | None  # must be loaded before python
     flags: list[str]
     options: dict[str, str]  # environment of the process
 
@@ -42,6 +43,8 @@ SANITIZERS = {
         "libtsan.so", ["-fsanitize=thread"], {"TSAN_OPTIONS": "halt_on_error=1:report_thread_leaks=0"}
     ),
 }
+# Without warnings: a mutant may leave a variable unused (see tests/mutation_of_kernels.py).
+BUILDS = SANITIZERS | {"plain": Sanitizer(None, ["-g0", "-w"], {})}
 INSTRUCTION_SETS = {  # bytes of a register, flags of g++
     "baseline": (16, []),
     "avx2": (32, ["-mavx2", "-mfma"]),
@@ -57,7 +60,7 @@ THREADS = {
 
 def runtime_libraries(sanitizer: str) -> list[str] | None:
     """What must be loaded before python; None where g++ or its sanitizer is missing."""
-    paths = [path_of_library(name) for name in (SANITIZERS[sanitizer].library, "libstdc++.so")]
+    paths = [path_of_library(name) for name in (BUILDS[sanitizer].library, "libstdc++.so") if name]
     return None if None in paths else [str(path) for path in paths]
 
 
@@ -73,7 +76,7 @@ def copy_sources(folder: Path, sanitizer: str) -> Path:
 def compile_sources(csrc: Path, sanitizer: str, operators: Sequence[str], instruction_set: str = "baseline") -> Path:
     """A library of csrc/cpu/NAME.cpp for each name, and of the jobs that they use."""
     width, for_instructions = INSTRUCTION_SETS[instruction_set]
-    flags = [*FLAGS, *SANITIZERS[sanitizer].flags, *for_instructions]
+    flags = [*FLAGS, *BUILDS[sanitizer].flags, *for_instructions]
     if width != 16:
         substitute(csrc / "cpu/parallel.h", "&run<16, Job>", f"&run<{width}, Job>")
     includes = [f"-isystem{path}" for path in include_paths()]
@@ -101,19 +104,19 @@ def build(folder: Path, sanitizer: str, instruction_set: str = "baseline") -> Pa
 def variables(library: Path, sanitizer: str) -> dict[str, str]:
     """The environment of a process that has `library` in the place of the ordinary kernels."""
     preloaded = ":".join(runtime_libraries(sanitizer) or [])
-    return {"LD_PRELOAD": preloaded, "SCOREMATCH_KERNELS": str(library), **SANITIZERS[sanitizer].options}
+    return {"LD_PRELOAD": preloaded, "SCOREMATCH_KERNELS": str(library), **BUILDS[sanitizer].options}
 
 
 def main(name: str, folder: str) -> None:
     instruction_set = os.environ.get("SCOREMATCH_SIMD", "baseline")
     for what, given, allowed in (
-        ("the sanitizer", name, SANITIZERS),
+        ("the build", name, BUILDS),
         ("SCOREMATCH_SIMD", instruction_set, INSTRUCTION_SETS),
     ):
         if given not in allowed:
             sys.exit(f"{what} must be one of {{{', '.join(allowed)}}}, got {given!r}")
     if runtime_libraries(name) is None:
-        sys.exit(f"g++ with {SANITIZERS[name].library} is needed")
+        sys.exit(f"g++ with {BUILDS[name].library or 'libstdc++.so'} is needed")
     library = build(Path(folder), name, instruction_set)
     print(*(f"{key}={value}" for key, value in variables(library, name).items()))
 
