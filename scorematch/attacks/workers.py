@@ -58,6 +58,7 @@ class Team:
                 work(0, job)
             return
         failures: list[BaseException] = []
+        ended = threading.Semaphore(0)
         threads = torch.get_num_threads()
         autocast = _autocast_state()
 
@@ -78,13 +79,15 @@ class Team:
             except BaseException as failure:
                 failures.append(failure)
                 self._stop.set()
+            finally:
+                ended.release()
 
         workers = [threading.Thread(target=work_off, args=(worker,), daemon=True) for worker in range(count)]
         try:
             for worker in workers:
                 worker.start()
-            for worker in workers:
-                worker.join()
+            for _ in workers:
+                ended.acquire()  # a signal makes join() take a thread that runs for an ended one, before Python 3.13
         except BaseException:  # a signal reaches the calling thread alone
             self._stop.set()
             raise
