@@ -238,7 +238,7 @@ def in_a_process(work: Callable[[], Any], limit: float) -> Any:
 
 
 def run_tests(selection: Selection, files: Iterable[str], *options: str) -> int:
-    command = ["-q", "-p", "no:cacheprovider", "-p", "no:randomly", *options, *files]
+    command = ["-q", "-p", "no:cacheprovider", *options, *files]
     return int(pytest.main(command, plugins=[selection]))
 
 

@@ -6,15 +6,14 @@ What it is: emulated_device/cuda_runtime.h. Mutants of the sources show what the
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 from .emulated_device import build
+from .processes import ROOT, end_of, run_pytest
 
-ROOT = Path(__file__).resolve().parents[2]
 OPERATORS = ["apgd_step", "divergence", "fab_step", "keyed_uniform", "l1_step", "score_step", "square", "threat_model"]
 KERNELS = {
     name
@@ -44,28 +43,9 @@ pytestmark = [
 def run_tests(
     library: Path, operators: list[str], selected: str, schedule: str, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    tests = [str(ROOT / f"tests/ops/test_{operator}.py") for operator in operators]
-    return subprocess.run(
-        # -s: what the sanitizers print, as the process ends, is not to be captured in it
-        [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", *tests, "-k", selected],
-        env={
-            **os.environ,
-            **build.variables(library),
-            **environment,
-            "SCOREMATCH_SCHEDULE": schedule,
-            "CUDA_VISIBLE_DEVICES": "",
-            "OMP_NUM_THREADS": "1",
-        },
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
-
-
-def end_of(result: subprocess.CompletedProcess[str]) -> str:
-    return result.stdout[-3000:] + result.stderr[:3000]
+    tests = [f"tests/ops/test_{operator}.py" for operator in operators]
+    variables = {**build.variables(library), **environment, "SCOREMATCH_SCHEDULE": schedule}
+    return run_pytest(tests, variables, "-k", selected)
 
 
 @pytest.fixture(scope="module")

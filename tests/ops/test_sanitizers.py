@@ -5,16 +5,15 @@ How they are built: sanitized/build.py. Mutants of the sources show what these t
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 from .emulated_device.build import substitute
+from .processes import end_of, run_pytest
 from .sanitized import build
 
-ROOT = Path(__file__).resolve().parents[2]
 # Not what is about Python; nor what the oldest instruction set, whose sums are the longest, rounds worse than allowed.
 SELECTED = (
     "not (opcheck or bad_input or compile or gradcheck or lower)"
@@ -38,25 +37,7 @@ def run_tests(library: Path, sanitizer: str, operators: list[str], selected: str
     tests = [f"tests/ops/test_{operator}.py" for operator in operators]
     if operators == build.OPERATORS:
         tests.append("tests/soak/test_operators.py")
-    return subprocess.run(
-        # -s: what the sanitizers print, as the process ends, is not to be captured in it
-        [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", *tests, "-k", selected],
-        env={
-            **os.environ,
-            **build.variables(library, sanitizer),
-            "CUDA_VISIBLE_DEVICES": "",
-            "OMP_NUM_THREADS": "1",
-        },
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
-
-
-def end_of(result: subprocess.CompletedProcess[str]) -> str:
-    return result.stdout[-3000:] + result.stderr[:3000]
+    return run_pytest(tests, build.variables(library, sanitizer), "-k", selected)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from killing import Hit, Start, status, without_times
@@ -52,10 +52,8 @@ def of_score(out: Path) -> Any:
 def of_comparison(out: Path) -> Any:
     compared = without_times(json.loads((out / "compare.json").read_text()))
     assert (out / "report.html").exists()
-    left_out = ("train_seconds", "posterior_seconds", "eval_seconds", "autoattack_seconds", "folder", "commit")
-    for entry in [*compared["aggregate"].values(), *(found for runs in compared["runs"].values() for found in runs)]:
-        for name in left_out:
-            entry.pop(name, None)
+    for found in [found for runs in compared["runs"].values() for found in runs]:
+        del found["folder"], found["commit"]  # somebody may commit while this goes on
     return {name: compared[name] for name in ("runs", "aggregate", "paired")}
 
 
@@ -63,17 +61,11 @@ def of_evaluation(out: Path) -> Any:
     return without_times(json.loads(out.with_suffix(".json").read_text()))
 
 
-class Case:
-    """A program: its arguments, those that go on, where it can be hit and how often it gets there, its result."""
-
-    def __init__(
-        self,
-        arguments: Callable[[Given, Path], str],
-        points: dict[str, int],
-        result: Callable[[Path], Any],
-        resume: Callable[[Path], str] | None = None,
-    ) -> None:
-        self.arguments, self.points, self.result, self.resume = arguments, points, result, resume
+class Case(NamedTuple):
+    arguments: Callable[[Given, Path], str]
+    points: dict[str, int]  # where it can be hit, and how often it gets there
+    result: Callable[[Path], Any]
+    resume: Callable[[Path], str] | None = None  # the arguments that go on; None: the same
 
 
 CASES = {

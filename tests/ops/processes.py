@@ -1,0 +1,28 @@
+"""Tests of the operators in a process of their own, on another library in the place of the kernels."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_pytest(
+    tests: Sequence[str], environment: Mapping[str, str], *options: str, timeout: float | None = 600
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        # -s: what the sanitizers print, as the process ends, is not to be captured in it
+        [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", *tests, *options],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environment},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=timeout,
+    )
+
+
+def end_of(result: subprocess.CompletedProcess[str]) -> str:
+    return result.stdout[-3000:] + result.stderr[:3000]
