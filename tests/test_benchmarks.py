@@ -1,12 +1,15 @@
 """The arithmetic of benchmarks.kernels --floor and --compare; no verdict here depends on how fast the machine is."""
 
 import json
+import random
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import floor, kernels, overhead
+from benchmarks import endurance, floor, kernels, overhead
 from scorematch.attacks import classifier
 
 PEAK = floor.Peak(operations=1e9, exponentials=1e8)
@@ -201,3 +204,47 @@ def test_overheads_from_the_command_line(tmp_path):
     assert first["passes"]["graph"] == first["passes"]["back"] >= 2
     assert first["times_floor"] == pytest.approx(first["seconds"] / first["floor_seconds"])
     assert classifier.logits_of.__name__ == "logits_of"
+
+
+def cycles(slope: float) -> list[dict]:
+    """40 cycles of three minutes, each objective with a level of its own, and a warm-up that grows fast."""
+    rest = [0.3, -0.2, -0.4, 0.1, 0.2]  # megabytes of noise
+    return [
+        {
+            "minutes": 3 * i,
+            "objective": list(endurance.OBJECTIVES)[i % 4],
+            "private_mb": 500 + 10 * (i % 4) + slope * 3 * i / 60 + rest[i % 5] - max(0, 3 - i) * 50,
+        }
+        for i in range(40)
+    ]
+
+
+@pytest.mark.parametrize("slope", [0.0, 4.0])
+def test_growth_of_memory_is_found_below_the_levels_of_the_objectives(slope):
+    found = endurance.growth(cycles(slope))
+    assert found["lower"] < slope < found["upper"]
+    assert found["upper"] - found["lower"] < 0.5
+    assert found["estimate"] == pytest.approx((found["lower"] + found["upper"]) / 2)
+
+
+def test_a_short_run_says_nothing_about_growth():
+    assert endurance.growth(cycles(0.0)[:11]) is None
+
+
+@pytest.fixture
+def untouched_process() -> Iterator[None]:
+    """Programs set signal handlers and threads for their whole process."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    threads = torch.get_num_threads()
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("untouched_process")
+def test_a_cycle_is_interrupted_and_repeats_itself(tmp_path):
+    settings = endurance.EnduranceSettings(epochs=1, limit=64, samples=4, threads=1)
+    first, second = (endurance.cycle(settings, "pgd_at", tmp_path / "cycle", random.Random(seed)) for seed in (0, 1))
+    assert first == second
+    assert len(first[1]) == 4

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,16 @@ def interrupted_after(trainer: Trainer, steps: int) -> None:
     trainer._step = counted  # type: ignore[method-assign]
     with pytest.raises(Interrupted):
         trainer.fit()
+
+
+def test_an_interrupted_training_leaves_no_writer_of_tensorboard(tmp_path):
+    def writers() -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if "Writer" in type(thread).__name__]
+
+    before = writers()
+    training = trainer(tmp_path)
+    interrupted_after(training, 3)
+    assert writers() == before
 
 
 @pytest.mark.parametrize("schedule", ["onecycle", "cosine", "multistep --milestones 2", "constant"])

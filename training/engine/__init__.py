@@ -9,6 +9,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -170,9 +171,9 @@ class Engine(ABC):
 
     def _fit(self) -> None:
         log = checkpoint.MetricsLog(self.out / "metrics.jsonl", self.epoch) if self.rank == 0 else None
-        curves = SummaryWriter(self.out / "tensorboard", purge_step=self.epoch + 1) if self.rank == 0 else None
         course = self.course
         with (
+            self._curves() as curves,
             interrupts_deferred() as signal,
             tqdm(
                 total=course.all_steps,
@@ -204,8 +205,11 @@ class Engine(ABC):
                 progress.set_postfix(self._shown(entry), refresh=False)
                 if name_of_signal:
                     raise Interrupted(name_of_signal)
-        if curves is not None:
-            curves.close()
+
+    def _curves(self) -> AbstractContextManager[SummaryWriter | None]:
+        if self.rank != 0:
+            return nullcontext()
+        return SummaryWriter(self.out / "tensorboard", purge_step=self.epoch + 1)
 
     def _shown(self, entry: dict[str, float]) -> dict[str, str]:
         return {"epoch": f"{self.epoch}/{self.course.epochs}", "loss": f"{entry['loss']:.4f}"}
