@@ -24,7 +24,7 @@ def lengths(x_adv: Tensor, x: Tensor, norm: str) -> Tensor:
 def direct(
     model: nn.Module, x: Tensor, y: Tensor, norm: str, **options
 ) -> tuple[dict[float, Tensor], dict[float, Tensor]]:
-    """Of an evaluation at each radius by itself: which samples stand, and their nearest misclassified points."""
+    """Of an evaluation at each radius by itself: which samples are robust, and their nearest misclassified points."""
     stands, nearest = {}, {}
     for radius in sorted(RADII[norm]):
         adversary = attack(model, norm, eps=radius, **options)
@@ -199,7 +199,7 @@ def test_tables_and_json() -> None:
     assert set(adversary.report) == {"0.01", "0.03"}
     low, high = curve.intervals[0.03]
     assert low < curve.robust_accuracy[0.03] < high
-    with pytest.raises(ValueError, match=r"radius must lie in \[0, 0.03\], where was attacked, got 0.04"):
+    with pytest.raises(ValueError, match=r"radius must lie in \[0, 0.03\], the largest attacked, got 0.04"):
         curve.accuracy_at(0.04)
 
 

@@ -402,7 +402,7 @@ def test_bad_data(tmp_path: Path) -> None:
         (x * 1.5, y, r"x must lie in the box \[0.0, 1.0\]"),
         (x, y + 9, r"y_orig must lie in 0 … 9, as the model has 10 classes, got \d+ … \d+"),
         (x, y - 1 - y.min(), "y_orig must lie in 0 … 9"),
-        (x, y.double(), "y_orig must be int64 labels, got torch.float64"),
+        (x, y.double(), "y_orig must be class indices of an integer dtype, got torch.float64"),
         (x.half(), y, r"x_orig must be float32 or float64 in \[0, 1\], got torch.float16"),
         (x[:5], y, r"x must be \[N, …\] and y \[N\]"),
         (x[:0], y[:0], "x_orig is empty, nothing can be evaluated"),
