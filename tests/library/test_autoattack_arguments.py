@@ -132,7 +132,7 @@ def test_attacks_of_another_threat_model_are_refused() -> None:
     model, x, y = data()
     adversary = attack(model)
     adversary.square = Square(ThreatModel("l2", 0.01), n_queries=10)
-    with pytest.raises(ValueError, match="square must have norm .* and box .* as the evaluation, got "):
+    with pytest.raises(ValueError, match=r"square must have norm .* and box .* as the evaluation, got "):
         adversary.run_standard_evaluation(x, y)
     adversary.square = APGD(adversary.threat_model)
     with pytest.raises(TypeError, match="square must be a Square, got APGD"):

@@ -63,8 +63,8 @@ def save(path: Path, *, epoch: int, settings: dict[str, Any], network: dict[str,
 class Writer:
     """Saves in a thread of its own, one file after the other, so that training need not wait for the disk.
 
-    What is handed over is copied first, on a GPU without waiting for it: later steps do not change what is written. At
-    most one file waits: who hands over another one waits until it is written.
+    The state that is handed over is copied first, without waiting for a GPU, so later steps do not change what is
+    written. At most one file waits: a call that hands over another one waits until that file is written.
     """
 
     def __init__(self) -> None:

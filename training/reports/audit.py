@@ -116,7 +116,7 @@ def write(
 
 
 def candidates(posterior: ScoreNetwork) -> list[Candidate]:
-    """Every noise level with every anchor that knows no label of the point it is asked about."""
+    """Every noise level with every anchor that is not given the label of the point."""
     sigmas = sorted({*scores.SIGMAS, posterior.sigma})
     anchors = ["kernel_density"]
     if isinstance(posterior.anchor, NoiseConditionalClassifier):
