@@ -130,7 +130,7 @@ class AutoAttack:
 
     Raises:
         ValueError, TypeError: an argument is outside its range; the message names it.
-        AttributeError: something is assigned that is no setting, or is fixed: ``norm``, ``eps``, ``version``.
+        AttributeError: something is assigned that is not a setting, or is fixed: ``norm``, ``eps``, ``version``.
     """
 
     version: str
@@ -491,8 +491,8 @@ class AutoAttack:
         """Raise TypeError or ValueError unless what was made elsewhere is an attack on the same ball."""
         if isinstance(attack, type) or not isinstance(attack, Attack):
             raise TypeError(
-                f"attacks_to_run: {attack!r} is no attack, expected one of {', '.join(ATTACK_KEYS)}, or an object with "
-                "what scorematch.attacks.Attack names"
+                f"attacks_to_run: {attack!r} is not an attack, expected one of {', '.join(ATTACK_KEYS)}, or an object "
+                "with what scorematch.attacks.Attack names"
             )
         self._check_radius(f"attacks_to_run: {attack.name}", attack)
 

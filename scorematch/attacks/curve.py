@@ -143,7 +143,8 @@ def at_radius(attacks: Sequence[Attack], ball: ThreatModel, of: ThreatModel) -> 
     for attack in attacks:
         if not isinstance(attack, AttackSettings):
             raise ValueError(
-                f"attacks_to_run: {attack.name} is no attack of scorematch, so its radius cannot be changed for a curve"
+                f"attacks_to_run: {attack.name} is not an attack of scorematch, so its radius cannot be changed for a "
+                "curve"
             )
         if attack.eps != of.eps:
             raise ValueError(

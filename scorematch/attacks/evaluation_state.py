@@ -217,14 +217,14 @@ def _read(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: the file holds anything else.
     """
-    unreadable = f"state_path: {path} is no readable state of an evaluation"
+    unreadable = f"state_path: {path} is not a readable state of an evaluation"
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes raise whatever they happen to stand for
         raise ValueError(f"{unreadable} ({type(error).__name__}: {error})") from None
     name = content.get("format") if isinstance(content, dict) else None
     if not isinstance(name, str) or not name.startswith(FORMATS):
-        raise ValueError(f"state_path: {path} is no state of an evaluation by scorematch.AutoAttack")
+        raise ValueError(f"state_path: {path} is not a state of an evaluation by scorematch.AutoAttack")
     if name != FORMAT:
         raise ValueError(f"state_path: {path} was written by another version of scorematch: {name!r}, not {FORMAT!r}")
     kept = content.pop("checksum", None)

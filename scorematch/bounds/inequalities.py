@@ -79,7 +79,7 @@ def theorem_1(errors: RobustErrors, *, weights: Tensor | None = None) -> Theorem
         weights: [N] quadrature weights of p_d(x), see :func:`scorematch.bounds.estimate`; None: x are draws.
 
     Raises:
-        ValueError: D is no metric, or weights do not fit.
+        ValueError: D is not a metric, or weights do not fit.
     """
     _check_metric(errors)
     madry, score, constant = errors.madry, errors.score, errors.constant
@@ -117,8 +117,8 @@ def theorem_2(
         weights: [N] quadrature weights of p_d(x); None: x are draws.
 
     Raises:
-        ValueError: D is no metric, or on the range of max D ``phi`` does not increase, is not convex or is not undone
-            by ``inverse`` (each checked at 129 points).
+        ValueError: D is not a metric, or on the range of max D ``phi`` does not increase, is not convex or is not
+            undone by ``inverse`` (each checked at 129 points).
     """
     _check_metric(errors)
     _check_phi(phi, inverse, errors.madry)
@@ -147,7 +147,7 @@ def theorem_3(errors: RobustErrors, *, beta: float, weights: Tensor | None = Non
         weights: [N] quadrature weights of p_d(x); None: x are draws.
 
     Raises:
-        ValueError: D is no metric, or β is smaller than 1.
+        ValueError: D is not a metric, or β is smaller than 1.
     """
     _check_metric(errors)
     if not beta >= 1.0:

@@ -238,7 +238,7 @@ def test_attacks_whose_radius_cannot_be_changed_are_refused() -> None:
         def run_part(self, classifier, batch): ...
 
     adversary = AutoAttack(model, eps=0.03, version="custom", attacks_to_run=[Own()])
-    with pytest.raises(ValueError, match="own is no attack of scorematch, so its radius cannot be changed"):
+    with pytest.raises(ValueError, match="own is not an attack of scorematch, so its radius cannot be changed"):
         adversary.accuracy_curve(x, y, radii=[0.01])
     with pytest.raises(ValueError, match="eps must not be larger than the box"):
         attack(model).accuracy_curve(x, y, radii=[0.01, 2.0])

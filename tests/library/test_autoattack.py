@@ -164,11 +164,11 @@ def test_states_of_other_evaluations_are_refused(tmp_path: Path) -> None:
     assert path.read_bytes() == saved
     for content in (b"", b"not a state", saved[: len(saved) // 2]):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="is no readable state of an evaluation"):
+        with pytest.raises(ValueError, match="is not a readable state of an evaluation"):
             attack(model).run_standard_evaluation(x, y, state_path=path)
         assert path.read_bytes() == content
     torch.save({"weights": x}, path)
-    with pytest.raises(ValueError, match=r"is no state of an evaluation by scorematch.AutoAttack"):
+    with pytest.raises(ValueError, match=r"is not a state of an evaluation by scorematch.AutoAttack"):
         attack(model).run_standard_evaluation(x, y, state_path=path)
 
 

@@ -154,7 +154,7 @@ def test_what_robustbench_does(tmp_path: Path) -> None:
     assert fallen.any()
     assert torch.equal(state.adversarial[fallen], x_adv[fallen])
     assert state.adversarial[~fallen].isnan().all()
-    with pytest.raises(ValueError, match="is no readable state"):
+    with pytest.raises(ValueError, match="is not a readable state"):
         EvaluationState.from_disk(tmp_path / "nothing.pt")
 
 

@@ -209,7 +209,7 @@ def test_a_function_as_the_source(call: Any, mine: None) -> None:
         ("--model-from mine_to_evaluate:linear --data digits --eps 1 --out file/a", "folder cannot be made"),
         (
             "--model-from mine_to_evaluate:linear --data digits --eps 1 --attack obfuscation --transfer-from none.pt",
-            "transfer_from: model_from: none.pt is no file",
+            "transfer_from: model_from: none.pt is not a file",
         ),
         (
             "--model-from mine_to_evaluate:linear --data digits --eps 1 --attack obfuscation "

@@ -246,7 +246,7 @@ def test_a_teacher_and_the_student_that_imitates_it(digits: data.Data, tmp_path:
 def test_a_teacher_of_other_data_is_refused(digits: data.Data, tmp_path: Path) -> None:
     path = tmp_path / "posterior.pt"
     checkpoint.save(path, epoch=0, settings={"name": "kernel_density"}, network={})
-    with pytest.raises(InputError, match="is no teacher for this data"):
+    with pytest.raises(InputError, match="is not a teacher for this data"):
         build(digits, teacher=path)
 
 

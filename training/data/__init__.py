@@ -420,7 +420,7 @@ def _check_probabilities(data: Data, where: str) -> None:
         given = f"{p.dtype} {list(p.shape)}" if isinstance(p, Tensor) else type(p).__name__
         raise InputError(f"data: {where}: p_train is {given}, allowed: None or a tensor float32 {expected}")
     if not (p >= 0).all() or not ((p.sum(1) - 1).abs() < 1e-4).all():
-        raise InputError(f"data: {where}: p_train has rows that are no distribution, allowed: at least 0, of sum 1")
+        raise InputError(f"data: {where}: p_train has rows that are not distributions, allowed: at least 0, of sum 1")
 
 
 def _class_names(data: Data, where: str) -> tuple[str, ...] | None:

@@ -221,7 +221,7 @@ def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
         InputError: it is missing, damaged, or holds something else.
     """
     if not path.is_file():
-        raise InputError(f"generated: {path} is no file, expected {EXPECTED}")
+        raise InputError(f"generated: {path} is not a file, expected {EXPECTED}")
     try:
         images, labels = _from_pickle(path) if path.suffix in PICKLES else _from_npz(path)
     except UNREADABLE as error:
@@ -415,7 +415,7 @@ def rewrite(source: Path, out: Path) -> int:
         save(out, images, labels)
         return len(labels)
     if not source.is_file():
-        raise InputError(f"generated: {source} is no file, expected {EXPECTED}")
+        raise InputError(f"generated: {source} is not a file, expected {EXPECTED}")
     try:
         with zipfile.ZipFile(source) as archive:
             image, label = _members(archive, source)

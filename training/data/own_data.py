@@ -147,7 +147,7 @@ def folder(root: Path) -> Folder:
         if not (root / name).is_dir():
             if name == "validation":
                 continue
-            what = f"has no folder {name}" if root.is_dir() else "is no folder"
+            what = f"has no folder {name}" if root.is_dir() else "is not a folder"
             raise InputError(f"data_root: {root} {what}, expected {LAYOUT}")
         try:
             found[name] = ImageFolder(str(root / name))

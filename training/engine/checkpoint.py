@@ -142,7 +142,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         reason = str(error).split("\n")[0][:120]
         raise InputError(f"{path}: cannot be read ({reason}), expected a checkpoint of training.run") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise InputError(f"{path}: is no checkpoint of training.run (its format is not {FORMAT!r})")
+        raise InputError(f"{path}: is not a checkpoint of training.run (its format is not {FORMAT!r})")
     return state
 
 

@@ -510,7 +510,7 @@ class _Builder:
         try:
             settings, posterior = read(path, self.data, self.x.device)
         except InputError as error:
-            raise InputError(f"posterior_settings.teacher: {path} is no teacher for this data ({error})") from None
+            raise InputError(f"posterior_settings.teacher: {path} is not a teacher for this data ({error})") from None
         if told and not settings.augment:
             raise InputError(
                 f"posterior_settings.augment: the teacher in {path} is not told of augmentation, allowed: 0"

@@ -107,8 +107,7 @@ Words used below: **KL** is KL(p_d ‖ model) at clean points, in nats. **R_SCOR
 found in the ball (Eq. 4), by a search that knows p_d. **Disagrees** is the share of points for which that search met a
 point where the model's class is not the most likely one of p_d; a search for that alone would find more. **Robust by
 label** is the usual robust accuracy, under PGD; p_d itself is not robust in that sense, because its own most likely
-class changes within the ball. A **student** is a
-classifier that is trained here, with any of the objectives."""
+class changes within the ball. A **student** is a classifier that is trained here, with any of the objectives."""
 
 
 def section_gradients(cells: Sequence[dict[str, Any]]) -> str:

@@ -175,7 +175,7 @@ def _from_weights(
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise InputError(f"model_from: {path} is no file, expected a checkpoint, a state dict or module:function")
+        raise InputError(f"model_from: {path} is not a file, expected a checkpoint, a state dict or module:function")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the bytes of a file that is no checkpoint

@@ -301,7 +301,7 @@ def read_people(path: Path, data: Data) -> Tensor:
         given = f"{values.dtype} {list(values.shape)}"
         raise InputError(f"human_labels: {path} holds {given}, allowed: probabilities {list(wanted)} of the test split")
     if (values < 0).any() or not np.allclose(values.sum(1), 1, atol=1e-3):
-        raise InputError(f"human_labels: {path} has rows that are no distribution, allowed: sums of 1")
+        raise InputError(f"human_labels: {path} has rows that are not distributions, allowed: sums of 1")
     return torch.from_numpy(values)
 
 

@@ -354,7 +354,9 @@ def validate_for(settings: RunSettings, form: Format) -> None:
     if len(shape) != 3:
         for option in ("shift", "flip", "cutmix", "generated"):
             if value := getattr(settings, option):
-                raise InputError(f"{option}: {value} on {name}, whose inputs {shape} are no images, allowed: not there")
+                raise InputError(
+                    f"{option}: {value} on {name}, whose inputs {shape} are not images, allowed: on images"
+                )
     in_box = (form.lower, form.upper) == (0.0, 1.0)
     if settings.autoattack != "none" and (len(shape) != 3 or not in_box):
         given = f"inputs {shape} from {form.lower:g} to {form.upper:g}"

@@ -18,7 +18,7 @@ def typed_table(table: object, settings: type, where: str, exclude: Sequence[str
         InputError: a key is unknown, or a value has another type.
     """
     if not isinstance(table, dict):
-        raise InputError(f"{where}: {table!r} is no table")
+        raise InputError(f"{where}: {table!r} is not a table")
     hints = typing.get_type_hints(settings)
     allowed = [f.name for f in dataclasses.fields(settings) if f.name not in exclude]
     for key in table:
