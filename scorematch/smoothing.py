@@ -274,7 +274,8 @@ class SmoothedClassifier:
             given = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(f"model must return logits [{count}, {self.num_classes}], got {given}")
         if not bool(logits.isfinite().all()):
-            raise ValueError("model must return finite logits, got values that are not")
+            bad = int((~logits.isfinite()).sum())
+            raise ValueError(f"model must return finite logits, got {bad} of {logits.numel()} that are not")
         return logits
 
     def _votes(self, x: Tensor, streams: Sequence[torch.Generator], draws: int) -> Tensor:

@@ -199,7 +199,10 @@ class ClassificationLoss(MatchingLoss):
         if weight > 0.0 and energy is not None:
             raise ValueError(f"weight is {weight} and energy is given, allowed: one of them")
         if weight > 0.0 and denoiser is None:
-            raise ValueError("likelihood_weight > 0 needs a denoiser, which supplies the unconditional score")
+            raise ValueError(
+                f"denoiser must be given where the likelihood weight is above 0, got None with weight {weight}: it "
+                "supplies the unconditional score"
+            )
         self.network = network
         self.weight = weight
         self.energy = energy

@@ -31,9 +31,10 @@ class Ensemble(Posterior):
             raise ValueError("members must be at least one posterior, got none")
         classes = {member.num_classes for member in members}
         if len(classes) > 1:
-            raise ValueError(f"members must have as many classes each, got {sorted(classes)}")
-        if any(member.centering != "posterior" for member in members):
-            raise ValueError("members must have centering='posterior'")
+            raise ValueError(f"members must have equally many classes each, got {sorted(classes)}")
+        centerings = [member.centering for member in members]
+        if any(centering != "posterior" for centering in centerings):
+            raise ValueError(f"members must have centering='posterior', got {centerings}")
         self.members = nn.ModuleList(members)
         (self.num_classes,) = classes
 

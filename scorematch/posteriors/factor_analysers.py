@@ -63,7 +63,8 @@ class FactorAnalysers(ClassScorePosterior):
         if list(weights.shape) != [classes, components]:
             raise ValueError(f"weights must be [L, K] = [{classes}, {components}], got {list(weights.shape)}")
         if not (weights >= 0).all() or not (weights.sum(1) > 0).all():
-            raise ValueError("weights must be non-negative with a positive sum for each class")
+            given = f"{int((weights < 0).sum())} negative values and the sums {weights.sum(1).tolist()}"
+            raise ValueError(f"weights must be non-negative with a positive sum for each class, got {given}")
         self.num_classes = classes
         self.register_buffer("means", means)
         self.register_buffer("factors", factors)

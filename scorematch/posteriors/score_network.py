@@ -67,11 +67,12 @@ class ScoreNetwork(Posterior):
             raise ValueError(f"nodes must be 1 where the scores are read at the clean point alone, got {nodes}")
         if top_k is not None:
             if not isinstance(denoiser, EmbeddedDenoiser):
-                raise ValueError("top_k needs an EmbeddedDenoiser, other networks answer for all classes at once")
+                given = type(denoiser).__name__
+                raise ValueError(f"top_k needs an EmbeddedDenoiser, got {given}, which gives all classes at once")
             if not 1 <= top_k <= denoiser.num_classes:
                 raise ValueError(f"top_k must lie between 1 and {denoiser.num_classes} classes, got {top_k}")
             if centering == "network":
-                raise ValueError("top_k needs centering='posterior'")
+                raise ValueError(f"top_k needs centering='posterior', got {centering!r}")
         if anchor is not None and anchor.num_classes != denoiser.num_classes:
             raise ValueError(f"anchor has {anchor.num_classes} classes, the denoiser {denoiser.num_classes}")
         self.denoiser = denoiser.eval().requires_grad_(False)

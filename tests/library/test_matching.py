@@ -435,7 +435,7 @@ def test_an_interrupted_fitting_goes_on_exactly() -> None:
 
 def test_likelihood_weight_needs_a_denoiser() -> None:
     x, y = toy(10)
-    with pytest.raises(ValueError, match="likelihood_weight > 0 needs a denoiser"):
+    with pytest.raises(ValueError, match="denoiser must be given"):
         fit_classifier(nn.Identity(), x, y, Fit(likelihood_weight=1.0), generator=torch.Generator())
 
 
