@@ -84,9 +84,7 @@ class RunSettings:
     free_replays: int = 0  # pgd_at: passes over each batch in free adversarial training; 0 turns it off
     steps: int = 10  # steps of PGD during training
     attack_start: Literal["uniform", "gaussian"] | None = None  # where that attack starts; None is the objective's own
-    attack_mode: Literal["eval", "train", "frozen"] | None = (
-        None  # batch norm in that attack; None is the objective's own
-    )
+    attack_mode: Literal["eval", "train", "frozen"] | None = None  # batch norm in it; None is the objective's own
 
     # Objective
     beta: float = 4.0  # TRADES: weight of the robust term
