@@ -157,7 +157,7 @@ def test_an_interrupted_autoattack_goes_on(
     (tmp_path / "state.pt").write_text("no state")
     refused = call("evaluate", "--run", trained, *FAST, "--state", "state.pt")
     assert refused.status == 2
-    assert "no readable state" in refused.err
+    assert "not a readable state" in refused.err
 
 
 def weaken(trained: Path, folder: Path) -> None:

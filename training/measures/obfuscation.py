@@ -45,7 +45,7 @@ def radii(threat_model: ThreatModel, features: int) -> list[float]:
             grid.append(eps * factor)
             factor *= 2
         grid = [*(radius for radius in grid if radius < diameter), diameter]
-    # A radius of the grid that is eps but for rounding is eps.
+    # A radius of the grid that equals eps up to rounding is eps.
     return sorted([eps, *(radius for radius in grid if not math.isclose(radius, eps, rel_tol=1e-6))])
 
 
