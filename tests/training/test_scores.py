@@ -354,7 +354,7 @@ def test_an_audit_says_what_it_found(call: Any, tmp_path: Path, monkeypatch: pyt
     assert "labels that people gave" in again.out
     ending = call("score", "--resume", "here", "--eps", "0.2")
     assert (ending.status, "eps: is for --audit" in ending.err) == (2, True)
-    for wrong, told in ((people[:3], "float64 [3, 10], allowed: probabilities [500, 10]"), (2 * people, "not distributions")):
+    for wrong, told in ((people[:3], "float64 [3, 10], allowed: probabilities [500, 10]"), (2 * people, "not distrib")):
         np.save("people.npy", wrong)
         ending = call("score", "--resume", "here", "--audit", "--human-labels", "people.npy")
         assert (ending.status, told in ending.err) == (2, True), ending.err
