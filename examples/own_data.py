@@ -24,7 +24,7 @@ def shapes() -> Data:
     return Data(
         name="shapes",
         num_classes=len(KINDS),
-        x_train=x_train,  # float32 [N, C, H, W], or [N, D] where these are no images
+        x_train=x_train,  # float32 [N, C, H, W], or [N, D] where these are not images
         y_train=y_train,  # int64 [N]
         x_validation=x_validation,
         y_validation=y_validation,

@@ -1,9 +1,9 @@
 """Augmentation of clean batches in the training of score networks.
 
-An augmentation maps images [N, C, H, W] and a generator to augmented images and what the network is told of them:
-conditions [N, K], or None. A score network that is not told learns the density of augmented images. One that is told
-learns that of each transformation, and that of the data itself where the conditions are zero (Karras et al., NeurIPS
-2022, appendix F.2).
+An augmentation maps images [N, C, H, W] and a generator to two things: the augmented images, and what the network is
+told of them, conditions [N, K] or None. A score network that is not told learns the density of the augmented images. A
+network that is told learns a density for each transformation. Where the conditions are zero, this is the density of the
+data itself (Karras et al., NeurIPS 2022, appendix F.2).
 """
 
 from __future__ import annotations
@@ -16,11 +16,16 @@ from torch.nn.functional import affine_grid, grid_sample
 
 
 def mirror(x: Tensor, generator: Generator) -> tuple[Tensor, None]:
-    """Every second image on average mirrored left to right, and the network not told: for data as likely mirrored.
+    """Mirror each image left to right with probability 1/2; the network is not told.
+
+    For data in which an image and its mirror image are equally likely.
 
     Args:
         x: [N, C, H, W].
         generator: on the device of x.
+
+    Returns:
+        Images like x, and None.
     """
     flipped = torch.rand(len(x), generator=generator, device=x.device) < 0.5
     return torch.where(flipped[:, None, None, None], x.flip(3), x), None

@@ -17,8 +17,8 @@ class WeightAverage(AveragedModel):
 
     Args:
         model: what is averaged; the first update copies it.
-        decay: of the update with a number, counted from 1.
-        average_buffers: average floating-point buffers too; others, and all of them otherwise, are the model's own.
+        decay: maps the number of an update, counted from 1, to its decay in [0, 1].
+        average_buffers: whether floating-point buffers are averaged too. All other buffers are copied from the model.
     """
 
     def __init__(self, model: nn.Module, decay: Callable[[int], float], average_buffers: bool = False) -> None:

@@ -50,8 +50,12 @@ KINDS: tuple[str, ...] = tuple(DIVERGENCES)
 def check_kind(kind: str, argument: str = "divergence") -> str:
     """Return ``kind`` if it names a divergence.
 
+    Args:
+        kind: one of :data:`KINDS`.
+        argument: what the error calls it.
+
     Raises:
-        ValueError: it does not.
+        ValueError: ``kind`` names no divergence.
     """
     if not isinstance(kind, str) or kind not in DIVERGENCES:
         raise ValueError(f"{argument} must be one of {', '.join(KINDS)}, got {kind!r}")
@@ -61,14 +65,17 @@ def check_kind(kind: str, argument: str = "divergence") -> str:
 def clip_bound(kind: str, threshold: float, num_classes: int) -> float:
     """Value of D below which a clipped loss is zero, for a clipping threshold c (section 5.2, Table 2).
 
-    The bound is D([1 − c, c/(L−1), …] ‖ one-hot) in the order (target = one-hot, prediction = smoothed): the loss of
-    a prediction that gives the true class 1 − c and spreads c over the others. For squared error and 10 classes,
-    c = 0.4 gives 0.1778 and c = 0.3 gives 0.1.
+    The bound is D(one-hot ‖ [1 − c, c/(L−1), …]): the loss of a prediction that gives the true class the probability
+    1 − c and spreads c evenly over the others. For squared error and 10 classes, c = 0.4 gives 0.1778 and c = 0.3
+    gives 0.1.
 
     Args:
         kind: name of the divergence.
         threshold: c, a probability in [0, 1).
         num_classes: L ≥ 2.
+
+    Returns:
+        The bound, in the units of D; 0 for c = 0.
 
     Raises:
         ValueError: an argument is outside its range.

@@ -13,10 +13,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 
 class Folding:
-    """Pairs of a convolution and the batch norm that alone takes its output, found by tracing the model.
+    """Finds each convolution whose output goes to a batch norm and nowhere else, by tracing the model.
 
-    A model that ``torch.fx`` cannot trace has no pairs; neither have modules that are called more than once. What tests
-    values, such as the shape of its input, cannot be traced unless it is a function under ``torch.fx.wrap``.
+    In a model that ``torch.fx`` cannot trace, no pairs are found. Modules that are called more than once are left out.
+    Code that tests values, such as the shape of its input, cannot be traced unless it is a function under
+    ``torch.fx.wrap``.
 
     Args:
         model: any module; it is not changed.
@@ -50,9 +51,9 @@ class Folding:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within it the convolutions do what they and their batch norms did, and these do nothing.
+        """A context in which each convolution also does the work of its batch norm, and the batch norm does nothing.
 
-        For inference and for gradients in the input: the weights in force take no gradients.
+        It is for inference and for gradients with respect to the input: the folded weights take no gradients.
         """
         self._refresh()
         kept = [(conv._parameters["weight"], conv._parameters["bias"]) for conv, _ in self.pairs]

@@ -70,6 +70,9 @@ class FreeAttack:
             x: [N, …] inputs inside the box. A smaller batch than before uses the first N perturbations.
             y: int64 [N] labels, or probabilities [N, L].
 
+        Returns:
+            An outcome whose ``x_adv`` is x + δ, clipped to the box.
+
         Raises:
             ValueError: the samples have another shape than those before.
         """
@@ -111,5 +114,6 @@ class FreeAttack:
         return {"perturbation": self.perturbation}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state that :meth:`state_dict` gave."""
         held = state["perturbation"]
         self.perturbation = None if held is None else held.clone()

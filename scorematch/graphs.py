@@ -13,10 +13,10 @@ Attack = Callable[..., dict[str, Tensor]]
 
 
 class AttackGraphs:
-    """Runs attacks, from the fourth batch of a shape on by replaying a CUDA graph of all their kernels.
+    """Runs attacks as CUDA graphs: after a few batches of a shape, all kernels of an attack are replayed as one graph.
 
-    An attack of ten steps launches thousands of kernels one by one; a GPU that works through them faster than Python
-    launches them waits. A replay launches all of them at once and computes the same.
+    An attack of ten steps launches thousands of kernels one by one. A GPU that works through them faster than Python
+    launches them has to wait. A replay launches all of them at once and computes the same.
 
     A graph is recorded once and holds for whatever lies in the same memory later: the weights and the running
     statistics of the model may change in place, as optimisers and batch norm change them. Everything else is fixed in
@@ -29,14 +29,15 @@ class AttackGraphs:
     parameters or buffers in other memory           an error before the next replay
     another momentum of a batch norm, a number      an error before the next replay
     weights cast before, in the cache of autocast   an error instead of the recording
-    a generator that torch does not know of         the recording fails: random numbers are inputs
+    a generator that torch does not know of         the recording fails: give random numbers as inputs
     processes that wait for each other              not noticed: keep communication out of the attack
     ==============================================  ==========================================================
 
     Memory that an attack takes while it is recorded is the recording's own, and outputs are copied out of it.
 
     Args:
-        warmup: batches of each shape that run without a graph; libraries choose and load their kernels meanwhile.
+        warmup: how many batches of each shape first run without a graph, at least 1; libraries choose and load their
+            kernels meanwhile.
 
     Raises:
         ValueError: ``warmup`` is below 1; in a call: an input is not on a CUDA device.
@@ -55,7 +56,7 @@ class AttackGraphs:
         """The outputs of ``attack(*inputs)``.
 
         Args:
-            attack: from tensors to named tensors without a graph of automatic differentiation.
+            attack: maps tensors to named tensors, without a graph of automatic differentiation.
             inputs: on one CUDA device.
             modules: what the attack calls; those that are an ``nn.Module`` are watched.
         """

@@ -1,4 +1,7 @@
-"""What objectives and attacks are given. The classic mistakes are found first: pixels in 0…255, normalised images."""
+"""Checks of the data that objectives and attacks are given.
+
+The most common mistakes have hints of their own in the messages: pixels in 0…255, and normalised images.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,10 @@ _seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose images on 
 
 
 def check_inputs(model: nn.Module, x: Tensor, y: Tensor, threat_model: Perturbations | None) -> None:
-    """Refuse a batch that an objective cannot mean.
+    """Refuse a batch that an objective cannot use.
 
-    Dtypes and shapes are looked at in every call. The values of x are on the CPU, and at the first call with this
-    model on another device, where looking means waiting for it.
+    Dtypes and shapes are checked in every call. On the CPU, so are the values of x. On another device a look at values
+    has to wait for the device, so they are checked only in the first call with this model.
 
     Args:
         model: the model that is trained.
@@ -31,8 +34,8 @@ def check_inputs(model: nn.Module, x: Tensor, y: Tensor, threat_model: Perturbat
         threat_model: whose box x must lie in, up to a rounding of 1e-4 of its width; None checks no values.
 
     Raises:
-        TypeError: x or y has a dtype that no objective takes, or is sparse.
-        ValueError: shapes or devices do not fit, or x leaves the box or is not finite.
+        TypeError: x or y is not a tensor, is sparse, or has a dtype that no objective takes.
+        ValueError: shapes or devices do not fit, x leaves the box or is not finite, or eps is larger than the box.
     """
     if not isinstance(x, Tensor) or not isinstance(y, Tensor):
         raise TypeError(f"x and y must be tensors, got {type(x).__name__} and {type(y).__name__}")
@@ -58,14 +61,14 @@ def check_inputs(model: nn.Module, x: Tensor, y: Tensor, threat_model: Perturbat
 
 
 def check_attack(threat_model: Perturbations, steps: int) -> None:
-    """Refuse what an attack during training cannot follow.
+    """Check the threat model and the number of steps of an attack during training.
 
     Args:
         threat_model: a :class:`scorematch.ThreatModel`, or a B(x) with what :class:`scorematch.Perturbations` names.
         steps: a whole number, at least 0.
 
     Raises:
-        TypeError, ValueError: they are not; the message names the argument.
+        TypeError, ValueError: an argument is not what it must be; the message names it.
     """
     if isinstance(threat_model, type) or not isinstance(threat_model, Perturbations):
         raise TypeError(
@@ -83,7 +86,9 @@ def _looks(model: nn.Module, device: torch.device) -> bool:
 
 
 def clean_batch(x: Tensor, y: Tensor, threat_model: Perturbations, label_name: str = "y") -> tuple[Tensor, Tensor]:
-    """The batch and its labels as attacks take them; reads x once (synchronises a GPU), so not for training steps.
+    """A batch and its labels, checked and in the form that attacks take.
+
+    It reads the values of x, so a GPU has to be waited for. Training steps use :func:`check_inputs` instead.
 
     Args:
         x: [N, …] inside the box of the threat model, or outside by at most 1e-6 of its largest bound; then it is
@@ -97,8 +102,8 @@ def clean_batch(x: Tensor, y: Tensor, threat_model: Perturbations, label_name: s
 
     Raises:
         TypeError: x is not floating point.
-        ValueError: shapes do not fit, labels are no class indices, x leaves the box or is not finite, or an L2 radius
-            is larger than the box.
+        ValueError: shapes do not fit, labels are not class indices, x leaves the box or is not finite, or eps is larger
+            than the box.
     """
     check_floating(x)
     labels = y.squeeze(1) if y.dim() == 2 and y.shape[1] == 1 else y
@@ -110,7 +115,7 @@ def clean_batch(x: Tensor, y: Tensor, threat_model: Perturbations, label_name: s
     if x.dim() < 2 or labels.dim() != 1 or len(x) != len(y):
         raise ValueError(f"x must be [N, …] and y [N], got x {list(x.shape)} and y {list(y.shape)}")
     if y.dtype == torch.bool or y.is_floating_point() or y.is_complex():
-        raise ValueError(f"{label_name} must be int64 labels, got {y.dtype}")
+        raise ValueError(f"{label_name} must be class indices of an integer dtype, got {y.dtype}")
     x, labels = x.detach(), labels.long()
     if len(x) == 0:
         return x, labels
@@ -122,14 +127,17 @@ def clean_batch(x: Tensor, y: Tensor, threat_model: Perturbations, label_name: s
 
 
 def joined(x: Any, y: Any) -> tuple[Tensor, Tensor]:
-    """x and y as they are, or the batches (x, y) of an iterable one after the other.
+    """x and y as they are, or all batches (x, y) of an iterable put together.
 
     Args:
         x: [N, …], or an iterable of pairs of tensors such as a ``DataLoader``; then y is None.
         y: [N], or None.
 
+    Returns:
+        x [N, …] and y [N].
+
     Raises:
-        TypeError: x is neither, or y is missing or one too many.
+        TypeError: x is neither of the two, y is missing, or y is given beside batches.
         ValueError: there are no batches, or their samples have different shapes.
     """
     if isinstance(x, Tensor) or not isinstance(x, Iterable):
@@ -152,10 +160,10 @@ def joined(x: Any, y: Any) -> tuple[Tensor, Tensor]:
 
 
 def check_floating(x: Tensor) -> None:
-    """Refuse x of whole numbers.
+    """Refuse an x that is not floating point.
 
     Raises:
-        TypeError: it is.
+        TypeError: x has another dtype.
     """
     if not x.dtype.is_floating_point:
         hint = "; divide pixels in 0…255 by 255: x.float() / 255" if x.dtype == torch.uint8 else ""
@@ -163,10 +171,15 @@ def check_floating(x: Tensor) -> None:
 
 
 def check_box(x: Tensor, threat_model: Perturbations, slack: float = 0.0) -> tuple[float, float]:
-    """The least and the largest value of x [N, …], N ≥ 1, once they are in the box but for ``slack``.
+    """Refuse an x that leaves the box; return its smallest and its largest value.
+
+    Args:
+        x: [N, …], N ≥ 1.
+        threat_model: gives the box.
+        slack: how far x may leave it, in input units, at least 0.
 
     Raises:
-        ValueError: they are not, or not finite.
+        ValueError: a value is outside, or is not finite.
     """
     low, high = (float(value) for value in torch.aminmax(x.detach()))
     lower, upper = threat_model.lower, threat_model.upper

@@ -15,7 +15,13 @@ def random_start(
     """A point drawn uniformly from the L1 ball around each sample of x [N, …], clipped to the box.
 
     Args:
+        x: [N, …], the centres.
         generator: source of randomness on the device of x.
+        eps: radius of the ball, in input units; > 0.
+        lower, upper: the box.
+
+    Returns:
+        A new tensor of the shape and dtype of x.
     """
     count, features = len(x), x[0].numel() if len(x) else 0
     # D + 1 exponential variables divided by their sum; without the last one they are uniform in the simplex.
@@ -38,10 +44,10 @@ def sparse_step(
 ) -> Tensor:
     """One sparse step of ascent from x along grad, projected to the ball around x0 and the box.
 
-    The steepest direction in L1 is that of one feature alone, and one pixel a step is too slow for an image. As in
-    SLIDE (Tramèr & Boneh, Adversarial Training and Robustness for Multiple Perturbations, NeurIPS 2019) a share of
-    the features moves instead, those of the largest gradients, all equally far: 1 % there, and by default of
-    ``ThreatModel``. A feature that the box stops in the direction of its gradient does not count.
+    In L1 the steepest direction is that of a single feature, and to move one pixel in each step is too slow for an
+    image. As in SLIDE (Tramèr & Boneh, Adversarial Training and Robustness for Multiple Perturbations, NeurIPS 2019) a
+    share of the features moves instead: those of the largest gradients, all equally far. The share is 1 % there, and by
+    default in ``ThreatModel``. A feature that the box stops in the direction of its gradient is not counted.
 
     Args:
         x: [N, …] in the box.
@@ -50,6 +56,9 @@ def sparse_step(
         step_size: the sum of the moves of all features.
         share: of the features that move, in (0, 1]; at least one does.
         eps, lower, upper: as for :func:`scorematch.ops.l1_step`.
+
+    Returns:
+        A new tensor of the shape and dtype of x.
     """
     features = x[0].numel() if len(x) else 0
     stopped = ((x >= upper) & (grad > 0)) | ((x <= lower) & (grad < 0))

@@ -1,4 +1,4 @@
-"""A model of normalised inputs as one of pixels, so that attacks and eps count in pixels."""
+"""Turns a model of normalised inputs into a model of pixels, so that attacks and eps count in pixels."""
 
 from collections.abc import Sequence
 
@@ -15,9 +15,9 @@ class Normalised(nn.Module):
             units of x, std > 0. Kept as buffers in the default dtype, or that of a tensor of floating-point numbers.
 
     Raises:
-        TypeError: ``model`` is no module.
-        ValueError: mean and std are no finite numbers, are not as many as each other, or a std is not positive; in a
-            call: x has another number of channels.
+        TypeError: ``model`` is not a module.
+        ValueError: mean or std is not finite, they are not equally many, or a std is not positive; in a call: x has
+            another number of channels.
     """
 
     mean: Tensor
@@ -44,6 +44,7 @@ def normalised(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """(x − mean) / std in the dtype of x [N, C, …].
 
     Args:
+        x: [N, C, …], floating point.
         mean, std: [C], or [1] for all channels.
 
     Raises:

@@ -10,7 +10,7 @@ r"""Training objectives: one loss a sample, with the point at which it was taken
 
 q = softmax of the model, y the label (or a distribution over labels), p a data posterior.
 
-Between the surrogates and direct SCORE, each piece of the latter by itself:
+Direct SCORE differs from the surrogates (PGD-AT and TRADES) in several pieces. These options take one piece at a time:
 
 | objective and option | per-sample loss |
 | --- | --- |
@@ -68,13 +68,21 @@ class Outcome(NamedTuple):
 
 
 def accuracy(logits: Tensor, y: Tensor) -> Tensor:
-    """The share of logits [N, L] whose largest is that of y: int64 labels [N], or probabilities [N, L]."""
+    """The share of samples whose largest logit is that of the label.
+
+    Args:
+        logits: [N, L].
+        y: int64 [N] labels, or probabilities [N, L], of which the largest counts.
+
+    Returns:
+        A float32 scalar in [0, 1], without a graph.
+    """
     labels = y if y.dim() == 1 else y.argmax(1)
     return (logits.detach().argmax(1) == labels).float().mean()
 
 
 def soft_targets(posterior: Posterior, x: Tensor, y: Tensor) -> Tensor:
-    """p(·|x) of a posterior at clean inputs: y for an objective, in the place of labels.
+    """The class probabilities p(·|x) of a posterior at clean inputs, for use as y of an objective.
 
     Args:
         posterior: estimate of p_d(y|x), fixed.
@@ -116,6 +124,9 @@ def standard(model: nn.Module, x: Tensor, y: Tensor, *, divergence: str = "kl") 
         x: [N, …] inputs.
         y: int64 [N] labels, or probabilities [N, L].
         divergence: name of D, see :data:`scorematch.divergences.KINDS`.
+
+    Returns:
+        An outcome whose ``x_adv`` is x.
 
     Raises:
         TypeError, ValueError: an argument is not what it must be; see :func:`scorematch.inputs.check_inputs` for x, y.
@@ -178,7 +189,7 @@ def gaussian(
             σ² / (2 (1 − γ)) = c, which is γ = 1 − σ² / (2c). Negative for Eq. (37). Asks for σ > 0.
         divergence: name of D, see :data:`scorematch.divergences.KINDS`. The equations are about ``"kl"``.
         antithetic: R(σ) is the mean over ω and −ω, with one more forward pass. Then the part of the loss that is odd in
-            the noise, of order σ / (1 − γ), cancels; near γ = 1, where it dominates, this is what keeps the loss quiet.
+            the noise, of order σ / (1 − γ), cancels. Near γ = 1 that part dominates the variance of the loss.
         noise: ω itself, [N, …] as x is; None draws it.
         generator: randomness of σ, then of ω, on the device of x.
 
@@ -304,7 +315,7 @@ class Annealed(NamedTuple):
 
 
 def annealed(progress: float, *, sigma: float, final_sigma: float, gamma: float = 0.0) -> Annealed:
-    """σ and γ of :func:`gaussian` on their way through a training, with σ² / (2 (1 − γ)) constant (after Eq. 36).
+    """σ and γ of :func:`gaussian` at one point of a training that keeps σ² / (2 (1 − γ)) constant (after Eq. 36).
 
     σ² goes in a straight line from ``sigma``² to ``final_sigma``², and γ(t) = 1 − (1 − γ(0)) σ(t)² / σ(0)². The paper
     keeps its σ/(2(1−γ)) constant; its σ is a variance, so that is this one. As σ → 0, γ → 1: what remains is R(0) and
@@ -358,18 +369,22 @@ def pgd_at(
         y: int64 [N] labels, or probabilities [N, L].
         threat_model: B(x) and the step size of the attack; for ``attack="pgd"`` also a B(x) of your own, see
             :class:`scorematch.Perturbations`.
-        steps: steps of the attack (pgd).
+        steps: steps of the attack (pgd), at least 0.
         divergence: name of D, in the attack and in the loss.
-        clip: threshold c; 0 clips nothing.
+        clip: threshold c; 0 clips nothing. In [0, 1), or at least 0 for the form ``"threshold"``.
         clip_form: ``"total"`` or ``"robust"`` (the same here): relu(D − bound), the bound that of
             :func:`scorematch.divergences.clip_bound`; ``"threshold"``: relu(D − c).
         attack: ``"pgd"``, or one step from a start of its own, ``"fgsm_rs"`` or ``"n_fgsm"``: see
             :func:`scorematch.attacks.single_step.single_step`.
         attack_mode: batch norm during the attack, see :func:`scorematch.model_state.borrowed`.
         start: ``"uniform"`` or ``"gaussian"`` (pgd), see :func:`first_iterate`, or the first iterate itself, [N, …].
-        weights: adversarial weight perturbation, entered; the loss is taken at the weights it perturbs.
-        graphs: where given, the attack runs as a CUDA graph; keep it from call to call.
+        weights: adversarial weight perturbation, inside its ``with`` block; the loss is taken at the moved weights.
+        graphs: if given, the attack runs as a CUDA graph; give the same object in every call.
         generator: randomness of the start, on the device of x.
+
+    Returns:
+        An outcome whose metrics have ``zero_gradient_share``: the share in [0, 1] of features whose gradient was 0 at
+        the last step of the attack (left out if there are no steps).
 
     Raises:
         TypeError, ValueError: an argument is not what it must be; see :func:`scorematch.inputs.check_inputs` for x, y.
@@ -419,10 +434,11 @@ def trades(
 ) -> Outcome:
     """TRADES, Eq. (21): D(y ‖ q(x)) + β max_{x'} D(q(x) ‖ q(x')), with the gradient through both arguments of D.
 
-    With a posterior p the target of the robust term moves with the data as x' does:
-    D(softmax(log q(x) + κ (log p(·|x') − log p(·|x))) ‖ q(x')), as direct SCORE asks of a model that is right at x.
-    Where p is a path integral from x, its anchor cancels. The attack follows the model gradient and κ times the data
-    gradient, as in :func:`score_direct`; the outer gradient holds the shift of the target constant.
+    With a posterior p the target of the robust term moves with x' as the data do. The robust term is then
+    D(softmax(log q(x) + κ (log p(·|x') − log p(·|x))) ‖ q(x')). For κ = 1 and a model that is right at x, so that
+    q(x) = p(·|x), it is that of direct SCORE. Where p is a path integral from x, its anchor cancels. The attack follows
+    the model gradient and κ times the data gradient, as in :func:`score_direct`; the outer gradient holds the shift of
+    the target constant.
 
     Args:
         beta: weight of the robust term, ≥ 0.
@@ -434,8 +450,8 @@ def trades(
     The other arguments are those of :func:`pgd_at`.
 
     Returns:
-        An outcome with the metrics ``natural`` and ``robust``, the means of the two terms, and with a posterior
-        those of the data gradient of :func:`score_direct`.
+        An outcome with the metrics of :func:`pgd_at`, with ``natural`` and ``robust``, the means of the two terms (the
+        robust one after clipping, without β), and with a posterior those of the data gradient of :func:`score_direct`.
 
     Raises:
         TypeError, ValueError: an argument is not what it must be; see :func:`scorematch.inputs.check_inputs` for x, y.
@@ -530,14 +546,14 @@ def score_direct(
     The other arguments are those of :func:`pgd_at`.
 
     Returns:
-        An outcome with the metrics ``data_gradient_ratio``, Σ‖data gradient‖ / Σ‖model gradient‖ over the samples
-        and the steps of the attack (0 to ∞), and ``sign_change_share``, the share in [0, 1] of features for which
-        adding the data gradient changes the sign of the step.
+        An outcome with the metrics of :func:`pgd_at`, with ``data_gradient_ratio``, Σ‖data gradient‖ / Σ‖model
+        gradient‖ over the samples and the steps of the attack (0 to ∞), and with ``sign_change_share``, the share in
+        [0, 1] of features for which adding the data gradient changes the sign of the step.
 
     Raises:
         TypeError, ValueError: an argument is not what it must be; see :func:`scorematch.inputs.check_inputs` for x, y.
-            ``target_mix`` must be 1 with a posterior whose ``centering`` is ``"network"``: Eq. (34) to the letter has
-            no such form.
+            ``target_mix`` must be 1 with a posterior whose ``centering`` is ``"network"``: the literal form of Eq. (34)
+            has no mixed target.
     """
     check_kind(divergence)
     check_attack(threat_model, steps)
@@ -725,12 +741,12 @@ def noise_directions(x: Tensor, steps: int, generator: torch.Generator | None = 
 
     Args:
         x: [N, …] clean inputs.
-        steps: of the attack (pgd).
+        steps: steps of the attack (pgd).
         generator: randomness, on the device of x.
         attack: ``"pgd"``, or one of a single step.
 
     Returns:
-        [steps, N, …].
+        [steps, N, …] in the dtype of x; [1, N, …] for an attack of a single step.
     """
     count = 1 if attack in SINGLE_STEP else steps
     return torch.empty(count, *x.shape, dtype=x.dtype, device=x.device).normal_(generator=generator)
@@ -844,6 +860,6 @@ OBJECTIVES: dict[str, Callable[..., Outcome]] = {
 
 
 def default_of(objective: str, argument: str) -> str | None:
-    """What an objective of :data:`OBJECTIVES` takes for an argument that is not given; None where it has no such."""
+    """The default of an argument of an objective, by names; None if the objective has no such argument."""
     parameter = inspect.signature(OBJECTIVES[objective]).parameters.get(argument)
     return None if parameter is None else parameter.default

@@ -75,8 +75,8 @@ def heun(
 ) -> Tensor:
     """Probability-flow ODE dx/dσ = (x − D(x; σ)) / σ by Heun's method (Karras et al., 2022, Algorithm 1).
 
-    Deterministic once the first noise is drawn. Arguments and result are those of :func:`annealed_langevin`; the last
-    step goes from the smallest level to zero.
+    It is deterministic once the first noise is drawn. The last step goes from the smallest level to zero. Arguments and
+    result are those of :func:`annealed_langevin`.
     """
     device, dtype = denoiser.center.device, denoiser.center.dtype
     spread = math.hypot(sigmas[0], denoiser.sigma_data)  # of p_σ itself, as the largest level need not dwarf the data

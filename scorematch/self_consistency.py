@@ -1,7 +1,7 @@
-"""How self-consistent a model is, where p_d(y|x) is known: the judge of the SCORE objective.
+"""How self-consistent a model is, where p_d(y|x) is known: measures of what the SCORE objective minimises.
 
-Robust accuracy by label asks whether a model keeps the label of x within B(x), whether p_d(y|x') does or not. These
-measures ask whether the model agrees with p_d at every point of B(x) (Eq. 4).
+Robust accuracy asks whether a model keeps the label of x within B(x), even where p_d(y|x') does not. These measures ask
+whether the model agrees with p_d at every point of B(x) (Eq. 4).
 """
 
 from __future__ import annotations
@@ -65,6 +65,9 @@ def consistency(
         steps: steps of each search, ≥ 1.
         restarts: random starts beside the clean one, ≥ 0.
         generator: their randomness, on the device of x.
+
+    Returns:
+        One value for each sample, see :class:`Consistency`.
 
     Raises:
         ValueError: an argument is outside its range.

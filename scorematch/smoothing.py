@@ -39,7 +39,8 @@ class Certificates(NamedTuple):
         classes: int64 [N] in [0, L), or −1 (:data:`ABSTAIN`) where nothing is certified.
         radius: float64 [N], in input units: no δ with ‖δ‖₂ below it changes the class of the smoothed classifier. 0
             where it abstains.
-        p_lower: float64 [N], lower confidence bound of the probability of the class that was seen most often at first.
+        p_lower: float64 [N], lower confidence bound of the probability of the class that won among the first ``n0``
+            noise vectors.
     """
 
     classes: Tensor
@@ -66,16 +67,16 @@ class CertifiedAccuracy(NamedTuple):
 class SmoothedClassifier:
     """A classifier under Gaussian noise (Cohen et al., ICML 2019; Eq. 38).
 
-    Noise belongs to a sample: each has a seed of its own, and draws by it on the device of x. So what is found does not
-    depend, but for the rounding of the model, on the batch, and a sample may be certified alone. With one generator,
-    calls on the parts of a data set say what one call on all of it says.
+    Each sample has a seed of its own, and its noise is drawn with that seed on the device of x. Apart from rounding in
+    the model, the result of a sample therefore does not depend on the rest of the batch, and a sample may be certified
+    alone. Calls on the parts of a data set with one generator give what one call on all of it gives.
 
     Args:
         model: the base classifier, maps [N, …] to logits [N, L]. A module is put into eval mode meanwhile; another
             function must be deterministic, and treat each row by itself.
         num_classes: L, at least 2.
-        sigma: standard deviation of the noise in input units, finite and > 0. It is not clipped to any box.
-        batch: noisy points at a time, at least 1; decides memory.
+        sigma: standard deviation of the noise in input units, finite and > 0. Noisy points are not clipped to any box.
+        batch: noisy points in one pass of the model, at least 1; it decides how much memory is used.
 
     Raises:
         ValueError: an argument is outside its range.
@@ -104,15 +105,15 @@ class SmoothedClassifier:
         """The class of the smoothed classifier: PREDICT of Cohen et al.
 
         It abstains unless a two-sided binomial test at level α tells the counts of the two most frequent classes
-        apart. What it says is g(x) with probability ≥ 1 − α (their Proposition 1).
+        apart. With probability at least 1 − α it either abstains or returns g(x) (their Proposition 1).
 
         Args:
             x: [N, …] inputs, floating point.
             n: noise vectors for each sample, at least 1.
             alpha: probability of a wrong class, in (0, 1).
             generator: what the seeds of the samples are drawn from, see :func:`noise_seeds`.
-            seeds: int64 [N], the seeds themselves, in its place.
-            progress: called with the number of samples after each part that is done.
+            seeds: int64 [N], the seeds themselves, in place of ``generator``.
+            progress: called after each part of the samples with the number of samples in that part.
 
         Returns:
             int64 [N] in [0, L), or −1 (:data:`ABSTAIN`), on the device of x.
@@ -157,11 +158,11 @@ class SmoothedClassifier:
         Args:
             x: [N, …] inputs, floating point.
             n0: noise vectors that choose the class, at least 1.
-            n: noise vectors of the bound, at least 1.
+            n: further noise vectors that bound its probability, at least 1.
             alpha: probability of a wrong certificate, in (0, 1).
             generator: what the seeds of the samples are drawn from, see :func:`noise_seeds`.
-            seeds: int64 [N], the seeds themselves, in its place.
-            progress: called with the number of samples after each part that is done.
+            seeds: int64 [N], the seeds themselves, in place of ``generator``.
+            progress: called after each part of the samples with the number of samples in that part.
 
         Returns:
             Classes, radii and bounds, on the device of x.
@@ -219,8 +220,8 @@ class SmoothedClassifier:
             x: [N, …] inputs, floating point.
             n: noise vectors for each sample, at least 1.
             generator: what the seeds of the samples are drawn from, see :func:`noise_seeds`.
-            seeds: int64 [N], the seeds themselves, in its place.
-            progress: called with the number of samples after each part that is done.
+            seeds: int64 [N], the seeds themselves, in place of ``generator``.
+            progress: called after each part of the samples with the number of samples in that part.
 
         Returns:
             float64 [N, L], rows that sum to 1, on the device of x.
@@ -273,7 +274,8 @@ class SmoothedClassifier:
             given = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(f"model must return logits [{count}, {self.num_classes}], got {given}")
         if not bool(logits.isfinite().all()):
-            raise ValueError("model must return finite logits, got values that are not")
+            bad = int((~logits.isfinite()).sum())
+            raise ValueError(f"model must return finite logits, got {bad} of {logits.numel()} that are not")
         return logits
 
     def _votes(self, x: Tensor, streams: Sequence[torch.Generator], draws: int) -> Tensor:
@@ -337,8 +339,9 @@ def lower_bound(hits: Tensor, count: int, alpha: float) -> Tensor:
 def certified_accuracy(certificates: Certificates, y: Tensor, radii: Sequence[float]) -> list[CertifiedAccuracy]:
     """The curve of Cohen et al.: the share of samples that are certified as their label at each radius.
 
-    The intervals are Wilson's, 95 %, and are about the samples: another test set. That a certificate holds with
-    confidence 1 − α comes on top; in expectation at most the share α of the samples has one that does not.
+    The intervals are Wilson's, at 95 %. They are about the choice of the samples, as if another test set were drawn.
+    That a certificate holds only with confidence 1 − α is not part of them: in expectation, at most a share α of the
+    samples has a certificate that does not hold.
 
     Args:
         certificates: of N ≥ 1 samples.

@@ -24,9 +24,9 @@ NORMS = tuple(ORDERS)
 class Perturbations(Protocol):
     """What :class:`scorematch.PGD` and the objectives ask of B(x): a class of your own needs these and nothing else.
 
-    So PGD-AT, TRADES and direct SCORE take any B(x) with a projection and a step (section 6). ``ThreatModel`` is the
-    one for balls; AutoAttack, single-step attacks and what evaluates the theorems need one. An example is
-    ``examples/l1_ball.py``.
+    PGD-AT, TRADES and direct SCORE therefore take any B(x) with a projection and a step (section 6).
+    :class:`ThreatModel` is the class for balls; AutoAttack, single-step attacks and :mod:`scorematch.bounds` need it.
+    An example of another B(x) is ``examples/l1_ball.py``.
 
     Attributes:
         lower, upper: the smallest and the largest value that a feature of clean x may have; may be infinite.
@@ -39,20 +39,23 @@ class Perturbations(Protocol):
     def upper(self) -> float: ...
 
     def check_radius(self, features: int) -> None:
-        """Refuse inputs with so many features; a set that fits all does nothing.
+        """Refuse inputs of a size for which B(x) makes no sense. A B(x) that suits every size does nothing.
+
+        Args:
+            features: number of features of one sample.
 
         Raises:
-            ValueError: B(x) makes no sense for them.
+            ValueError: B(x) makes no sense for so many features.
         """
 
     def random_start(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """A random point of B(x) for each sample of x [N, …], same shape and dtype, without a graph."""
 
     def step(self, x: Tensor, grad: Tensor, x0: Tensor) -> Tensor:
-        """The next point of an ascent: from x [N, …] along grad [N, …], and inside B(x0). A zero gradient stays."""
+        """The next point of an ascent, inside B(x0): from x [N, …] along grad [N, …]; a zero gradient does not move."""
 
     def project(self, x: Tensor, x0: Tensor) -> Tensor:
-        """A point of B(x0) near x [N, …], x itself where it lies in B(x0)."""
+        """A point of B(x0) near x, both [N, …]: x itself where it already lies in B(x0)."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class ThreatModel:
         step_size: length of one step of an attack, same units; None takes eps / 4.
         lower: smallest allowed feature value; may be −inf.
         upper: largest allowed feature value; may be inf.
-        share: l1 alone: of the features, how many a step of PGD moves, in (0, 1]; see
+        share: for l1 only, the share of the features that one step of PGD moves, in (0, 1]; see
             :func:`scorematch.l1_ball.sparse_step`.
 
     Raises:
@@ -97,10 +100,13 @@ class ThreatModel:
             raise ValueError(f"eps must not be larger than the box {box} is wide, got {self.eps:g}{hint}")
 
     def check_radius(self, features: int) -> None:
-        """Refuse an L2 or L1 radius that is larger than the box of inputs with so many features.
+        """Refuse an L2 or L1 radius that is larger than the box of inputs of this size.
+
+        Args:
+            features: number of features of one sample.
 
         Raises:
-            ValueError: it is.
+            ValueError: eps is larger than the diagonal (L2) or the L1 width of the box.
         """
         if self.norm == "linf":  # refused when made
             return
@@ -117,17 +123,21 @@ class ThreatModel:
 
     @property
     def step_length(self) -> float:
-        """The step size in force."""
+        """The length of one step: ``step_size``, or eps / 4 where that is None."""
         return self.eps / 4 if self.step_size is None else self.step_size
 
     @property
     def unit(self) -> float:
-        """What lengths that a paper gives for the box [0, 1] are in units of: the width of the box, 1 if infinite."""
+        """The factor for lengths that papers give for the box [0, 1]: the width of this box, or 1 if it is infinite."""
         width = self.upper - self.lower
         return width if math.isfinite(width) else 1.0
 
     def replace(self, **changes: float | str | None) -> ThreatModel:
-        """A copy with some fields changed."""
+        """A copy with some fields changed.
+
+        Raises:
+            ValueError: a new value is outside its range.
+        """
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
     def random_start(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -136,6 +146,9 @@ class ThreatModel:
         Args:
             x: [N, …] clean inputs.
             generator: source of randomness on the device of x.
+
+        Returns:
+            A new tensor of the shape and dtype of x.
         """
         if self.norm == "l1":
             return l1_ball.random_start(x, generator, eps=self.eps, lower=self.lower, upper=self.upper)

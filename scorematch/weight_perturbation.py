@@ -15,8 +15,9 @@ from .model_state import frozen_statistics
 class WeightPerturbation:
     """Adversarial weight perturbation (Wu et al., NeurIPS 2020): min over w of max over v of L(w + v), ‖v_l‖ ≤ γ ‖w_l‖.
 
-    One step of ascent: each parameter tensor of two or more dimensions moves by γ ‖w_l‖ along its normalised gradient;
-    biases and the parameters of normalisation stay. The training step around it::
+    l counts the parameter tensors. The maximum is sought by one step of ascent: each tensor of two or more dimensions
+    moves by γ ‖w_l‖ along its normalised gradient; biases and the parameters of normalisation stay. The training step
+    around it::
 
         with WeightPerturbation(model, 5e-3) as weights:
             outcome = objectives.pgd_at(model, x, y, threat_model=threat_model, weights=weights)

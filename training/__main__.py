@@ -39,7 +39,7 @@ def main() -> None:
     if name not in PROGRAMS:
         close = difflib.get_close_matches(name, PROGRAMS, n=1)
         guess = f"did you mean {close[0]}" if close else f"allowed: {', '.join(PROGRAMS)}"
-        print(f"error: {name!r} is no program, {guess}; scorematch --help lists them", file=sys.stderr)
+        print(f"error: {name!r} is not a program, {guess}; scorematch --help lists them", file=sys.stderr)
         sys.exit(2)
     module = importlib.import_module(f"training.{name}")
     if hasattr(module, "__path__"):

@@ -177,7 +177,7 @@ def plan(settings: CompareSettings, options: Sequence[str], out: Path, jobs: int
         given = "no file given" if not settings.generated else f"{settings.generated[0]} given, but no entry uses it"
         raise InputError(f"generated: {given}, expected --generated FILE and entries such as pgd_at:kl:{GENERATED}")
     if len({entry.name for entry in entries}) < len(entries):
-        raise InputError(f"objectives: {' '.join(settings.objectives)} names one twice, each may stand once")
+        raise InputError(f"objectives: {' '.join(settings.objectives)} names one twice, allowed: each once")
     planned = []
     for seed in settings.seeds:
         for entry in entries:

@@ -1,4 +1,4 @@
-"""A first look, in half a minute: ``python -m training.demo`` shows what direct SCORE does that PGD-AT does not.
+"""A first look, in about a minute: ``python -m training.demo`` shows how direct SCORE differs from PGD-AT.
 
 Both train the same small network on the one-dimensional toy of Fig. 1, where p_d(y|x) is known. An animation shows
 p_θ(y=1|x) beside p_d(y=1|x), the ball around one point x, and the point x' that each objective finds worst in it.

@@ -7,7 +7,7 @@
     python -m training.evaluate --run runs/digits-pgd_at-kl-seed0 --attack obfuscation --plot accuracy.png
     python -m training.evaluate --run runs/digits-gaussian-kl-seed0 --attack certify --limit 200 --plot certified.png
 
-Under torchrun the samples are dealt out to its processes, one device each; there name the weights by --checkpoint, as
+Under torchrun the samples are shared among its processes, one device each. Name the weights by --checkpoint there, as
 torchrun takes --run for an option of its own.
 """
 
@@ -86,8 +86,8 @@ class EvaluateSettings:
     step_size: float | None = None  # PGD: length of a step in input units; None is eps / 4
     steps: int = 40  # PGD: steps per restart
     restarts: int | None = None  # PGD: random starts per loss; None is 2, and 5 for obfuscation
-    losses: tuple[str, ...] = ("ce", "margin")  # what PGD ascends; a sample must withstand all
-    # pgd: what it searches in; every verdict is float32. None is the run's, or auto: what is fastest here
+    losses: tuple[str, ...] = ("ce", "margin")  # losses that PGD increases; a robust sample withstands all
+    # pgd: precision of the search; every verdict is in float32. None is the run's, or auto: what is fastest here
     precision: PrecisionWish | None = None
     engine: Literal["native", "official"] = "native"  # AutoAttack of scorematch, or of the official package
     # AutoAttack: its attacks; fast is apgd-ce, apgd-t
@@ -95,17 +95,18 @@ class EvaluateSettings:
     rng: Literal["keyed", "reference"] = "keyed"  # AutoAttack: random numbers of a sample, or the official stream
     search_dtype: Literal["none", "bfloat16", "float16"] = "none"  # AutoAttack: searches in this precision
     compile: bool = False  # AutoAttack: searches with torch.compile(model)
-    verdict_passes: int = 1  # AutoAttack: over so many passes of a randomised model each point is judged
+    verdict_passes: int = 1  # AutoAttack: passes over which each point is judged, for randomised models
     state: Path | None = None  # AutoAttack: file to resume from and to keep up to date
     transfer_from: str | None = None  # obfuscation: a second classifier, as --model-from, whose attacks are tried
     transfer_model: str | None = None  # obfuscation: architecture of --transfer-from, where its weights do not tell
     # certify: standard deviation of the noise, in input units; None is the run's largest, or .25
     sigma: float | None = None
-    n0: int = 100  # certify: noise vectors a sample that choose its class
-    n: int = 1000  # certify: noise vectors a sample that bound the probability of that class; more certify larger radii
+    n0: int = 100  # certify: noise vectors for each sample that choose its class
+    # certify: noise vectors for each sample that bound the probability of that class; more certify larger radii
+    n: int = 1000
     alpha: float = 0.001  # certify: probability that the certificate of a sample is wrong
-    # radii in input units. autoattack: to attack at, instead of eps alone; certify: L2 radii to tell the accuracy at,
-    # none are multiples of σ/2
+    # radii in input units. autoattack: attack at each of them, instead of at eps; certify: L2 radii of the accuracies,
+    # none given are multiples of σ/2
     radii: tuple[float, ...] = ()
 
     batch: int = measures.BATCH  # samples at a time; decides memory (and which random start a sample gets from PGD)

@@ -92,7 +92,7 @@ class Generator:
         return -(-self.count // self.batch)
 
     def labels(self, number: int) -> np.ndarray:
-        """The labels int64 [n] of a batch: over all batches as many of each class, but for one."""
+        """The labels int64 [n] of a batch; over all batches the numbers of the classes differ by at most one."""
         positions = np.arange(number * self.batch, min(self.count, (number + 1) * self.batch))
         order = generated.Permutation(self.count, self.seed)
         return order(positions) % self.denoiser.num_classes
@@ -196,7 +196,10 @@ def load(settings: GenerateSettings, path: Path, device: torch.device) -> tuple[
 
 
 def sampler_of(wish: str, denoiser: Denoiser, sigma_max: float) -> str:
-    """What ``auto`` stands for: the ODE starts from pure noise, so that the highest level has to dwarf the data."""
+    """The sampler for a wish: ``auto`` is ``heun`` if the highest level is ten times the spread of the data or more.
+
+    The ODE starts from pure noise, so the highest noise level must be far larger than the data.
+    """
     if wish != "auto":
         return wish
     return "heun" if sigma_max >= 10 * denoiser.sigma_data else "langevin"
@@ -222,7 +225,11 @@ def _data_settings(settings: GenerateSettings, path: Path, saved: dict[str, Any]
 
 
 def describe_parts(parts: Path, identity: dict[str, Any]) -> None:
-    """Of what images the folder holds batches; one that is there must be of the same ones."""
+    """Write down which images the folder holds batches of. If that is written already, it must be the same.
+
+    Raises:
+        InputError: the folder holds batches of other images.
+    """
     description = parts / "settings.json"
     if description.exists():
         given = json.loads(description.read_text())

@@ -4,10 +4,10 @@
     python -m training.plan --gpus 8 --samples-per-second 900 --recipe table3 --model wrn-70-16-silu
 
 It takes the options of training.run beside its own, and plans the run that they would launch on that hardware. Nothing
-is trained and no data is read (but that a function of your own is called): one step runs on fake tensors, which have
-shapes and no values. Counted are the
-floating-point operations of convolutions and matrix products, and the bytes that automatic differentiation keeps from
-the forward to the backward pass. The speed of a GPU is not guessed: give what benchmarks.training measured on it.
+is trained and no data is read (only a function of your own is called): one step runs on fake tensors, which have shapes
+and no values. It counts the floating-point operations of convolutions and matrix products, and the bytes that automatic
+differentiation keeps from the forward to the backward pass. The speed of a GPU is not guessed: give what
+benchmarks.training measured on it.
 """
 
 import sys
@@ -38,7 +38,7 @@ COUNTED = 2  # samples of the counted step, and of a second one twice as many: w
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """The machines that a run is to run on; its own settings are the options of training.run."""
+    """The machines for a run; the settings of the run itself are the options of training.run."""
 
     gpus: int = 1  # in all, on however many nodes
     hardware: Literal["gpu", "cpu"] = "gpu"  # gpu: of the kind that multiplies bfloat16; cpu: this machine

@@ -8,7 +8,7 @@ A run writes into its folder: config.toml, metrics.jsonl (one object an epoch), 
 (best validation), posterior.pt (where one is used; its networks are trained in score-network/ and classifier/),
 tensorboard/, and at the end curve.json, paths.json, fooled.npz (a few images that fool the model), toy.json where they
 apply, summary.json and, last of all, report.html, a page that shows all this.
-autoattack.pt is there only while AutoAttack is on its way.
+autoattack.pt exists only until AutoAttack is finished.
 """
 
 import dataclasses
@@ -106,7 +106,7 @@ def run(settings: RunSettings, device: torch.device) -> None:
 
 
 def saved(settings: RunSettings, out: Path) -> str:
-    """How far a run has come that ends here, and how to go on."""
+    """How far an interrupted run has come, and how to go on."""
     last = len(checkpoint.read_metrics(out / "metrics.jsonl"))
     return f"{last} of {settings.epochs} epochs are saved; continue with: python -m training.run --resume {out}"
 

@@ -66,20 +66,20 @@ class ScoreSettings:
     sampler: Literal["auto", "heun", "langevin"] = "auto"
     levels: int = 20  # noise levels of the sampler, falling geometrically
     steps_per_level: int = 10  # Langevin steps at each of them
-    # search the ways to read the trained networks by held-out likelihood, and say whether the best posterior is worth
-    # following: audit.html, audit.json, chosen.toml
+    # choose how to read the trained networks by held-out likelihood, and say whether the best posterior is worth
+    # following; writes audit.html, audit.json and chosen.toml
     audit: bool = False
     eps: float | None = None  # audit: radius of the attack in input units; None is that of the data set's recipe
     norm: Literal["linf", "l2", "l1"] | None = None  # audit: its norm; None is that of the data set's recipe
-    # audit: .npy with the label distributions of the test points [N, L] that people gave, such as CIFAR-10H
+    # audit: .npy with label distributions [N, L] that people gave for the test points, such as CIFAR-10H
     human_labels: Path | None = None
-    judge_epochs: int | None = None  # training of the classifier that is to recognise the samples; None is by data set
+    judge_epochs: int | None = None  # epochs of the classifier that judges the samples; None depends on the data set
     # TorchScript module from uint8 [N, 3, H, W] to features [N, F]: the Fréchet distance is also measured in these
     feature_network: Path | None = None
     precision: PrecisionWish | None = None  # as in training.run; None is that of the data set's recipe
     compile: Switch = "auto"  # torch.compile; auto on CUDA for trainings long enough
-    save_minutes: float = 15.0  # minutes between checkpoints between two looks at held-out data
-    deterministic: bool = False  # let torch use deterministic algorithms alone
+    save_minutes: float = 15.0  # minutes between checkpoints, beside those at each look at held-out data
+    deterministic: bool = False  # let torch use deterministic algorithms only
     seed: int = 0  # decides initialisation, batches, noise and samples
     threads: int = 0  # CPU threads; 0 is all available
     device: str = "auto"  # torch device; auto is cuda where there is one

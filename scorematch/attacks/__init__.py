@@ -1,4 +1,4 @@
-"""Attacks: where x' is."""
+"""Attacks: the search for adversarial examples x' in B(x)."""
 
 from .apgd import APGD
 from .autoattack import AutoAttack

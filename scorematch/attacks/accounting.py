@@ -17,7 +17,7 @@ class Cost:
         forwards, backwards: passes of one sample, the verification in float32 included.
         broken_gradients: gradients of one sample that were NaN or infinite in some element.
         seconds: of wall-clock time.
-        unverified: successes of a search in low precision that float32 did not confirm.
+        unverified: successes of the search that the check with the model itself did not confirm.
     """
 
     forwards: int = 0

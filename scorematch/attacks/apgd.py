@@ -29,28 +29,28 @@ LARGER_RADII = ((3.0, 0.3), (2.0, 0.3), (1.0, 0.4))  # in units of eps, and the 
 class APGD(AttackSettings):
     """Auto-PGD with cross-entropy, DLR or targeted DLR.
 
-    Every iterate is judged, the start included. A sample that falls leaves the batch a few steps later: what is
-    returned is misclassified, not the point of highest loss. Only where a verdict takes several passes of a randomised
-    model it stays to the end, and the point of the largest margin is returned.
+    Every iterate is judged, the start included. A sample that is misclassified leaves the batch a few steps later, so
+    the point that is returned is misclassified but not the one of highest loss. Where a verdict takes several passes of
+    a randomised model, the sample stays to the end, and the point of the largest margin is returned.
 
-    In l1 steps are sparse: the features of the largest gradients move, and how many adapts to each sample.
+    In l1 steps are sparse: only the features of the largest gradients move, and their number adapts to each sample.
 
     Args:
         threat_model: norm, radius and box; its step size and share are not used.
-        loss: ``"ce"``, ``"dlr"``, or ``"dlr-targeted"``, which tries the classes of rank 2, 3, … of the clean logits.
-            Or a function of your own, from logits [N, L] and labels int64 [N] to one value a sample, [N], that is
-            larger where the sample is closer to being misclassified.
-        n_iter: steps of one run.
-        n_restarts: random starts (of each target).
+        loss: ``"ce"`` (cross-entropy), ``"dlr"`` (difference of logits ratio), or ``"dlr-targeted"``, which tries the
+            classes of rank 2, 3, … of the clean logits. Or a function of your own, from logits [N, L] and labels int64
+            [N] to one value for each sample, [N], that is larger where the sample is closer to being misclassified.
+        n_iter: steps of one run, at least 1.
+        n_restarts: random starts (of each target), at least 1.
         n_target_classes: how many classes the targeted loss tries, at most; there are never more than L − 1.
         target_classes: int64 [N, T], the classes that the targeted loss tries for each sample of the data set (of the
-            batch, where the attack runs by itself), in this order; ``n_target_classes`` then says nothing. No row holds
-            a class twice, nor the label. None takes the likeliest classes.
-        eot_iter: gradients of a randomised model averaged in each step.
-        rho: the step size is halved if the loss rose in at most this share of the steps since the last checkpoint; not
-            in l1.
-        use_largereps: l1 alone: the first 30 % of the steps are taken in the ball of radius 3 eps and the next 30 % in
-            that of 2 eps, each from the projection of the best point so far, as in the paper on l1.
+            batch, where the attack runs by itself), in this order; ``n_target_classes`` then has no effect. No row may
+            hold a class twice, or the label. None takes the likeliest classes.
+        eot_iter: how many gradients of a randomised model are averaged in each step, at least 1.
+        rho: the step size is halved if the loss rose in at most this share of the steps since the last checkpoint, in
+            [0, 1]; not used in l1.
+        use_largereps: for l1 only: the first 30 % of the steps are taken in the ball of radius 3 eps and the next 30 %
+            in that of 2 eps, each from the projection of the best point so far, as in the paper on l1.
 
     Raises:
         ValueError: an argument is outside its range.
@@ -95,7 +95,7 @@ class APGD(AttackSettings):
         return targets * self.n_restarts
 
     def cost(self) -> tuple[int, int]:
-        """Forward and backward passes of one part on a sample that survives."""
+        """Forward and backward passes of one part on a sample that it does not fool."""
         gradients = (self.n_iter + len(self._radii())) * self.eot_iter
         return gradients, gradients
 
@@ -114,7 +114,7 @@ class APGD(AttackSettings):
         return run_alone(self, model, x, y, seed)
 
     def run_part(self, classifier: Classifier, batch: Batch) -> tuple[Tensor, Tensor]:
-        """One run; too short to stop within.
+        """One run, which cannot be interrupted in between.
 
         Returns:
             Points [N, …], and bool [N], whether the point is misclassified.

@@ -1,4 +1,4 @@
-"""What an ascent remembers of each sample that it still attacks, whatever its steps are."""
+"""What a gradient ascent remembers of each sample that it still attacks, whatever its steps are."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 from .losses import margin_loss
 
-SETTLE_EVERY = 4  # steps after which samples that fell leave the batch; on CUDA this waits for the device
+SETTLE_EVERY = 4  # steps after which misclassified samples leave the batch; on CUDA this waits for the device
 
 
 @dataclass
 class Ascent:
-    """The samples that still stand; every tensor is [N, …] or [N]."""
+    """The samples that are still attacked; every tensor is [N, …] or [N]."""
 
     rows: Tensor  # index of the sample in the batch
     x: Tensor
@@ -28,7 +28,7 @@ class Ascent:
     step_size: Tensor
 
     def settle(self, found: Tensor, fooled: Tensor) -> bool:
-        """Write the samples that fell into ``found`` and ``fooled`` and forget them; True if none is left."""
+        """Write the misclassified samples into ``found`` and ``fooled`` and drop them; True if none is left."""
         if not bool(self.wrong.any()):
             return len(self.rows) == 0
         fallen = self.rows[self.wrong]
@@ -39,7 +39,7 @@ class Ascent:
         return len(keep) == 0
 
     def clearer(self, fell: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-        """Which of the iterates that fell, bool [N], are misclassified by a larger margin than all before."""
+        """Which of the misclassified iterates ``fell``, bool [N], have a larger margin than all before."""
         margin = margin_loss(logits, labels).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
         better = fell & (margin > self.clearness)
         self.clearness = torch.where(better, margin, self.clearness)

@@ -53,30 +53,31 @@ SETTINGS = (
 class AutoAttack:
     """A drop-in for the official package's class: same signature, same attacks.
 
-    Samples that the model gets wrong at once are not robust. Each attack runs on the samples that still stand, always
-    from the original x. A sample falls only if the model, in its own precision and without TF32, misclassifies the
-    point that was found. The model is used in eval mode and left as found: mode, gradients, buffers.
+    Samples that the model gets wrong without an attack are not robust. Each attack runs on the samples that are still
+    robust, always from the original x. A sample counts as fooled only if the model, in its own precision and without
+    TF32, misclassifies the point that was found. The model is used in eval mode and left as found: mode, gradients,
+    buffers.
 
-    Three things are unlike the official package. Random numbers belong to a sample (``rng="keyed"``), so that verdicts,
-    but for rounding, depend neither on ``bs`` nor on the number of devices nor on which other samples survive. A sample
-    that has fallen is not attacked further, so the point returned is misclassified but not the one of highest loss.
-    And the file at ``state_path`` resumes an interrupted evaluation where it was, with the same verdicts, in the middle
-    of an attack too. With these numbers the search, not the check of what it finds, folds batch norm into convolutions,
-    but for ``version="rand"`` and ``compile``.
+    Three things differ from the official package. First, random numbers belong to a sample (``rng="keyed"``). So, up to
+    rounding, verdicts depend neither on ``bs`` nor on the number of devices nor on which other samples are still
+    robust. Second, a sample that was fooled is not attacked further, so the point returned is misclassified but not the
+    one of highest loss. Third, the file at ``state_path`` resumes an interrupted evaluation where it was, with the same
+    verdicts, even in the middle of an attack. With keyed numbers the search folds batch norm into convolutions, except
+    for ``version="rand"``, ``verdict_passes`` above 1 and ``compile``; the check of what it finds does not.
 
     Under ``torchrun`` (an initialised ``torch.distributed``) every rank attacks its share of the samples and all return
     the same whole result.
 
-    A sample counts as misclassified wherever the model returns NaN among its logits, when clean or under attack, and is
-    listed in the report. A gradient that is NaN in some pixel leaves that pixel where it is.
+    A sample counts as misclassified wherever the model returns NaN among its logits, clean or under attack, and is
+    listed in the report. Where a gradient is NaN in some pixel, that pixel stays as it is.
 
     Args:
         model: maps x [N, …] to logits [N, L] of any floating-point type; a module, scripted ones included, or any
-            callable (then its mode is its own affair).
+            callable (whose mode is then not changed).
         norm: ``"Linf"``, ``"L2"`` or ``"L1"``.
         eps: radius, in units of the input (pixels in [0, 1] unless there is another box); in L1 a sum over all pixels
             and channels.
-        seed: of the random numbers, from 0 to 2^63 − 1, of which the whole part counts; None draws one.
+        seed: of the random numbers, from 0 to 2^63 − 1; a fraction is cut off. None draws one.
         verbose: print the accuracy after each attack, and progress where stderr is a terminal.
         attacks_to_run: for ``version="custom"``: names among apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square; or attacks
             of your own, such as an :class:`APGD` with a loss of your own, or anything with what :class:`Attack` names.
@@ -91,43 +92,45 @@ class AutoAttack:
         log_path: a file to which what is printed is appended.
         rng: ``"keyed"``, or ``"reference"``: the official package's stream of numbers, for comparisons with it.
         search_dtype: torch.bfloat16 or torch.float16 search under autocast; a success still counts only if the model
-            in its own precision confirms it. What survives is then an upper bound of the robust accuracy.
+            in its own precision confirms it. Such a search may miss more, so take its result as an upper bound.
         compile: search with ``torch.compile(model)``, for a GPU or a wide network; a small one on a CPU gets slower.
         save_every: seconds between two writes of ``state_path``.
         budget: seconds that an evaluation may take; then it stops cleanly, and the same call with a ``state_path`` goes
             on. None is no limit. All samples are classified in any case.
-        workers: threads that share out the samples on a CPU, at least 1; they divide torch's threads among them and
-            call the model at the same time. ``"auto"`` takes one for each of torch's threads, at most 8, and a single
-            one wherever the model might not bear it: on a GPU, for a callable that is no module, for a module that is
+        workers: threads that share the samples on a CPU, at least 1; they divide torch's threads among them and call
+            the model at the same time. ``"auto"`` takes one for each of torch's threads, at most 8. It takes a single
+            one where several might not be safe: on a GPU, for a callable that is not a module, for a module that is
             scripted, has hooks, changes an attribute or a buffer while it predicts, is randomised or takes gradients,
             and for ``rng="reference"``, ``version="rand"``, ``verdict_passes`` above 1 and ``compile``.
-        verdict_passes: for randomised models: over how many passes a point is judged, at least 1: when clean, in every
-            step of a search that asks whether a point fools, and when what was found is confirmed. Its class is that
-            of the largest mean probability, as for a classifier that is smoothed by noise (Salman et al., NeurIPS
-            2019). Logits have no common scale, and a single pass of large ones would outvote the others. Square
-            ascends the margin of the logarithms of these means (in the paper on AutoAttack it averages 20 passes).
-            FAB's steps follow one pass, and APGD's as many as its ``eot_iter`` says. Above 1, APGD and Square do not
-            end with the first point that fools, which lies where chance decides, but look for a clearer one; so they
-            take as long for samples that fall. Successes of the search that the confirmation did not see are
-            ``unverified`` in the report: if they are many, take more passes.
+        verdict_passes: for randomised models, the number of passes over which a point is judged, at least 1. It holds
+            for clean points, for every step of a search that asks whether a point fools the model, and for the final
+            check. The class of a point is that of the largest mean probability, as for a classifier that is smoothed by
+            noise (Salman et al., NeurIPS 2019). Probabilities are averaged and not logits, since logits have no common
+            scale: one pass with large logits would outvote the others. Square uses the margin of the logarithms of
+            these means (in the paper on AutoAttack it averages 20 passes). FAB's steps follow one pass, and APGD's as
+            many as its ``eot_iter`` says. Above 1, APGD and Square do not stop at the first point that fools the model,
+            since chance may have decided there, but look for a clearer one. So they take as long for samples that they
+            fool as for others. Successes of the search that the final check did not confirm are ``unverified`` in the
+            report; if there are many, take more passes.
         lower, upper: the box: smallest and largest value that a feature may have, finite. For a model that takes
             normalised images do not widen the box, since eps then counts in other units for each channel: wrap it in
             :class:`scorematch.Normalised`.
 
     Attributes:
-        report: of the last evaluation: ``robust_accuracy``, ``clean_accuracy`` and ``attacks``, for each attack in turn
-            the accuracy after it, its 95 % interval (Wilson), its forward and backward passes (one for each sample) and
-            its seconds. ``robust`` says of each sample whether it stands, ``fallen_by`` which attack fooled it, None if
-            it stands or was wrong from the start. ``nearest`` is the distance of the nearest misclassified point that
-            was found for each sample: 0 if it was wrong from the start, above eps if FAB alone found one, None if there
-            is none: an upper bound of the distance to the decision boundary. ``complete`` is False where the budget was
-            spent before the end; then the robust accuracy is an upper bound, and ``pending`` of each attack says how
-            many of the samples that stand it has not, or not wholly, attacked. ``nan_samples`` lists the samples at
-            whose points the model returned NaN: ``clean``, and ``attacked`` for those that fell so.
+        report: of the last evaluation. It has ``robust_accuracy``, ``clean_accuracy`` and ``attacks``: for each attack
+            in turn the accuracy after it, its 95 % interval (Wilson), its forward and backward passes (one for each
+            sample) and its seconds. ``robust`` says of each sample whether it is robust. ``fallen_by`` says which
+            attack fooled it; None if it is robust or was misclassified without an attack. ``nearest`` is the distance
+            of the nearest misclassified point that was found for each sample: 0 if it was misclassified without an
+            attack, above eps if only FAB found one, None if there is none. It is an upper bound of the distance to the
+            decision boundary. ``complete`` is False if the budget was spent before the end. Then the robust accuracy is
+            an upper bound, and ``pending`` of each attack says how many of the robust samples it has not yet attacked
+            completely. ``nan_samples`` lists the samples at whose points the model returned NaN: ``clean``, and
+            ``attacked`` for the points that attacks found.
 
     Raises:
         ValueError, TypeError: an argument is outside its range; the message names it.
-        AttributeError: something is assigned that is no setting, or is fixed: ``norm``, ``eps``, ``version``.
+        AttributeError: something is assigned that is not a setting, or is fixed: ``norm``, ``eps``, ``version``.
     """
 
     version: str
@@ -254,7 +257,10 @@ class AutoAttack:
                 "radius"
             )
         if (own.norm, own.lower, own.upper) != (ours.norm, ours.lower, ours.upper):
-            raise ValueError(f"{name} is made for another norm or box than the evaluation")
+            raise ValueError(
+                f"{name} must have norm {ours.norm} and box [{ours.lower}, {ours.upper}] as the evaluation, got "
+                f"{own.norm} and [{own.lower}, {own.upper}]"
+            )
 
     @property
     def eps(self) -> float:
@@ -290,7 +296,7 @@ class AutoAttack:
             y: class indices [N]; None is what the model predicts.
 
         Returns:
-            [N, …] on the device where was attacked: a misclassified point of B(x), or x where none was found.
+            [N, …] on the device of the attack: a misclassified point of B(x), or x where none was found.
         """
         device = self._device(x)
         x = x.detach().to(device)
@@ -324,27 +330,28 @@ class AutoAttack:
         return_labels: bool = False,
         state_path: str | Path | None = None,
     ) -> Any:
-        """Attack every sample until it falls or all attacks are through.
+        """Attack every sample until it is fooled or all attacks have been tried.
 
         Args:
-            x_orig: [N, …] in the box, float32 or float64; images [N, C, H, W] for Square. What rounding put outside,
-                1e-6 of the largest bound at most, is clamped. Or batches (x, y), such as a ``DataLoader`` that keeps
-                their order; ``y_orig`` is then left out, and all are read before the first attack.
+            x_orig: [N, …] in the box, float32 or float64; images [N, C, H, W] for Square. Values that rounding put
+                outside, by at most 1e-6 of the largest bound, are clamped. Or batches (x, y), such as a ``DataLoader``
+                that keeps their order; ``y_orig`` is then left out, and all are read before the first attack.
             y_orig: class indices [N] or [N, 1], of any integer type.
-            bs: samples at a time; decides memory and speed, not the verdicts.
+            bs: samples at a time, at least 1; decides memory and speed, not the verdicts.
             return_labels: also return the predicted classes.
-            state_path: file to resume from if it is there, and to write what was found so far, with any number of
-                workers; folders that are missing are made. It must be of the same model, by its tensors and by its
-                clean logits but for rounding. Under ``torchrun`` each rank has its own, with ``.rank…`` appended.
+            state_path: file to resume from if it exists, and to write what was found so far, with any number of
+                workers; missing folders are made. It must belong to the same model, judged by its tensors and, up to
+                rounding, by its clean logits. Under ``torchrun`` each rank has its own, with ``.rank…`` appended.
 
         Returns:
             The adversarial points [N, …] on the device of x_orig, the original where none was found; with
             ``return_labels`` also the class predicted at each, int64 [N], −1 where the model returned NaN.
 
         Raises:
-            ValueError: x leaves the box, labels and shapes do not fit, the batch is empty, the model returns no logits,
-                or NaN for every sample of the first batch or, on the way, for samples that it classified before, or the
-                state is damaged or of another evaluation.
+            TypeError: x or y is not a tensor, or x_orig gives no batches of tensors.
+            ValueError: x leaves the box, labels and shapes do not fit, there are no samples, or the model returns no
+                logits; the model returns NaN for every sample of the first batch or, later, for samples that it
+                classified before; or the state is damaged or of another evaluation.
         """
         x_orig, y_orig = joined(x_orig, y_orig)
         state = self._evaluate(x_orig, y_orig, bs, state_path, self._attacks())
@@ -390,10 +397,10 @@ class AutoAttack:
         """Robust accuracy at several radii, with less work than as many evaluations.
 
         The radii are attacked in ascending order with the settings of this object, whose own eps does not matter. A
-        sample that has fallen is not attacked at larger radii. What FAB has found beyond a radius counts at those that
-        it lies within; as its way does not depend on eps, it runs at the smallest radius alone (but with random
-        restarts, or verdicts by several passes). At each radius at least those samples fall that
-        :meth:`run_standard_evaluation` finds there; more may, by points that were found at other radii.
+        sample that was fooled is not attacked at larger radii. A point that FAB found beyond one radius counts at all
+        radii that reach it. As FAB's path does not depend on eps, it runs only at the smallest radius, unless it has
+        random restarts or verdicts take several passes. At each radius at least those samples are fooled that
+        :meth:`run_standard_evaluation` finds there; there may be more, by points that were found at other radii.
 
         Args:
             x_orig, y_orig, bs: as for :meth:`run_standard_evaluation`.
@@ -402,8 +409,8 @@ class AutoAttack:
                 appended. Larger radii may be added later, smaller ones not.
 
         Returns:
-            The curve. ``budget`` is one for all radii; those that it does not reach are not ``complete``. ``report``
-            holds that of each radius, by its digits.
+            The curve. All radii share one ``budget``; radii that it does not reach are not ``complete``. ``report``
+            then holds the report of each radius, by ``repr(radius)``.
 
         Raises:
             ValueError: as for :meth:`run_standard_evaluation`; or a radius is not positive and finite, or the radius of
@@ -484,8 +491,8 @@ class AutoAttack:
         """Raise TypeError or ValueError unless what was made elsewhere is an attack on the same ball."""
         if isinstance(attack, type) or not isinstance(attack, Attack):
             raise TypeError(
-                f"attacks_to_run: {attack!r} is no attack, expected one of {', '.join(ATTACK_KEYS)}, or an object with "
-                "what scorematch.attacks.Attack names"
+                f"attacks_to_run: {attack!r} is not an attack, expected one of {', '.join(ATTACK_KEYS)}, or an object "
+                "with what scorematch.attacks.Attack names"
             )
         self._check_radius(f"attacks_to_run: {attack.name}", attack)
 

@@ -21,7 +21,7 @@ def logits_of(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """What a model returns for x [N, …]: [N, L] in float32 or float64; half precision becomes float32.
 
     Raises:
-        ValueError: that is no tensor [N, L] of floating-point numbers with L ≥ 2.
+        ValueError: the model returns anything but a tensor [N, L] of floating-point numbers with L ≥ 2.
     """
     logits = model(x)
     if not isinstance(logits, Tensor):
@@ -63,17 +63,17 @@ class Classifier:
     """Calls a model and counts its passes over samples.
 
     Args:
-        model: maps [N, …] to logits [N, L]; its parameters should not ask for gradients meanwhile.
+        model: maps [N, …] to logits [N, L]; its parameters should not require gradients meanwhile.
         dtype: None computes as the model does; bfloat16 or float16 runs it under autocast. Logits come back in float32
             either way (float64 stays). Gradients have no NaN: it becomes 0, an infinite value the largest finite one.
         on_pass: called with the number of samples after each pass, forward or backward.
-        chunk: about how many samples go through the model at once, fewer than twice as many; None is all.
+        chunk: about how many samples go through the model at once, always fewer than twice as many; None is all.
         channels_last: hand images to the model in this memory format.
         verdict_passes: over how many passes of a randomised model a verdict is taken; see :meth:`logits`.
 
     Attributes:
-        is_sure: whether a point that fools the model once does so again. Otherwise the first that a search meets lies
-            where chance decides, and it goes on to look for a clearer one.
+        is_sure: whether a point that fools the model once does so again. Otherwise chance may have decided at the first
+            point that a search meets, and the search goes on to look for a clearer one.
     """
 
     def __init__(
@@ -115,8 +115,10 @@ class Classifier:
         return zip(*(t.tensor_split(count) for t in tensors), strict=True)
 
     def logits(self, x: Tensor) -> Tensor:
-        """What a verdict goes by, [N, L], without a graph: the logits, or over several passes their
-        :func:`log_mean_probabilities`."""
+        """The logits by which a verdict is made, [N, L], without a graph.
+
+        Over several passes, they are the :func:`log_mean_probabilities` of all passes.
+        """
         with torch.no_grad():
             return _joined([self._judged(self._arranged(part)) for (part,) in self._parts(x)])
 
@@ -167,8 +169,11 @@ class Classifier:
         return judged, value, (total if passes == 1 else total / passes).contiguous()
 
     def class_gradients(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """Logits [N, L], and a function that takes one class of each sample, int64 [N], and returns the gradients of
-        their logits, [N, …]: one backward pass a call."""
+        """Logits [N, L], and a function for the gradients of single logits.
+
+        The function takes one class for each sample, int64 [N], and returns the gradients of their logits, [N, …]. Each
+        call is one backward pass.
+        """
         x = x.detach().requires_grad_()
         with torch.enable_grad():
             logits = self._logits(x)

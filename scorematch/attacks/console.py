@@ -34,15 +34,15 @@ class Logger:
 
 
 class Console:
-    """The voice of one process.
+    """What one process prints, logs and warns of.
 
     Args:
         verbose: print lines, and a progress bar where stderr is a terminal.
-        logger: of the lines.
-        speaks: whether this process says anything; all of them warn.
+        logger: takes the lines.
+        speaks: whether this process prints and logs; warnings are raised in every process.
 
     Attributes:
-        warnings: the texts that were warned of.
+        warnings: the texts of the warnings so far.
     """
 
     def __init__(self, verbose: bool, logger: Logger, speaks: bool) -> None:

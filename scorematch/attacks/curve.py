@@ -1,4 +1,4 @@
-"""Robust accuracy against the radius: what several evaluations of the same samples found together."""
+"""Robust accuracy as a function of the radius: what several evaluations of the same samples found together."""
 
 from __future__ import annotations
 
@@ -22,18 +22,20 @@ from .settings import AttackSettings
 class AccuracyCurve:
     """Robust accuracy at several radii.
 
-    Whoever finds a point at distance d has fooled the model at every radius from d on. So one number says all of a
-    sample, and the accuracy never rises with the radius.
+    A misclassified point at distance d counts at every radius from d on. So one number describes a sample, and the
+    accuracy never rises with the radius.
 
     Attributes:
         norm: ``"linf"``, ``"l2"`` or ``"l1"``.
         radii: in ascending order, in units of the input.
-        nearest: float64 [N], distance of the nearest misclassified point that was found, or the radius in whose ball
-            it was found where rounding put it beyond: 0 for a sample that is wrong when clean, ∞ where none was found.
-            FAB finds some above the largest radius. An upper bound of the distance to the decision boundary.
+        nearest: float64 [N], distance of the nearest misclassified point that was found: 0 for a sample that is
+            misclassified without an attack, ∞ where none was found. If rounding put a point just outside the ball in
+            which it was found, the radius of the ball is given. FAB finds some points above the largest radius. It is
+            an upper bound of the distance to the decision boundary.
         adversarial: [N, …] the misclassified points within the largest radius, the original where none was found.
-        reports: of the evaluation at each radius, as ``AutoAttack.report``, with the costs of that radius; fewer than
-            radii if the budget was spent. A point that a larger radius brought to light may lower the curve below them.
+        reports: the report of the evaluation at each radius, as ``AutoAttack.report``, with the costs of that radius;
+            fewer than radii if the budget was spent. A point found later, at a larger radius, may lower the curve below
+            what an earlier report says.
     """
 
     norm: str
@@ -48,7 +50,7 @@ class AccuracyCurve:
 
     @property
     def robust_accuracy(self) -> dict[float, float]:
-        """Share of samples that stand, by the radius."""
+        """The robust accuracy in [0, 1], by the radius."""
         return {radius: self.accuracy_at(radius) for radius in self.radii}
 
     @property
@@ -58,24 +60,24 @@ class AccuracyCurve:
 
     @property
     def complete(self) -> dict[float, bool]:
-        """Whether all attacks were through, by the radius; elsewhere the robust accuracy is an upper bound."""
+        """Whether all attacks were completed, by the radius; where not, the robust accuracy is an upper bound."""
         through = [bool(report["complete"]) for report in self.reports]
         return dict(zip(self.radii, [*through, *[False] * (len(self.radii) - len(through))], strict=True))
 
     def accuracy_at(self, radius: float) -> float:
         """Share of samples near which no misclassified point within ``radius`` was found.
 
-        Between two of the radii nobody has looked for points, so this is a looser upper bound than at them.
+        Between two of the radii no attack was run, so there this is a looser upper bound than at the radii.
 
         Raises:
             ValueError: the radius is negative or above the largest that was attacked.
         """
         if not 0 <= radius <= self.radii[-1]:
-            raise ValueError(f"radius must lie in [0, {self.radii[-1]:g}], where was attacked, got {radius}")
+            raise ValueError(f"radius must lie in [0, {self.radii[-1]:g}], the largest attacked, got {radius}")
         return float((self.nearest > radius).double().mean())
 
     def table(self, form: str = "markdown") -> str:
-        """A line for each radius: accuracy with its interval, passes and seconds.
+        """The curve as a table, with a line for each radius: accuracy with its interval, passes and seconds.
 
         Args:
             form: ``"markdown"``, or ``"latex"``: a tabular that needs no package.
@@ -134,13 +136,15 @@ def at_radius(attacks: Sequence[Attack], ball: ThreatModel, of: ThreatModel) -> 
         of: the threat model of the evaluation that they were made for.
 
     Raises:
-        ValueError: one of them has a radius of its own, or is made elsewhere, so that nobody knows how to change it.
+        ValueError: one of them has a radius of its own, or is not an attack of scorematch, so that its radius cannot be
+            changed.
     """
     moved: list[Attack] = []
     for attack in attacks:
         if not isinstance(attack, AttackSettings):
             raise ValueError(
-                f"attacks_to_run: {attack.name} is no attack of scorematch, so its radius cannot be changed for a curve"
+                f"attacks_to_run: {attack.name} is not an attack of scorematch, so its radius cannot be changed for a "
+                "curve"
             )
         if attack.eps != of.eps:
             raise ValueError(
@@ -151,8 +155,8 @@ def at_radius(attacks: Sequence[Attack], ball: ThreatModel, of: ThreatModel) -> 
 
 
 def depends_on_radius(attack: Attack) -> bool:
-    """Whether an attack may find in a larger ball what it has not found, within it, in a smaller one.
+    """Whether a run of an attack at a larger radius may find new points.
 
-    FAB from the sample itself walks the same way whatever the radius is, and all that it has found is known.
+    FAB that starts at the sample itself takes the same path for every radius, and all that it has found is known.
     """
     return not (isinstance(attack, FAB) and attack.n_restarts == 1)

@@ -87,7 +87,7 @@ def evaluate(
     share: Share,
     before: EvaluationState | None = None,
 ) -> tuple[EvaluationState, dict[str, Any]]:
-    """Attack every sample until it falls or all attacks are through.
+    """Attack every sample until it is fooled or all attacks have been tried.
 
     Args:
         x: [N, …] in the box, on the CPU.
@@ -230,7 +230,7 @@ def _begin(
         check_model(path, state.fingerprint, model, x, options.device)
         mine = share.samples(len(x))
         standing, begun = int(state.robust[mine].sum()), int((state.finished[mine] > 0).sum())
-        console.say(f"resumed from {path}: {standing} samples stand, {begun} were attacked")
+        console.say(f"resumed from {path}: {standing} samples are still robust, {begun} were attacked")
     else:
         if before is not None:
             state = before.at_larger_radius(options.threat_model.eps)
@@ -520,7 +520,7 @@ class _Engine:
         return self.x[samples].to(device), self.y[samples].to(device)
 
     def _finished(self) -> Tensor:
-        """How many stages each sample of this process that stands is through with."""
+        """How many stages each sample of this process that is still robust has behind it."""
         return self.state.finished[self.mine[self.state.robust[self.mine]]]
 
     def _passes_left(self, finished: Tensor) -> int:
@@ -541,7 +541,7 @@ class _Engine:
         """Book what a worker has done; without one, of all, while none is at work."""
         self.ledger.book(name, self._classifiers(worker))
         finished = self._finished()
-        self.console.expect(self._passes_left(finished), f"{name}, {len(finished)} stand")
+        self.console.expect(self._passes_left(finished), f"{name}, {len(finished)} robust")
 
     def _save(self) -> None:
         path = self.options.state_path

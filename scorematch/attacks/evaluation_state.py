@@ -16,7 +16,7 @@ from .parts import Search
 
 FORMATS = "scorematch AutoAttack "
 FORMAT = f"{FORMATS}4"
-EARLIER = -2  # what a sample fell by that has fallen, or was reached, at a smaller radius
+EARLIER = -2  # fallen_by of a sample whose misclassified point was found in an evaluation at a smaller radius
 VECTORS = ("robust", "clean", "finished", "labels", "fallen_by", "nearest", "beyond_labels")  # of one value a sample
 
 
@@ -25,16 +25,16 @@ class EvaluationState:
     """Verdicts so far. Samples are numbered as in the data set.
 
     Attributes:
-        settings: what the evaluation is of: hashes of the model's tensors and of the data, threat model, attacks, seed.
-        robust: bool [N], whether a sample stands so far.
+        settings: what is evaluated: hashes of the model's tensors and of the data, threat model, attacks, seed.
+        robust: bool [N], whether a sample is robust so far.
         clean: bool [N], whether it is classified correctly before any attack.
-        finished: int64 [N], how many stages each sample is through with.
-        adversarial: [N, …], the misclassified point of each sample that fell, the original of every other.
+        finished: int64 [N], how many stages each sample has behind it. A stage is some parts of one attack.
+        adversarial: [N, …], the misclassified point of each sample that was fooled, the original of every other.
         labels: int64 [N], the class predicted there; -1 where a logit is NaN.
-        fallen_by: int64 [N], the stage at which a sample fell; -1 if it stands or was wrong from the start, -2 if its
-            point is known from an evaluation at a smaller radius.
-        nearest: float64 [N], distance of the nearest misclassified point that was found: 0 for a sample that was wrong
-            from the start, ∞ where there is none, above the radius where it does not count.
+        fallen_by: int64 [N], the stage that fooled a sample; -1 if it is robust or was misclassified without an attack,
+            -2 if its point is known from an evaluation at a smaller radius.
+        nearest: float64 [N], distance of the nearest misclassified point that was found: 0 for a sample that is
+            misclassified without an attack, ∞ where there is none, above the radius where it does not count.
         beyond: [N, …], those points whose distance is above the radius; any values elsewhere.
         beyond_labels: int64 [N], the classes predicted there.
         costs: of each attack.
@@ -74,10 +74,10 @@ class EvaluationState:
         )
 
     def at_larger_radius(self, eps: float) -> EvaluationState:
-        """Before the first attack at a radius of which this is the state at a smaller one.
+        """The state before the first attack at a larger radius.
 
-        What fell stays fallen, and what was found beyond the smaller radius counts if it is within this one. The two
-        states share tensors.
+        Samples that were fooled stay so. Points that were found beyond the smaller radius count if they are within the
+        larger one. The two states share tensors.
         """
         reached = self.robust & (self.nearest <= eps)
         robust = self.robust & ~reached
@@ -101,7 +101,7 @@ class EvaluationState:
 
     @property
     def is_beyond(self) -> Tensor:
-        """Of which samples that stand a misclassified point beyond the radius is known, bool [N]."""
+        """For which robust samples a misclassified point beyond the radius is known, bool [N]."""
         return self.robust & self.nearest.isfinite()
 
     def save(self, path: Path) -> None:
@@ -132,12 +132,12 @@ class EvaluationState:
 
     @classmethod
     def from_disk(cls, path: str | Path) -> EvaluationState:
-        """The verdicts in a file, to read; to go on with an evaluation pass ``state_path``.
+        """The verdicts in a file, for reading. To go on with an evaluation, pass ``state_path`` to it instead.
 
         The file has no clean samples, so ``adversarial`` is NaN for every sample that no attack has fooled.
 
         Raises:
-            ValueError: the file is damaged or no state.
+            ValueError: the file is damaged or holds no state.
         """
         content = _read(Path(path))
         points = content["adversarial"]
@@ -145,7 +145,7 @@ class EvaluationState:
 
     @property
     def robust_flags(self) -> Tensor | None:
-        """Which samples stand so far, bool [N]; None before all were classified."""
+        """Which samples are robust so far, bool [N]; None before all were classified."""
         return None if bool((self.finished < 0).any()) else self.robust
 
     @property
@@ -165,7 +165,7 @@ class EvaluationState:
             x: [N, …] the data set.
 
         Raises:
-            ValueError: the file is damaged or no state, or is of another data set or setting.
+            ValueError: the file is damaged, holds no state, or belongs to another data set or setting.
         """
         content = _read(path)
         for name, value in settings.items():
@@ -217,14 +217,14 @@ def _read(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: the file holds anything else.
     """
-    unreadable = f"state_path: {path} is no readable state of an evaluation"
+    unreadable = f"state_path: {path} is not a readable state of an evaluation"
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes raise whatever they happen to stand for
         raise ValueError(f"{unreadable} ({type(error).__name__}: {error})") from None
     name = content.get("format") if isinstance(content, dict) else None
     if not isinstance(name, str) or not name.startswith(FORMATS):
-        raise ValueError(f"state_path: {path} is no state of an evaluation by scorematch.AutoAttack")
+        raise ValueError(f"state_path: {path} is not a state of an evaluation by scorematch.AutoAttack")
     if name != FORMAT:
         raise ValueError(f"state_path: {path} was written by another version of scorematch: {name!r}, not {FORMAT!r}")
     kept = content.pop("checksum", None)

@@ -26,20 +26,20 @@ HELD = 1 << 24  # numbers in the gradients of several classes that are held at o
 class FAB(AttackSettings):
     """FAB, targeted (the boundary to the classes of rank 2, 3, … in turn) or to the nearest boundary.
 
-    The first restart starts at x and draws nothing. A sample is done once a misclassified point within eps was found.
-    So what this restart finds for a sample, up to there, does not depend on eps.
+    A sample is done once a misclassified point within eps was found. The first restart starts at x and draws no random
+    numbers. Up to that point, what it finds for a sample therefore does not depend on eps.
 
     Args:
         threat_model: norm, radius and a finite box; its step size is not used.
-        targeted: one class at a time, with one gradient a step instead of one for each class.
-        n_iter: steps of one run.
-        n_restarts: runs (of each target).
+        targeted: one class at a time, with one gradient in each step instead of one for each class.
+        n_iter: steps of one run, at least 1.
+        n_restarts: runs (of each target), at least 1.
         n_target_classes: how many classes are tried when targeted, at most L − 1.
         target_classes: int64 [N, T], the classes that are tried when targeted for each sample of the data set (of the
-            batch, where the attack runs by itself), in this order; ``n_target_classes`` then says nothing. No row holds
-            a class twice, nor the label. None takes the likeliest classes.
-        alpha_max: how far a step is drawn towards the projection of the original point, at most; in [0, 1].
-        eta: factor on a step towards the hyperplane, at least 0; above 1 it crosses.
+            batch, where the attack runs by itself), in this order; ``n_target_classes`` then has no effect. No row may
+            hold a class twice, or the label. None takes the likeliest classes.
+        alpha_max: largest weight of the original point in a step, in [0, 1].
+        eta: factor on a step towards the hyperplane, at least 0; above 1 the step crosses it.
         beta: share of the distance to the original that is kept after a success, in [0, 1].
 
     Raises:
@@ -85,7 +85,10 @@ class FAB(AttackSettings):
         return self.n_restarts * (min(self.n_target_classes, num_classes - 1) if self.targeted else 1)
 
     def cost(self) -> tuple[int, int]:
-        """Forward and backward passes of one part on a sample that survives (untargeted: backward passes a class)."""
+        """Forward and backward passes of one part on a sample that it does not fool.
+
+        Untargeted, the backward passes are those of one class.
+        """
         return 2 * self.n_iter, self.n_iter
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, seed: int = 0) -> Tensor:
@@ -103,7 +106,7 @@ class FAB(AttackSettings):
         return run_alone(self, model, x, y, seed)
 
     def run_part(self, classifier: Classifier, batch: Batch) -> tuple[Tensor, Tensor]:
-        """One run; too short to stop within.
+        """One run, which cannot be interrupted in between.
 
         Returns:
             The nearest misclassified points [N, …], x itself where none was found, and bool [N], whether the point is
@@ -158,7 +161,7 @@ class FAB(AttackSettings):
                 lower=model.lower,
                 upper=model.upper,
             )
-            # To an infinite difference of logits no hyperplane leads: all elements are NaN, and the point stays.
+            # With an infinite difference of logits there is no hyperplane: all elements are NaN, and the point stays.
             goes = moved.sum(tuple(range(1, x.dim()))).isfinite()
             on_cpu = x.device.type == "cpu"  # elsewhere asking would wait for the device
             x = moved if on_cpu and bool(goes.all()) else torch.where(beside(goes, x), moved, x)

@@ -31,14 +31,18 @@ def doubts(
     version: str,
     verdict_passes: int = 1,
 ) -> dict[str, str | None]:
-    """What makes the evaluation of a model in eval mode doubtful, seen at its first batch, by the name of the check;
-    None where nothing does.
+    """What makes the evaluation of a model doubtful, judged by its first batch.
 
     Args:
+        model: in eval mode.
         x: [N, …], on the device of the model.
         y: int64 [N].
         logits: [N, L], of the model at x.
+        attacks: those of the evaluation.
         version, verdict_passes: of :class:`scorematch.AutoAttack`; ``"rand"`` expects a randomised model.
+
+    Returns:
+        By the name of each check the text of its warning, or None if it found nothing.
     """
     names = [attack.name for attack in attacks]
     found = {"probabilities": probabilities(logits)}
@@ -59,7 +63,7 @@ def no_classifier(logits: Tensor) -> None:
     """Refuse a model that returns a NaN among the logits [N, L] of every sample.
 
     Raises:
-        ValueError: it does.
+        ValueError: every sample has a NaN.
     """
     nan = int(logits.isnan().any(1).sum())
     if nan == len(logits):
@@ -67,7 +71,7 @@ def no_classifier(logits: Tensor) -> None:
 
 
 def nan_samples(samples: Tensor, what: str) -> str | None:
-    """What to say of the samples int64 [K] at whose ``what`` points a logit is NaN."""
+    """The warning about the samples int64 [K] at whose ``what`` points (clean or attacked) a logit is NaN."""
     if len(samples) == 0:
         return None
     first = ", ".join(str(int(n)) for n in samples[:10])

@@ -1,4 +1,4 @@
-"""What attacks ascend: one value a sample, larger where the sample is closer to being misclassified."""
+"""The losses that attacks increase: one value for each sample, larger where it is closer to being misclassified."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ def margin_loss(logits: Tensor, labels: Tensor) -> Tensor:
     Args:
         logits: [N, L].
         labels: int64 [N].
+
+    Returns:
+        [N], in the dtype of the logits.
     """
     true = logits.gather(1, labels[:, None])
     others = logits.scatter(1, labels[:, None], -torch.inf)
@@ -23,7 +26,7 @@ def margin_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def own_loss(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    """A loss of somebody's own, which is told where it does not return what an attack needs."""
+    """A user's own loss, with a ValueError where it does not return what an attack needs."""
 
     def checked(logits: Tensor, labels: Tensor) -> Tensor:
         value = loss(logits, labels)

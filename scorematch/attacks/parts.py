@@ -1,4 +1,4 @@
-"""One attack by itself on one batch: its runs in turn, each on the samples that still stand."""
+"""One attack by itself on one batch: its runs in turn, each on the samples that are not yet misclassified."""
 
 from __future__ import annotations
 
@@ -68,10 +68,11 @@ class Batch:
 
 @runtime_checkable
 class Attack(Protocol):
-    """What AutoAttack needs of an attack, ours or yours: it consists of parts, each of which may find more.
+    """What AutoAttack needs of an attack, its own or one of yours. An attack consists of parts, run one after another.
 
-    A part that takes long goes on from the ``search`` of its batch, and calls ``pause``. Others are done anew after an
-    interruption, and ignore both. A state file knows an attack by its attributes, but for those that begin with _.
+    A part that takes long goes on from the ``search`` of its batch, and calls ``pause``. Other parts ignore both, and
+    are done anew after an interruption. A state file recognises an attack by its attributes, except those that begin
+    with _.
 
     Attributes:
         threat_model: norm, box and a radius of at most that of the evaluation.
@@ -82,10 +83,10 @@ class Attack(Protocol):
     Methods:
         check: raises ValueError for settings outside their range.
         parts: how many calls of ``run_part`` the attack consists of, for L classes.
-        cost: forward and backward passes of one part on a sample that survives, for the progress.
-        run_part: points [N, …], and bool [N], whether the search saw them misclassified and inside B(x); what it says
-            is checked with the model itself. A point that is misclassified but not inside does not count; it may serve
-            at larger radii (``nearest`` of the report). It calls the model through the classifier that it is given.
+        cost: forward and backward passes of one part on a sample that it does not fool, for the progress bar.
+        run_part: returns points [N, …], and bool [N], whether the search saw them misclassified and inside B(x). The
+            answer is checked with the model itself. A misclassified point outside B(x) does not count, but may be of
+            use at larger radii (``nearest`` of the report). Calls the model through the classifier that it is given.
     """
 
     threat_model: ThreatModel

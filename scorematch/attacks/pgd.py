@@ -61,17 +61,18 @@ def input_gradient(loss: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tenso
 class PGD:
     """PGD with restarts that keeps, for each sample, the worst point it has seen.
 
-    A misclassified point always wins; among correctly classified ones, that of higher loss, compared only within one
-    loss. A sample is left alone as soon as it is misclassified. Every iterate is judged, not only the last.
-    The model is used in eval mode and left as found: no gradient in its parameters, no mode changed. A NaN among the
-    logits counts as misclassified; an element of a gradient that is NaN leaves its pixel where it is.
+    A misclassified point counts as worse than any correctly classified one. Among correctly classified points the one
+    of higher loss is worse; values are compared only within one loss. Every iterate is judged, not only the last, and a
+    sample is not attacked further once it is misclassified. The model is used in eval mode and left as found: no
+    gradient in its parameters, no mode changed. A NaN among the logits counts as misclassified. Where an element of a
+    gradient is NaN, its pixel stays as it is.
 
     Args:
         threat_model: B(x) and the step size; a ThreatModel, or a B(x) of your own.
         steps: steps of one restart, at least 1.
         restarts: random starts for each loss, at least 1.
-        losses: what is ascended, each with all restarts: ``"ce"`` (cross-entropy), ``"margin"`` (difference of
-            logits), or the name of a divergence from the one-hot label.
+        losses: the losses to increase, each with all restarts: ``"ce"`` (cross-entropy), ``"margin"`` (largest other
+            logit minus the label's), or the name of a divergence from the one-hot label.
         random_start: start at a uniform point of B(x) (else at x).
 
     Raises:
@@ -109,7 +110,8 @@ class PGD:
 
         Args:
             model: maps [N, …] to logits [N, L].
-            x: [N, …] clean inputs inside the box; what rounding put outside, 1e-6 of its bound at most, is clamped.
+            x: [N, …] clean inputs inside the box; values that rounding put outside, by at most 1e-6 of the largest
+                bound, are clamped.
             y: class indices [N] or [N, 1], of any integer type.
             generator: randomness of the starts; the same numbers are drawn whatever the model does.
 
@@ -117,7 +119,8 @@ class PGD:
             [N, …] inside B(x).
 
         Raises:
-            ValueError: x is outside the box, or shapes or types do not fit.
+            TypeError: x is not floating point.
+            ValueError: x is outside the box, or shapes or labels do not fit.
         """
         x, y = clean_batch(x, y, self.threat_model)
         with borrowed(model, "eval"):

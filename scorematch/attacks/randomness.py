@@ -17,7 +17,7 @@ ATTACK_KEYS = {"apgd-ce": 1, "apgd-dlr": 2, "apgd-t": 3, "fab": 4, "fab-t": 5, "
 
 
 def attack_key(name: str) -> int:
-    """By which an attack draws, from 1 to 127: those of one's own by their names, the same in every process."""
+    """The number by which an attack draws, from 1 to 127. That of a user's attack is computed from its name."""
     return ATTACK_KEYS.get(name) or 64 + zlib.crc32(name.encode()) % 64
 
 
@@ -34,7 +34,7 @@ class Noise(Protocol):
         """Noise of a random start, [N, …] as ``like``: uniform in [−1, 1] for linf, else standard normal."""
 
     def skip_start(self, samples: Tensor, like: Tensor) -> None:
-        """Pass by the numbers that the official package draws, [N, …] as ``like``, and does not use."""
+        """Skip numbers [N, …] as ``like`` that the official package draws and does not use."""
 
     def stripes(self, samples: Tensor, channels: int, width: int) -> Tensor:
         """Signs ±1 of Square's first perturbation, [N, channels, 1, width]."""
@@ -67,8 +67,8 @@ def start_at_distance(model: ThreatModel, radius: float, x: Tensor, samples: Ten
 class KeyedNoise:
     """Numbers that depend on (seed, sample, attack, part, query) alone.
 
-    So they depend neither on the batch size nor on which other points survive nor on the number of devices, and an
-    interrupted attack goes on with the same ones.
+    They do not depend on the batch size, on the other samples that are still attacked or on the number of devices. An
+    interrupted attack goes on with the same numbers.
 
     Args:
         seed: 0 ≤ seed < 2^63.
@@ -94,7 +94,7 @@ class KeyedNoise:
         return normal.to(like.dtype).view_as(like)
 
     def skip_start(self, samples: Tensor, like: Tensor) -> None:
-        """No stream, nothing to pass by."""
+        """Nothing to skip: numbers do not come from a stream."""
 
     def stripes(self, samples: Tensor, channels: int, width: int) -> Tensor:
         return _signs(self._uniform(samples, channels * width, 0)).view(-1, channels, 1, width)
@@ -126,8 +126,9 @@ def _corners(draws: Tensor, room: tuple[int, ...]) -> Tensor:
 class ReferenceNoise:
     """The stream of the official package (fra31/auto-attack): for comparisons with it, sample by sample.
 
-    A CPU generator is seeded anew for every batch; windows are shared by the whole batch, in linf their signs too, and
-    never touch the last row and column. So results depend on the batch size and on which points survive.
+    A CPU generator is seeded anew for every batch. Windows, and in linf their signs too, are shared by the whole batch;
+    they never touch the last row and column. Results therefore depend on the batch size and on the other samples that
+    are still attacked.
     """
 
     depends_on_batch = True

@@ -25,7 +25,7 @@ def accuracy(hits: int, count: int) -> dict[str, Any]:
 
 
 def standing_after(state: EvaluationState, index: int) -> Tensor:
-    """Which samples stood after a stage, bool [N]; later ones may have lowered it since."""
+    """Which samples were robust after a stage, bool [N]; later stages may have fooled more."""
     return state.clean & ~(state.has_fallen & (state.fallen_by <= index))
 
 

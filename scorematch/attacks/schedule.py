@@ -11,20 +11,23 @@ from torch import Tensor
 
 from .parts import Attack
 
-SMALLEST = 8  # samples for which a worker of its own is worth it
+SMALLEST = 8  # samples for which a worker of their own is worth it
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A pass over the surviving samples: some parts of one attack, on each batch in turn."""
+    """A pass over the samples that are still robust: some parts of one attack, on each batch in turn."""
 
     attack: Attack
     parts: range
 
 
 def stages_of(attacks: Sequence[Attack], classes: int, rng: str) -> list[Stage]:
-    """With keyed numbers each part passes over all samples, in full batches; the reference's batches go through all
-    parts of an attack, since its stream of numbers does."""
+    """The stages of all attacks, in order.
+
+    With keyed numbers each part is a stage, so that it passes over all samples in full batches. With the reference's
+    numbers a whole attack is one stage, since the stream of numbers of a batch goes through all its parts.
+    """
     stages = []
     for attack in attacks:
         parts = attack.parts(classes)
@@ -36,10 +39,10 @@ def stages_of(attacks: Sequence[Attack], classes: int, rng: str) -> list[Stage]:
 
 
 def passes_left(stages: Sequence[Stage], finished: Tensor, verdict_passes: int = 1) -> int:
-    """Passes of one sample that are still to be made if every sample survives.
+    """Passes of one sample that are still to be made if no further sample is fooled.
 
     Args:
-        finished: int64 [K], how many stages each standing sample is through with; negative before the first.
+        finished: int64 [K], how many stages each sample that is still robust has behind it; negative before the first.
         verdict_passes: over how many passes a point is judged; those that average a gradient are among them.
     """
     costs = torch.tensor([_cost(stage.attack, verdict_passes) * len(stage.parts) for stage in stages] + [0])
@@ -47,7 +50,7 @@ def passes_left(stages: Sequence[Stage], finished: Tensor, verdict_passes: int =
 
 
 def _cost(attack: Attack, verdict_passes: int) -> int:
-    """Passes of one part on a sample that survives, as if it judged a point in each of its forward passes."""
+    """Passes of one part on a sample that it does not fool, as if it judged a point in each of its forward passes."""
     forwards, backwards = attack.cost()
     return math.ceil(forwards * max(1.0, verdict_passes / getattr(attack, "eot_iter", 1))) + backwards
 

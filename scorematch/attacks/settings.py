@@ -1,4 +1,4 @@
-"""Settings that are assigned by name: a name that means nothing is an error."""
+"""Settings that are assigned by name: an unknown name is an error."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Perturber(Protocol):
 
 
 class AttackSettings:
-    """The base of attacks that are dataclasses: their fields, and ``eps``, can be assigned and nothing else.
+    """The base of attacks that are dataclasses. Only their fields and ``eps`` can be assigned.
 
     Values are checked by the attack's ``check``, before it runs.
     """
@@ -50,7 +50,7 @@ class AttackSettings:
             y: class indices [N]; None is what the model predicts.
 
         Returns:
-            [N, …] on the device where was attacked: a misclassified point of B(x), or x where none was found.
+            [N, …] on the device of the attack: a misclassified point of B(x), or x where none was found.
 
         Raises:
             ValueError: the attack belongs to no ``AutoAttack``, or x and y do not fit.
@@ -58,7 +58,7 @@ class AttackSettings:
         owner = vars(self).get("_owner")
         if owner is None:
             raise ValueError(
-                f"this {type(self).__name__} is of no AutoAttack; call it with a model: attack(model, x, y)"
+                f"this {type(self).__name__} belongs to no AutoAttack; call it with a model: attack(model, x, y)"
             )
         return owner.perturb(self, x, y)
 

@@ -61,8 +61,8 @@ def single_step(
     Args:
         x: [N, …] clean inputs.
         gradient: maps x' [N, …] to the direction of ascent there, same shape.
-        threat_model: eps, norm and box; the lengths of the steps are the attack's own. Both attacks were published for
-            linf; with l2 balls and directions are Euclidean. l1 is refused: there one sparse step is no attack.
+        threat_model: eps, norm and box; the attack has its own lengths of steps. Both attacks were published for linf;
+            with l2, balls and directions are Euclidean. l1 is refused, since one sparse step is too weak an attack.
         attack: ``"fgsm_rs"``: start in B(x), a step of 1.25 eps, projected to B(x);
             ``"n_fgsm"``: start within 2 eps, a step of eps, clipped to the box alone, so that the point may be up to
             3 eps away from x.

@@ -17,8 +17,8 @@ from .parts import Batch, Search, run_alone
 from .randomness import Noise
 from .settings import AttackSettings
 
-SETTLE_EVERY = 8  # queries after which samples that fell leave the batch; on CUDA this waits for the device
-WITHIN = 1 - 1e-6  # of eps in l1: a hair of room, so that rounding stays inside the ball
+SETTLE_EVERY = 8  # queries after which misclassified samples leave the batch; on CUDA this waits for the device
+WITHIN = 1 - 1e-6  # of eps in l1: a little room, so that rounding stays inside the ball
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries (of 10,000) after which the window's area halves
 
 
@@ -26,13 +26,14 @@ HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries (of 10,00
 class Square(AttackSettings):
     """Square Attack on the margin, for images [N, C, H, W].
 
-    A sample leaves the batch soon after it fell, but where a verdict takes several passes of a randomised model.
+    A sample leaves the batch soon after it is misclassified, unless a verdict takes several passes of a randomised
+    model.
 
     Args:
         threat_model: norm, radius and box; its step size is not used.
-        n_queries: proposals of one run.
-        n_restarts: runs.
-        p_init: share of the image that the first windows cover.
+        n_queries: proposals of one run, at least 1.
+        n_restarts: runs, at least 1.
+        p_init: share of the image that the first windows cover, in (0, 1].
         rescale_schedule: stretch the schedule of window sizes, made for 10,000 queries, to ``n_queries``.
 
     Raises:
@@ -62,7 +63,7 @@ class Square(AttackSettings):
         return self.n_restarts
 
     def cost(self) -> tuple[int, int]:
-        """Forward and backward passes of one part on a sample that survives."""
+        """Forward and backward passes of one part on a sample that it does not fool."""
         return self.n_queries + 1, 0
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, seed: int = 0) -> Tensor:
@@ -78,7 +79,7 @@ class Square(AttackSettings):
             [N, C, H, W] inside B(x).
 
         Raises:
-            ValueError: x is no batch of images.
+            ValueError: x is not a batch of images.
         """
         return run_alone(self, model, x, y, seed)
 
@@ -139,8 +140,8 @@ class Square(AttackSettings):
     ) -> Tensor:
         """The margins of proposals, [N].
 
-        In linf many a small window is there already, half of all in grey images: such proposals need no query. On CUDA
-        finding them would wait for the device.
+        In linf many proposals change nothing: with small windows and grey images, about half of them. These need no
+        query. On CUDA, to find them would mean to wait for the device, so all are queried.
         """
         if proposal.device.type == "cpu":
             moved = (proposal != current).flatten(1).any(1).nonzero().squeeze(1)
@@ -205,9 +206,10 @@ def square_l1(
 ) -> Tensor:
     """The proposal of Square in l1: as in l2 (:func:`scorematch.ops.square_l2`), with lengths in l1.
 
-    One window of the perturbation is set to 0. Another gains: the sum of its old direction and of the pattern, as long
-    as what both windows had and C times the share of a channel in what the ball has left. What is too long is then
-    projected to the ball and the box.
+    One window of the perturbation is set to 0. In another, each channel is set to the sum of its old direction and of
+    the pattern, scaled to the length C · both + spare. Here both is the length that the channel had in the two windows,
+    and spare is eps minus the length of the whole perturbation. A point that is then outside is projected to the ball
+    and the box.
 
     Args:
         best, x0: [N, C, H, W].
@@ -215,6 +217,10 @@ def square_l1(
         sign: [N, C], 1 or −1.
         pattern: [side, side], of length 1.
         transpose: bool [N].
+        model: an l1 ball and its box.
+
+    Returns:
+        [N, C, H, W].
     """
     count, channels, height, width = best.shape
     side = torch.arange(len(pattern), device=best.device)

@@ -12,13 +12,13 @@ from .losses import ranked_targets
 
 
 def check_target_classes(targets: Any) -> None:
-    """Refuse target classes that no data set fits.
+    """Refuse target classes that cannot fit any data set.
 
     Args:
         targets: int64 [N, T], T ≥ 1, each row T different classes; or None.
 
     Raises:
-        TypeError, ValueError: they are not; the message names ``target_classes``.
+        TypeError, ValueError: they are something else; the message names ``target_classes``.
     """
     if targets is None:
         return
@@ -41,7 +41,8 @@ def check_targets_fit(attack: Any, y: Tensor, classes: int | None = None) -> Non
         classes: of the model, where they are known.
 
     Raises:
-        ValueError: they do not.
+        ValueError: there is not a row for each sample, or a row has the label of its sample or a class that the model
+            does not have.
     """
     targets = getattr(attack, "target_classes", None)
     if targets is None:

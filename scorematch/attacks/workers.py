@@ -117,7 +117,7 @@ def copies(model: Any, devices: Sequence[torch.device]) -> list[Any]:
     """A model for each device: itself on the first, copies of its own on the others.
 
     Raises:
-        ValueError: there are several devices, and the model is no module or cannot be copied.
+        ValueError: there are several devices, and the model is not a module or cannot be copied.
     """
     made = [model]
     for device in devices[1:]:

@@ -1,4 +1,4 @@
-"""What an estimated posterior is worth, before a model is trained towards it.
+"""How good an estimated posterior is, measured before a model is trained with it.
 
 ``oracle`` compares with p_d where it is known. ``evidence`` needs held-out data alone. ``robustness`` attacks the
 posterior itself.

@@ -1,6 +1,6 @@
-"""What held-out data say of an estimate, where p_d is not known.
+"""What held-out data say about an estimated posterior, where p_d is not known.
 
-None of these is a verdict alone: each finds one kind of error. ``log_likelihood`` is a proper score of the values,
+Each function finds one kind of error, so none decides alone. ``log_likelihood`` is a proper score of the values,
 ``matching_error`` of the gradients.
 """
 
@@ -21,13 +21,15 @@ def log_likelihood(
 ) -> Tensor:
     """log p̂(y|x + noise · ω) of held-out labels, in nats, [N]: the mean over ``repeats`` noise vectors.
 
-    A label of x is a label of the noisy point x' too, drawn from p_noise(y|x'), so this is a proper score: its mean is
-    highest for p_noise itself. Set ``noise`` to the length of the attack, eps / √features, to ask about the values that
-    the attack meets. An estimate that integrates along a path comes to x' from x' + noise · ω', of which the label is
-    independent given x'. Had it come from x, it would know more of the label than x' tells.
+    A label of x is a label of the noisy point x' too, drawn from p_noise(y|x'). So this is a proper score: its mean is
+    highest for p_noise itself. With ``noise`` = eps / √features the noise is about as long as eps in L2; choose this to
+    judge the values that an attack of that length meets.
+
+    An estimate that integrates along a path starts at x' + noise · ω' and moves to x'. Given x', that start is
+    independent of the label. A path that starts at x would tell the estimate more about the label than x' does.
 
     Args:
-        posterior: the estimate; one that is anchored at labels is told the label, and says nothing here.
+        posterior: the estimate. One that is anchored at labels is told the label, so its value here means nothing.
         x: [N, …] held-out inputs.
         y: int64 [N] their labels.
         noise: standard deviation in input units, ≥ 0.
@@ -56,9 +58,9 @@ def matching_error(
 ) -> Tensor:
     """‖ĝ_y(x̃) + ŝ(x̃) + ω/σ‖² / features on held-out data, [N]: denoising score matching of the posterior's gradient.
 
-    ĝ_y + s is the class score, whose denoising loss is least at the truth (Vincent, 2011). With one ŝ for all
+    ĝ_y + s is the class score, whose denoising loss is lowest at the truth (Vincent, 2011). With one ŝ for all
     estimates, the differences of their means are the differences of their gradient errors, up to a term that is zero
-    where Σ_y p_y ĝ_y = 0. Only differences have a meaning; the noise of the target is most of the value.
+    where Σ_y p_y ĝ_y = 0. Only differences have a meaning, since most of the value is the noise of the target.
 
     Args:
         posterior: an estimate of p_σ of this σ.
@@ -119,7 +121,7 @@ def calibration(
 
 
 def spread(posteriors: Sequence[Posterior], x: Tensor, y: Tensor) -> tuple[float, float]:
-    """Variance over several trainings of one estimator, which differ in their seed or their data.
+    """The variance over several trainings of one estimator that differ in their seed or their data.
 
     Args:
         posteriors: at least two.
@@ -127,8 +129,8 @@ def spread(posteriors: Sequence[Posterior], x: Tensor, y: Tensor) -> tuple[float
         y: int64 [N] labels; read only by posteriors that are anchored at labels.
 
     Returns:
-        of the gradients, E Σ_y p̄_y ‖ĝ_y − ḡ_y‖² / E Σ_y p̄_y ‖ḡ_y‖², an unbiased variance of one of them relative to
-        their mean; and of the values, the mean over the members of E KL(p̄ ‖ p̂) in nats. p̄, ḡ are means over members.
+        For the gradients E Σ_y p̄_y ‖ĝ_y − ḡ_y‖² / E Σ_y p̄_y ‖ḡ_y‖², an unbiased variance of one member relative to
+        their mean; for the values the mean over the members of E KL(p̄ ‖ p̂) in nats. p̄, ḡ are means over members.
 
     Raises:
         ValueError: there are fewer than two.
@@ -146,17 +148,17 @@ def spread(posteriors: Sequence[Posterior], x: Tensor, y: Tensor) -> tuple[float
 
 
 def closed_loop(posterior: Posterior, x: Tensor, y: Tensor, *, length: float, seed: int = 0) -> Tensor:
-    """What a walk around a square adds to log p(y|x), in nats, [N]: the largest change over the classes.
+    """How much a walk around a square changes log p(y|x), in nats, [N]: the largest change over the classes.
 
-    A posterior with values is back where it was: 0 but for rounding. A score network's field need not be a gradient;
-    what it gains on a closed path is an error of every value that it integrates, together with that of the trapezoid
-    rule.
+    For a posterior that has a value at every point it is 0, up to rounding. The field of a score network need not be a
+    gradient. A change on a closed path is then an error that every integrated value may have, together with the error
+    of the trapezoid rule.
 
     Args:
         posterior: the estimate.
         x: [N, …] corners from which the walk starts.
         y: int64 [N] labels; read only by posteriors that are anchored at labels.
-        length: of a side, the L2 norm in input units.
+        length: L2 length of a side, in input units.
         seed: decides the two directions, which are random and orthogonal.
     """
     generator = torch.Generator(x.device).manual_seed(seed)
@@ -187,7 +189,7 @@ def martingale(
         seed: decides the noise.
 
     Returns:
-        the mean, which is positive where the coarser posterior is not sure enough, and its standard error.
+        The mean, which is positive where the coarser posterior is not sure enough, and its standard error.
 
     Raises:
         ValueError: the noise levels do not rise.
@@ -232,9 +234,10 @@ def energy_identity(
 ) -> tuple[float, float]:
     """The two sides of E‖∇ log p_σ(y|x̃)‖² = H′(σ) / σ, where H(σ) is the entropy of y given x̃ = x + σω.
 
-    The left side is the energy of the estimate's own gradients, the right one a difference of held-out cross-entropies
-    at σ (1 ± ``step``) with the same noise. More on the left means noise in the gradients, less means that they are
-    shrunk; the right side carries the gap of the estimate's own values. A symptom, not a verdict.
+    The left side is the energy of the estimate's own gradients. The right side is a difference of held-out
+    cross-entropies at σ (1 ± ``step``) with the same noise. A larger left side means noise in the gradients, a smaller
+    one means that they are too short. The right side also depends on the errors of the estimate's own values, so this
+    is a hint and not a proof.
 
     Args:
         at: the estimate of p_σ for any σ.
@@ -246,7 +249,7 @@ def energy_identity(
         seed: decides them.
 
     Returns:
-        both sides, in nats by squared input unit.
+        Both sides, in nats per squared input unit.
     """
     generator = torch.Generator(x.device).manual_seed(seed)
     energy, slope = 0.0, 0.0

@@ -32,7 +32,7 @@ class GradientError(NamedTuple):
     Attributes:
         relative: E Σ_y p_y ‖ĝ_y − g_y‖² / E Σ_y p_y ‖g_y‖², ≥ 0; 0 is exact, 1 is as good as ĝ = 0.
         cosine: E Σ_y p_y ⟨ĝ_y, g_y⟩ / √(E Σ_y p_y ‖ĝ_y‖² · E Σ_y p_y ‖g_y‖²), in [−1, 1].
-        amplitude: E Σ_y p_y ⟨ĝ_y, g_y⟩ / E Σ_y p_y ‖ĝ_y‖², the factor that would make ĝ best.
+        amplitude: E Σ_y p_y ⟨ĝ_y, g_y⟩ / E Σ_y p_y ‖ĝ_y‖², the factor on ĝ that would make ``relative`` smallest.
     """
 
     relative: float

@@ -1,4 +1,4 @@
-"""What an estimated posterior is worth, before a model is trained towards it."""
+"""The robust accuracy of an estimated posterior that is used as a classifier."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def robust_accuracy(
 ) -> tuple[float, float]:
     """Accuracy of arg max_y p(y|x') at clean points and under an attack that follows the posterior's own gradient.
 
-    Where direct SCORE is minimised to zero on all of B(x), the model equals the posterior: its robust accuracy says
-    where full convergence would lead. It is no bound: students stop short of it, and have exceeded it.
+    A model for which direct SCORE is zero on all of B(x) equals the posterior, and so has its robust accuracy. This is
+    not a bound: training stops before that, and some trained models have a higher robust accuracy.
 
-    A posterior that is anchored at labels is right at the clean points by construction; under attack it is asked
-    whether the scores alone carry it to another class.
+    A posterior that is anchored at labels is right at the clean points by construction. The attack then tests whether
+    the scores alone carry it to another class.
 
     Args:
         posterior: the estimate.
@@ -38,10 +38,13 @@ def robust_accuracy(
         threat_model: B(x) and the step size.
         steps: steps of one restart; every iterate is judged.
         restarts: random starts.
-        generator: their randomness.
+        generator: their randomness, on the device of x.
 
     Returns:
-        clean and robust accuracy, each in [0, 1].
+        Clean and robust accuracy, each in [0, 1].
+
+    Raises:
+        TypeError, ValueError: x, y and the threat model do not fit, see :func:`scorematch.inputs.clean_batch`.
     """
     x, y = clean_batch(x, y, threat_model)
     clean = posterior.trace(x, y).log_p.argmax(1) == y

@@ -55,9 +55,8 @@ def theorem_4(
 ) -> Theorem4:
     """Theorem 4: R_SCORE^l1 = R_Standard^l1 + 2ε E‖∇ₓ p_d(Y_d(x)|x) − ∇ₓ p_θ(Y_d(x)|x)‖_q + o(ε) (Eqs. 22 to 25).
 
-    Y_d(x) = arg max_y p_d(y|x), and ‖·‖_q is dual to the norm of B(x): l1 for linf, l2 for l2, linf for l1.
-    The identity is one of
-    limits, so call it for falling ``eps`` and see ``remainder`` vanish.
+    Y_d(x) = arg max_y p_d(y|x), and ‖·‖_q is dual to the norm of B(x): l1 for linf, l2 for l2, linf for l1. The theorem
+    is about the limit ε → 0, so call it for smaller and smaller ``eps``: ``remainder`` should go to 0.
 
     The assumption, p_d > p_θ at Y_d(x) and p_d < p_θ at every other class, is needed from three classes on; without
     it ``first_order`` is right and ``alignment`` is not. With two classes both agree without it, since the
@@ -146,7 +145,7 @@ class SmoothDensity(Protocol):
 
 
 class Theorem5(NamedTuple):
-    """d R_G / d(σ²) and the alignment of gradients that it is equal to, in nats by squared input unit.
+    """d R_G / d(σ²) and the alignment of gradients that it is equal to, in nats per squared input unit.
 
     Attributes:
         left: [N] ∂/∂(σ²) of −log p_θ(y|x + σω), the mean over the noise drawn for a sample.
@@ -181,8 +180,8 @@ def theorem_5(
     one, since ∇ₓ log p_σ(x̃|y) = E[−ω/σ | x̃, y] (Tweedie's formula).
 
     The proof drops a boundary term: log p_θ(y|x) must not grow faster than p_σ(x|y) decays, which all models whose
-    logits grow like a polynomial satisfy. Eq. (10), the expansion at σ = 0, needs a p_d(x|y) with a score, which the
-    empirical distribution of a training set has not.
+    logits grow like a polynomial satisfy. Eq. (10), the expansion at σ = 0, needs a p_d(x|y) with a score. The
+    empirical distribution of a training set has none.
 
     Args:
         model: maps [N, …] to logits [N, L], in eval mode; differentiable almost everywhere and continuous.

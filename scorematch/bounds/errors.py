@@ -26,7 +26,8 @@ class RobustErrors(NamedTuple):
         standard: D(p(x) ‖ q(x)), Eq. (1).
         madry: max_{x'} D(p(x) ‖ q(x')), Eq. (3) for KL and Eq. (5).
         score: max_{x'} D(p(x') ‖ q(x')), Eq. (4) for KL and Eq. (6).
-        constant: max_{x'} D(p(x) ‖ p(x')), which is C^D (Theorem 1; Eq. 39 for KL) and knows nothing of the model.
+        constant: max_{x'} D(p(x) ‖ p(x')), whose mean is C^D (Theorem 1; Eq. 39 for KL); it does not depend on the
+            model.
         invariance: max_{x'} D(q(x) ‖ q(x')), the second term of TRADES (Eq. 21) before β.
     """
 
@@ -68,11 +69,12 @@ def robust_errors(
 
     Without candidates, gradient ascents look for each maximum of each divergence, and every point that any of them
     visits counts for all. What is found is then a **lower bound** of each maximum over B(x). The inequalities between
-    the errors hold for the points visited as they do for B(x), so that a violation shows an error or a D that is no
-    metric, never a weak search; but how far apart the two sides are may differ from B(x).
+    the errors hold for the visited points as they do for B(x). A violation is therefore a mistake in the code or comes
+    from a D that is not a metric; a weak search cannot cause it. But the gap between the two sides of an inequality may
+    differ from the gap over B(x).
 
     With candidates the maxima are those over the candidates and x, exactly. On a grid in one dimension they are the
-    maxima over B(x), but for the spacing.
+    maxima over B(x), up to the spacing.
 
     Args:
         model: maps [N, …] to logits [N, L] of the posterior's dtype, in eval mode.
@@ -129,8 +131,8 @@ def data_constant(
 ) -> DataConstant:
     """C^D = E max_{x' ∈ B(x)} D(p_d(·|x) ‖ p_d(·|x')) (Theorem 1; Eq. 39 for KL).
 
-    The robust error R_Madry that p_d itself has. Where D is no metric the order counts: p_d(·|x) comes first.
-    Searched by gradient ascent it is a lower bound; with candidates it is exact over these.
+    It is the robust error R_Madry of p_d itself. Where D is not symmetric the order matters: p_d(·|x) comes first.
+    Found by gradient ascent it is a lower bound; with candidates it is exact over these.
 
     On the toy of Fig. 1, C^KL = 0.0771 nats, C^l1 = 0.244, C^l2 = 0.173 and C^linf = 0.122. Fig. 3 gives 0.12 for
     C^l2, which fits the distance of the single numbers p_d(y=1|x): over both classes l2 is √2 times as much.

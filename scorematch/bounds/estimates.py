@@ -61,7 +61,8 @@ def mean(values: Tensor, weights: Tensor | None) -> float:
         raise ValueError(f"weights must be [N] = {list(values.shape)}, got {list(weights.shape)}")
     share = weights.double()
     if not bool((share >= 0).all()) or not 0.0 < float(share.sum()) < math.inf:
-        raise ValueError("weights must be non-negative with a positive and finite sum")
+        given = f"{int((share < 0).sum())} negative values and the sum {float(share.sum()):g}"
+        raise ValueError(f"weights must be non-negative with a positive and finite sum, got {given}")
     return float((share * values.double()).sum() / share.sum())
 
 

@@ -68,17 +68,18 @@ def theorem_1(errors: RobustErrors, *, weights: Tensor | None = None) -> Theorem
     """Theorem 1: R_Madry and C^D bound R_SCORE from both sides, for any metric D (Eqs. 14 to 16).
 
     At each sample |M − C| ≤ S ≤ M + C, so even E|M − C| ≤ R_SCORE, where the paper has |E M − E C|. The lower bound is
-    attained where q = p_d (then S = 0 and M = C), the upper one, for l1, l2 and linf, where q moves away from p_d(·|x)
-    opposite to p_d. The proof uses symmetry and the triangle inequality alone, so 0-1 errors obey it, too, although
-    different distributions may have the same most likely class (:class:`scorematch.bounds.ZeroOneErrors`). For KL,
-    squared error, JS and squared l1 it is false; Theorem 2 and Corollary 1 are about these.
+    attained where q = p_d: then S = 0 and M = C. The upper bound is attained, for l1, l2 and linf, where q(x') lies on
+    the other side of p_d(·|x) than p_d(·|x'). The proof uses symmetry and the triangle inequality alone. So 0-1 errors
+    obey it, too, although different distributions may have the same most likely class
+    (:class:`scorematch.bounds.ZeroOneErrors`). For KL, squared error, JS and squared l1 it is false; Theorem 2 and
+    Corollary 1 are about these.
 
     Args:
         errors: of a metric: ``"l2"``, ``"l1"``, ``"linf"``, ``"js_distance"`` or ``"zero_one"``.
         weights: [N] quadrature weights of p_d(x), see :func:`scorematch.bounds.estimate`; None: x are draws.
 
     Raises:
-        ValueError: D is no metric, or weights do not fit.
+        ValueError: D is not a metric, or weights do not fit.
     """
     _check_metric(errors)
     madry, score, constant = errors.madry, errors.score, errors.constant
@@ -116,8 +117,8 @@ def theorem_2(
         weights: [N] quadrature weights of p_d(x); None: x are draws.
 
     Raises:
-        ValueError: D is no metric, or on the range of max D ``phi`` does not increase, is not convex or is not undone
-            by ``inverse`` (each checked at 129 points).
+        ValueError: D is not a metric, or on the range of max D ``phi`` does not increase, is not convex or is not
+            undone by ``inverse`` (each checked at 129 points).
     """
     _check_metric(errors)
     _check_phi(phi, inverse, errors.madry)
@@ -134,11 +135,11 @@ def theorem_2(
 def theorem_3(errors: RobustErrors, *, beta: float, weights: Tensor | None = None) -> Theorem3:
     """Theorem 3: R_Madry^D ≤ R_TRADES^D(β) ≤ (1 + 2β) R_Madry^D for any metric D and β ≥ 1 (Eq. 21).
 
-    The lower bound is attained for β = 1 where q(x) = p_d(·|x), the upper one, for l1, l2 and linf, where p_d(·|x)
-    lies in the middle between q(x) and the q(x') that is farthest from it. The upper bound needs x ∈ B(x), which always
-    holds here, the lower one β ≥ 1: for smaller β it is β R_Madry ≤ R_TRADES. That two errors bound each other does not
-    give them the same minimisers: p_d itself has R_Madry = C^D but R_TRADES = β C^D, so that for large β TRADES prefers
-    a constant model where R_Madry prefers p_d.
+    The lower bound is attained for β = 1 where q(x) = p_d(·|x). The upper bound is attained, for l1, l2 and linf, where
+    p_d(·|x) lies in the middle between q(x) and the q(x') that is farthest from it. The upper bound needs x ∈ B(x),
+    which always holds here. The lower bound needs β ≥ 1; for smaller β it is β R_Madry ≤ R_TRADES. Two errors that
+    bound each other need not have the same minimisers: p_d itself has R_Madry = C^D but R_TRADES = β C^D, so for large
+    β TRADES prefers a constant model where R_Madry prefers p_d.
 
     Args:
         errors: of a metric D, as for :func:`theorem_1`.
@@ -146,7 +147,7 @@ def theorem_3(errors: RobustErrors, *, beta: float, weights: Tensor | None = Non
         weights: [N] quadrature weights of p_d(x); None: x are draws.
 
     Raises:
-        ValueError: D is no metric, or β is smaller than 1.
+        ValueError: D is not a metric, or β is smaller than 1.
     """
     _check_metric(errors)
     if not beta >= 1.0:
@@ -159,7 +160,7 @@ def corollary_1(distance: RobustErrors, kl: RobustErrors, *, weights: Tensor | N
     """Corollary 1: |R_SCORE^l1 − C^l1| ≤ √(2 R_Madry), R_Madry with KL in nats (Eqs. 8, 30), by Pinsker's Eq. (7).
 
     The corollary is right; two lines of its printed proof are not. Eq. (28) has R_Madry^l1 where Theorem 2 gives
-    R_Madry^{l1²}: as printed it fails for a model that is surely wrong, where R_SCORE^l1 = 2, C^l1 = 0 and
+    R_Madry^{l1²}: as printed it fails for a model that is wrong with certainty, where R_SCORE^l1 = 2, C^l1 = 0 and
     √R_Madry^l1 = √2. And below Eq. (29) "R_Madry^l1 ≤ 2 R_Madry" should read R_Madry^{l1²} ≤ 2 R_Madry: as printed it
     fails for every model that is close to p_d, where l1 is of the order of √KL.
 

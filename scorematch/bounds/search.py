@@ -1,7 +1,8 @@
 """Points of B(x) at which everything is evaluated: those of gradient ascents, or those that the caller brings.
 
 Every maximum of a theorem is taken over the same points. For finitely many points the theorems hold exactly as they do
-for B(x), since their proofs use nothing else, so a violated inequality is an error and never a weak search.
+for B(x), since their proofs use nothing else. A violated inequality is therefore an error, and never due to a weak
+search.
 """
 
 from __future__ import annotations
@@ -85,8 +86,8 @@ def explore(
 ) -> None:
     """Show ``look`` points of B(x): the candidates if there are any, else every iterate of every ascent.
 
-    An ascent starts at clean x, at its own starts, and at ``restarts`` random points and their mirror images at x, so
-    that both sides of x are seen; a last one, with a quarter of the step size, at its best point so far.
+    Each ascent starts at clean x, at its own starts, and at ``restarts`` random points and their mirror images about x,
+    so that both sides of x are seen. One more search, with a quarter of the step size, starts at the best point so far.
 
     Raises:
         ValueError, TypeError: an argument is outside its range; the message names it.

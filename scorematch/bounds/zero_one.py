@@ -21,7 +21,7 @@ from .search import Ascent, Problem, clean_values, explore
 class ZeroOneErrors(NamedTuple):
     """Which samples have which error; bool [N] each, maxima over the same points of B(x).
 
-    Y_d = arg max_y p_d(y|·) and Y_θ = arg max_y p_θ(y|·), the first of equal ones.
+    Y_d = arg max_y p_d(y|·) and Y_θ = arg max_y p_θ(y|·); in a tie, the first class.
 
     Attributes:
         standard: Y_θ(x) ≠ Y_d(x), Eq. (11).
@@ -83,9 +83,8 @@ def zero_one_errors(
     Eq. (12) is the share of flips, and a model that is constant may have less.
 
     Without candidates, gradient ascents look for errors: of the margins of the model and of p_d, and of the KL
-    divergence between them. Every point that any of them visits counts for all errors. An error that is found is one;
-    one that is not found may exist, so every share is a lower bound. With candidates the errors are those over the
-    candidates and x, exactly.
+    divergence between them. Every point that any of them visits counts for all errors. The search may miss errors, so
+    every share is a lower bound. With candidates the errors are those over the candidates and x, exactly.
 
     Args:
         y: int64 [N] labels in [0, L).

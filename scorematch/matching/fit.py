@@ -1,7 +1,7 @@
 """How score networks and noise-conditional classifiers are trained, step by step.
 
-:func:`fit_denoiser` and :func:`fit_classifier` are whole trainings. A program that also has to save, to share the work
-out or to measure takes the same steps itself, with a :class:`Fitting`::
+:func:`fit_denoiser` and :func:`fit_classifier` are whole trainings. A program that also has to save states, to use
+several processes or to measure takes the same steps itself, with a :class:`Fitting`::
 
     fitting = Fitting(denoiser, DenoisingLoss(denoiser), fit)
     for _ in range(fit.steps):
@@ -44,13 +44,15 @@ class Fit:
         schedule: ``"cosine"`` lets the learning rate fall to zero from the first step on, ``"constant"`` keeps it.
         noise: how noise levels are drawn. ``"log_uniform"``: ln σ uniform from ln sigma_min to ln sigma_max.
             ``"log_normal"``: ln σ normal (Karras et al., 2022, Table 1).
-        sigma_min, sigma_max: range of noise levels, standard deviations in input units; log_uniform alone draws by it.
+        sigma_min, sigma_max: range of noise levels, standard deviations in input units, > 0; only log_uniform draws
+            from it.
         noise_mean, noise_deviation: mean and standard deviation of ln σ for log_normal, σ in input units. Published
             settings are for images in [−1, 1]; in [0, 1] the mean is lower by ln 2: −1.2 becomes −1.89.
         averaging: decay of the exponential moving average of the weights, in [0, 1); 0 turns it off. It begins after a
             quarter of the steps.
-        half_life: instead of ``averaging``, the clean samples after which a weight counts half in the average, but at
-            most 5 % of those seen so far (Karras et al., 2022); 0 leaves ``averaging`` as it is.
+        half_life: the number of clean samples after which the share of a step in the average has halved, but at most
+            5 % of the samples seen so far (Karras et al., 2022). It takes the place of ``averaging``; ≥ 0, and 0 leaves
+            ``averaging`` as it is.
         weight_decay: of AdamW, ≥ 0.
         likelihood_weight: weight of denoising likelihood score matching beside cross-entropy (classifiers only), ≥ 0.
 
@@ -79,7 +81,7 @@ class Fit:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("lr", "noise_deviation"):
             if not 0.0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
         for name in ("warm_up", "averaging"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
@@ -118,7 +120,7 @@ class Fit:
 
 
 class Batch(NamedTuple):
-    """Clean samples and what is done to them; indexing by a slice, ``batch.part(…)``, shares them out."""
+    """Clean samples and what is done to them; ``batch.part(slice)`` has some of them, for one of several processes."""
 
     x: Tensor  # [N, …]
     y: Tensor  # [N]
@@ -154,7 +156,7 @@ class DenoisingLoss(MatchingLoss):
 
 
 class DistillationLoss(MatchingLoss):
-    """:func:`scorematch.matching.distillation`; the teacher is fixed, and no part of this module's state."""
+    """:func:`scorematch.matching.distillation`; the teacher is fixed, and is not part of this module's state."""
 
     def __init__(self, denoiser: Denoiser, teacher: Denoiser) -> None:
         super().__init__()
@@ -174,16 +176,16 @@ class JointEnergy(NamedTuple):
 
 
 class ClassificationLoss(MatchingLoss):
-    """Cross-entropy on x + σω; beside it, if asked, a loss of its gradients.
+    """Cross-entropy on x + σω, if wanted with a second loss on the gradients of the network.
 
     Args:
         network: maps (x [N, …], sigma [N]) to logits [N, L].
-        weight: of :func:`scorematch.matching.denoising_likelihood`, ≥ 0.
-        denoiser: supplies its unconditional score, fixed; needed where ``weight`` > 0.
+        weight: weight of :func:`scorematch.matching.denoising_likelihood`, ≥ 0.
+        denoiser: supplies the unconditional score of that loss, fixed; needed where ``weight`` > 0.
         energy: the network is a joint energy, see :func:`scorematch.matching.joint_energy`.
 
     Raises:
-        ValueError: a weight without a denoiser, or both losses of the gradients at once.
+        ValueError: a weight without a denoiser, or both losses on the gradients at once.
     """
 
     def __init__(
@@ -197,7 +199,10 @@ class ClassificationLoss(MatchingLoss):
         if weight > 0.0 and energy is not None:
             raise ValueError(f"weight is {weight} and energy is given, allowed: one of them")
         if weight > 0.0 and denoiser is None:
-            raise ValueError("likelihood_weight > 0 needs a denoiser, which supplies the unconditional score")
+            raise ValueError(
+                f"denoiser must be given where the likelihood weight is above 0, got None with weight {weight}: it "
+                "supplies the unconditional score"
+            )
         self.network = network
         self.weight = weight
         self.energy = energy
@@ -229,10 +234,10 @@ class Fitting:
     """A training under way: the network with its optimiser, learning rate and averaged weights.
 
     Args:
-        network: what is trained, in place.
-        loss: of batches, a module that calls the network, or a wrapper of such a one.
-        fit: how.
-        fused: the optimiser as one kernel.
+        network: the network, which is trained in place.
+        loss: maps a :class:`Batch` to losses: a :class:`MatchingLoss` that calls the network, or a wrapper of one.
+        fit: how to train.
+        fused: whether the optimiser runs as one kernel.
     """
 
     def __init__(self, network: nn.Module, loss: nn.Module, fit: Fit, *, fused: bool = False) -> None:
@@ -247,7 +252,7 @@ class Fitting:
         self.steps = 0  # taken
 
     def draw(self, x: Tensor, y: Tensor, generator: torch.Generator, augment: Augment | None = None) -> Batch:
-        """A batch from training inputs x [M, …] and labels y [M]; all of its randomness comes from the generator."""
+        """Draw a batch from training inputs x [M, …] and labels y [M]; all of its randomness is the generator's."""
         index = torch.randint(len(x), (self.fit.batch_size,), generator=generator, device=x.device)
         batch, labels, conditions = x[index], y[index], None
         if augment is not None:
@@ -257,7 +262,7 @@ class Fitting:
         return Batch(batch, labels, sigma, noise, conditions)
 
     def step(self, batch: Batch) -> Tensor:
-        """Take a step on a whole batch; its mean loss, on the device."""
+        """Take a step on a whole batch; return its mean loss, a scalar on the device of the network."""
         self.network.train()
         self.optimizer.zero_grad(set_to_none=True)
         loss: Tensor = self.loss(batch).mean()
@@ -266,7 +271,7 @@ class Fitting:
         return loss.detach()
 
     def update(self) -> None:
-        """What follows the backward pass."""
+        """Update the weights, the learning rate and the average, after a backward pass."""
         self.optimizer.step()
         self.schedule.step()
         self.steps += 1
@@ -275,7 +280,7 @@ class Fitting:
             self.average.update_parameters(self.network)
 
     def averaged(self) -> nn.Module:
-        """The network to use: of averaged weights, where there is an average by now."""
+        """The network with averaged weights; the network itself as long as there is no average."""
         if self.average is None or not int(self.average.n_averaged):
             return self.network
         return self.average.module
@@ -288,6 +293,7 @@ class Fitting:
         self.network.eval()
 
     def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs to go on exactly."""
         return {
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -297,6 +303,7 @@ class Fitting:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state that :meth:`state_dict` gave."""
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
@@ -328,7 +335,11 @@ def fit_denoiser(
         teacher: train by :func:`scorematch.matching.distillation` from this denoiser instead.
         augment: applied to each clean batch, see :mod:`scorematch.augmentation`.
         held_out: data by which the best weights are picked; without it the last ones are taken.
-        progress: called after each step; reading the loss that it is given waits for the device.
+        progress: called after each step with the steps done so far and the loss of the step, a scalar on the device;
+            to read it waits for the device.
+
+    Raises:
+        ValueError: the teacher has another number of classes, or no held-out loss was finite.
     """
     loss = DenoisingLoss(denoiser) if teacher is None else DistillationLoss(denoiser, teacher)
     _run(Fitting(denoiser, loss, fit), x, y, generator, augment, held_out, progress)
@@ -357,7 +368,7 @@ def fit_classifier(
         energy: train the network as a joint energy, see :func:`scorematch.matching.joint_energy`.
 
     Raises:
-        ValueError: a likelihood weight without a denoiser, or beside ``energy``.
+        ValueError: a likelihood weight without a denoiser, or beside ``energy``; or no held-out loss was finite.
     """
     loss = ClassificationLoss(network, fit.likelihood_weight, denoiser, energy)
     _run(Fitting(network, loss, fit), x, y, generator, augment, held_out, progress)

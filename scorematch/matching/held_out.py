@@ -21,7 +21,7 @@ class HeldOut:
     """Held-out data by which a training picks its weights.
 
     Attributes:
-        x: [M, …] inputs that are no training inputs, on the device of the network.
+        x: [M, …] inputs that the network is not trained on, on its device.
         y: int64 [M] their labels.
         sigma: noise level at which the loss counts: that at which the network will be read; > 0.
         interval: steps between two looks; None takes a fiftieth of the training.
@@ -65,8 +65,8 @@ class BestWeights:
 
     Attributes:
         history: (step, loss) at every look.
-        step: of the best weights; 0 before the first look.
-        loss: theirs.
+        step: the step of the best weights; 0 before the first look.
+        loss: the held-out loss of the best weights; infinite before the first look.
     """
 
     def __init__(self, held_out: HeldOut) -> None:
@@ -124,7 +124,10 @@ def fit_temperature(
         noise: standard deviation of the Gaussian noise at which it is fitted, in input units; ≥ 0.
         repeats: noise vectors for each point, ≥ 1.
         seed: decides them.
-        chunk: points at a time.
+        chunk: points at a time, ≥ 1.
+
+    Returns:
+        The temperature.
     """
     generator = torch.Generator(x.device).manual_seed(seed)
     omega = [torch.empty_like(x).normal_(generator=generator) for _ in range(repeats)]
@@ -160,8 +163,11 @@ def losses_by_level(
         y: int64 [M] labels.
         sigmas: the noise levels, standard deviations in input units.
         seed: of the noise.
-        repeats: noise vectors for each point.
-        chunk: points at a time.
+        repeats: noise vectors for each point, ≥ 1.
+        chunk: points at a time, ≥ 1.
+
+    Returns:
+        The mean loss for each noise level.
     """
     was_training = network.training
     network.eval()

@@ -65,7 +65,7 @@ def distillation(
 
     Args:
         student: the network to train.
-        teacher: of as many classes; fixed.
+        teacher: a denoiser of as many classes; fixed.
         x: [N, …] clean inputs.
         sigma: [N] noise levels, > 0.
         noise: [N, …] ω.

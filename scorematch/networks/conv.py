@@ -12,8 +12,9 @@ from .denoiser import NoiseEmbedding
 class ConvBackbone(nn.Module):
     """Residual convolutions at one resolution, conditional on the noise level: (x [N, C, H, W], noise [N]) → output.
 
-    For small images, or larger ones in patches. Half of the blocks are dilated by two, and the position of each pixel
-    is an input. There is nothing in it but convolutions, so that a CPU runs it many times as fast as a U-Net.
+    It is for small images, or larger ones in patches. Half of the blocks are dilated by two, and the position of each
+    pixel is an input. It has no attention and works at one resolution, so that a CPU runs it many times as fast as a
+    U-Net.
 
     Args:
         channels: C of the images.
@@ -22,13 +23,15 @@ class ConvBackbone(nn.Module):
         depth: residual blocks.
         pooled: average over the pixels before the last layer: [N, outputs], for a noise-conditional classifier;
             else [N, outputs, H, W], for a denoiser.
-        patch: pixels of this many rows and columns become channels of one, and the output pixels again: 1 works at full
-            resolution, 2 at half of it, where the same width costs a quarter and sees twice as far. Divides H and W.
+        patch: rows and columns of the patches; must divide H and W. The pixels of a patch become the channels of one
+            pixel, and the output is spread over the patch again. 1 works at full resolution. 2 works at half of it:
+            the same width costs a quarter and sees twice as far.
         dropout: probability of dropping a hidden feature while training, in [0, 1).
-        conditions: K, where a third argument [N, K] is understood.
+        conditions: K, if the network takes a third argument [N, K], such as how x was augmented; 0 if it does not.
 
     Raises:
-        ValueError: ``width`` is no multiple of 8, or 8: a norm over one channel alone takes the noise level out again.
+        ValueError: ``width`` is not a multiple of 8, or is 8. With 8, each group of the group norm has one channel, and
+            the norm takes the noise level out again.
     """
 
     def __init__(

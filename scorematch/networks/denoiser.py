@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class Denoiser(nn.Module):
-    """Preconditioned denoiser with one head a class and an unconditional head.
+    """Preconditioned denoiser with one head for each class and an unconditional head.
 
     D_y(x; σ) estimates E[clean x | noisy x, y]; the score of p_σ is (D_y − x) / σ² (Vincent, 2011). The
     preconditioning is that of Karras et al. (NeurIPS 2022), Table 1: D = c_skip x + c_out F(c_in x; c_noise), which
@@ -125,11 +125,11 @@ class _Level(NamedTuple):
 
 
 class EmbeddedDenoiser(Denoiser):
-    """A denoiser whose backbone is told the class, and asked once for each class that is wanted.
+    """A denoiser whose backbone is told the class, and is evaluated once for each class that is wanted.
 
-    The usual class-conditional network: all of its capacity serves one class at a time, at the price of L + 1
-    evaluations where those of all classes are needed. Use it for sampling, or as the teacher of a
-    :class:`Denoiser` (:func:`scorematch.matching.distillation`).
+    This is the usual class-conditional network. All of its capacity serves one class at a time; where all classes are
+    needed, that costs L + 1 evaluations. Use it for sampling, or as the teacher of a :class:`Denoiser`
+    (:func:`scorematch.matching.distillation`).
 
     Args:
         backbone: maps (x [N, C, …], c_noise [N], conditions [N, L + K]) to [N, C, …]. The first L conditions are the
@@ -137,7 +137,7 @@ class EmbeddedDenoiser(Denoiser):
         num_classes: L.
         augmentations: K.
         center, sigma_data: as in :class:`Denoiser`.
-        chunk: evaluations at a time where all classes are asked for.
+        chunk: evaluations at a time where several classes are asked for, ≥ 1.
     """
 
     def __init__(
@@ -175,7 +175,8 @@ class EmbeddedDenoiser(Denoiser):
     def class_scores(self, x: Tensor, sigma: Tensor | float, classes: Tensor | None = None) -> Tensor:
         """∇ₓ log p_σ(x|y) of every class at x, [N, L, …].
 
-        With ``classes`` int64 [N, K] of these alone, in K + 1 evaluations: the others get the unconditional score.
+        With ``classes`` int64 [N, K], only these are evaluated, in K + 1 evaluations of the backbone; all others get
+        the unconditional score.
         """
         if classes is None:
             return super().class_scores(x, sigma)
@@ -223,7 +224,7 @@ def _like_images(classes: Tensor, images: Tensor) -> Tensor:
 
 
 class NoiseEmbedding(nn.Module):
-    """Sines and cosines of c_noise [N] at learned-free, log-spaced frequencies, then a linear layer: [N, width].
+    """Sines and cosines of c_noise [N] at fixed, log-spaced frequencies, then a linear layer: [N, width].
 
     With ``conditions`` K, a linear function of conditions [N, K] is added.
     """

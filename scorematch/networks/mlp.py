@@ -21,7 +21,7 @@ class MLPBackbone(nn.Module):
         width: hidden features.
         depth: residual blocks.
         dropout: probability of dropping a hidden feature while training, in [0, 1).
-        conditions: K, where a third argument [N, K] is understood.
+        conditions: K, if the network takes a third argument [N, K], such as how x was augmented; 0 if it does not.
     """
 
     def __init__(

@@ -22,8 +22,8 @@ class UNetBackbone(nn.Module):
         flash_attention: use PyTorch's fused attention.
         pooled: average the output over the pixels: [N, outputs], for a noise-conditional classifier.
         dropout: probability of dropping a hidden feature while training, in [0, 1).
-        conditions: K, where a third argument [N, K] is understood: a linear function of it is added to the embedding of
-            the noise level.
+        conditions: K, if the network takes a third argument [N, K], such as how x was augmented: a linear function of
+            it is added to the embedding of the noise level. 0 if it does not.
     """
 
     def __init__(

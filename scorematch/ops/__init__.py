@@ -1,4 +1,4 @@
-"""The compiled operators: one file an operator, with its wrapper, fake kernel, autograd and equation.
+"""The compiled operators. Each has a file with its wrapper, its fake kernel, its gradient and its equation.
 
 Schemas are in `csrc/registration.cpp`, kernels in `csrc/cpu` and `csrc/cuda`, and the same functions in plain PyTorch
 in `scorematch.reference`.

@@ -1,6 +1,7 @@
 """Argument checks shared by the wrappers: each names the argument, what was given and what is allowed.
 
-They are a good part of what a call on little data costs, so the usual case comes first, by the cheapest question.
+On little data the checks take a good part of the time of a call. So each asks about the usual case first, by the
+cheapest question.
 """
 
 from numbers import Real

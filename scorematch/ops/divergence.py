@@ -43,28 +43,28 @@ def divergence(logits: Tensor, target: Tensor, *, kind: str = "se", clip: float 
     | js_distance | √js |
     | l1_squared | (Σ abs(P - Q))² |
 
-    Computed from log-probabilities: exact for logits of ±1e4, one-hot targets and probabilities that underflow.
+    Computed from log-probabilities: accurate for logits of ±1e4, one-hot targets and probabilities that underflow.
     Logits may be -inf (a class that the model excludes). With class indices, kl is the cross-entropy.
 
     Differentiable once, with respect to the logits and to a probability target. Where a target probability is 0, its
-    gradient is 0; where D = 0, the gradient of l2 and js_distance is 0; where D <= clip and clip > 0, everything is.
-    Of equally far classes, the first carries the gradient of linf.
+    gradient is 0. Where D = 0, the gradient of l2 and js_distance is 0. Where D <= clip and clip > 0, all gradients are
+    0. If several classes are equally far apart, the gradient of linf goes to the first of them.
 
     Args:
         logits: `[N, L]`; float32 or float64, on CUDA also float16 or bfloat16 (computed in float32).
         target: class indices int64 `[N]` in [0, L), or probabilities `[N, L]` of the logits' dtype, at least 0 and with
             row sums within 1e-3 of 1 (1e-2 for half precision).
-        kind: the divergence's name.
-        clip: at least 0; divergences up to it are no loss (the clipping of Table 2).
+        kind: a name of the table above.
+        clip: at least 0, in the units of D; a divergence up to it gives a loss of 0 (the clipping of Table 2).
 
     Returns:
         `[N]`, in the logits' dtype, but float32 for half precision. NaN logits give NaN.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it. On the CPU also for labels out of range
-            and targets that are no probabilities. On CUDA that would force a synchronisation: there the loss and the
+            and targets that are not probabilities. On CUDA that would force a synchronisation: there the loss and the
             gradient of such a row are NaN.
-        RuntimeError: on a second differentiation.
+        RuntimeError: there are no kernels for the device; or on a second differentiation.
 
     References:
         Pang et al., Robustness and Accuracy Could Be Reconcilable by (Proper) Definition, ICML 2022, Table 1.

@@ -43,11 +43,14 @@ def fab_step(
         x & \leftarrow \operatorname{clip}_{[lower, upper]} \big[ (1 - \alpha)(x + overshoot \, \delta(x))
             + \alpha \, (x_0 + overshoot \, \delta(x_0)) \big]
 
-    with w = `normal`, d = `difference`: the hyperplane where the linear model d + ⟨w, · - x⟩ of the difference of two
-    logits is 0. Where it misses the box, δ leads to the corner of the box nearest to it. A sample of w = 0 has δ = 0.
-    An element moves by min(t, room) (linf) or min(t |w|, room) (l2) against the sign of d; t is found by Newton's
-    method on a piecewise linear function, exactly and without sorting. In l1 the elements of the largest |w| go to the
-    box, one after the other; the last goes as far as it must, or those of the same |w| by the same share of their room.
+    with w = `normal` and d = `difference`. The constraint is the hyperplane where the linear model d + ⟨w, · - x⟩ of
+    the difference of two logits is 0. Where the hyperplane misses the box, δ leads to the corner of the box nearest to
+    it. A sample of w = 0 has δ = 0.
+
+    An element moves in the direction that brings the linear model towards 0, by min(t, room) (linf) or min(t |w|, room)
+    (l2), where room is its distance to the end of the box. t is found by Newton's method on a piecewise linear
+    function, exactly and without sorting. In l1 the elements of the largest |w| go to the end of the box, one after the
+    other. The last of them goes only as far as it must; several of the same |w| go by the same share of their room.
     Neither the norm of w nor the scale of (w, d) matters. A NaN or an infinite value makes the sample NaN. No gradient
     passes through.
 
@@ -67,6 +70,7 @@ def fab_step(
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
+        RuntimeError: there are no kernels for the device.
 
     References:
         Croce and Hein, Minimally distorted Adversarial Examples with a Fast Adaptive Boundary Attack, ICML 2020.

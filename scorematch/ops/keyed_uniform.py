@@ -16,9 +16,9 @@ def keyed_uniform(samples: Tensor, count: int, *, seed: int, stream: int, dtype:
     its upper 24 bits divided by 2^24. It does not depend on the batch, its order, the device or the dtype.
 
     Args:
-        samples: what each row is for, int64 `[N]`; 0 <= samples < 2^32. A value beyond is an error on the CPU and gives
-            a row of NaN on CUDA.
-        count: numbers a sample, 0 <= count <= 2^34.
+        samples: the number of the sample that each row is for, int64 `[N]`; 0 <= samples < 2^32. A value beyond is an
+            error on the CPU and gives a row of NaN on CUDA.
+        count: numbers for each sample, 0 <= count <= 2^34.
         seed: 0 <= seed < 2^63.
         stream: which of the independent sequences of a seed; 0 <= stream < 2^63.
         dtype: torch.float32 or torch.float64, with the same values.
@@ -28,6 +28,7 @@ def keyed_uniform(samples: Tensor, count: int, *, seed: int, stream: int, dtype:
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
+        RuntimeError: there are no kernels for the device.
 
     References:
         Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011.

@@ -35,11 +35,12 @@ def l1_step(
             \text{ largest } |grad_i|, \text{ else } 0 \\
         u & = \operatorname{argmin} \{\|u - v\|_2 : \|u - x_0\|_1 \le eps,\; lower \le u \le upper\}
 
-    Element i of u differs from that of x0, in the direction of v, by min(max(abs(v - x0) - t, 0), room), where the room
-    ends at the box, and t >= 0 is the smallest with which the differences add up to eps at most. t is found by Newton's
-    method on that sum, and the largest gradients by bisection, without sorting. Elements of the same gradient move
-    together, even if they are more than `moving`. An element whose difference is 0 has the very value of x0. A NaN or
-    an infinite value in `x` or `x0` makes the sample NaN; a NaN in `grad` does not move. No gradient passes through.
+    Element i of u differs from that of x0, in the direction of v, by min(max(abs(v - x0) - t, 0), room). Here room is
+    the distance from x0 to the end of the box, and t >= 0 is the smallest number for which the differences add up to at
+    most eps. t is found by Newton's method on that sum, and the largest gradients by bisection, without sorting.
+    Elements of equal abs(grad) move together, even if that makes more than `moving`. An element whose difference is 0
+    keeps exactly the value of x0. A NaN or an infinite value in `x` or `x0` makes the sample NaN; an element with a NaN
+    in `grad` does not move. No gradient passes through.
 
     Args:
         x: the current point, `[N, ...]`; float32 or float64, on CUDA also float16 or bfloat16.
@@ -56,6 +57,7 @@ def l1_step(
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
+        RuntimeError: there are no kernels for the device.
 
     References:
         Croce and Hein, Mind the box: l1-APGD for sparse adversarial attacks on image classifiers, ICML 2021.

@@ -18,9 +18,9 @@ def logit_divergence(logits: Tensor, target_logits: Tensor, *, kind: str = "se",
 
     .. math:: \nabla_{logits} = Q - P, \qquad \nabla_{target\_logits} = P \odot (r - \langle P, r \rangle),
 
-    the second being the weights of `score_step` (Pang et al., Eq. 33). Taken through probabilities it would become NaN
-    once float32 softmax underflows. Entries of -inf in either argument are classes of probability 0 and get no
-    gradient; if P is not 0 where Q is, kl is infinite.
+    The second gives the weights of `score_step` (Pang et al., Eq. 33). Computed through probabilities instead, it would
+    become NaN as soon as a float32 softmax underflows. Entries of -inf in either argument are classes of probability 0
+    and get no gradient. If P is not 0 where Q is, kl is infinite.
 
     Args:
         logits: `[N, L]`; float32 or float64, on CUDA also float16 or bfloat16 (computed in float32).
@@ -32,7 +32,7 @@ def logit_divergence(logits: Tensor, target_logits: Tensor, *, kind: str = "se",
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
-        RuntimeError: on a second differentiation.
+        RuntimeError: there are no kernels for the device; or on a second differentiation.
 
     References:
         Pang et al., Robustness and Accuracy Could Be Reconcilable by (Proper) Definition, ICML 2022, Table 1, Eq. 33.

@@ -49,11 +49,12 @@ def pgd_step(
         lower, upper: the box, `lower < upper`; either may be infinite.
 
     Returns:
-        A new tensor like `x`, contiguous or channels_last as `x` is. All arguments in the memory format of `x` spares
-        copies.
+        A new tensor like `x`, contiguous or channels_last as `x` is. Nothing is copied if all arguments have the memory
+        format of `x`.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
+        RuntimeError: there are no kernels for the device.
 
     References:
         Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks, ICLR 2018.

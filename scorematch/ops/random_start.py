@@ -51,6 +51,7 @@ def random_start(
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
+        RuntimeError: there are no kernels for the device.
     """
     check_tensor("x", x)
     check_batch("x", x)

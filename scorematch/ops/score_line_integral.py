@@ -30,6 +30,7 @@ def score_line_integral(log_p: Tensor, scores0: Tensor, scores1: Tensor, move: T
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
+        RuntimeError: there are no kernels for the device.
 
     References:
         Pang et al., Robustness and Accuracy Could Be Reconcilable by (Proper) Definition, ICML 2022, Eq. 34.

@@ -61,6 +61,7 @@ def score_step(weights: Tensor, scores: Tensor, grad: Tensor) -> Tensor:
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
+        RuntimeError: there are no kernels for the device.
 
     References:
         Pang et al., Robustness and Accuracy Could Be Reconcilable by (Proper) Definition, ICML 2022, Eqs. 33 and 34.

@@ -63,6 +63,7 @@ def square_linf(
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
+        RuntimeError: there are no kernels for the device.
 
     References:
         Andriushchenko et al., Square Attack: a query-efficient black-box adversarial attack via random search,
@@ -117,6 +118,7 @@ def square_l2(
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
+        RuntimeError: there are no kernels for the device.
 
     References:
         Andriushchenko et al., Square Attack: a query-efficient black-box adversarial attack via random search,

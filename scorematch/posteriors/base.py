@@ -36,7 +36,7 @@ class Trace(ABC):
         """grad + Σ_y c_y ∇ₓ log p(y|x) at the current point.
 
         Args:
-            weights: [N, L], c_y = ∂D/∂ log p_y. With centring by the posterior, adding λ p_y to it changes nothing.
+            weights: [N, L], c_y = ∂D/∂ log p_y. With centring by the posterior, adding λ p_y to them changes nothing.
             grad: [N, …] what is added to, usually the model gradient.
 
         Returns:
@@ -47,7 +47,7 @@ class Trace(ABC):
 class Posterior(nn.Module, ABC):
     """Estimate of p_d(y|x) over ``num_classes`` classes; a module, so it moves between devices and saves its state.
 
-    Never trained on, and never shown, adversarial examples: it is fixed before robust training begins.
+    It is fixed before robust training begins, and never trained on adversarial examples.
     """
 
     num_classes: int
@@ -55,11 +55,14 @@ class Posterior(nn.Module, ABC):
 
     @abstractmethod
     def trace(self, x: Tensor, y: Tensor) -> Trace:
-        """Begin at clean inputs.
+        """Begin a trace at clean inputs.
 
         Args:
             x: [N, …] clean inputs.
             y: their labels, int64 [N], or probabilities [N, L]; only estimators that anchor at labels read them.
+
+        Returns:
+            A trace whose current point is x.
         """
 
     def clean_log_prob(self, x: Tensor, y: Tensor) -> Tensor:
@@ -68,7 +71,7 @@ class Posterior(nn.Module, ABC):
 
 
 class PointwisePosterior(Posterior):
-    """A posterior that has a value at every point by itself. Calling it gives log p(y|x) [N, L], differentiable."""
+    """A posterior that has a value at every point, whatever the path. Calling it gives log p(y|x) [N, L]."""
 
     def trace(self, x: Tensor, y: Tensor) -> Trace:
         del y

@@ -15,14 +15,14 @@ class Ensemble(Posterior):
     """p(y|x) = (1/M) Σ_m p_m(y|x): the mean of the probabilities of M posteriors.
 
     Members that were trained on different folds of the data, or from different seeds, err in different directions; the
-    mean errs less. Its gradient is that of the members, weighted by their responsibilities p_m(y|x) / Σ_k p_k(y|x).
-    Needs as many evaluations as it has members.
+    mean errs less. The gradient of log p(y|x) is the mean of the members' gradients, weighted by their
+    responsibilities p_m(y|x) / Σ_k p_k(y|x). It needs as many evaluations as it has members.
 
     Args:
         members: posteriors over the same classes, at least one, all with ``centering="posterior"``.
 
     Raises:
-        ValueError: there is none, or they do not fit together.
+        ValueError: there is none, their numbers of classes differ, or one has another ``centering``.
     """
 
     def __init__(self, members: Sequence[Posterior]) -> None:
@@ -31,9 +31,10 @@ class Ensemble(Posterior):
             raise ValueError("members must be at least one posterior, got none")
         classes = {member.num_classes for member in members}
         if len(classes) > 1:
-            raise ValueError(f"members must have as many classes each, got {sorted(classes)}")
-        if any(member.centering != "posterior" for member in members):
-            raise ValueError("members must have centering='posterior'")
+            raise ValueError(f"members must have equally many classes each, got {sorted(classes)}")
+        centerings = [member.centering for member in members]
+        if any(centering != "posterior" for centering in centerings):
+            raise ValueError(f"members must have centering='posterior', got {centerings}")
         self.members = nn.ModuleList(members)
         (self.num_classes,) = classes
 

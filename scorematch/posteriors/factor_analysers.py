@@ -63,7 +63,8 @@ class FactorAnalysers(ClassScorePosterior):
         if list(weights.shape) != [classes, components]:
             raise ValueError(f"weights must be [L, K] = [{classes}, {components}], got {list(weights.shape)}")
         if not (weights >= 0).all() or not (weights.sum(1) > 0).all():
-            raise ValueError("weights must be non-negative with a positive sum for each class")
+            given = f"{int((weights < 0).sum())} negative values and the sums {weights.sum(1).tolist()}"
+            raise ValueError(f"weights must be non-negative with a positive sum for each class, got {given}")
         self.num_classes = classes
         self.register_buffer("means", means)
         self.register_buffer("factors", factors)
@@ -136,7 +137,7 @@ class FactorAnalysers(ClassScorePosterior):
             x [N, *shape] and labels int64 [N], in random order.
 
         Raises:
-            ValueError: the shape has not D features.
+            ValueError: the shape does not have D features.
         """
         components, dimension, rank = self.factors.shape[1:]
         shape = (dimension,) if shape is None else tuple(shape)
@@ -169,8 +170,9 @@ class FactorAnalysers(ClassScorePosterior):
 
         Started by k-means. The iterations are those of Ghahramani and Hinton (1996, mixtures of factor analysers;
         with isotropic noise the model is that of Tipping and Bishop, 1999) with the distribution of the hidden factors
-        as an additional parameter (PX-EM; Liu, Rubin and Wu, 1998): as monotone, and much faster. Maximum likelihood
-        has no lower limit for a component that shrinks to a few samples: ``floor`` is one, and few components help.
+        as an additional parameter (PX-EM; Liu, Rubin and Wu, 1998), which is as monotone and much faster. Under maximum
+        likelihood alone, a component may shrink to a few samples without limit. ``floor`` sets a limit, and it helps to
+        take few components.
 
         Args:
             x: [N, …] training inputs, float.

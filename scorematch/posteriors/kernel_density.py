@@ -11,8 +11,8 @@ from .base import ClassScorePosterior
 class KernelDensity(ClassScorePosterior):
     """p_σ(x, y) = (1/M) Σ_{i: y_i = y} N(x; x_i, σ² I): the exact p_σ of the empirical distribution.
 
-    In high dimension and for small σ its gradient is that of the nearest neighbours; the price of a query is a
-    [N, M] distance matrix.
+    In high dimension and for small σ its gradient is that of the nearest neighbours. A query of N points needs an
+    [N, M] matrix of distances.
 
     Args:
         x: [M, …] training inputs.

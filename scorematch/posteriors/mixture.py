@@ -37,11 +37,13 @@ class GaussianMixture(ClassScorePosterior):
         if list(weights.shape) != [classes, components]:
             raise ValueError(f"weights must be [L, K] = [{classes}, {components}], got {list(weights.shape)}")
         if not (weights >= 0).all() or not (weights.sum(1) > 0).all():
-            raise ValueError("weights must be non-negative with a positive sum for each class")
+            given = f"{int((weights < 0).sum())} negative values and the sums {weights.sum(1).tolist()}"
+            raise ValueError(f"weights must be non-negative with a positive sum for each class, got {given}")
         full = _full_covariances(means, covariances)
         factor, failed = torch.linalg.cholesky_ex(full)
         if failed.any():
-            raise ValueError("covariances must be positive definite")
+            label, component = failed.nonzero()[0].tolist()
+            raise ValueError(f"covariances must be positive definite, component {component} of class {label} is not")
         identity = torch.eye(dimension, dtype=means.dtype, device=means.device)
         self.num_classes = classes
         self.register_buffer("means", means)

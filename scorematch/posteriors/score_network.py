@@ -16,26 +16,26 @@ CENTERINGS = ("posterior", "network")
 class ScoreNetwork(Posterior):
     """log p_σ(y|x') = log softmax_y [log p(y|x) + ∫ s_y · dx], from class scores s_y of a denoiser.
 
-    A score network has no values, only gradients; the line integral from the clean point x to x' supplies them, and
-    normalisation removes the unconditional score. The integral is a trapezoid rule along the iterates of the attack,
-    the random start included.
+    A score network has no values, only gradients. The line integral from the clean point x to x' supplies the values,
+    and normalisation removes the unconditional score (Eq. 34). The integral is a trapezoid rule along the iterates of
+    the attack, the random start included.
 
     Args:
         denoiser: class-conditional denoiser, trained by denoising score matching
             (:func:`scorematch.matching.fit_denoiser`); fixed from now on.
         sigma: the noise level at which the scores are read, a standard deviation in input units; > 0.
-        anchor: log p(y|x) at the clean point: None takes the given labels, smoothed by ``smoothing``; a pointwise
-            posterior (of the same σ, for consistency) is asked instead of the labels.
+        anchor: gives log p(y|x) at the clean point. None takes the given labels, smoothed by ``smoothing``. A pointwise
+            posterior, which should belong to the same σ, takes the place of the labels.
         smoothing: probability in (0, 1) that a label anchor spreads over the other classes: a one-hot anchor has
             log p = −∞ elsewhere and no path could leave it.
         centering: how the unconditional score is removed from the gradient. ``"posterior"``: ∇ log p(y|x) =
             s_y − Σ_k p_k s_k, by the estimator's own posterior. ``"network"``: s_y − s_∅ with the denoiser's
             unconditional head, the paper's literal Eq. (34), kept for comparison.
         nodes: segments of the trapezoid rule in each move, at least 1.
-        linear: read the scores at the clean point alone: log p(y|x') = log softmax_y [log p(y|x) + s_y(x) · (x' − x)],
-            one evaluation of the network for a whole attack.
-        top_k: evaluate the scores of the k classes that are most probable at the clean point, and take the
-            unconditional score for the others; None takes all. For a
+        linear: read the scores at the clean point alone: log p(y|x') = log softmax_y [log p(y|x) + s_y(x) · (x' − x)].
+            A whole attack then needs one evaluation of the network. Asks for ``nodes`` = 1.
+        top_k: evaluate the scores of the k classes that are most probable at the clean point, 1 ≤ k ≤ L, and take the
+            unconditional score for the others; None evaluates all. Only for a
             :class:`~scorematch.networks.EmbeddedDenoiser`, which is evaluated once for each class.
 
     Raises:
@@ -67,11 +67,12 @@ class ScoreNetwork(Posterior):
             raise ValueError(f"nodes must be 1 where the scores are read at the clean point alone, got {nodes}")
         if top_k is not None:
             if not isinstance(denoiser, EmbeddedDenoiser):
-                raise ValueError("top_k needs an EmbeddedDenoiser, other networks answer for all classes at once")
+                given = type(denoiser).__name__
+                raise ValueError(f"top_k needs an EmbeddedDenoiser, got {given}, which gives all classes at once")
             if not 1 <= top_k <= denoiser.num_classes:
                 raise ValueError(f"top_k must lie between 1 and {denoiser.num_classes} classes, got {top_k}")
             if centering == "network":
-                raise ValueError("top_k needs centering='posterior'")
+                raise ValueError(f"top_k needs centering='posterior', got {centering!r}")
         if anchor is not None and anchor.num_classes != denoiser.num_classes:
             raise ValueError(f"anchor has {anchor.num_classes} classes, the denoiser {denoiser.num_classes}")
         self.denoiser = denoiser.eval().requires_grad_(False)
@@ -107,7 +108,7 @@ class ScoreNetwork(Posterior):
             return self.denoiser.class_scores(x, self.sigma)
 
     def clean_log_prob(self, x: Tensor, y: Tensor) -> Tensor:
-        """That of the anchor; asks no score network."""
+        """log p(y|x) [N, L] of the anchor at clean inputs; the score network is not evaluated."""
         with torch.no_grad():
             if self.anchor is not None:
                 return self.anchor.log_prob(x)

@@ -24,7 +24,7 @@ def lengths(x_adv: Tensor, x: Tensor, norm: str) -> Tensor:
 def direct(
     model: nn.Module, x: Tensor, y: Tensor, norm: str, **options
 ) -> tuple[dict[float, Tensor], dict[float, Tensor]]:
-    """Of an evaluation at each radius by itself: which samples stand, and their nearest misclassified points."""
+    """Of an evaluation at each radius by itself: which samples are robust, and their nearest misclassified points."""
     stands, nearest = {}, {}
     for radius in sorted(RADII[norm]):
         adversary = attack(model, norm, eps=radius, **options)
@@ -199,7 +199,7 @@ def test_tables_and_json() -> None:
     assert set(adversary.report) == {"0.01", "0.03"}
     low, high = curve.intervals[0.03]
     assert low < curve.robust_accuracy[0.03] < high
-    with pytest.raises(ValueError, match=r"radius must lie in \[0, 0.03\], where was attacked, got 0.04"):
+    with pytest.raises(ValueError, match=r"radius must lie in \[0, 0.03\], the largest attacked, got 0.04"):
         curve.accuracy_at(0.04)
 
 
@@ -238,7 +238,7 @@ def test_attacks_whose_radius_cannot_be_changed_are_refused() -> None:
         def run_part(self, classifier, batch): ...
 
     adversary = AutoAttack(model, eps=0.03, version="custom", attacks_to_run=[Own()])
-    with pytest.raises(ValueError, match="own is no attack of scorematch, so its radius cannot be changed"):
+    with pytest.raises(ValueError, match="own is not an attack of scorematch, so its radius cannot be changed"):
         adversary.accuracy_curve(x, y, radii=[0.01])
     with pytest.raises(ValueError, match="eps must not be larger than the box"):
         attack(model).accuracy_curve(x, y, radii=[0.01, 2.0])

@@ -268,7 +268,7 @@ def test_an_ensemble_is_the_mean_of_probabilities() -> None:
     ("build", "message"),
     [
         (lambda: Ensemble([]), "at least one posterior"),
-        (lambda: Ensemble([mixture(2), mixture(3)]), r"as many classes each, got \[2, 3\]"),
+        (lambda: Ensemble([mixture(2), mixture(3)]), r"equally many classes each, got \[2, 3\]"),
     ],
 )
 def test_members_must_fit(build: Callable[[], Ensemble], message: str) -> None:

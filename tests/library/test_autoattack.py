@@ -164,11 +164,11 @@ def test_states_of_other_evaluations_are_refused(tmp_path: Path) -> None:
     assert path.read_bytes() == saved
     for content in (b"", b"not a state", saved[: len(saved) // 2]):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="is no readable state of an evaluation"):
+        with pytest.raises(ValueError, match="is not a readable state of an evaluation"):
             attack(model).run_standard_evaluation(x, y, state_path=path)
         assert path.read_bytes() == content
     torch.save({"weights": x}, path)
-    with pytest.raises(ValueError, match=r"is no state of an evaluation by scorematch.AutoAttack"):
+    with pytest.raises(ValueError, match=r"is not a state of an evaluation by scorematch.AutoAttack"):
         attack(model).run_standard_evaluation(x, y, state_path=path)
 
 
@@ -402,7 +402,7 @@ def test_bad_data(tmp_path: Path) -> None:
         (x * 1.5, y, r"x must lie in the box \[0.0, 1.0\]"),
         (x, y + 9, r"y_orig must lie in 0 … 9, as the model has 10 classes, got \d+ … \d+"),
         (x, y - 1 - y.min(), "y_orig must lie in 0 … 9"),
-        (x, y.double(), "y_orig must be int64 labels, got torch.float64"),
+        (x, y.double(), "y_orig must be class indices of an integer dtype, got torch.float64"),
         (x.half(), y, r"x_orig must be float32 or float64 in \[0, 1\], got torch.float16"),
         (x[:5], y, r"x must be \[N, …\] and y \[N\]"),
         (x[:0], y[:0], "x_orig is empty, nothing can be evaluated"),

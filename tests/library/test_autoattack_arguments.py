@@ -64,8 +64,8 @@ def test_labels_of_other_kinds_are_refused() -> None:
     cases = [
         (one_hot, r"labels \[40, 10\].*one-hot.*argmax\(1\)"),
         (one_hot.double(), r"labels \[40, 10\].*one-hot.*argmax\(1\)"),
-        (y.double(), "must be int64 labels, got torch.float64"),
-        (y > 4, "must be int64 labels, got torch.bool"),
+        (y.double(), "must be class indices of an integer dtype, got torch.float64"),
+        (y > 4, "must be class indices of an integer dtype, got torch.bool"),
         (y[:, None, None], r"y \[N\], got x \[40, 1, 8, 8\] and y \[40, 1, 1\]"),
     ]
     for labels, message in cases:
@@ -132,7 +132,7 @@ def test_attacks_of_another_threat_model_are_refused() -> None:
     model, x, y = data()
     adversary = attack(model)
     adversary.square = Square(ThreatModel("l2", 0.01), n_queries=10)
-    with pytest.raises(ValueError, match="square is made for another norm or box than the evaluation"):
+    with pytest.raises(ValueError, match=r"square must have norm .* and box .* as the evaluation, got "):
         adversary.run_standard_evaluation(x, y)
     adversary.square = APGD(adversary.threat_model)
     with pytest.raises(TypeError, match="square must be a Square, got APGD"):

@@ -118,7 +118,9 @@ def test_perturb_attacks_the_model_and_the_seed_that_are_assigned() -> None:
 
 def test_an_attack_of_no_autoattack_says_how_to_call_it() -> None:
     _, x, y = data()
-    with pytest.raises(ValueError, match=r"this APGD is of no AutoAttack; call it with a model: attack\(model, x, y\)"):
+    with pytest.raises(
+        ValueError, match=r"this APGD belongs to no AutoAttack; call it with a model: attack\(model, x, y\)"
+    ):
         APGD(ThreatModel("linf", 0.1)).perturb(x, y)
 
 
@@ -152,7 +154,7 @@ def test_what_robustbench_does(tmp_path: Path) -> None:
     assert fallen.any()
     assert torch.equal(state.adversarial[fallen], x_adv[fallen])
     assert state.adversarial[~fallen].isnan().all()
-    with pytest.raises(ValueError, match="is no readable state"):
+    with pytest.raises(ValueError, match="is not a readable state"):
         EvaluationState.from_disk(tmp_path / "nothing.pt")
 
 

@@ -160,7 +160,7 @@ def test_missing_and_short_fields_are_noticed(search: bool, path: Path) -> None:
 
     for name, content in changes():
         torch.save(content, path)
-        with pytest.raises(ValueError, match=r"is no readable state of an evaluation .* fit their checksum"):
+        with pytest.raises(ValueError, match=r"is not a readable state of an evaluation .* fit their checksum"):
             adversary.run_standard_evaluation(x, y, state_path=path)
         assert path.exists(), name
 

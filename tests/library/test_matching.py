@@ -435,7 +435,7 @@ def test_an_interrupted_fitting_goes_on_exactly() -> None:
 
 def test_likelihood_weight_needs_a_denoiser() -> None:
     x, y = toy(10)
-    with pytest.raises(ValueError, match="likelihood_weight > 0 needs a denoiser"):
+    with pytest.raises(ValueError, match="denoiser must be given"):
         fit_classifier(nn.Identity(), x, y, Fit(likelihood_weight=1.0), generator=torch.Generator())
 
 
@@ -444,7 +444,7 @@ def test_likelihood_weight_needs_a_denoiser() -> None:
     [
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"lr": 0.0}, "lr must be positive, got 0.0"),
+        ({"lr": 0.0}, "lr must be positive and finite, got 0.0"),
         ({"sigma_min": 0.0}, "0 < sigma_min ≤ sigma_max is needed"),
         ({"sigma_min": 2.0, "sigma_max": 1.0}, "0 < sigma_min ≤ sigma_max is needed"),
         ({"averaging": 1.0}, r"averaging must lie in \[0, 1\)"),

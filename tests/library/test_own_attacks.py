@@ -177,11 +177,15 @@ def test_a_state_knows_attacks_by_their_settings(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("attacks", "error", "message"),
     [
-        ([object()], TypeError, "is no attack, expected one of apgd-ce"),
-        ([RandomPoints], TypeError, "is no attack"),
+        ([object()], TypeError, "is not an attack, expected one of apgd-ce"),
+        ([RandomPoints], TypeError, "is not an attack"),
         ([RandomPoints(BALL, 0)], ValueError, "n_restarts must be at least 1"),
         ([RandomPoints(sm.ThreatModel("linf", 0.2))], ValueError, "random points.eps is 0.2"),
-        ([RandomPoints(sm.ThreatModel("l2", 0.1))], ValueError, "another norm or box"),
+        (
+            [RandomPoints(sm.ThreatModel("l2", 0.1))],
+            ValueError,
+            r"must have norm linf and box \[0.0, 1.0\] as the evaluation, got l2",
+        ),
         ([RandomPoints(BALL), RandomPoints(BALL, 2)], ValueError, "two attacks are called 'random points'"),
         (["apgd-ce", APGD(BALL)], ValueError, "two attacks are called 'apgd-ce'"),
     ],

@@ -65,7 +65,7 @@ BAD = {
     "evaluate with unknown attack": ("evaluate", "--run . --attack fgsm", "'clean', 'pgd'"),
     "evaluate a run of another model": ("evaluate", "--run . --model digits_cnn", "is for --model-from"),
     "evaluate a run on other data": ("evaluate", "--run . --data digits", "is for --model-from"),
-    "evaluate missing weights": ("evaluate", "--model-from none.pt --eps 0.1", "none.pt is no file"),
+    "evaluate missing weights": ("evaluate", "--model-from none.pt --eps 0.1", "none.pt is not a file"),
     "evaluate unknown data": ("evaluate", "--model-from none.pt --data mnist", "svhn, folder, module:function"),
     "evaluate with infinite eps": ("evaluate", "--run . --eps inf", "a finite number above 0"),
     "evaluate with a negative limit": ("evaluate", "--run . --limit -1", "0 (all)"),
@@ -194,7 +194,7 @@ def test_one_command_for_all_programs() -> None:
 def test_a_misspelt_program_is_named() -> None:
     ending = one_command("evalute", "--run", "x")
     assert (ending.returncode, ending.stdout) == (2, "")
-    assert ending.stderr == "error: 'evalute' is no program, did you mean evaluate; scorematch --help lists them\n"
+    assert ending.stderr == "error: 'evalute' is not a program, did you mean evaluate; scorematch --help lists them\n"
 
 
 def test_every_program_is_listed() -> None:

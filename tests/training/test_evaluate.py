@@ -157,7 +157,7 @@ def test_an_interrupted_autoattack_goes_on(
     (tmp_path / "state.pt").write_text("no state")
     refused = call("evaluate", "--run", trained, *FAST, "--state", "state.pt")
     assert refused.status == 2
-    assert "no readable state" in refused.err
+    assert "not a readable state" in refused.err
 
 
 def weaken(trained: Path, folder: Path) -> None:
@@ -209,7 +209,7 @@ def test_a_function_as_the_source(call: Any, mine: None) -> None:
         ("--model-from mine_to_evaluate:linear --data digits --eps 1 --out file/a", "folder cannot be made"),
         (
             "--model-from mine_to_evaluate:linear --data digits --eps 1 --attack obfuscation --transfer-from none.pt",
-            "transfer_from: model_from: none.pt is no file",
+            "transfer_from: model_from: none.pt is not a file",
         ),
         (
             "--model-from mine_to_evaluate:linear --data digits --eps 1 --attack obfuscation "

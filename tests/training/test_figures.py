@@ -309,7 +309,7 @@ def test_a_classifier_of_ones_own(call: Call, tmp_path: Path) -> None:
         (["fig7", "--model-from", "x"], "eps: none given, fig7 needs it with --model-from"),
         (["fig4", "--images", "2"], "images: 2 is out of range, allowed: at least 6, which are shown"),
         (["tables", "--runs", "."], "runs: . holds no finished run, expected config.toml and summary.json"),
-        (["tables", "--runs", "none"], "runs: none is no folder, expected one with runs of training.run"),
+        (["tables", "--runs", "none"], "runs: none is not a folder, expected one with runs of training.run"),
     ],
 )
 def test_bad_input(call: Call, arguments: list[str], message: str) -> None:

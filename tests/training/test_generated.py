@@ -246,8 +246,8 @@ def holds(**arrays: Any) -> Callable[[Path], None]:
 
 IMAGES, LABELS = some(20)
 DAMAGES = {
-    "missing": (Path.unlink, "is no file, expected an .npz with image uint8"),
-    "a folder": (lambda path: (path.unlink(), path.mkdir()), "is no file"),
+    "missing": (Path.unlink, "is not a file, expected an .npz with image uint8"),
+    "a folder": (lambda path: (path.unlink(), path.mkdir()), "is not a file"),
     "empty": (lambda path: path.write_bytes(b""), "cannot be read"),
     "no zip": (lambda path: path.write_bytes(b"PK\3\4 or so"), "cannot be read .*not a zip"),
     "a bare array": (lambda path: np.save(path.open("wb"), IMAGES), "cannot be read .*not a zip"),
@@ -446,7 +446,7 @@ def flipped_bit(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
         (lambda path, images, labels: np.savez(path, image=images / 2, label=labels), "has image float64"),
         (lambda path, images, labels: np.savez(path, image=images, label=labels / 2), "has label float64"),
         (lambda path, images, labels: np.savez(path, image=images, label=labels[1:]), "has 40 images and 39 labels"),
-        (lambda path, images, labels: None, "a.npz is no file"),
+        (lambda path, images, labels: None, "a.npz is not a file"),
     ],
 )
 def test_checking_what_cannot_be_used(write: Callable, told: str, call: Any, tmp_path: Path) -> None:

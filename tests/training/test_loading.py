@@ -193,7 +193,7 @@ def test_other_content_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_file_that_is_not_there_and_one_that_is_text(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"none\.pt is no file"):
+    with pytest.raises(InputError, match=r"none\.pt is not a file"):
         load(tmp_path / "none.pt")
     (tmp_path / "text.pt").write_text("weights")
     with pytest.raises(InputError, match="cannot be read as weights"):

@@ -150,7 +150,7 @@ def test_statistics_of_the_training_images_where_none_are_given() -> None:
             "p_d has 2 classes, allowed: 3, as the data",
         ),
         ({"p_train": torch.rand(30, 2)}, r"p_train is torch.float32 \[30, 2\], allowed: .*\[30, 3\]"),
-        ({"p_train": torch.full((30, 3), 0.5)}, "p_train has rows that are no distribution"),
+        ({"p_train": torch.full((30, 3), 0.5)}, "p_train has rows that are not distributions"),
         ({"classes": ("a", "b")}, r"classes is \['a', 'b'\], allowed: None or 3 names"),
         (
             {"statistics": ((0.5,), (0.0,))},
@@ -228,7 +228,7 @@ def test_defaults_of_a_run(mine: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ("--data my_data:points --shift 1", r"shift: 1 on my_data:points, whose inputs \[5\] are no images"),
+        ("--data my_data:points --shift 1", r"shift: 1 on my_data:points, whose inputs \[5\] are not images"),
         ("--data my_data:points --flip", "flip: True on my_data:points"),
         ("--data my_data:points --autoattack fast", r"autoattack: 'fast' on my_data:points, .*\[5\] from 0 to 20"),
         ("--data my_data:points --model wrn-10-1", r"takes images \[C, H, W\]"),
@@ -584,7 +584,7 @@ def test_a_run_on_a_folder_and_its_evaluation_from_elsewhere(
     own_data.folder.cache_clear()  # as between two programs
     ending = call("evaluate", "--run", "../run", "--attack", "clean")
     assert ending.status == 2
-    assert f"{tmp_path / 'images'} is no folder" in ending.err
+    assert f"{tmp_path / 'images'} is not a folder" in ending.err
     assert f"best.pt was trained on {tmp_path / 'images'}" in ending.err
     assert call("evaluate", "--run", "../run", "--attack", "clean", "--data-root", "../moved").status == 0
     for split in ("train", "test"):

@@ -246,7 +246,7 @@ def test_a_teacher_and_the_student_that_imitates_it(digits: data.Data, tmp_path:
 def test_a_teacher_of_other_data_is_refused(digits: data.Data, tmp_path: Path) -> None:
     path = tmp_path / "posterior.pt"
     checkpoint.save(path, epoch=0, settings={"name": "kernel_density"}, network={})
-    with pytest.raises(InputError, match="is no teacher for this data"):
+    with pytest.raises(InputError, match="is not a teacher for this data"):
         build(digits, teacher=path)
 
 
@@ -351,10 +351,10 @@ def test_an_audit_says_what_it_found(call: Any, tmp_path: Path, monkeypatch: pyt
     assert repeated["threat_model"] == {"norm": "l2", "eps": 0.2}
     assert repeated["noise"] == pytest.approx(0.2 / 8)
     assert repeated["people"]["kl"] > 0
-    assert "people who labelled" in again.out
+    assert "labels that people gave" in again.out
     ending = call("score", "--resume", "here", "--eps", "0.2")
     assert (ending.status, "eps: is for --audit" in ending.err) == (2, True)
-    for wrong, told in ((people[:3], "float64 [3, 10], allowed: probabilities [500, 10]"), (2 * people, "no distrib")):
+    for wrong, told in ((people[:3], "float64 [3, 10], allowed: probabilities [500, 10]"), (2 * people, "not distrib")):
         np.save("people.npy", wrong)
         ending = call("score", "--resume", "here", "--audit", "--human-labels", "people.npy")
         assert (ending.status, told in ending.err) == (2, True), ending.err

@@ -69,7 +69,8 @@ class DataSettings:
     # folder with cifar-10-batches-py, cifar-100-python or *_32x32.mat, or with train and test; None: $SCOREMATCH_DATA
     root: Path | None = None
     download: bool = False  # let torchvision download the data set into that folder where it is missing
-    # CIFAR, SVHN: first training images, which validate; None is 1,024. folder: so many, of each class the same share
+    # number of training images kept for validation. CIFAR, SVHN: the first ones, None is 1,024. folder: the same share
+    # of each class, None is a tenth
     validation_size: int | None = None
     image_size: int | None = None  # folder: height and width that images are cut to; None leaves them as they are
 
@@ -188,7 +189,7 @@ def load(settings: DataSettings) -> Data:
 
 
 def format_of(settings: DataSettings) -> Format:
-    """What is known of a data set before it is loaded. A function is called for it, of a folder the headers are read.
+    """What is known of a data set before it is loaded. For this a function is called, and headers of a folder are read.
 
     Raises:
         InputError: there is no such data set, or it is not what it must be.
@@ -208,7 +209,7 @@ def check_record(saved: dict[str, Any] | None, data: Data, where: object, *, exa
 
     Args:
         saved: a :meth:`Data.record`; None (a checkpoint from before there were any) is not compared.
-        data: those of now.
+        data: the data set as it is now.
         where: the file, for the message.
         exact: whether the samples have to be the same ones, as they must to go on with a training.
 
@@ -216,7 +217,7 @@ def check_record(saved: dict[str, Any] | None, data: Data, where: object, *, exa
         What is different about the samples, where that is allowed.
 
     Raises:
-        InputError: inputs or classes are others.
+        InputError: inputs, classes or bounds differ; or samples do, where they must be the same.
     """
     if saved is None:
         return []
@@ -344,7 +345,7 @@ def checked(data: object, where: str) -> Data:
         where: its name, for messages.
 
     Raises:
-        InputError: it is no :class:`Data`, or a field of it is not what it must be.
+        InputError: it is not a :class:`Data`, or a field of it is not what it must be.
     """
     if not isinstance(data, Data):
         raise InputError(f"data: {where} returned {type(data).__name__}, expected training.data.Data")
@@ -419,7 +420,7 @@ def _check_probabilities(data: Data, where: str) -> None:
         given = f"{p.dtype} {list(p.shape)}" if isinstance(p, Tensor) else type(p).__name__
         raise InputError(f"data: {where}: p_train is {given}, allowed: None or a tensor float32 {expected}")
     if not (p >= 0).all() or not ((p.sum(1) - 1).abs() < 1e-4).all():
-        raise InputError(f"data: {where}: p_train has rows that are no distribution, allowed: at least 0, of sum 1")
+        raise InputError(f"data: {where}: p_train has rows that are not distributions, allowed: at least 0, of sum 1")
 
 
 def _class_names(data: Data, where: str) -> tuple[str, ...] | None:
@@ -451,7 +452,7 @@ def _statistics(data: Data, where: str) -> Statistics | None:
 def statistics_of(x: Tensor) -> Statistics | None:
     """Mean and standard deviation of each channel of images x [N, C, H, W]; a constant channel has deviation 1.
 
-    None for inputs that are no images.
+    None for inputs that are not images.
     """
     if x.dim() != 4:
         return None

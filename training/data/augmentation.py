@@ -8,7 +8,7 @@ from scorematch.augmentation import mirror
 
 
 def cut_and_mixed(x: Tensor, targets: Tensor, share: float, generator: Generator) -> tuple[Tensor, Tensor]:
-    """CutMix (Yun et al., ICCV 2019): in each image a rectangle of another one, in its target as much of the other's.
+    """CutMix (Yun et al., ICCV 2019): each image gets a rectangle of another one, and its target the same share.
 
     All images of a batch get the same rectangle. Its area is 1 − λ of the image with λ uniform in [0, 1] (their
     α = 1), its centre is uniform in the image; what reaches beyond the edge is cut off, and targets are mixed by the
@@ -17,8 +17,8 @@ def cut_and_mixed(x: Tensor, targets: Tensor, share: float, generator: Generator
     Args:
         x: [N, C, H, W] images.
         targets: [N, L] probabilities.
-        share: of the batches that are mixed, in [0, 1]; the others stay as they are.
-        generator: randomness, on the device of x; the numbers drawn are as many whether the batch is mixed or not.
+        share: the share of the batches that are mixed, in [0, 1]; the others stay as they are.
+        generator: randomness, on the device of x; equally many numbers are drawn whether the batch is mixed or not.
 
     Returns:
         Images and targets, without a wait for the device.

@@ -34,10 +34,10 @@ def steps_of_epoch(settings: RunSettings, images: int) -> int:
 
 
 class Batches:
-    """The batches of a run, whole ones: under torchrun every process makes the same and takes its share.
+    """The whole batches of a run; under torchrun every process makes the same ones and takes its share of them.
 
-    With generated images a batch holds ``original_share`` of original ones, and an epoch has as many steps as without,
-    so that it sees that share of the original images only (the published pipeline counts so).
+    With generated images the share ``original_share`` of a batch is original. An epoch has as many steps as without, as
+    in the published pipeline, so it sees only that share of the original images.
 
     Args:
         settings: of the run.

@@ -93,7 +93,7 @@ class GeneratedImages:
 
 
 class GeneratedStream:
-    """Generated images without end: all of them in a random order, then all of them in the next.
+    """An endless sequence of generated images: all of them in a random order, then all of them in another one.
 
     The order is a function of the seed, so a position is all that a run has to remember, and every process of several
     can take its share of one sequence.
@@ -125,7 +125,7 @@ class GeneratedStream:
 
 
 class Permutation:
-    """A random order of 0 … size − 1 that is computed where it is asked for, and stored nowhere.
+    """A random order of 0 … size − 1 that is computed on demand and never stored.
 
     Alternating Feistel rounds on Z_a × Z_b with a · b just above ``size``; what falls outside goes through them again
     (Black & Rogaway, Ciphers with Arbitrary Finite Domains, CT-RSA 2002).
@@ -221,7 +221,7 @@ def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
         InputError: it is missing, damaged, or holds something else.
     """
     if not path.is_file():
-        raise InputError(f"generated: {path} is no file, expected {EXPECTED}")
+        raise InputError(f"generated: {path} is not a file, expected {EXPECTED}")
     try:
         images, labels = _from_pickle(path) if path.suffix in PICKLES else _from_npz(path)
     except UNREADABLE as error:
@@ -415,7 +415,7 @@ def rewrite(source: Path, out: Path) -> int:
         save(out, images, labels)
         return len(labels)
     if not source.is_file():
-        raise InputError(f"generated: {source} is no file, expected {EXPECTED}")
+        raise InputError(f"generated: {source} is not a file, expected {EXPECTED}")
     try:
         with zipfile.ZipFile(source) as archive:
             image, label = _members(archive, source)
@@ -439,7 +439,7 @@ def _content(archive: zipfile.ZipFile, member: _Member) -> Iterator[np.ndarray]:
 
 
 def check(source: Path) -> str:
-    """Read a file to its end; what it holds, in words. Its images are not held in memory (but those of a pickle).
+    """Read a file to its end and say in words what it holds. Its images are not held in memory, unless it is a pickle.
 
     Raises:
         InputError: it is missing, damaged, or holds something else.

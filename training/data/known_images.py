@@ -1,10 +1,10 @@
 """Images whose p_d(y|x) is known: drawn from mixtures of factor analysers that were fitted to real ones.
 
-On CIFAR-10 nobody knows how far a classifier is from p_d(y|x'), nor how often a perturbation changes the true label.
-Here both are closed forms at the same dimension: every class is a
-:class:`~scorematch.posteriors.FactorAnalysers`, and Gaussian noise of standard deviation σ, under which it stays one,
-makes the classes overlap as much as one likes. Pixels are not clipped, which would end the closed form: threat models
-need ``lower=-inf`` and ``upper=inf``.
+On CIFAR-10 nobody knows how far a classifier is from p_d(y|x'), or how often a perturbation changes the true label.
+Here both can be computed in closed form, at the same dimension. Every class is a
+:class:`~scorematch.posteriors.FactorAnalysers`. It stays one when Gaussian noise of standard deviation σ is added, and
+the noise makes the classes overlap as much as one likes. Pixels are not clipped, since that would end the closed form:
+threat models need ``lower=-inf`` and ``upper=inf``.
 
     analysers = fitted(DataSettings("cifar10", root=FOLDER), Path("analysers.pt"))
     p_d = analysers.smoothed(noise_for(analysers, bayes_error=0.1))
@@ -51,7 +51,7 @@ def fitted(
         seed: of the start of the fit.
 
     Raises:
-        InputError: the data set is missing, or the file is no such file or was fitted with other settings.
+        InputError: the data set is missing, or the file holds something else or was fitted with other settings.
     """
     about: dict[str, Any] = {
         "data": settings.name,
@@ -197,9 +197,9 @@ def in_ball(
 ) -> tuple[Tensor, Tensor]:
     """How much the posterior itself changes in B(x).
 
-    For each of the ``targets`` classes that are most probable at x after the first, ascends its log-odds against that
-    one from a random start, ``steps`` steps, and the divergence from there (which has no direction at x, where it is
-    smallest). Every iterate is judged.
+    For each of the ``targets`` most probable classes after the first, two ascents of ``steps`` steps are made. One
+    raises the log-odds of that class against the first, from a random start. The other goes on from there and raises
+    the divergence, which has no direction at x, where it is smallest. Every iterate is judged.
 
     Args:
         p_d: the posterior.
@@ -210,7 +210,7 @@ def in_ball(
         generator: randomness of the starts.
 
     Returns:
-        the largest KL(p_d(·|x) ‖ p_d(·|x')) found, in nats, and whether arg max_y p_d(y|x') was found to change,
+        The largest KL(p_d(·|x) ‖ p_d(·|x')) found, in nats, and whether arg max_y p_d(y|x') was found to change,
         both [N].
     """
     log_p = p_d.log_joint(x).log_softmax(1).to(x.dtype)

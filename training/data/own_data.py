@@ -1,4 +1,4 @@
-"""Data of one's own: what a function returns, and images in folders. :mod:`training.data` makes data sets of both."""
+"""The user's own data: what a function returns, and images in folders. :mod:`training.data` makes data sets of both."""
 
 import functools
 import importlib
@@ -31,7 +31,7 @@ THREADS = 8  # that decode images
 
 @contextmanager
 def current_folder_importable() -> Iterator[None]:
-    """Within it modules in the current folder can be imported, after all others."""
+    """A context in which modules of the current folder can be imported, after all others."""
     here = os.getcwd()
     if here in sys.path or "" in sys.path:
         yield
@@ -47,7 +47,7 @@ def imported(name: str, option: str) -> Callable[..., Any]:
     """The function that ``module:function`` names, from the search path or the current folder.
 
     Raises:
-        InputError: there is none; the message begins with ``option``.
+        InputError: there is no such function; the message begins with ``option``.
     """
     module_name, function_name = name.split(":", 1)
     importlib.invalidate_caches()
@@ -65,7 +65,7 @@ def imported(name: str, option: str) -> Callable[..., Any]:
 
 
 def called(name: str) -> tuple[object, str]:
-    """What the function ``module:function`` returns, called once in a process, and the file that it stands in."""
+    """What the function ``module:function`` returns, and the file that it is in; it is called once in a process."""
     function = imported(name, "data")
     try:
         inspect.signature(function).bind()
@@ -140,14 +140,14 @@ def folder(root: Path) -> Folder:
     """The image folder ``root``, laid out as torchvision's ImageFolder has it.
 
     Raises:
-        InputError: a split is missing or empty, splits differ in their classes, or a file is no image.
+        InputError: a split is missing or empty, splits differ in their classes, or a file is not an image.
     """
     found: dict[str, ImageFolder] = {}
     for name in ("train", "test", "validation"):
         if not (root / name).is_dir():
             if name == "validation":
                 continue
-            what = f"has no folder {name}" if root.is_dir() else "is no folder"
+            what = f"has no folder {name}" if root.is_dir() else "is not a folder"
             raise InputError(f"data_root: {root} {what}, expected {LAYOUT}")
         try:
             found[name] = ImageFolder(str(root / name))
@@ -222,7 +222,7 @@ def _image(path: str, channels: int, image_size: int | None) -> Tensor:
 def held_out(y: Tensor, count: int, seed: int) -> Tensor:
     """Which of the samples with labels y [N] are held out: bool [N], ``count`` of them, the same share of each class.
 
-    Where shares are no whole numbers, the largest remainders are rounded up; a class keeps at least one sample.
+    Where shares are not whole numbers, the largest remainders are rounded up; a class keeps at least one sample.
     """
     generator = torch.Generator().manual_seed(seed)
     labels, sizes = y.unique(return_counts=True)

@@ -14,9 +14,9 @@ def smoothed(y: Tensor, num_classes: int, amount: float, over: Spread = "all") -
 
     Two conventions are in use. With ``amount`` .1 and ten classes the label gets
 
-    - ``"all"``: .91, every other class .01: the amount is shared out among all classes, the label among them. So does
-      torch (``cross_entropy(label_smoothing=…)``), and with it the published code of the paper.
-    - ``"others"``: .90, every other class .0111: the amount is what the other classes get together.
+    - ``"all"``: .91, and every other class .01. The amount is shared among all classes, the label included. This is the
+      convention of torch (``cross_entropy(label_smoothing=…)``), and so of the paper's published code.
+    - ``"others"``: .90, and every other class .0111. The amount is shared among the other classes.
 
     Args:
         y: int64 [N] labels.

@@ -52,8 +52,9 @@ def oracle() -> GaussianMixture:
 class Grid:
     """Points that cover p_d(x) to 1e-8 of its mass and the ball around each of them.
 
-    ``points_per_eps`` points lie in one eps. The maximum over B(x) is then the maximum over the grid's points in it, an
-    error of second order in the spacing at a maximum inside and none at its ends, which are points of the grid.
+    One eps has ``points_per_eps`` points. The maximum over B(x) is then taken over the grid's points in it. For a
+    maximum in the interior the error is of second order in the spacing; the ends of B(x) are points of the grid, so a
+    maximum there is exact.
     """
 
     eps: float = EPS
@@ -88,15 +89,14 @@ def log_probabilities(model: nn.Module, x: Tensor) -> Tensor:
 def errors(model: nn.Module, divergence: str = "kl", grid: Grid | None = None) -> RobustErrors:
     """All errors of a classifier at each point of the grid, [G] float64, exact up to its spacing.
 
-    R_SCORE maximises D(p_d(·|x') ‖ p_θ(·|x')), a function of x' alone: a running maximum. The other maxima are of
-    D(P ‖ Q(x')) with a P that stands still. With two classes each of the divergences falls as the logit of Q comes
-    closer to that of P and rises beyond it, so such a maximum lies at the smallest or the largest logit in the ball:
-    two running maxima.
+    R_SCORE maximises D(p_d(·|x') ‖ p_θ(·|x')), a function of x' alone, so it is a running maximum. The other maxima are
+    of D(P ‖ Q(x')) with a fixed P. With two classes each divergence falls as the logit of Q comes closer to that of P,
+    and rises beyond it. So such a maximum lies at the smallest or the largest logit in the ball: two running maxima.
 
     Args:
         model: maps [N, 1] to logits [N, 2]; its mode is left as it is.
         divergence: name of D, see :data:`scorematch.divergences.KINDS`.
-        grid: where; None is :class:`Grid` as it is.
+        grid: the points; None is the default :class:`Grid`.
 
     Raises:
         ValueError: no such divergence.
@@ -123,7 +123,7 @@ def constant(divergence: str = "kl", grid: Grid | None = None) -> Tensor:
 
     Args:
         divergence: name of D, see :data:`scorematch.divergences.KINDS`.
-        grid: where; None is :class:`Grid` as it is.
+        grid: the points; None is the default :class:`Grid`.
 
     Raises:
         ValueError: no such divergence.

@@ -54,7 +54,7 @@ class Engine(ABC):
     """All state of a training between two steps. ``fit`` trains to the last epoch; ``resume`` first goes back to one.
 
     Under torchrun every process has an engine. They call the same methods in the same order; the first one writes files
-    and speaks.
+    and prints.
 
     Args:
         course: how long, and when to save.
@@ -276,14 +276,14 @@ class Engine(ABC):
 
 
 class _Pace:
-    """How fast the first steps of this process are, said once."""
+    """How fast the first steps of this process are, reported once."""
 
     def __init__(self) -> None:
         self.steps = 0
         self.begin = 0.0
 
     def report(self, engine: Engine, samples: Tensor) -> str:
-        """After each step, with the number of its samples in this process; empty but for one step."""
+        """To be called after each step with the number of its samples in this process; empty except after one step."""
         self.steps += 1
         if self.steps not in (SETTLED, SETTLED + STEPS_BETWEEN_CHECKS):
             return ""
@@ -301,7 +301,7 @@ class _Pace:
 
 
 def duration(seconds: float) -> str:
-    """So many seconds, to be read."""
+    """A number of seconds in words."""
     minutes = round(seconds / 60)
     if minutes < 2:
         return f"{seconds:.0f} s"

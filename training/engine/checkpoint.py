@@ -63,8 +63,8 @@ def save(path: Path, *, epoch: int, settings: dict[str, Any], network: dict[str,
 class Writer:
     """Saves in a thread of its own, one file after the other, so that training need not wait for the disk.
 
-    What is handed over is copied first, on a GPU without waiting for it: later steps do not change what is written. At
-    most one file waits: who hands over another one waits until it is written.
+    The state that is handed over is copied first, without waiting for a GPU, so later steps do not change what is
+    written. At most one file waits: a call that hands over another one waits until that file is written.
     """
 
     def __init__(self) -> None:
@@ -142,7 +142,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         reason = str(error).split("\n")[0][:120]
         raise InputError(f"{path}: cannot be read ({reason}), expected a checkpoint of training.run") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise InputError(f"{path}: is no checkpoint of training.run (its format is not {FORMAT!r})")
+        raise InputError(f"{path}: is not a checkpoint of training.run (its format is not {FORMAT!r})")
     return state
 
 

@@ -1,4 +1,4 @@
-"""One program a folder: a second one that wants to write into it is refused, or waits."""
+"""One program for each folder: a second one that wants to write into it is refused, or waits."""
 
 import contextlib
 import fcntl
@@ -12,7 +12,7 @@ from training.settings.errors import InputError
 
 @contextlib.contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """``folder`` belongs to this program until the block ends, or the process, even one that is killed.
+    """``folder`` belongs to this program until the block ends, or until the process ends, even if it is killed.
 
     The folder itself is locked, so that no file is left behind. A file system without locks gives a warning.
 

@@ -26,7 +26,11 @@ def restarts() -> int:
 
 
 def device_of_this_process(device: torch.device) -> torch.device:
-    """``device``, but for each process of torchrun on a machine a GPU of its own."""
+    """The device of this process: ``device``, or for CUDA under torchrun a GPU of its own.
+
+    Raises:
+        InputError: a machine has fewer GPUs than processes.
+    """
     if not started_by_torchrun() or device.type != "cuda" or device.index is not None:
         return device
     rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -82,7 +86,7 @@ def from_first(value: Any) -> Any:
 
 
 def by_first(function: Callable[[], Path]) -> Path:
-    """The path that ``function`` returns in the first process, in all of them; its InputError likewise."""
+    """Call ``function`` in the first process; every process gets the path that it returns, or raises its InputError."""
     found: Path | str = ""
     if rank() == 0:
         try:
@@ -103,7 +107,7 @@ def summed(values: Tensor) -> Tensor:
 
 
 def interleaved(mine: Tensor) -> Tensor:
-    """The rows of a tensor of which each process has every n-th one, in order; the same in every process."""
+    """All rows of a tensor, in order, in every process; ``mine`` are every n-th of them, as each process has them."""
     world = world_size()
     if world == 1:
         return mine

@@ -1,7 +1,7 @@
-"""What is fastest on the hardware at hand: what every ``auto`` among the settings for speed stands for.
+"""Decides every ``auto`` among the settings for speed: what is fastest on the hardware at hand.
 
-None of it changes what is computed, but for rounding. Weights, losses, gradients of the weights and verdicts that count
-are float32 always.
+None of it changes what is computed, except for rounding. Weights, losses, gradients of the weights and final verdicts
+are always float32.
 """
 
 import importlib.util

@@ -42,9 +42,9 @@ class Draws(NamedTuple):
 
     Attributes:
         start: [N, …] first iterate of the attack.
-        directions: [K, N, …] noise in the place of the data gradient of its K steps.
-        noise: [N, …] that of Gaussian augmentation.
-        levels: [N] its standard deviations.
+        directions: [K, N, …] noise in the place of the data gradient, for the K steps of the attack.
+        noise: [N, …] noise of Gaussian augmentation.
+        levels: [N] its standard deviations, in input units.
     """
 
     start: Tensor | None = None
@@ -78,7 +78,7 @@ def bind_objective(
     graphs: AttackGraphs | None = None,
     free: FreeAttack | None = None,
 ) -> StepObjective:
-    """The objective of a run as a function of what a step has."""
+    """The objective of a run as a function of model, images, targets, random numbers and weight perturbation."""
     objective = _objective_of_targets(settings, data, posterior, graphs, free)
     if not settings.soft_targets:
         return objective
@@ -167,13 +167,13 @@ def speed_of(settings: RunSettings, device: Hardware, steps: int, processes: int
     """How the network of a run is called on this hardware, with every ``auto`` decided.
 
     Args:
-        settings: of the run.
+        settings: those of the run.
         device: what it runs on.
-        steps: of the whole run.
-        processes: those of torchrun.
+        steps: steps of the whole run.
+        processes: the number of torchrun's processes.
 
     Raises:
-        InputError: a graph is asked for, and the attack communicates, which no graph can.
+        InputError: a graph is asked for, but the attack communicates between processes, which a graph cannot record.
     """
     searches = settings.searches and not settings.free_replays
     attack_steps = settings.free_replays or (settings.steps if searches else 0)
@@ -197,8 +197,11 @@ def speed_of(settings: RunSettings, device: Hardware, steps: int, processes: int
 
 
 class LossOfStep(nn.Module):
-    """An objective as a module: DistributedDataParallel then sees one forward and one backward pass a step, and the
-    passes of the attack, which runs inside without parameter gradients, synchronise nothing."""
+    """An objective as a module.
+
+    DistributedDataParallel then sees one forward and one backward pass in each step. The passes of the attack, which
+    runs inside without parameter gradients, synchronise nothing.
+    """
 
     def __init__(self, model: nn.Module, objective: StepObjective) -> None:
         super().__init__()
@@ -212,7 +215,7 @@ class Trainer(Engine):
     """Training of a classifier.
 
     Under torchrun each process has a Trainer. All make the same batches and random starts, and take every
-    ``world_size``-th sample of them: what is computed does not depend, but for rounding, on the number of processes.
+    ``world_size``-th sample of them. So what is computed depends on the number of processes only by rounding.
     """
 
     def __init__(
@@ -294,7 +297,7 @@ class Trainer(Engine):
 
     @functools.cached_property
     def record(self) -> dict[str, Any]:
-        """Of the data; made once, as it waits for the device."""
+        """What a checkpoint remembers of the data; made once, as it waits for the device."""
         return self.data.record()
 
     def resume(self) -> None:

@@ -71,11 +71,11 @@ class PosteriorSettings:
     centering: Literal["posterior", "network"] = "posterior"  # score_network: how the unconditional score is removed
     nodes: int = 1  # score_network: trapezoid segments of the path integral in each step
     linear: bool = False  # score_network: read the scores at the clean point alone, once for a whole attack
-    top_k: int | None = None  # score_network by embedding: classes whose scores are evaluated, the most probable ones
+    top_k: int | None = None  # score_network with embedding: number of most probable classes whose scores are evaluated
     network: Literal["mlp", "conv", "unet"] | None = None  # backbone of the score network and of the classifier
     width: int | None = None  # hidden features or channels of that backbone
     depth: int | None = None  # residual blocks of that backbone (mlp and conv)
-    patch: int = 1  # conv: rows and columns of pixels that become channels of one; 2 works at half the resolution
+    patch: int = 1  # conv: rows and columns of a patch, whose pixels become channels; 2 works at half the resolution
     multipliers: tuple[int, ...] = (1, 2, 4)  # unet: channels at each resolution, as multiples of the width
     dropout: float = 0.0  # probability of dropping a hidden feature while training
     # score network: all classes from one evaluation, one head each; or told the class, one evaluation each
@@ -92,11 +92,12 @@ class PosteriorSettings:
     noise_mean: float = -1.2 - math.log(2)  # log_normal: mean of ln σ, σ in input units
     noise_deviation: float = 1.2  # log_normal: standard deviation of ln σ
     averaging: float = 0.998  # decay of the average of its weights, from a quarter of the steps on; 0 turns it off
-    half_life: float = 0.0  # instead: samples after which a weight counts half, at most 5 % of those seen; 0 is off
+    # in the place of averaging: samples after which the share of a step has halved, at most 5 % of those seen; 0 is off
+    half_life: float = 0.0
     weight_decay: float = 0.0  # of its training
     # which weights its training ends with: those with the lowest held-out loss at sigma, or the last ones
     weights: Literal["best", "last"] = "best"
-    mirror: bool | None = None  # mirror training images left to right, every second one
+    mirror: bool | None = None  # mirror half of the training images, left to right
     # probability of each geometric transformation of a training image that the network is told of; 0 turns them off
     augment: float = 0.0
     likelihood_weight: float = 0.0  # classifier: weight of denoising likelihood score matching; 0 turns it off
@@ -104,7 +105,8 @@ class PosteriorSettings:
     energy_weight: float = 0.0
     # classifier: divide its logits by the temperature that makes held-out labels most likely
     temperature: bool = True
-    # cross-fitting: so many posteriors, each fitted without one fold, by which its weights are picked, and their mean
+    # cross-fitting: number of folds. For each a posterior is fitted without it, and the fold picks its weights; the
+    # mean of all is used. 1 turns it off
     folds: int = 1
     max_points: int | None = None  # kernel_density: training points kept (a random subset); None keeps all
 
@@ -232,8 +234,8 @@ def build(
         state: ``state_dict()`` of a posterior that was built with the same settings: nothing is trained then.
         folder: where trainings save, ``score-network`` and ``classifier`` below it; one that was interrupted goes on.
         speed: how networks are called in training; None is in float32.
-        save_minutes: minutes between checkpoints between two looks at held-out data.
-        about: what checkpoints say beside the settings.
+        save_minutes: minutes between checkpoints, beside those at each look at held-out data.
+        about: what checkpoints hold as their settings.
 
     Raises:
         ValueError: the settings do not fit the data.
@@ -282,10 +284,10 @@ def read(
         path: written by ``training.score`` or ``training.run``.
         data: the data set that it was trained on.
         device: where it goes.
-        changes: settings that are to be others, of those that do not change the network.
+        changes: settings to replace, out of those that do not change the network.
 
     Raises:
-        InputError: there is none, or it is not of such data.
+        InputError: there is no score network in the file, or it does not fit the data.
     """
     saved = checkpoint.load(path, device)
     names = {field.name for field in dataclasses.fields(PosteriorSettings)}
@@ -443,7 +445,7 @@ class _Builder:
             if self.settings.energy_weight:
                 energy = JointEnergy(self.settings.energy_weight, self.center, self.sigma_data)
             loss = ClassificationLoss(called, weight, self.denoiser() if weight else None, energy)
-            # It is not told how images were augmented, so that it must not be asked about those alone that were not.
+            # It is not told how images were augmented, so it would learn the density of augmented images.
             self._train("classifier", network, loss, 1, self._mirror())
         plain = NoiseConditionalClassifier(network, num_classes=self.num_classes, sigma=self.sigma)
         if self.trains is None or not self.settings.temperature or not len(self.held_out[0]):
@@ -508,7 +510,7 @@ class _Builder:
         try:
             settings, posterior = read(path, self.data, self.x.device)
         except InputError as error:
-            raise InputError(f"posterior_settings.teacher: {path} is no teacher for this data ({error})") from None
+            raise InputError(f"posterior_settings.teacher: {path} is not a teacher for this data ({error})") from None
         if told and not settings.augment:
             raise InputError(
                 f"posterior_settings.augment: the teacher in {path} is not told of augmentation, allowed: 0"

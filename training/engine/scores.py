@@ -1,4 +1,4 @@
-"""The training of score networks and noise-conditional classifiers, with all that a training of classifiers has.
+"""The training of score networks and noise-conditional classifiers, with the same engine as that of classifiers.
 
 Steps, losses and averages are the library's (:class:`scorematch.matching.Fitting`); checkpoints, signals, logs and
 processes are the engine's. The same seed gives the weights that ``matching.fit_denoiser`` gives, to the bit.

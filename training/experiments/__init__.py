@@ -1,6 +1,6 @@
 """The experiments that compare direct SCORE with its surrogates: ``python -m training.experiments NAME``.
 
-``problems`` says what is known and drawn, ``estimators`` how p_d is estimated, ``students`` what is trained;
-``mixtures`` and its like are the experiments, each with its hypotheses; ``page`` writes docs/direct-score.md from what
-they have stored.
+``problems`` has the problems and their data, ``estimators`` the estimates of p_d, and ``students`` the models that are
+trained. ``mixtures`` and its like are the experiments, each with its hypotheses. ``page`` writes docs/direct-score.md
+from their stored results.
 """

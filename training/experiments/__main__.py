@@ -21,15 +21,15 @@ class ExperimentSettings:
     """Which experiment, and how much of it. Called again, it does what is missing."""
 
     name: Literal["mixtures", "sweep", "digits", "images", "features", "gradients", "real-digits"] = "mixtures"
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # a cell each: its own problem, data, initialisation
-    dimensions: tuple[int, ...] = (16,)  # mixtures, sweep: features of x
-    counts: tuple[int, ...] = (2000, 10_000)  # of those and digits, features, images: labelled training points
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # one cell for each, with its own problem, data and initialisation
+    dimensions: tuple[int, ...] = (16,)  # mixtures, sweep: numbers of features of x
+    counts: tuple[int, ...] = (2000, 10_000)  # mixtures, sweep, digits, features, images: numbers of training points
     folds: tuple[int, ...] = (0, 1, 2, 3, 4)  # real-digits: which fifths of the images are tested on
     radii: tuple[float, ...] = (real_digits.EPS,)  # real-digits: eps of the training
     root: Path | None = None  # images: folder of CIFAR-10, to which their distribution is fitted; see training.run
     quick: bool = False  # a few steps of everything, to see that it runs; its numbers mean nothing
     jobs: int = 0  # cells side by side, one CPU thread each; 0 is the number of cores
-    out: Path | None = None  # folder of the results, one JSON a cell; None is runs/experiments/NAME
+    out: Path | None = None  # folder of the results, one JSON file for each cell; None is runs/experiments/NAME
 
 
 RANGES: dict[str, config.Check] = {

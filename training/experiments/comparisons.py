@@ -30,7 +30,7 @@ def estimators_of(cells: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def chosen_by_evidence(cell: dict[str, Any]) -> str:
-    """The learned posterior with the highest held-out log-likelihood: nobody needs the truth for this choice."""
+    """The learned posterior with the highest held-out log-likelihood, a choice that does not need the truth."""
     names = present([cell], CROSS_FITTED, "student direct:kl {}")
     return max(names, key=lambda name: max(cell["entries"][f"posterior {name}"]["evidence"].values()))
 
@@ -111,7 +111,7 @@ def failures(
     direct: Callable[[dict[str, Any]], dict[str, float]],
     surrogates: Sequence[str],
 ) -> list[str]:
-    """In which measures it is not what it has to be, against some surrogate with its last or its picked weights.
+    """In which measures direct SCORE fails against some surrogate, with its last or its picked weights.
 
     It has to be ahead in KL and R_SCORE by the interval, and not clearly behind in either accuracy.
     """

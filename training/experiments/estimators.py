@@ -259,7 +259,7 @@ def _labels_like(y: Tensor, count: int) -> Tensor:
 def _factor_analysers(bench: Bench) -> Estimated:
     """A mixture for each class, fitted by expectation maximisation; how many components, and of what rank, by evidence.
 
-    On mixtures of Gaussians it knows the family of the truth, which nobody does on real data.
+    On mixtures of Gaussians it has the same form as the truth, which on real data is not known.
     """
     problem = bench.problem
 

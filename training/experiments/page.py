@@ -98,8 +98,8 @@ INTRODUCTION = """# Direct SCORE against its surrogates, where the truth is know
 <!-- Written by `make results` from docs/evidence; edit training/experiments/page.py instead. -->
 
 Direct SCORE trains towards a posterior p̂(y|x'), an estimate of p_d. Whether it wins depends on two things: on the
-objective, and on the estimate. On data whose p_d is known in closed form the two can be told apart. Everything below is
-such data, but for the real digits at the end. Intervals are 95 % over seeds (Student's t); each seed has a problem,
+objective, and on the estimate. On data whose p_d is known in closed form the two can be told apart. Everything below
+uses such data, except the real digits at the end. Intervals are 95 % over seeds (Student's t); each seed has a problem,
 data and initialisation of its own, and comparisons are paired over seeds. The hypotheses were written into
 [training/experiments](../training/experiments) before the runs.
 
@@ -107,7 +107,7 @@ Words used below: **KL** is KL(p_d ‖ model) at clean points, in nats. **R_SCOR
 found in the ball (Eq. 4), by a search that knows p_d. **Disagrees** is the share of points for which that search met a
 point where the model's class is not the most likely one of p_d; a search for that alone would find more. **Robust by
 label** is the usual robust accuracy, under PGD; p_d itself is not robust in that sense, because its own most likely
-class changes within the ball."""
+class changes within the ball. A **student** is a classifier that is trained here, with any of the objectives."""
 
 
 def section_gradients(cells: Sequence[dict[str, Any]]) -> str:
@@ -191,10 +191,10 @@ def section_mixtures(cells: Sequence[dict[str, Any]]) -> str:
         "",
         "3 classes of 3 unit Gaussians, L2, eps 1; the student is a perceptron with two hidden layers of 128, trained "
         f"for {cells[0]['budget']['steps']} steps on hard labels, whatever the objective. A posterior is fitted to the "
-        "same labels: its networks stop by held-out loss, its σ is chosen by the held-out likelihood of labels at x + "
-        "noise as long as the attack. “Picked by the oracle” means that the weights of a surrogate are those of the "
-        "checkpoint, of 8, with the lowest R_SCORE: more than anybody can do without knowing p_d. Direct SCORE always "
-        "keeps its last weights. “Chosen by evidence” is, for each seed, the learned posterior with the highest "
+        "same labels. Its networks stop by held-out loss, and its σ is chosen by the likelihood of held-out labels at "
+        "x + noise, with noise as long as the attack. “Picked by the oracle” means that a surrogate has the weights of "
+        "that one of 8 checkpoints with the lowest R_SCORE, which nobody can find without knowing p_d. Direct SCORE "
+        "always keeps its last weights. “Chosen by evidence” is, for each seed, the learned posterior with the highest "
         "held-out likelihood.",
     ]
     return "\n".join([*parts, *_tables(cells)])
@@ -207,8 +207,9 @@ def section_digits(cells: Sequence[dict[str, Any]]) -> str:
         "",
         "Draws from mixtures of factor analysers (two components of rank 6 for each class) that were fitted to the 8×8 "
         "digits, with noise until the Bayes error is 10 %: the structure of real images, 64 dimensions, ten classes, "
-        "and a p_d in closed form. L2, eps 0.25, in whose ball the most likely class of p_d itself changes for a fifth "
-        "of the points. Everything else is as above; the factor analysers among the posteriors know the family again.",
+        "and a p_d in closed form. L2, eps 0.25; in this ball the most likely class of p_d itself changes for a fifth "
+        "of the points. Everything else is as above. The factor analysers among the posteriors have the same form as "
+        "p_d.",
     ]
     return "\n".join([*parts, *_tables(cells)])
 
@@ -225,17 +226,18 @@ def section_images(of_features: Sequence[dict[str, Any]], of_images: Sequence[di
         parts += [
             "",
             "**By features.** The noise is the same in all classes. Then p_d(y|x) depends on "
-            f"{of_features[0]['dimension']} linear features of the image alone, which the networks are given: they can "
-            "represent p_d, and what a perturbation does across the features changes nothing. The student has two "
-            "hidden layers of 256.",
+            f"{of_features[0]['dimension']} linear features of the image alone, which the networks are given. So they "
+            "can represent p_d, and the part of a perturbation that does not change the features has no effect. The "
+            "student has two hidden layers of 256.",
             *_tables(of_features),
         ]
     if of_images:
         parts += [
             "",
             f"**By principal components.** Networks see the {problems.DIRECTIONS} leading principal components of the "
-            "training images; p_d and the attacks see all of x. The noise differs a little between the classes, which "
-            "p_d reads off the length of all that the components leave out: no network here can represent p_d. "
+            "training images; p_d and the attacks see all of x. The noise differs a little between the classes. p_d "
+            "sees this in the length of the part of x that the components leave out, so no network here can represent "
+            "p_d. "
             f"The student has two hidden layers of 256, trained for {of_images[0]['budget']['steps']} steps.",
             f"The noise levels that evidence chooses among lie up to {100 * _spread_of_levels(of_images):.0f} % apart "
             "between the seeds; each file says which they were.",
@@ -334,7 +336,7 @@ def _hypotheses(group: Sequence[dict[str, Any]]) -> list[str]:
         dominated(group, oracle),
         f"- H3, with a learned posterior, {how}, it is ahead of every surrogate in KL "
         "and R_SCORE and not clearly behind in the accuracies: "
-        f"{verdicts['learned']} against all, {verdicts['published']} against the surrogates as published, which ask no "
+        f"{verdicts['learned']} against all, {verdicts['published']} against the surrogates as published, which use no "
         "posterior; "
         "the differences:",
         *against_all(group, learned),
@@ -389,8 +391,8 @@ def section_law(cells: Sequence[dict[str, Any]], swept: Sequence[dict[str, Any]]
         [
             "## What a posterior must be",
             "",
-            "H2: the student's KL follows that of its posterior. One point a run; the KL of the posterior is taken at "
-            "random points of the ball.",
+            "H2: the student's KL follows that of its posterior. There is one point for each run; the KL of the "
+            "posterior is taken at random points of the ball.",
             "",
             "![KL and R_SCORE of the student against the KL of its posterior](figures/direct-law.png)",
             "",
@@ -433,8 +435,9 @@ def section_ablation(cells: Sequence[dict[str, Any]]) -> str:
     lines = [
         "## Which part of the objective does it",
         "",
-        "The same posterior, four objectives: the target stays at x (A); it follows x' (B); the search for x' follows "
-        "it too (C, direct SCORE); noise takes the place of the data gradient (D). R_SCORE, and paired differences.",
+        "The same posterior, four objectives. A: the target stays at x. B: the target follows x'. C, direct SCORE: the "
+        "search for x' also follows the data gradient. D: noise takes the place of the data gradient. The table has "
+        "R_SCORE, and paired differences.",
     ]
     for title, group in groups(cells).items():
         lines += [

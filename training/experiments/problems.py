@@ -227,8 +227,8 @@ def features_of(analysers: FactorAnalysers) -> tuple[FactorAnalysers, Tensor]:
     """The analysers in an orthonormal basis [D, K'] of what p(y|x) depends on, K' = L K (1 + R), and that basis.
 
     Where all classes have the same isotropic noise, log p(x, y) of one class differs from that of another through the
-    projection of x on the means and factors alone. There p(y|x) is the same function, and so is the L2 ball: what a
-    perturbation does across the basis is nothing.
+    projection of x on the means and factors alone. There p(y|x) is the same function, and so is the L2 ball: the part
+    of a perturbation outside the basis has no effect.
 
     Raises:
         ValueError: the noise is not the same for all.

@@ -1,4 +1,4 @@
-"""Real images, where only labels judge: the 8×8 digits, all 1,797 of them over five folds.
+"""Real images, where only labels are known: the 8×8 digits, all 1,797 of them over five folds.
 
 Hypotheses, written down before the runs (Linf; every objective has its weights chosen on validation images by their
 robust accuracy, and among the objectives of a family one is chosen in the same way; test images choose nothing):

@@ -33,12 +33,12 @@ def section(cells: Sequence[dict[str, Any]], figures: Path) -> str:
         by_radius[cell["eps"]].append(cell)
     draw(by_radius, figures / FIGURE)
     lines = [
-        "## Real digits, where only labels judge",
+        "## Real digits, where only labels are known",
         "",
         f"The 1,797 of the 8×8 digits: each of five folds tests on a fifth of them; {_folds(cells)} run. Linf; "
         f"`digits_cnn`, {cells[0]['budget']['steps']} steps of {cells[0]['budget']['batch_size']}, training attack of "
-        f"{cells[0]['budget']['attack_steps']} steps. Of every training the weights with the highest robust accuracy "
-        "on 240 validation images are kept. “Drawn” means that half of every batch was drawn from the score network, "
+        f"{cells[0]['budget']['attack_steps']} steps. Every training keeps the weights with the highest robust "
+        "accuracy on 240 validation images. “Drawn” means that half of every batch was drawn from the score network, "
         "which was trained on the same images. AutoAttack is the standard version, on every test image. Mean ± half "
         "the 95 % interval over folds and seeds.",
     ]

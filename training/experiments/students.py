@@ -83,7 +83,7 @@ def objective_of(name: str, task: Task, posterior: Posterior | None, budget: Bud
 
 @dataclass(frozen=True)
 class Student:
-    """A trained classifier: its last weights, and those of the checkpoint that was judged best, if one was to be."""
+    """A trained classifier: its last weights, and those of the best checkpoint, if checkpoints were judged."""
 
     last: nn.Module
     best: nn.Module | None
@@ -93,7 +93,7 @@ class Student:
 def train(
     task: Task, objective: Objective, seed: int, budget: Budget, *, judge: Callable[[nn.Module], float] | None = None
 ) -> Student:
-    """Train a student on all of the data; ``judge`` gives what the best weights have the least of."""
+    """Train a student on all of the data; the best weights are those with the lowest value of ``judge``."""
     torch.manual_seed(seed)
     generator = Generator().manual_seed(seed)
     model = task.student()

@@ -53,8 +53,8 @@ def section(cells: Sequence[Cell], figures: Path) -> str:
             "## Other dimensions, fewer labels",
             "",
             "The same mixtures from 2 to 128 dimensions. The means of their Gaussians are on average equally far "
-            "apart. In few dimensions some of the nine come close to each other all the same, so the classes overlap "
-            "more, as the Bayes accuracy shows. In many dimensions p_d is harder to estimate. Fewer objectives than "
+            "apart. In few dimensions some of the nine still come close to each other, so the classes overlap more, as "
+            "the Bayes accuracy shows. In many dimensions p_d is harder to estimate. There are fewer objectives than "
             "above: standard, PGD-AT KL, TRADES KL with β from 0.25 to 2, and TRADES with soft targets by the ensemble "
             "of joint energies. Evidence chooses between that ensemble and a kernel density of the training points.",
             "",

@@ -37,8 +37,8 @@ QUICK_STEPS = 8
 class FigureSettings:
     """Which figures, how often, and from what."""
 
-    # fig1, fig2, fig3, fig4 (also the paper's Fig. 5), fig6, fig7, certified (accuracy under noise), tables; none: all
-    # but fig7, which takes minutes
+    # fig1, fig2, fig3, fig4 (also the paper's Fig. 5), fig6, fig7, certified (accuracy under noise), tables; without a
+    # name all but fig7, which takes minutes
     names: tyro.conf.Positional[tuple[str, ...]] = ()
     out: Path = Path("runs/figures")  # folder of the files
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # of training points and initialisation; fig4 and certified take three
@@ -131,7 +131,7 @@ def check(settings: FigureSettings) -> tuple[str, ...]:
 
 
 def seeds_of(settings: FigureSettings) -> tuple[int, ...]:
-    """Those in force."""
+    """The seeds that are used."""
     return settings.seeds[:1] if settings.quick else settings.seeds
 
 

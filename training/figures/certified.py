@@ -58,7 +58,7 @@ STYLES = {
 
 
 class Fit(NamedTuple):
-    """One model: how it is trained, and whether in earnest."""
+    """One model: how it is trained, and whether in full."""
 
     method: str
     seed: int
@@ -103,7 +103,7 @@ def make(seeds: tuple[int, ...], *, jobs: int, quick: bool) -> Result:
     Args:
         seeds: of the trainings, of which the first SEEDS are taken.
         jobs: models side by side.
-        quick: hardly trains.
+        quick: train for a few steps only, to see that it runs.
     """
     seeds = seeds[:SEEDS]
     fits = [Fit(method, seed, quick) for method in METHODS for seed in seeds]

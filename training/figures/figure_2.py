@@ -1,8 +1,8 @@
 """Fig. 2: R_Standard, R_Madry and R_SCORE with six training points, five of class 0 and one of class 1.
 
-As Fig. 1, but for the points. Each draw has six points and an initialisation of its own. With the exact search there
-are DRAWS draws for each seed; with PGD-10, which takes longer, only the first of them. p_d(y|x) is known at the six
-points to the first two errors, and on the balls around them to R_SCORE.
+Everything but the points is as in Fig. 1. Each draw has six points and an initialisation of its own. With the exact
+search there are DRAWS draws for each seed; with PGD-10, which takes longer, only the first of them. The first two
+errors use p_d(y|x) at the six points, R_SCORE on the balls around them.
 
 Claims, in KL(p_d ‖ p_θ), the mean over p_d(x) in nats, after 500 steps:
 

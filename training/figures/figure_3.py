@@ -1,7 +1,7 @@
 """Fig. 3: R_SCORE^l2 falls and rises again while R_Madry^l2 is minimised, on the toy of Fig. 1.
 
 l2 is taken of the single number p(y=1|x), the paper's sigmoid output, so that C^l2 is the paper's. Over both classes
-every error is √2 times as much, and no step of Adam is another one.
+every error is √2 times as large; the steps of Adam are the same.
 
 Claims, for every seed:
 

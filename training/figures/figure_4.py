@@ -183,10 +183,10 @@ def make(source: Source, seeds: tuple[int, ...], *, score_from: Path | None, ima
         seeds: of these.
         score_from: posterior.pt with a score network; None takes a kernel density.
         images: the first so many test images are measured, at least SHOWN.
-        quick: hardly trains.
+        quick: train for a few steps only, to see that it runs.
 
     Raises:
-        InputError: something cannot be read, or the data are no images.
+        InputError: something cannot be read, or the data are not images.
     """
     if source.given:
         subject = source.read()

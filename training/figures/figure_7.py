@@ -21,7 +21,7 @@ def make(source: Source, eps: float | None, out: Path, *, quick: bool) -> None:
         source: the classifier, which must be given.
         eps: radius of the checks, in input units; None is that of the run.
         out: an existing folder.
-        quick: hardly attacks.
+        quick: attack with a few steps only, to see that it runs.
 
     Raises:
         InputError: no classifier is given, or it cannot be read.

@@ -125,7 +125,7 @@ def stored(folder: Path | None) -> list[Run]:
     if folder is None:
         return []
     if not folder.is_dir():
-        raise InputError(f"runs: {folder} is no folder, expected one with runs of training.run")
+        raise InputError(f"runs: {folder} is not a folder, expected one with runs of training.run")
     found = []
     for path in sorted(folder.rglob("summary.json")):
         settings = path.with_name("config.toml")

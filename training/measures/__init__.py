@@ -65,9 +65,9 @@ def robust(
 def autoattack(
     adversary: AutoAttack, x: Tensor, y: Tensor, *, batch: int = BATCH, state: Path | None = None
 ) -> dict[str, Any]:
-    """The report of ``adversary`` on x [N, ...] and y [N], goes on from the file ``state`` where it is there.
+    """The report of ``adversary`` on x [N, ...] and y [N]. It goes on from the file ``state``, if that exists.
 
-    Its warnings are printed as lines like all else it says.
+    Warnings are printed as lines, like everything else that AutoAttack says.
 
     Raises:
         InputError: data, model or state file are not what AutoAttack takes.
@@ -114,7 +114,7 @@ def share_of(count: int) -> int:
 
 
 def shared(measure: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
-    """The verdicts [N] bool of ``measure`` on x [N, ...] and y [N], the samples dealt out to the ranks of torchrun.
+    """The verdicts [N] bool of ``measure`` on x [N, ...] and y [N], with the samples shared among torchrun's processes.
 
     Every rank returns all verdicts. ``measure`` is never called without samples.
     """
@@ -148,8 +148,8 @@ def self_consistency(
 ) -> dict[str, Any]:
     """How far a classifier is from a known p_d, with 95 % intervals over the samples.
 
-    ``kl`` and ``r_score`` in nats, see :class:`scorematch.Consistency`; ``disagrees`` is the per cent of samples with a
-    point in B(x), among those of the search, at which the class is not the most likely one.
+    ``kl`` and ``r_score`` are in nats, see :class:`scorematch.Consistency`. ``disagrees`` is the share of samples, in
+    per cent, for which the search met a point of B(x) where the model's class is not the most likely one of p_d.
     """
     training_mode = model.training
     model.eval()

@@ -33,8 +33,8 @@ def certify(
 ) -> dict[str, Any]:
     """Certify each sample of x [N, …] with labels y [N]; accuracies in per cent, lengths in input units.
 
-    Without ``radii`` the accuracy is told at multiples of σ/2 up to the largest radius that n votes can give. Under
-    torchrun the samples are dealt out; the noise of a sample does not depend on that.
+    Without ``radii`` the accuracy is given at multiples of σ/2 up to the largest radius that n votes can give. Under
+    torchrun the samples are shared among the processes; the noise of a sample does not depend on that.
 
     Raises:
         InputError: the model does not return finite logits.

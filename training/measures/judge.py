@@ -1,8 +1,8 @@
 """Are generated images of their class, and how far is their distribution from that of the training images?
 
-A classifier is trained on validation and test images alone, which no score network has seen. It names the samples; and
-the Fréchet distance between Gaussians fitted to its features of samples and of training images tells the distributions
-apart (Heusel et al., NeurIPS 2017, who take the features of an Inception network).
+A classifier, the judge, is trained on validation and test images alone, which no score network is trained on. It says
+which class each sample shows. The Fréchet distance between Gaussians fitted to its features of samples and of training
+images compares the two distributions (Heusel et al., NeurIPS 2017, who take the features of an Inception network).
 """
 
 import math
@@ -54,7 +54,7 @@ def train(loaded: Data, epochs: int | None, seed: int) -> nn.Module:
 
 
 def measure(judge: nn.Module, x: Tensor, y: Tensor, loaded: Data) -> dict[str, float]:
-    """What the judge says of samples x [N, …] of classes y [N], and of training images beside them."""
+    """What the judge says about samples x [N, …] of classes y [N], and about training images for comparison."""
     return {
         "count": float(len(x)),
         "recognised": measures.per_cent(measures.correct(judge, x, y)),
@@ -68,8 +68,8 @@ def measure(judge: nn.Module, x: Tensor, y: Tensor, loaded: Data) -> dict[str, f
 def frechet_distances(features: Features, x: Tensor, loaded: Data, seed: int) -> dict[str, float]:
     """The Fréchet distances of samples x [N, …], and of as many training images, to all other training images.
 
-    Few images are far from anything, hence the second figure. At most half of the training images are drawn, and as
-    many samples, so that both figures have the same bias.
+    A small number of images always has some distance, so the second figure is there to compare with. At most half of
+    the training images are drawn, and as many samples, so that both figures have the same bias.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(loaded.x_train), generator=generator).to(x.device)
@@ -120,7 +120,7 @@ def load_features(path: Path, device: torch.device) -> Features:
     """The features of a TorchScript module that takes images uint8 [N, 3, H, W], as published Inception networks do.
 
     Raises:
-        InputError: the file is none, or the module does not give [N, F].
+        InputError: there is no such file, or the module does not give [N, F].
     """
     if not path.is_file():
         raise InputError(f"feature_network: {path}: no such file, expected a TorchScript module")

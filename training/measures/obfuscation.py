@@ -45,12 +45,12 @@ def radii(threat_model: ThreatModel, features: int) -> list[float]:
             grid.append(eps * factor)
             factor *= 2
         grid = [*(radius for radius in grid if radius < diameter), diameter]
-    # A radius of the grid that is eps but for rounding is eps.
+    # A radius of the grid that equals eps up to rounding is eps.
     return sorted([eps, *(radius for radius in grid if not math.isclose(radius, eps, rel_tol=1e-6))])
 
 
 class _Attacks:
-    """The attacks on one classifier. Each returns which samples stand, [N] bool, and moves the progress bar."""
+    """The attacks on one classifier. Each returns which samples it does not fool, bool [N], and moves the bar."""
 
     def __init__(self, model: nn.Module, x: Tensor, y: Tensor, seed: int, batch: int, progress: tqdm) -> None:
         self.model, self.x, self.y = model, x, y
@@ -58,7 +58,7 @@ class _Attacks:
         self.done = 0  # samples
 
     def _survivors(self, standing: Tensor, name: str, verdict: Verdict) -> Tensor:
-        """Which of the samples that stand do so still after ``verdict``, [N] bool."""
+        """Which of the samples ``standing`` are still robust after ``verdict``, bool [N]."""
         self.progress.set_description(name, refresh=sys.stderr.isatty())
         rows = standing.nonzero().squeeze(1)
         after = torch.zeros_like(standing)
@@ -68,7 +68,7 @@ class _Attacks:
         return after
 
     def _under(self, perturb: Perturb, x: Tensor, y: Tensor) -> Tensor:
-        """Which samples stand at the points of ``perturb``, [N] bool."""
+        """Which samples are classified correctly at the points of ``perturb``, bool [N]."""
         parts = []
         for xs, ys in zip(x.split(self.batch), y.split(self.batch), strict=True):
             parts.append(measures.correct(self.model, perturb(xs, ys), ys))
@@ -189,8 +189,9 @@ def checks(
 
     Args:
         accuracies: per cent under PGD, from eps 0 to the largest.
-        base: [N] bool, which samples stand under PGD at the eps that is judged.
-        found: [N] bool, which samples stand under each of the other attacks; those on ``base`` alone are subsets of it.
+        base: bool [N], which samples are robust under PGD at the eps that is judged.
+        found: bool [N], which samples are robust under each of the other attacks. Attacks that run on ``base`` alone
+            give subsets of it.
         steps, restarts: of that PGD.
     """
     values = list(accuracies.values())
@@ -233,7 +234,8 @@ def checks(
             "random points are weaker than PGD",
             lead("random"),
             0.0,
-            f"{RANDOM_POINTS} points a sample leave {measures.per_cent(found['random']):.1f} %, PGD {judged:.1f} %",
+            f"{RANDOM_POINTS} points for each sample leave {measures.per_cent(found['random']):.1f} %, "
+            f"PGD {judged:.1f} %",
         ),
         row(
             "queries find nothing that gradients miss",

@@ -47,8 +47,11 @@ def build(
         input_shape: shape of one input.
         num_classes: L.
         statistics: of the data set, for architectures of this package that normalise; None leaves the pixels alone.
-        pretrained: of timm: with its trained weights, see :func:`training.models.from_timm.timm_model`.
-        weights: False leaves them out, for those of a checkpoint.
+        pretrained: for ``timm:NAME``, with its trained weights, see :func:`training.models.from_timm.timm_model`.
+        weights: False leaves these weights out, for a network that gets those of a checkpoint.
+
+    Raises:
+        InputError: there is no such classifier, or it cannot be built for such inputs.
     """
     if pretrained and not name.startswith(from_timm.PREFIX):
         raise InputError(f"pretrained: True with model {name}, allowed: with {from_timm.PREFIX}NAME")

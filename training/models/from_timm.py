@@ -46,7 +46,7 @@ def timm_model(
     Args:
         name: a name that ``timm.list_models()`` lists, with a tag of its weights if you like (``resnet18.a1_in1k``).
         input_shape: (C, H, W); networks of a fixed image size are built for H × W.
-        num_classes: number of logits; the last layer is a new one where the weights have another number.
+        num_classes: number of logits; the last layer is a new one if the trained weights have another number.
         pretrained: with trained weights, from timm's cache or downloaded, and normalised as these expect; otherwise
             untrained, and with pixels as they are.
         weights: False builds what ``pretrained`` asks for and leaves the weights out, for those of a checkpoint.

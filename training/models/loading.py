@@ -36,13 +36,13 @@ def load(
 
     Args:
         source: a checkpoint of training.run (best.pt), SCORE's published .pt, any state dict of an architecture of
-            :mod:`training.models` (RobustBench's among them), or ``module:function``. A function is called with
-            those of ``input_shape`` and ``num_classes`` that it takes by name. Files are read with
-            ``weights_only=True`` and loaded strictly.
-        model: architecture, a name of :mod:`training.models`. A checkpoint of training.run knows its own; of a bare
-            state dict depth and width are inferred, but not ReLU or SiLU, which no weight tells.
-        data: data set whose inputs the classifier takes, a name or, of one's own, the data themselves; None is that of
-            the checkpoint, and CIFAR-10 for all else.
+            :mod:`training.models` (RobustBench's among them), or ``module:function``. A function gets those of the
+            arguments ``input_shape`` and ``num_classes`` that it names. Files are read with ``weights_only=True`` and
+            loaded strictly.
+        model: architecture, a name of :mod:`training.models`. A checkpoint of training.run names its own. For a bare
+            state dict depth and width are inferred, but not ReLU or SiLU, which have no weights.
+        data: data set whose inputs the classifier takes: a name, or the data themselves if they are the user's own.
+            None is that of the checkpoint, and CIFAR-10 for everything else.
         num_classes: number of logits; None is that of the data set.
         input_shape: shape of one input; None is that of the data set.
         device: where the classifier goes.
@@ -99,8 +99,9 @@ def data_format(name: str) -> tuple[tuple[int, ...], int]:
 
 
 def infer(weights: Mapping[str, Tensor]) -> tuple[str, int] | None:
-    """Architecture (its ReLU form) and number of classes that keys and shapes tell; None where they are no network's
-    of this package.
+    """The architecture (its ReLU form) and the number of classes, inferred from the keys and shapes of a state dict.
+
+    None if no network of this package has such keys.
     """
     head = weights.get("logits.weight", weights.get("linear.weight"))
     if head is None or head.ndim != 2:
@@ -174,7 +175,7 @@ def _from_weights(
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise InputError(f"model_from: {path} is no file, expected a checkpoint, a state dict or module:function")
+        raise InputError(f"model_from: {path} is not a file, expected a checkpoint, a state dict or module:function")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the bytes of a file that is no checkpoint

@@ -34,8 +34,8 @@ from training.settings.errors import InputError
 
 POINTS = 500  # held-out points of the audit
 DENSITY_POINTS = 5000  # training points under a kernel density
-GAP = 1.1  # held-out denoising loss over that of the training data, from which a network memorises
-CALIBRATED = 0.05  # expected calibration error that is small
+GAP = 1.1  # held-out loss over that on training data; above it a network counts as memorising
+CALIBRATED = 0.05  # largest expected calibration error that counts as small
 ANCHORS = {
     "classifier": "score network from classifier",
     "kernel_density": "score network from kernel density",
@@ -77,7 +77,7 @@ def write(
     temperature: bool = True,
     people: Tensor | None = None,
 ) -> str:
-    """Search, audit, write; returns the verdict in words.
+    """Search, audit and write the files; returns findings and verdict, a line each.
 
     Args:
         posterior: the trained networks.
@@ -116,7 +116,7 @@ def write(
 
 
 def candidates(posterior: ScoreNetwork) -> list[Candidate]:
-    """Every noise level with every anchor that knows no label of the point it is asked about."""
+    """Every noise level with every anchor that is not given the label of the point."""
     sigmas = sorted({*scores.SIGMAS, posterior.sigma})
     anchors = ["kernel_density"]
     if isinstance(posterior.anchor, NoiseConditionalClassifier):
@@ -218,11 +218,11 @@ class Finding(NamedTuple):
 
     @property
     def mark(self) -> str:
-        return "good:" if self.good else "mind:"
+        return "good:" if self.good else "note:"
 
 
 def judged(found: dict[str, Any]) -> list[Finding]:
-    """What the numbers say, one sentence each."""
+    """What the numbers say: findings of one sentence each."""
     chosen = found["chosen"]
     row = next(row for row in found["losses"] if row["sigma"] == chosen["sigma"])
     ratio = row["held_out"] / row["train"]
@@ -235,16 +235,16 @@ def judged(found: dict[str, Any]) -> list[Finding]:
             ratio <= GAP,
             f"at σ {chosen['sigma']:g} the {found['loss']} on held-out data is {abs(100 * (ratio - 1)):.0f} % "
             f"{'above' if ratio > 1 else 'below'} that on training data: "
-            f"{'no memory to speak of' if ratio <= GAP else 'the network memorises'}",
+            f"{'the network does not memorise' if ratio <= GAP else 'the network memorises'}",
         ),
         Finding(
             value["moved"] > found["guess"],
-            f"labels of held-out points that are moved by noise as long as the attack get {value['moved']:.3f} nats; "
-            f"guessing by the frequency of the classes gets {found['guess']:.3f}",
+            f"held-out points moved by noise as long as the attack: their labels get {value['moved']:.3f} nats on "
+            f"average; guessing by the frequency of the classes gets {found['guess']:.3f}",
         ),
         Finding(
             error <= CALIBRATED,
-            f"there its confidence is off by {100 * error:.1f} percentage points (expected calibration error)",
+            f"at these points its expected calibration error is {100 * error:.1f} percentage points",
         ),
         Finding(
             share <= CLOSED,
@@ -264,7 +264,7 @@ def judged(found: dict[str, Any]) -> list[Finding]:
         Finding(
             found["posterior_robust_acc"] > 0.5 * found["posterior_clean_acc"],
             f"as a classifier of its own it is right on {found['posterior_clean_acc']:.1f} % and, under an attack on "
-            f"itself, on {found['posterior_robust_acc']:.1f} %: there a student would end that follows it all the way",
+            f"itself, on {found['posterior_robust_acc']:.1f} %: a model that follows it exactly would end there",
         ),
     ]
     if "people" in found:
@@ -272,8 +272,8 @@ def judged(found: dict[str, Any]) -> list[Finding]:
         findings.append(
             Finding(
                 rank > 0,
-                f"people who labelled the test images are {kl:.3f} nats away from it (KL), and what is ambiguous to "
-                f"them is so to it with a rank correlation of {rank:.2f}",
+                f"the KL divergence between the labels that people gave to the test images and the posterior is "
+                f"{kl:.3f} nats; the rank correlation of the entropies, of people and posterior, is {rank:.2f}",
             )
         )
     return findings
@@ -301,7 +301,7 @@ def read_people(path: Path, data: Data) -> Tensor:
         given = f"{values.dtype} {list(values.shape)}"
         raise InputError(f"human_labels: {path} holds {given}, allowed: probabilities {list(wanted)} of the test split")
     if (values < 0).any() or not np.allclose(values.sum(1), 1, atol=1e-3):
-        raise InputError(f"human_labels: {path} has rows that are no distribution, allowed: sums of 1")
+        raise InputError(f"human_labels: {path} has rows that are not distributions, allowed: sums of 1")
     return torch.from_numpy(values)
 
 

@@ -164,7 +164,7 @@ def page(comparison: Comparison) -> str:
 
 def _how_many(seeds: int) -> str:
     if seeds == 1:
-        return "One seed, hence no interval,"
+        return "One seed, so there is no interval,"
     return (
         f"Means over {seeds} seeds ± half the width of Student's 95 % interval over seeds, which covers the randomness "
         "of training, not that of the test set; differences are paired by seed;"
@@ -278,7 +278,7 @@ def path_sections(comparison: Comparison) -> list[str]:
         return []
     note = (
         "<p>The first test samples, attacked by the cross-entropy of the trained model. The target of direct SCORE is "
-        "the posterior at the attacked point; a surrogate would ask for 1 all the way.</p>"
+        "the posterior at the attacked point; the target of a surrogate would be 1 at every step.</p>"
     )
     return ["<h2>Target posteriors along an attack</h2>", note, *sections]
 
@@ -316,8 +316,8 @@ def gradient_section(comparison: Comparison) -> list[str]:
     if audits:
         header = ["posterior of", "accuracy, clean, %", "accuracy under an attack on itself, %"]
         section += [
-            "<p>The posteriors as classifiers by themselves: where direct SCORE would lead at zero loss. That is no "
-            "bound, since a student may stop short of it or do better.</p>",
+            "<p>The posteriors as classifiers by themselves: a model at zero loss of direct SCORE would have these "
+            "accuracies. They are not bounds: a trained model can be below or above them.</p>",
             pages.table([header, *audits]),
         ]
     return section

@@ -215,7 +215,7 @@ def fooled(examples: Mapping[str, np.ndarray], names: Sequence[str], box: tuple[
 def posteriors_along_attack(paths: Mapping[str, Any], *, name: str, family: str) -> Figure:
     """For each sample its clean and attacked image, and below p(true class) of posterior and model against the step.
 
-    Samples that are no images have no picture.
+    Samples that are not images have no picture.
     """
     samples = len(paths["label"])
     images = np.ndim(paths["clean"]) == 4

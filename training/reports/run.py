@@ -54,7 +54,7 @@ def page(out: Path) -> str:
         pages.table([["", ""], *costs(summary)], "facts"),
         "<h2>Configuration</h2>",
         pages.folded("config.toml: all settings of the run", (out / "config.toml").read_text()),
-        pages.folded("go on with it", commands(out, summary)),
+        pages.folded("commands to go on with", commands(out, summary)),
     ]
     return pages.page(title, sections)
 
@@ -71,7 +71,7 @@ def conclusion(summary: Mapping[str, Any]) -> str:
     )
     gap = summary["pgd_acc"] - summary["autoattack_acc"]
     if summary["autoattack_samples"] == summary["split"]["test"] and gap > 5:
-        text += f" PGD alone leaves {gap:.1f} points more: it is too weak to judge this model by."
+        text += f" PGD alone finds it right on {gap:.1f} points more: PGD is too weak for this model."
     return text
 
 
@@ -94,17 +94,17 @@ def rows(summary: Mapping[str, Any]) -> list[list[str]]:
     if "disagrees" in summary:
         found += [
             ["KL(p_d, model)", f"{summary['kl']:.5f} nat"],
-            ["another class than p_d in the ball", f"{summary['disagrees']:.1f} %"],
+            ["samples with another class than p_d's in the ball", f"{summary['disagrees']:.1f} %"],
         ]
     if summary["data_gradient_ratio"] is not None:
         found += [
             ["data gradient / model gradient", f"{100 * summary['data_gradient_ratio']:.2f} %"],
-            ["step signs it changes", f"{100 * summary['sign_change_share']:.2f} %"],
+            ["signs of steps that the data gradient changes", f"{100 * summary['sign_change_share']:.2f} %"],
         ]
     if "posterior_robust_acc" in summary:
         clean = summary["posterior_clean_acc"]
         shown = "anchored at the labels" if clean is None else f"{clean:.1f} % clean"
-        shown += f", {summary['posterior_robust_acc']:.1f} % attacked itself"
+        shown += f", {summary['posterior_robust_acc']:.1f} % under an attack on itself"
         if "posterior_samples" in summary:
             shown += f" ({summary['posterior_samples']} samples)"
         found.append(["the posterior's own accuracy", shown])
@@ -119,7 +119,7 @@ def costs(summary: Mapping[str, Any]) -> list[list[str]]:
         ["evaluation", f"{summary['eval_seconds']:.0f} s"],
     ]
     if (report := summary.get("autoattack")) is not None:
-        found.append(["of it AutoAttack", f"{report['seconds']:.0f} s"])
+        found.append(["AutoAttack, part of the evaluation", f"{report['seconds']:.0f} s"])
     found += [
         [
             "device",
@@ -204,7 +204,7 @@ def posterior_section(out: Path, summary: Mapping[str, Any]) -> list[str]:
     return [
         "<h2>Target posteriors along an attack</h2>",
         "<p>The first test samples, attacked by the cross-entropy of the trained model. The target of direct SCORE is "
-        "the posterior at the attacked point; a surrogate would ask for 1 all the way.</p>",
+        "the posterior at the attacked point; the target of a surrogate would be 1 at every step.</p>",
         plots.as_image(figure, f"target posteriors, {name}"),
     ]
 

@@ -29,6 +29,9 @@ def parse(
     """The settings that ``arguments`` describe, over ``default``; ``--help`` prints the options and exits 0.
 
     With a ``layout`` that help is arranged in groups, and ``-h`` prints the most important options alone.
+
+    Raises:
+        InputError: an option is unknown, or a value is not what it must be.
     """
     asked = help_page.wanted(arguments)
     if layout is not None and asked is not None:

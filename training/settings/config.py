@@ -1,7 +1,7 @@
 """The typed configuration of a run: dataclass defaults, then a recipe, then the command line.
 
-The defaults below are overlaid by the recipe of the data set (``recipes/<data>.toml``; of one's own data
-``recipes/own-KIND.toml``, the kind told by the shape of an input), then by ``--recipe`` where one is given, then by
+The defaults below are overlaid by the recipe of the data set (``recipes/<data>.toml``; for the user's own data
+``recipes/own-KIND.toml``, where the shape of an input decides the kind), then by ``--recipe`` if one is given, then by
 options. A key that no field has is an error.
 """
 
@@ -66,12 +66,12 @@ class RunSettings:
     download: bool = False  # let torchvision download CIFAR into that folder where it is missing
     shift: int = 0  # augmentation: random shift of the training images by up to this many pixels; 0 turns it off
     flip: bool = False  # augmentation: mirror half of the training images, left to right
-    cutmix: float = 0.0  # augmentation: share of the batches with a patch of another image in each (CutMix); 0: none
+    cutmix: float = 0.0  # augmentation: share of the batches in which images get patches of others (CutMix); 0: none
     generated: tuple[Path, ...] = ()  # files of generated images mixed into each batch (.npz, see docs/data.md)
     original_share: float | None = None  # share of original images in a batch with generated ones; None is .3
     originals_only: bool = False  # train a recipe that has such a share without generated images
-    # CIFAR, SVHN: so many first training images validate, None is 1,024. folder: so many, of each class the same share,
-    # None is a tenth, or what DIR/validation holds. 0: none
+    # number of training images kept for validation; 0 keeps none. CIFAR, SVHN: the first ones, None is 1,024. folder:
+    # the same share of each class, None is a tenth, or what DIR/validation holds
     validation_size: int | None = None
     model: str = "digits_cnn"  # classifier: a name of training.models, timm:NAME, or module:function of your own
     pretrained: bool = False  # timm:NAME: start from its trained weights, in timm's cache or downloaded
@@ -81,10 +81,10 @@ class RunSettings:
     eps: float = 0.15  # radius of the perturbation, in input units
     step_size: float | None = None  # length of one step of any attack, in input units; None is eps / 4
     attack: Attack = "pgd"  # attack during training; fgsm_rs and n_fgsm are one step of a length of their own
-    free_replays: int = 0  # pgd_at: free adversarial training, passes over each batch; 0 searches x' by the attack
+    free_replays: int = 0  # pgd_at: passes over each batch in free adversarial training; 0 turns it off
     steps: int = 10  # steps of PGD during training
     attack_start: Literal["uniform", "gaussian"] | None = None  # where that attack starts; None is the objective's own
-    attack_mode: Literal["eval", "train", "frozen"] | None = None  # batch norm in that attack; None as for start
+    attack_mode: Literal["eval", "train", "frozen"] | None = None  # batch norm in it; None is the objective's own
 
     # Objective
     beta: float = 4.0  # TRADES: weight of the robust term
@@ -104,7 +104,8 @@ class RunSettings:
     posterior_from: Path | None = None  # posterior.pt of an earlier run, used instead of training one
     posterior_settings: PosteriorSettings = field(default_factory=PosteriorSettings)
     target_mix: float = 1.0  # score_direct: m of the target p(y|x)^(1-m) p(y|x')^m, how far it follows x'
-    data_gradient: DataGradient = "scores"  # score_direct: in its attack; noise: of the same length, a control
+    # score_direct: data gradient in its attack: as it is, left out, or replaced by noise of its length (a control)
+    data_gradient: DataGradient = "scores"
     # trades with a posterior: how far the target q(x) moves with log p(y|x'); None is 1, with soft_targets 0
     transport: float | None = None
     soft_targets: bool = False  # all but score_direct: the posterior's p(y|x), x augmented, in the place of labels
@@ -127,9 +128,9 @@ class RunSettings:
     cycle_momentum: bool = False  # onecycle: momentum (adam: beta1) falls from .95 to .85 and rises again
     milestones: tuple[int, ...] = ()  # multistep: epochs after which the rate is multiplied by lr_decay
     lr_decay: float = 0.1  # multistep: factor at each milestone
-    averaging: float = 0.0  # decay a step of the exponential average of the weights that is evaluated; 0 turns it off
+    averaging: float = 0.0  # decay per step of the exponential average of weights that is evaluated; 0 turns it off
     averaging_warmup: float = 0.0  # share of the steps during which the average only follows the weights
-    averaging_ramp: bool = False  # after these its decay is at most (1 + d) / (10 + d), d steps later
+    averaging_ramp: bool = False  # after these steps the decay is at most (1 + d) / (10 + d) in the d-th step
     averaging_buffers: Literal["average", "copy"] = "average"  # statistics of batch norm: averaged, or the model's own
     batchnorm_momentum: float | None = None  # weight of a new batch in running statistics; None is the model's own
     batchnorm_first: bool = False  # in the first step that weight is 1: the statistics start from the data
@@ -148,10 +149,10 @@ class RunSettings:
     selection: Literal["best", "last"] = "best"
     validate_every: int = 1  # epochs between validations (clean and PGD); the last epoch is always validated
     validation_steps: int = 10  # PGD steps of a validation
-    validation_losses: tuple[str, ...] = ("ce",)  # what it ascends; a sample must withstand all
+    validation_losses: tuple[str, ...] = ("ce",)  # losses that it increases; a robust sample withstands all
     eval_steps: int = 40  # PGD steps of the final evaluation, per restart
     eval_restarts: int = 2  # random starts of the final evaluation, per loss
-    eval_losses: tuple[str, ...] = ("ce", "margin")  # what the final PGD ascends; a sample must withstand all
+    eval_losses: tuple[str, ...] = ("ce", "margin")  # losses of the final PGD; a robust sample withstands all
     curve_points: int = 6  # perturbation sizes in (0, 2 eps] of the accuracy curve; 0 leaves it out
     autoattack: AutoAttackVersion = "standard"  # AutoAttack at eps, on images: fast leaves FAB and Square out
     autoattack_samples: int = 0  # the first so many test samples go through AutoAttack; 0 is all
@@ -344,14 +345,16 @@ def validate(settings: RunSettings) -> None:
 
 
 def validate_for(settings: RunSettings, form: Format) -> None:
-    """Refuse what the data do not allow; of one's own data that is known only when they are there."""
+    """Refuse settings that the data do not allow; for the user's own data this is known only once they are read."""
     if not data_sets.is_own(settings.data):
         return
     shape, name = list(form.input_shape), settings.data
     if len(shape) != 3:
         for option in ("shift", "flip", "cutmix", "generated"):
             if value := getattr(settings, option):
-                raise InputError(f"{option}: {value} on {name}, whose inputs {shape} are no images, allowed: not there")
+                raise InputError(
+                    f"{option}: {value} on {name}, whose inputs {shape} are not images, allowed: on images"
+                )
     in_box = (form.lower, form.upper) == (0.0, 1.0)
     if settings.autoattack != "none" and (len(shape) != 3 or not in_box):
         given = f"inputs {shape} from {form.lower:g} to {form.upper:g}"
@@ -377,10 +380,10 @@ def own_kind(input_shape: Sequence[int]) -> OwnKind:
 
 
 def resolved_posterior(settings: PosteriorSettings, data: DataName, input_shape: Sequence[int]) -> PosteriorSettings:
-    """The settings of a posterior with what is left open filled in by what was tuned for the data set.
+    """The settings of a posterior, with those that are left open set to what was tuned for the data set.
 
-    For one's own data that is what was tuned for a data set of such inputs; a U-Net, which halves images twice, gives
-    way to plain convolutions where they cannot be.
+    For the user's own data this is what was tuned for a data set of similar inputs. A U-Net halves images twice; where
+    their size does not allow this, plain convolutions take its place.
     """
     if not data_sets.is_own(data):
         return settings.resolved(data)
@@ -627,9 +630,9 @@ def _construct(settings: type[PosteriorSettings], values: dict[str, Any], where:
 
 
 def with_posterior(settings: RunSettings) -> RunSettings:
-    """``--posterior NAME`` decides the name inside ``posterior_settings``, and the data set what is left open there.
+    """The settings with ``posterior_settings`` completed: its name is that of ``--posterior``.
 
-    Without it score_direct takes a score network.
+    Values that are left open are those of the data set. Without ``--posterior`` score_direct takes a score network.
     """
     if settings.posterior is None and settings.objective == "score_direct":
         settings = dataclasses.replace(settings, posterior="score_network")

@@ -9,7 +9,7 @@ from types import FrameType
 
 
 class InputError(Exception):
-    """Arguments or input that cannot be used; the message says what was given and what is allowed, on one line."""
+    """Arguments or input that cannot be used. The message is one line: what was given, and what is allowed."""
 
 
 class StopError(Exception):
@@ -41,7 +41,13 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def interrupts_deferred() -> Iterator[Callable[[], str | None]]:
-    """Within it the first SIGINT or SIGTERM waits: the function yielded names it. A second one interrupts at once."""
+    """A context in which the first SIGINT or SIGTERM waits; the function that it yields names that signal.
+
+    A second signal interrupts at once.
+
+    Raises:
+        Interrupted: at the end of the block, if a signal came.
+    """
     _Deferral.active, _Deferral.waiting = True, None
     try:
         yield lambda: _Deferral.waiting
@@ -52,7 +58,7 @@ def interrupts_deferred() -> Iterator[Callable[[], str | None]]:
 
 
 def out_of_memory(error: BaseException) -> str | None:
-    """What the allocator says where ``error`` is one of memory, of the CPU or of a GPU; None for any other."""
+    """What the allocator says, if ``error`` means that the CPU or a GPU is out of memory; None for other errors."""
     of_torch = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
     if not (isinstance(error, MemoryError) or of_torch):
         return None

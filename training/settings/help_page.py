@@ -16,8 +16,8 @@ BOLD, PLAIN = "\033[1m", "\033[0m"
 class Layout:
     """How the options of a program are arranged, named as the fields of its settings are.
 
-    ``first`` are those that matter first. ``groups`` maps the title of a group to its first field; what follows
-    belongs to it, up to the first field of the next group.
+    ``first`` are the most important ones. ``groups`` maps the title of a group to its first field; the fields after it
+    belong to the group, up to the first field of the next one.
     """
 
     first: tuple[str, ...]

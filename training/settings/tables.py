@@ -12,9 +12,13 @@ from training.settings.errors import InputError, unknown_name
 
 
 def typed_table(table: object, settings: type, where: str, exclude: Sequence[str] = ()) -> dict[str, Any]:
-    """``table`` with every value of the type that the field of ``settings`` has; an unknown key is an error."""
+    """``table`` with every value converted to the type of its field in ``settings``.
+
+    Raises:
+        InputError: a key is unknown, or a value has another type.
+    """
     if not isinstance(table, dict):
-        raise InputError(f"{where}: {table!r} is no table")
+        raise InputError(f"{where}: {table!r} is not a table")
     hints = typing.get_type_hints(settings)
     allowed = [f.name for f in dataclasses.fields(settings) if f.name not in exclude]
     for key in table:
