@@ -38,7 +38,7 @@ run: build
 
 test: lint
 	@echo "== tests"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 soak: build
 	SCOREMATCH_SOAK=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)

@@ -18,6 +18,37 @@ if KERNELS := os.environ.get("SCOREMATCH_KERNELS"):
 
     torch.ops.load_library(KERNELS)
 
+# Files that take longest, first: then no process is left with one of them while the others have nothing to do.
+LONGEST = [
+    f"tests/{file}.py"
+    for file in (
+        "ops/test_emulated_device",
+        "training/test_experiments",
+        "training/test_distributed",
+        "ops/test_sanitizers",
+        "training/test_kills",
+        "ops/test_build",
+        "training/test_own_data",
+        "library/test_accuracy_curve",
+        "training/test_scores",
+        "training/test_posteriors",
+        "training/test_run",
+        "training/test_evaluate",
+        "training/test_compare",
+        "training/test_plan",
+        "test_devices",
+        "library/test_autoattack_box",
+        "test_docs",
+        "training/test_command_line",
+        "training/test_loop",
+        "training/test_generate",
+        "training/test_resume",
+        "library/test_autoattack_models",
+        "library/test_autoattack",
+    )
+]
+
+ROOT = Path(__file__).resolve().parents[1]
 SOAKING = "SCOREMATCH_SOAK" in os.environ
 DONE = Path(os.environ.get("SCOREMATCH_SOAK_DONE", "build/soak-done.txt"))  # tests that have passed, a line each
 
@@ -28,6 +59,8 @@ settings.load_profile("scorematch")
 @pytest.hookimpl(trylast=True)  # after hypothesis has marked the tests that draw
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not SOAKING:
+        place = {ROOT / file: number for number, file in enumerate(LONGEST)}
+        items.sort(key=lambda item: place.get(item.path, len(place)))
         return
     done = set(DONE.read_text().splitlines()) if DONE.exists() else set()
     draws = [item for item in items if any(map(item.get_closest_marker, ("hypothesis", "soak")))]

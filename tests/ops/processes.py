@@ -12,10 +12,12 @@ ROOT = Path(__file__).resolve().parents[2]
 def run_pytest(
     tests: Sequence[str], environment: Mapping[str, str], *options: str, timeout: float | None = 600
 ) -> subprocess.CompletedProcess[str]:
+    # The processes of a soak test run whole tests, unless they are told to soak, too.
+    inherited = {name: value for name, value in os.environ.items() if name != "SCOREMATCH_SOAK"}
     return subprocess.run(
         # -s: what the sanitizers print, as the process ends, is not to be captured in it
         [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", *tests, *options],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environment},
+        env={**inherited, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environment},
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -62,21 +62,22 @@ def nvcc() -> str:
     pytest.skip("no CUDA toolkit")
 
 
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("source", sorted(path.name for path in (ROOT / "csrc/cuda").glob("*.cu")))
-def test_cuda_compiles_without_spills(source, nvcc, tmp_path):
+def test_cuda_compiles_without_spills(source, architecture, nvcc, tmp_path):
+    """The code for the device alone: the build compiles what runs on the host."""
     from torch.utils.cpp_extension import include_paths
 
-    architectures = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in (80, 90)]
     includes = [f"-I{path}" for path in include_paths()]
     flags = ["-std=c++20", "-O3", "-Werror", "all-warnings", "-DUSE_CUDA", "--expt-relaxed-constexpr", "-Xptxas", "-v"]
-    command = [nvcc, "-c", *flags, *architectures, "--threads", "2", *includes, str(ROOT / "csrc/cuda" / source)]
-    result = run([*command, "-o", str(tmp_path / "kernel.o")])
-    assert result.returncode == 0, result.stdout + result.stderr
+    command = [nvcc, "-cubin", f"-arch={architecture}", *flags, *includes, str(ROOT / "csrc/cuda" / source)]
+    result = run([*command, "-o", str(tmp_path / "kernel.cubin")])
     report = result.stdout + result.stderr
+    assert result.returncode == 0, report
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", report)]
-    assert len(spills) >= 4, report
+    assert len(spills) >= 2, report
     assert not any(spills), report
-    assert {"sm_80", "sm_90"} <= set(re.findall(r"for '(sm_\d+)'", report))
+    assert f"for '{architecture}'" in report
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

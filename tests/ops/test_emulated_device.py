@@ -34,6 +34,12 @@ SCHEDULES = {
     "1": f"{SELECTED} and not (float16 or float64)",
 }
 
+# What is longer than the rest and finds little that the rest does not: with `make soak`.
+LONG = [
+    pytest.mark.soak,
+    pytest.mark.skipif("SCOREMATCH_SOAK" not in os.environ, reason="takes long; others of its kind run here"),
+]
+
 pytestmark = [
     pytest.mark.skipif(build.runtime_libraries() is None, reason="needs g++ with its address sanitizer (libasan)"),
     pytest.mark.skipif("SCOREMATCH_EMULATED_DEVICE" in os.environ, reason="these tests make processes like this one"),
@@ -58,7 +64,7 @@ class Run(NamedTuple):
     launches: list[tuple[str, int, int]]  # a kernel, the blocks that were asked for, the blocks that there were
 
 
-@pytest.fixture(scope="module", params=SCHEDULES)
+@pytest.fixture(scope="module", params=["first", "last", pytest.param("1", marks=LONG)])
 def whole_run(request: pytest.FixtureRequest, library: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     log = tmp_path_factory.mktemp("launches") / "log"
     result = run_tests(library, OPERATORS, SCHEDULES[request.param], request.param, SCOREMATCH_LAUNCHES=str(log))
@@ -153,8 +159,18 @@ MUTANTS = {
     ),
 }
 
+SHORT = {  # one of each kind: a race, a block that is stuck, rows left out, an address outside
+    "no barrier before a reduction is read",
+    "a barrier that some threads pass by",
+    "a grid stride that leaves rows out",
+    "a read beyond the end",
+}
 
-@pytest.mark.parametrize("mutant", MUTANTS.values(), ids=list(MUTANTS))
+
+@pytest.mark.parametrize(
+    "mutant",
+    [pytest.param(mutant, id=name, marks=[] if name in SHORT else LONG) for name, mutant in MUTANTS.items()],
+)
 def test_a_mutant_is_found(mutant, tmp_path):
     csrc = build.copy_sources(tmp_path)
     build.substitute(csrc / mutant.changed, mutant.old, mutant.new)

@@ -19,7 +19,7 @@ def test_sanitized_operators(sanitizer, instruction_set, tmp_path):
     if build.runtime_libraries(sanitizer) is None:
         pytest.skip(f"needs g++ with {build.SANITIZERS[sanitizer].library}")
     library = build.build(tmp_path, sanitizer, instruction_set)
-    done = {"SCOREMATCH_SOAK_DONE": f"build/soak-done-{sanitizer}-{instruction_set}.txt"}
+    done = {"SCOREMATCH_SOAK": "1", "SCOREMATCH_SOAK_DONE": f"build/soak-done-{sanitizer}-{instruction_set}.txt"}
     variables = {**build.variables(library, sanitizer), **done}
     result = run_pytest(["tests/soak/test_operators.py"], variables, timeout=None)
     assert result.returncode == 0, end_of(result)

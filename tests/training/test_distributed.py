@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -24,47 +25,63 @@ OPTIONS = (
 
 def torchrun(processes: int, *arguments: str) -> list[str]:
     rendezvous = ["--standalone", "--nproc-per-node", str(processes)]
-    return [sys.executable, "-m", "torch.distributed.run", *rendezvous, "-m", *arguments]
-
-
-def in_processes(processes: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    return torchrun_of(processes, "training.run", arguments)
+    return [sys.executable, "-m", "torch.distributed.run", *rendezvous, *arguments]
 
 
 def torchrun_of(processes: int, program: str, arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        torchrun(processes, program, *arguments),
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    return finished(torchrun(processes, "-m", program, *arguments))
 
 
-@pytest.mark.parametrize(
-    ("objective", "more"),
-    [
-        ("pgd_at", ["--attack-mode", "train"]),
-        ("pgd_at", ["--accumulate", "2"]),
-        # near x the gradient of TRADES is small, and rounding decides some of its signs: hence a start far from x
-        ("trades", ["--attack-start", "uniform"]),
-        ("pgd_at", ["--cutmix", "0.7", "--attack-start", "uniform"]),
-        ("pgd_at", ["--free-replays", "2"]),
-        ("score_direct", ["--posterior", "kernel_density", "--data-gradient", "noise"]),
-        ("pgd_at", ["--awp", "0.01", "--awp-warmup", "1"]),
-    ],
-)
-def test_two_processes_equal_one(objective: str, more: list[str], tmp_path: Path) -> None:
-    arguments = [*OPTIONS.format(objective=objective).split(), *more]
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert run_program(run.main, [*arguments, "--out", str(one)]) == 0
-    finished = in_processes(2, [*arguments, "--out", str(two)])
-    assert finished.returncode == 0, finished.stderr
-    assert finished.stdout.count("everything is in") == 1, "one process speaks"
-    assert "evaluate: 100%" in finished.stderr
+def finished(command: list[str]) -> subprocess.CompletedProcess[str]:
+    python_path = os.pathsep.join(filter(None, sys.path))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
 
+
+CASES = {
+    "batch norm": ("pgd_at", ["--attack-mode", "train"]),
+    "accumulate": ("pgd_at", ["--accumulate", "2"]),
+    # near x the gradient of TRADES is small, and rounding decides some of its signs: hence a start far from x
+    "trades": ("trades", ["--attack-start", "uniform"]),
+    "cutmix": ("pgd_at", ["--cutmix", "0.7", "--attack-start", "uniform"]),
+    "free": ("pgd_at", ["--free-replays", "2"]),
+    "direct": ("score_direct", ["--posterior", "kernel_density", "--data-gradient", "noise"]),
+    "awp": ("pgd_at", ["--awp", "0.01", "--awp-warmup", "1"]),
+}
+LONGER = [*OPTIONS.format(objective="pgd_at").split(), "--epochs", "5"]  # killed below, and here not
+
+
+def options_of(case: str) -> list[str]:
+    objective, more = CASES[case]
+    return [*OPTIONS.format(objective=objective).split(), *more]
+
+
+class Runs(NamedTuple):
+    folder: Path
+    output: str
+    errors: str
+
+
+@pytest.fixture(scope="module")
+def by_two(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """A run of each case by two processes, and a longer one. They are started once for all: that takes the longest."""
+    folder = tmp_path_factory.mktemp("by_two")
+    runs = {**{case: options_of(case) for case in CASES}, "longer": LONGER}
+    (folder / "runs.json").write_text(json.dumps([[*runs[name], "--out", str(folder / name)] for name in runs]))
+    ended = finished(torchrun(2, str(Path(__file__).with_name("in_turn.py")), str(folder / "runs.json")))
+    assert ended.returncode == 0, ended.stderr
+    return Runs(folder, ended.stdout, ended.stderr)
+
+
+def test_one_process_speaks(by_two: Runs) -> None:
+    assert by_two.output.count("everything is in") == len(CASES) + 1
+    assert by_two.errors.count("evaluate: 100%") == len(CASES) + 1
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_equal_one(case: str, by_two: Runs, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", by_two.folder / case
+    assert run_program(run.main, [*options_of(case), "--out", str(one)]) == 0
     expected, actual = (checkpoint.load(out / "checkpoint.pt") for out in (one, two))
     for part in ("model", "average"):
         for name, value in expected["training"][part].items():
@@ -77,7 +94,7 @@ def test_two_processes_equal_one(objective: str, more: list[str], tmp_path: Path
         assert first.keys() == second.keys()
         for name in {"zero_gradient_share", "train_attacked_acc", "gradient_norm"} & first.keys():
             assert first[name] == pytest.approx(second[name], rel=1e-3, abs=1e-3), name
-    if "--free-replays" in more:
+    if case == "free":
         held = [saved["training"]["free"]["perturbation"] for saved in (expected, actual)]
         torch.testing.assert_close(*held, rtol=0, atol=1e-5)
     # and one process goes on where two stopped, or says that there is nothing to do
@@ -94,7 +111,7 @@ def test_a_signal_stops_all_processes_at_the_same_step(limit: int, step: int, tm
     arguments = [*OPTIONS.format(objective="pgd_at").split(), "--epochs", "400", "--batch-size", "10"]
     arguments += ["--limit", str(limit)]
     process = subprocess.Popen(
-        torchrun(2, "training.run", *arguments, "--validate-every", "400", "--out", str(out)),
+        torchrun(2, "-m", "training.run", *arguments, "--validate-every", "400", "--out", str(out)),
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         text=True,
@@ -111,26 +128,16 @@ def test_a_signal_stops_all_processes_at_the_same_step(limit: int, step: int, tm
     assert saved["epoch"] < 400
 
 
-def test_torchrun_restarts_a_run_where_it_was(tmp_path: Path) -> None:
+def test_torchrun_restarts_a_run_where_it_was(by_two: Runs, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    arguments = [*OPTIONS.format(objective="pgd_at").split(), "--epochs", "5", "--out", str(out)]
-    command = torchrun(2, "training.run", *arguments)
     # The second process is killed before its eighth step, in the third epoch.
-    program = command.index("-m", 3)
-    command[program : program + 2] = [str(Path(__file__).with_name("killing.py")), "1", "8"]
+    killed = [str(Path(__file__).with_name("killing.py")), "1", "8", *LONGER, "--out", str(out)]
+    command = torchrun(2, *killed)
     command[3:3] = ["--max-restarts", "1", "--monitor-interval", "0.1"]
-    finished = subprocess.run(
-        command,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stdout
-    assert finished.stdout.count("pgd_at (kl) on digits") == 2, "it was killed, and started again"
-    assert in_processes(2, [*arguments[:-1], str(tmp_path / "whole")]).returncode == 0
-    expected, actual = (checkpoint.load(tmp_path / name / "checkpoint.pt") for name in ("whole", "run"))
+    ended = finished(command)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("pgd_at (kl) on digits") == 2, "it was killed, and started again"
+    expected, actual = (checkpoint.load(folder / "checkpoint.pt") for folder in (by_two.folder / "longer", out))
     for name, value in expected["training"]["model"].items():
         assert torch.equal(actual["training"]["model"][name], value), name
     assert [entry["epoch"] for entry in checkpoint.read_metrics(out / "metrics.jsonl")] == list(range(1, 6))
@@ -138,9 +145,9 @@ def test_torchrun_restarts_a_run_where_it_was(tmp_path: Path) -> None:
 
 def test_a_batch_too_small_for_the_processes_is_refused(tmp_path: Path) -> None:
     arguments = OPTIONS.format(objective="pgd_at").replace("--limit 90", "--limit 91")
-    finished = in_processes(2, [*arguments.split(), "--out", str(tmp_path / "run")])
-    assert finished.returncode != 0
-    assert "batch_size: 30 of 91 samples leaves a batch of 1 for 2 processes" in finished.stderr
+    ended = torchrun_of(2, "training.run", [*arguments.split(), "--out", str(tmp_path / "run")])
+    assert ended.returncode != 0
+    assert "batch_size: 30 of 91 samples leaves a batch of 1 for 2 processes" in ended.stderr
 
 
 def _batchnorm_of_a_share(rank: int, world: int, folder: Path, x: torch.Tensor, layer: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """The experiments run, go on where they were, and the page says what the results say."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,17 @@ from training.experiments import (
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def short_searches() -> Iterator[None]:
+    """Shorter than those of ``--quick``."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(students, "LOOKS", 2)
+        patch.setattr(students, "SEARCH_STEPS", 4)
+        yield
+
+
 @pytest.fixture(scope="module")
-def evidence(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def evidence(short_searches: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Quick results: two seeds of the mixtures, one of the others, which has no intervals."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -18,6 +18,7 @@ from training.experiments.problems import Problem, Task
 
 Objective = Callable[[nn.Module, Tensor, Tensor, Generator], Outcome]
 LOOKS = 8  # checkpoints among which weights are picked
+SEARCH_STEPS = 20  # of each search on the test sample; half as many where weights are picked
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def train(
 def r_score(problem: Problem, model: nn.Module) -> float:
     """R_SCORE on the sample for choices, in nats: how the oracle picks weights."""
     x, y, ball = problem.x_choice, problem.y_choice, problem.threat_model
-    return consistency(model, problem.oracle, x, y, ball, steps=10, restarts=0).r_score.mean().item()
+    return consistency(model, problem.oracle, x, y, ball, steps=SEARCH_STEPS // 2, restarts=0).r_score.mean().item()
 
 
 @torch.no_grad()
@@ -133,8 +134,9 @@ def measure(problem: Problem, model: nn.Module, seed: int) -> dict[str, float]:
     """What is compared, on the test sample: KL and R_SCORE in nats, the others in per cent."""
     generator = Generator().manual_seed(seed)
     x, y = problem.x_test, problem.y_test
-    found = consistency(model, problem.oracle, x, y, problem.threat_model, steps=20, restarts=1, generator=generator)
-    attack = PGD(problem.threat_model, steps=20, restarts=2, losses=("ce", "margin"))
+    ball = problem.threat_model
+    found = consistency(model, problem.oracle, x, y, ball, steps=SEARCH_STEPS, restarts=1, generator=generator)
+    attack = PGD(ball, steps=SEARCH_STEPS, restarts=2, losses=("ce", "margin"))
     moved = attack(model, x, y, generator=generator)
     return {
         "kl": found.divergence.mean().item(),
