@@ -141,6 +141,12 @@ def test_a_win_needs_every_measure() -> None:
     assert failures(robust=61.0) == []
 
 
+def test_two_seeds_decide_nothing() -> None:
+    assert comparisons.judged([], 2) == comparisons.judged(["kl"], 2) == tables.OPEN
+    assert comparisons.judged([], 3) == "**holds**"
+    assert comparisons.judged(["kl", "r_score"], 3) == "**fails** in KL and R_SCORE"
+
+
 def of_real_digits(values: dict[str, tuple[float, float]], ratio: float = 1.05) -> list[dict[str, Any]]:
     """Two runs with these clean and AutoAttack accuracies; every other objective is far below."""
     forms = (*real_digits.SURROGATES, *real_digits.DIRECT, *real_digits.ABLATED)

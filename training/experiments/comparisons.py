@@ -10,7 +10,7 @@ import numpy as np
 from training.compare import Estimate, estimate
 from training.experiments.estimators import CROSS_FITTED, ESTIMATORS
 from training.experiments.mixtures import SURROGATES
-from training.experiments.tables import OPEN, label, verdict
+from training.experiments.tables import OPEN, SEEDS_NEEDED, label, verdict
 
 TITLES = {"kl": "KL", "r_score": "R_SCORE", "clean": "clean accuracy", "robust": "robust accuracy by label"}
 LOWER_IS_BETTER = ("kl", "r_score")
@@ -128,6 +128,6 @@ def failures(
 
 def judged(failed: Sequence[str], seeds: int) -> str:
     """The verdict with what it rests on."""
-    if seeds < 2:
+    if seeds < SEEDS_NEEDED:
         return OPEN
     return verdict(not failed) + (f" in {' and '.join(TITLES[measure] for measure in failed)}" if failed else "")

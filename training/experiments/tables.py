@@ -66,7 +66,9 @@ def shown(value: Estimate, digits: int) -> str:
     return f"{value.mean:.{digits}f} ± {value.high - value.mean:.{digits}f}"
 
 
-OPEN = "**open**, for want of a second seed"
+# Of two seeds, half a 95 % interval is 9 standard deviations: that decides nothing.
+SEEDS_NEEDED = 3
+OPEN = "**open**, for want of a third seed"
 
 
 def verdict(holds: bool) -> str:
