@@ -1,6 +1,8 @@
 """Which part may import which: arrows point one way only."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,3 +57,14 @@ def test_the_rules_see_something() -> None:
     assert sources("scorematch")
     assert sources("training")
     assert "scorematch.PGD" in set(imported(ROOT / "training" / "measures" / "__init__.py"))
+
+
+def test_programs_start_without_what_few_of_them_need() -> None:
+    """Each of these takes about as long to import as torch, and `--help` and a misspelt option wait for it."""
+    code = (
+        "import sys\n"
+        "from training import compare, evaluate, generate, plan, run, score\n"
+        "print([name for name in ('sklearn', 'torchvision', 'torch._dynamo', 'timm') if name in sys.modules])"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ended.stdout == "[]\n"

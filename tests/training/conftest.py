@@ -17,7 +17,7 @@ from killing import Hit, Start, program
 from scipy.io import savemat
 
 from training import compare, data, demo, evaluate, generate, plan, run, score
-from training.data import generated
+from training.data import generated, official
 from training.engine import scores
 from training.experiments import __main__ as experiments
 from training.experiments import page
@@ -132,7 +132,7 @@ def coloured(labels: np.ndarray, num_classes: int, seed: int) -> np.ndarray:
 
 def write_cifar(name: str, root: Path) -> type:
     """Coloured noise in the official format below ``root``; torchvision's class with the checksums of these files."""
-    kind, (_, num_classes) = data.CIFAR[name], data.FORMATS[name]
+    kind, (_, num_classes) = official.CIFAR[name], data.FORMATS[name]
     folder = root / kind.base_folder
     folder.mkdir(parents=True)
 
@@ -158,7 +158,7 @@ def write_cifar(name: str, root: Path) -> type:
 def write_svhn(root: Path) -> type:
     """The same for SVHN, whose files call the digit 0 class 10."""
     root.mkdir(parents=True)
-    kind = data.HOUSE_NUMBERS["svhn"]
+    kind = official.HOUSE_NUMBERS["svhn"]
     split_list = {}
     for split, count, seed in (("train", SVHN_TRAIN, 0), ("test", SVHN_TEST, 1)):
         labels = np.arange(count) % 10
@@ -177,9 +177,9 @@ def synthetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str]
     def root_of(name: str) -> Path:
         root = tmp_path / "data"
         if name == "svhn":
-            monkeypatch.setitem(data.HOUSE_NUMBERS, name, write_svhn(root))
+            monkeypatch.setitem(official.HOUSE_NUMBERS, name, write_svhn(root))
         else:
-            monkeypatch.setitem(data.CIFAR, name, write_cifar(name, root))
+            monkeypatch.setitem(official.CIFAR, name, write_cifar(name, root))
         return root
 
     return root_of

@@ -14,8 +14,7 @@ from scipy.io import loadmat
 from sklearn.datasets import load_digits
 
 from scorematch.augmentation import mirror
-from training import data as data_module
-from training.data import CIFAR, CIFAR_VALIDATION, FORMATS, ROOT_VARIABLE, Data, DataSettings, load, toy
+from training.data import CIFAR_VALIDATION, FORMATS, ROOT_VARIABLE, Data, DataSettings, load, official, toy
 from training.data.augmentation import augmented, cut_and_mixed, shifted
 from training.settings.config import tomllib
 from training.settings.errors import InputError
@@ -107,7 +106,10 @@ def cifar(
 
 def raw(root: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
     """All training images [N, 3, 32, 32] and labels, straight from the files."""
-    parts = [pickle.loads((root / CIFAR[name].base_folder / e[0]).read_bytes()) for e in CIFAR[name].train_list]
+    parts = [
+        pickle.loads((root / official.CIFAR[name].base_folder / e[0]).read_bytes())
+        for e in official.CIFAR[name].train_list
+    ]
     labels = [part.get("labels", part.get("fine_labels")) for part in parts]
     return np.concatenate([part["data"] for part in parts]).reshape(-1, 3, 32, 32), np.concatenate(labels)
 
@@ -183,7 +185,7 @@ def test_damaged_cifar_is_one_clear_line(cifar: tuple[str, Path], damage: Callab
 
 def rewritten(root: Path, name: str, monkeypatch: pytest.MonkeyPatch, change: Callable[[bytes], bytes]) -> None:
     """Change the test file, and its checksum with it: what only the content can tell."""
-    kind = data_module.CIFAR[name]
+    kind = official.CIFAR[name]
     path = root / kind.base_folder / kind.test_list[0][0]
     path.write_bytes(change(path.read_bytes()))
     monkeypatch.setattr(kind, "test_list", [[path.name, hashlib.md5(path.read_bytes()).hexdigest()]])
@@ -249,7 +251,7 @@ def test_training_on_svhn(synthetic: Callable[[str], Path], call: Any, tiny: lis
 @pytest.mark.parametrize("cifar", ["cifar10"], indirect=True)
 def test_downloads_only_when_asked(cifar: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     name, root = cifar
-    kind = data_module.CIFAR[name]
+    kind = official.CIFAR[name]
     removed(root)
     asked = []
 

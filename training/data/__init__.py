@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import math
 import os
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
-from torchvision.datasets import CIFAR10, CIFAR100, SVHN
-from torchvision.datasets.utils import check_integrity
 
 from scorematch.posteriors import Posterior
 from training.data import own_data, toy
@@ -36,8 +31,7 @@ CIFAR_VALIDATION = 1_024  # the first training images, as in the generated-data 
 ROOT_VARIABLE = "SCOREMATCH_DATA"  # environment variable with the folder of the data sets
 FOLDER = "folder"
 FOLDER_VALIDATION = 0.1  # share of the training images that validate where no folder has images for that
-CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
-HOUSE_NUMBERS = {"svhn": SVHN}
+OFFICIAL = ("cifar10", "cifar100", "svhn")  # read by training.data.official
 
 # The shape of one input and the number of classes.
 FORMATS: dict[str, tuple[tuple[int, ...], int]] = {
@@ -170,11 +164,11 @@ def load(settings: DataSettings) -> Data:
         raise InputError(f"image_size: {settings.image_size} on {settings.name}, allowed: on folder")
     if settings.name == FOLDER:
         return _of_folder(settings)
-    if settings.name in CIFAR or settings.name in HOUSE_NUMBERS:
+    if settings.name in OFFICIAL:
         return _of_files(settings)
     if settings.validation_size is not None:
         given = f"{settings.validation_size} on {settings.name}, whose split is fixed"
-        raise InputError(f"validation_size: {given}, allowed on {', '.join([*CIFAR, *HOUSE_NUMBERS, FOLDER])}")
+        raise InputError(f"validation_size: {given}, allowed on {', '.join([*OFFICIAL, FOLDER])}")
     if settings.name == "digits":
         data = _digits()
     elif settings.name == "toy":
@@ -238,6 +232,9 @@ def check_record(saved: dict[str, Any] | None, data: Data, where: object, *, exa
 
 def _digits() -> Data:
     """The 1,797 scans of 8×8 pixels bundled with scikit-learn, in [0, 1]: 1,150 train, 147 validate, 500 test."""
+    from sklearn.datasets import load_digits  # here, for the start of programs: scikit-learn takes a second to import
+    from sklearn.model_selection import train_test_split
+
     images, labels = load_digits(return_X_y=True)
     x = (images / 16.0).astype(np.float32).reshape(-1, 1, 8, 8)
     rest, test = train_test_split(
@@ -266,7 +263,9 @@ def _of_files(settings: DataSettings) -> Data:
 
     48,976 images of CIFAR-10 and CIFAR-100 train and 10,000 test, 72,233 and 26,032 of SVHN.
     """
-    x, y = _part(settings, train=True)
+    from training.data import official  # here, for the start of programs: torchvision takes two seconds to import
+
+    x, y = official.read(settings, train=True)
     kept = CIFAR_VALIDATION if settings.validation_size is None else settings.validation_size
     if kept > len(x) - FORMATS[settings.name][1]:
         raise InputError(
@@ -279,7 +278,7 @@ def _of_files(settings: DataSettings) -> Data:
     if _limited(settings, num_classes, len(x)):
         index = _balanced(y, settings.limit)
         x, y = x[index], y[index]
-    x_test, y_test = _part(settings, train=False)
+    x_test, y_test = official.read(settings, train=False)
     return _assembled(settings.name, num_classes, [(_pixels(x), y), validation, (_pixels(x_test), y_test)])
 
 
@@ -464,57 +463,6 @@ def statistics_of(x: Tensor) -> Statistics | None:
         square = float((values - mean[-1]).square_().mean(dtype=torch.float64))
         deviation.append(math.sqrt(square) or 1.0)
     return tuple(mean), tuple(deviation)
-
-
-def _part(settings: DataSettings, *, train: bool) -> tuple[Tensor, Tensor]:
-    """Images, uint8 [N, 32, 32, 3], and labels, int64 [N], in the order of the files, both checked."""
-    root = settings.root or (Path(os.environ[ROOT_VARIABLE]) if os.environ.get(ROOT_VARIABLE) else None)
-    if root is None:
-        raise InputError(f"data_root: none given, {settings.name} needs --data-root DIR or ${ROOT_VARIABLE}")
-    try:
-        images, labels = (_cifar if settings.name in CIFAR else _house_numbers)(settings, root, train)
-    # A missing or altered file, a download that failed; the others where a file with the right checksum is no data set.
-    except (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, pickle.UnpicklingError) as error:
-        folder = root / CIFAR[settings.name].base_folder if settings.name in CIFAR else root
-        damage = _damage(settings.name, root)
-        reasons = [*damage, *([str(error) or type(error).__name__] if settings.download or not damage else [])]
-        expected = f"the official files in {folder}, or --download"
-        raise InputError(
-            f"data_root: {root} holds no intact {settings.name}, expected {expected} ({'; '.join(reasons)})"
-        ) from None
-    shape, num_classes = FORMATS[settings.name]
-    if list(images.shape) != [len(labels), *shape[1:], shape[0]] or images.dtype != torch.uint8:
-        given = f"{images.dtype} images {list(images.shape)} with {len(labels)} labels"
-        raise InputError(f"data_root: {root} holds {given}, {settings.name} has uint8 [N, {shape[1]}, {shape[2]}, 3]")
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
-        given = f"labels from {labels.min()} to {labels.max()}"
-        raise InputError(f"data_root: {root} holds {given}, {settings.name} has 0 to {num_classes - 1}")
-    return images, labels
-
-
-def _cifar(settings: DataSettings, root: Path, train: bool) -> tuple[Tensor, Tensor]:
-    files = CIFAR[settings.name](root, train=train, download=settings.download)
-    return torch.from_numpy(np.ascontiguousarray(files.data)), torch.tensor(files.targets)
-
-
-def _house_numbers(settings: DataSettings, root: Path, train: bool) -> tuple[Tensor, Tensor]:
-    files = HOUSE_NUMBERS[settings.name](root, split="train" if train else "test", download=settings.download)
-    images = np.ascontiguousarray(files.data.transpose(0, 2, 3, 1))
-    return torch.from_numpy(images), torch.from_numpy(files.labels.astype(np.int64))
-
-
-def _damage(name: str, root: Path) -> list[str]:
-    """Which files of a data set are missing, and which have another checksum."""
-    if name in CIFAR:
-        kind = CIFAR[name]
-        files = [*kind.train_list, *kind.test_list, [kind.meta["filename"], kind.meta["md5"]]]
-        folder = root / kind.base_folder
-    else:
-        files = [HOUSE_NUMBERS[name].split_list[split][1:] for split in ("train", "test")]
-        folder = root
-    missing = [file for file, _ in files if not (folder / file).is_file()]
-    altered = [file for file, md5 in files if file not in missing and not check_integrity(folder / file, md5)]
-    return [f"{what}: {', '.join(which)}" for what, which in (("missing", missing), ("altered", altered)) if which]
 
 
 def _pixels(images: Tensor) -> Tensor:

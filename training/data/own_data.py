@@ -17,8 +17,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets import ImageFolder
-from torchvision.transforms import functional
 
 from training.data.generated import available_memory
 from training.settings.errors import InputError
@@ -142,6 +140,8 @@ def folder(root: Path) -> Folder:
     Raises:
         InputError: a split is missing or empty, splits differ in their classes, or a file is not an image.
     """
+    from torchvision.datasets import ImageFolder  # here, for the start of programs
+
     found: dict[str, ImageFolder] = {}
     for name in ("train", "test", "validation"):
         if not (root / name).is_dir():
@@ -209,6 +209,8 @@ def images(paths: Sequence[str], shape: tuple[int, int, int], image_size: int | 
 
 
 def _image(path: str, channels: int, image_size: int | None) -> Tensor:
+    from torchvision.transforms import functional  # here, for the start of programs
+
     try:
         with Image.open(path) as file:
             image = file.convert("L" if channels == 1 else "RGB")
