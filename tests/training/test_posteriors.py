@@ -132,7 +132,7 @@ CIFAR_CASES = [
 
 @pytest.mark.parametrize("settings", CIFAR_CASES, ids=lambda s: f"{s.name}-{s.anchor}-{s.network}")
 def test_every_posterior_works_on_cifar(settings: PosteriorSettings, cifar10_root: Path) -> None:
-    loaded = data.load(DataSettings("cifar10", limit=100, root=cifar10_root))
+    loaded = data.load(DataSettings("cifar10", limit=100, validation_size=16, root=cifar10_root))
     posterior = build(settings, loaded)
     x, y = loaded.x_validation[:8], loaded.y_validation[:8]
     trace = posterior.trace(x, y)
