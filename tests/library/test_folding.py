@@ -1,12 +1,14 @@
 """Batch norm folded into convolutions: the same function, the model untouched."""
 
 import copy
+import math
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from scorematch.attacks.classifier import _same
 from scorematch.folding import Folding
 
 
@@ -118,3 +120,12 @@ def test_weights_that_are_computed_are_left_alone(net: Net, normed: Callable[[nn
     assert folding.pairs == [(net.conv5, net.norm5)]
     with folding.applied():
         torch.testing.assert_close(net(x), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_rounding_is_measured_by_the_largest_logit(scale):
+    logits = scale * torch.tensor([[1.0, 1e-4, -0.5]])
+    assert _same(logits + 5e-4 * scale, logits)
+    assert not _same(logits + torch.tensor([0.0, 5e-3, 0.0]) * scale, logits)
+    assert _same(torch.tensor([[1.0, math.nan]]), torch.tensor([[1.0, math.nan]]))
+    assert not _same(torch.tensor([[1.0, math.nan]]), torch.tensor([[1.0, 0.0]]))
