@@ -292,7 +292,7 @@ def test_data_that_bring_their_posterior(mine: Path, call: Any, tiny: list[str])
     options = ["--data", "my_data:known", "--norm", "l2", "--eps", "1", *tiny, "--epochs", "2"]
     ending = call("run", "--objective", "score_direct", "--posterior", "oracle", *options, "--out", "direct")
     assert ending.status == 0, ending
-    assert "another class than p_d in the ball" in ending.out
+    assert "another class than p_d's in the ball" in ending.out
     summary = json.loads(Path("direct/summary.json").read_text())
     assert 0 <= summary["kl"] <= summary["r_score"]
     assert 0 <= summary["disagrees"] <= 100
