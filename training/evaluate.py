@@ -345,7 +345,7 @@ def print_accuracies(results: dict[str, Any]) -> None:
             low, high = results[f"{name}_interval"]
             print(f"  {title:<38}{results[name]:>8.4f} nat{f'{low:.4f} to {high:.4f}':>20}")
         low, high = results["disagrees_interval"]
-        title = "samples with another class than p_d's in the ball"
+        title = "another class than p_d's in the ball"
         print(f"  {title:<38}{results['disagrees']:>8.1f} %  {f'{low:.1f} to {high:.1f} %':>20}")
 
 
