@@ -52,10 +52,10 @@ class Plan:
     """What a run costs."""
 
     parameters: int
-    operations: int  # floating-point operations of one sample in one step
+    operations: int  # floating-point operations of one sample in one update of the weights
     activations: int  # bytes kept for one sample between the forward and the backward pass
     state: int  # bytes of weights, gradients, momentum and averaged weights
-    samples: int  # one epoch
+    samples: int  # one epoch; free adversarial training counts a sample in each of its passes, as training.run does
     steps: int  # one epoch
     speed: Speed  # how the network is called
 
@@ -84,6 +84,11 @@ def main(arguments: list[str]) -> None:
     count = settings.train_images or training_images(run)
     cost = plan(run, count, settings)
     show(settings, run, cost)
+
+
+def updates_of_step(run: RunSettings) -> int:
+    """How often a step updates the weights: free adversarial training does so in each pass over a batch."""
+    return run.free_replays or 1
 
 
 def training_images(run: RunSettings) -> int:
@@ -118,14 +123,14 @@ def plan(run: RunSettings, train_images: int, settings: PlanSettings) -> Plan:
         counter.get_total_flops() // (2 * COUNTED),
         (kept[1] - kept[0]) // COUNTED,
         4 * parameters * copies,
-        steps * run.batch_size,
+        steps * updates_of_step(run) * run.batch_size,
         steps,
         speed,
     )
 
 
 def _step(run: RunSettings, model: nn.Module, x: Tensor, y: Tensor, threat_model: ThreatModel) -> int:
-    """Forward, attack and backward; the bytes that the loss keeps, each storage once, parameters not counted."""
+    """One update; the bytes that its loss keeps, each storage once, parameters not counted."""
     kept: dict[int, int] = {}
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
     in_attack = True
@@ -138,7 +143,9 @@ def _step(run: RunSettings, model: nn.Module, x: Tensor, y: Tensor, threat_model
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
         x_adv = x
-        if run.searches:
+        if run.free_replays:
+            x_adv = x.detach().requires_grad_()  # no attack: the backward pass of the loss moves the perturbation too
+        elif run.searches:
             x_adv = _attacked(run, model, x, y, threat_model)
         in_attack = False
         # Of Gaussian augmentation: the noisy pass, that with the other sign, and the clean one.
@@ -173,10 +180,14 @@ def show(settings: PlanSettings, run: RunSettings, cost: Plan) -> None:
     epoch = cost.samples * cost.operations
     print(f"{run.objective} ({run.divergence}), {run.model}, {run.data}, batch {run.batch_size}")
     print(f"as it would run on {'GPUs' if settings.hardware == 'gpu' else 'this CPU'}: {cost.speed}")
+    updates = updates_of_step(run)
+    unit, of, attack = "step", "", f", attack of {run.steps} steps" if run.searches else ""
+    if run.free_replays:
+        unit, of, attack = "update", f" of {updates} updates", ""
     rows = [
         ("parameters", f"{cost.parameters / 1e6:.1f} M"),
-        ("operations a sample and step", f"{cost.operations / 1e9:.1f} GFLOP, attack of {run.steps} steps"),
-        ("an epoch", f"{cost.steps} steps, {cost.samples} samples, {epoch / 1e15:.2f} PFLOP"),
+        (f"operations a sample and {unit}", f"{cost.operations / 1e9:.1f} GFLOP{attack}"),
+        ("an epoch", f"{cost.steps} steps{of}, {cost.samples} samples, {epoch / 1e15:.2f} PFLOP"),
         (f"all {run.epochs} epochs", f"{run.epochs * epoch / 1e18:.3f} EFLOP"),
         ("weights and what belongs to them", f"{cost.state / GIB:.2f} GiB on each GPU"),
         ("activations", f"{cost.activations / 2**20:.1f} MiB a sample, {share * cost.activations / GIB:.1f} GiB a GPU"),
@@ -187,8 +198,8 @@ def show(settings: PlanSettings, run: RunSettings, cost: Plan) -> None:
         rows.append(("at that speed", f"{speed * cost.operations / 1e12:.1f} TFLOP/s a GPU"))
         if settings.bandwidth and settings.gpus > 1:
             ring = 2 * (settings.gpus - 1) / settings.gpus * 4 * cost.parameters / (settings.bandwidth * 1e9)
-            rows.append(("sum of gradients", f"{1e3 * ring:.1f} ms a step where nothing hides it"))
-            seconds += cost.steps * ring
+            rows.append(("sum of gradients", f"{1e3 * ring:.1f} ms in each {unit} where nothing hides it"))
+            seconds += cost.steps * updates * ring
         hours = run.epochs * seconds / 3600
         rows.append(
             (f"on {settings.gpus} of them", f"{seconds:.1f} s an epoch, {hours:.1f} h in all, evaluation not counted")
