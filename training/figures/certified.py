@@ -70,7 +70,7 @@ def certified(fit: Fit) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         arguments = [*METHODS[fit.method], "--seed", str(fit.seed), "--out", str(out), *BRIEF]
-        # It speaks of a folder that does not stay. Where the loss is not finite any more, the best weights are there.
+        # Its lines name a folder that is deleted soon. If a loss is not finite, the best weights so far are kept.
         with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(StopError):
             training_run.main([*arguments, *(QUICK if fit.quick else [])])
         subject = Source(run=out).read()
