@@ -133,13 +133,20 @@ def _step(run: RunSettings, model: nn.Module, x: Tensor, y: Tensor, threat_model
     """One update; the bytes that its loss keeps, each storage once, parameters not counted."""
     kept: dict[int, int] = {}
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
-    in_attack = True
+    before_the_loss = True
 
     def pack(value: Tensor) -> Tensor:
         storage = value.untyped_storage()
-        if not in_attack and storage._cdata not in parameters:
+        if not before_the_loss and storage._cdata not in parameters:
             kept[storage._cdata] = storage.nbytes()
         return value
+
+    def loss(x_adv: Tensor) -> Tensor:
+        # Of Gaussian augmentation: the noisy pass, that with the other sign, and the clean one.
+        passes = 1 + run.antithetic + (run.gamma != 0 or run.held_alignment is not None)
+        count = {"trades": 2, "gaussian": passes}.get(run.objective, 1)
+        logits = [model(point) for point in ([x] * (count - 1) + [x_adv])]
+        return torch.stack([objectives.divergence_of(z, y, kind=run.divergence).mean() for z in logits]).sum()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
         x_adv = x
@@ -147,13 +154,10 @@ def _step(run: RunSettings, model: nn.Module, x: Tensor, y: Tensor, threat_model
             x_adv = x.detach().requires_grad_()  # no attack: the backward pass of the loss moves the perturbation too
         elif run.searches:
             x_adv = _attacked(run, model, x, y, threat_model)
-        in_attack = False
-        # Of Gaussian augmentation: the noisy pass, that with the other sign, and the clean one.
-        passes = 1 + run.antithetic + (run.gamma != 0 or run.held_alignment is not None)
-        count = {"trades": 2, "gaussian": passes}.get(run.objective, 1)
-        logits = [model(point) for point in ([x] * (count - 1) + [x_adv])]
-        terms = [objectives.divergence_of(z, y, kind=run.divergence) for z in logits]
-        sum(term.mean() for term in terms).backward()  # type: ignore[union-attr]
+        if run.awp:
+            loss(x_adv).backward()  # moves the weights; left out in the epochs of awp_warmup, which the plan ignores
+        before_the_loss = False
+        loss(x_adv).backward()
     return sum(kept.values())
 
 

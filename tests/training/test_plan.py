@@ -67,7 +67,10 @@ def test_operations(objective: str, passes: int) -> None:
     assert cost.state == 4 * cost.parameters * 3
 
 
-@pytest.mark.parametrize("objective", ["standard", "pgd_at", "trades", "pgd_at --free-replays 3"])
+@pytest.mark.parametrize(
+    "objective",
+    ["standard", "pgd_at", "trades", "pgd_at --free-replays 3", "pgd_at --awp 0.01", "trades --awp 0.01"],
+)
 def test_a_run_makes_the_operations_that_are_counted(objective: str, tmp_path: Path) -> None:
     run = parsed(f"--objective {objective} --model digits_cnn_bn --limit 100 --batch-size 20 --steps 4 --device cpu")
     loaded = data.load(run.data_settings)
