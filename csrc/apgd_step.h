@@ -13,8 +13,8 @@ SCOREMATCH_INLINE A apgd_linf(A start, A grad, A x_prev, A x0, T step_size, Apgd
   return linf_projection(moved, x0, options.eps, options.box);
 }
 
-// x becomes the next point and x_prev, read as `previous`, the start; start may be x itself. NaN anywhere gives a row of
-// NaN.
+// Writes the next point to x and the start to x_prev. `previous` is x_prev as it was before, and `start` may be x itself.
+// NaN anywhere gives a row of NaN.
 template <typename A, typename Lanes, typename Point, typename Row, typename T = scalar_of<A>>
 SCOREMATCH_INLINE void apgd_l2_row(Lanes lanes, Point start, Point grad, Point x0, Point previous, Row x, Row x_prev,
                                    int64_t count, T step_size, ApgdOptions<T> options) {

@@ -8,7 +8,7 @@ inline bool is_in_format(const Tensor& t, torch::headeronly::MemoryFormat format
   return format == torch::headeronly::MemoryFormat::Contiguous ? t.is_contiguous() : is_channels_last(t);
 }
 
-// From the first to behind the last byte that an element of t occupies.
+// The address of the first byte of t's elements, and that of the byte after the last.
 inline std::array<const char*, 2> extent(const Tensor& t) {
   int64_t last = 0;
   for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);

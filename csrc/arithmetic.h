@@ -23,7 +23,7 @@ SCOREMATCH_INLINE A select(bool mask, A if_true, A if_false) {
   return mask ? if_true : if_false;
 }
 
-// v itself, by a way that the compiler cannot look through.
+// v itself. The compiler cannot see that it is, so it cannot simplify what is computed from it.
 template <typename V>
 SCOREMATCH_INLINE V opaque(V v) {
 #if defined(__x86_64__)

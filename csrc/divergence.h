@@ -19,7 +19,7 @@ struct LogSoftmax {
   SCOREMATCH_INLINE A probability(A z) const { return from_exponential(exponential(z - largest)); }
 };
 
-// A row that exponentials are not kept in.
+// Keeps nothing: for where no exponentials are to be kept.
 struct NoRow {
   template <typename A>
   SCOREMATCH_INLINE void put(int64_t, A) const {}
@@ -45,7 +45,8 @@ SCOREMATCH_INLINE LogSoftmax<A> log_softmax_of(Lanes lanes, Row z, int64_t class
 }
 
 // The three forms of P. Each gives log p_j and p_j; `through_softmax`: its gradient is to logits, else to p itself;
-// `checked`: the values may be no distribution at all; known(): its label is a class. normalize() comes first.
+// `checked`: whether the values are a distribution must be found out; known(): its label is a class. normalize() is
+// called first.
 template <typename A, typename ClassNumber>
 struct ClassTarget {
   static constexpr bool through_softmax = false, checked = false;
@@ -191,14 +192,14 @@ SCOREMATCH_INLINE Terms<A> terms_of(Kind kind, const Target& target, int64_t j, 
 template <typename A>
 struct DivergenceOfRow {
   A loss;
-  mask_of<A> valid;  // false: the target is no distribution or no class, and the row is NaN
+  mask_of<A> valid;  // false: the target is not a distribution or not a class, and the row is NaN
 };
 
 // relu(D - clip) of one row, and its gradients to the logits and to the target where wanted.
 //
-// A gradient row is also where a lane keeps what it needs again of its own elements (in the precision of A): for js the
-// terms, which are the dearest to compute, otherwise, where the lanes say that memory is cheaper than arithmetic, the
-// exponentials.
+// A lane also uses the gradient row as memory, in the precision of A, for what it will need again of its own elements.
+// For js these are the terms, which cost the most to compute. Otherwise they are the exponentials, if the lanes say that
+// memory is cheaper than arithmetic.
 template <typename A, typename Lanes, typename Logits, typename Target, typename LogitGradient, typename TargetGradient,
           typename ClassNumber, typename T = scalar_of<A>>
 SCOREMATCH_INLINE DivergenceOfRow<A> divergence_row(Lanes lanes, Kind kind, Logits z, Target target, ClassNumber number,
@@ -256,7 +257,7 @@ SCOREMATCH_INLINE DivergenceOfRow<A> divergence_row(Lanes lanes, Kind kind, Logi
   if constexpr (Target::checked) {
     mass = lanes.sum(mass);
     lowest = -lanes.max(-lowest);
-    // A NaN passes: it makes a NaN loss, and is no wrong argument but a diverged model.
+    // A NaN passes and makes the loss NaN: it is a sign of a model that diverged, not of a wrong argument.
     valid = !((lowest < A(0)) | (magnitude(mass - A(1)) > A(tolerance)));
   }
   const Outer<A> divergence = clipped(outer_function(kind, select(valid, sum, A(NAN))), clip);
@@ -284,7 +285,7 @@ SCOREMATCH_INLINE DivergenceOfRow<A> divergence_row(Lanes lanes, Kind kind, Logi
 }
 
 // divergence_row for kl and a class index, which is the cross-entropy log Σ exp(z) - z_label, in half the passes.
-// `label_logit` is z_label, or anything if the label is no class.
+// `label_logit` is z_label, or anything if the label is not a class.
 template <typename A, typename Lanes, typename Logits, typename ClassNumber, typename Gradient, typename T = scalar_of<A>>
 SCOREMATCH_INLINE DivergenceOfRow<A> cross_entropy_row(Lanes lanes, Logits z, ClassTarget<A, ClassNumber> target, A label_logit,
                                                        int64_t classes, T clip, bool want_gradient, Gradient gradient) {

@@ -13,8 +13,9 @@ struct Move {
   T towards, time;
 };
 
-// The same in l1, where the elements of the largest |w| go first: those of |w| >= all go to the box, those of |w| between
-// some and all go by a share of their room, which is the shortest way if their |w| are the same or if there is one.
+// The same in l1, where the elements with the largest |w| move first. Those with |w| >= all move as far as the box lets
+// them; those with some <= |w| < all move by a share of that. This is the shortest way if the latter all have the same
+// |w|, or if there is only one of them.
 template <typename T>
 struct SparseMove {
   T towards, all, some, share;
@@ -54,8 +55,8 @@ SCOREMATCH_INLINE A moved_by(A p, A w, AnyMove move, Box<T> box) {
 }
 
 // The time at which the elements have lowered |<w, p> - b| by `distance`. The decrease is a sum of |w| min(t rate, room),
-// concave and piecewise linear in t: Newton's method from the left rises to the solution and ends after as many steps
-// as it meets pieces (in practice three to eight; at the limit the move is a little short).
+// which is concave and piecewise linear in t. Newton's method, from the left, rises to the solution in as many steps as
+// there are pieces on its way (in practice three to eight). If it meets the limit, the move is a little too short.
 template <Norm norm, typename A, typename Lanes, typename P, typename W, typename T = scalar_of<A>>
 SCOREMATCH_INLINE T time_to_hyperplane(Lanes lanes, P p, W w, int64_t count, T towards, T distance, T initial_slope, Box<T> box) {
   if (!(initial_slope > T(0))) return T(0);
@@ -78,8 +79,8 @@ SCOREMATCH_INLINE T time_to_hyperplane(Lanes lanes, P p, W w, int64_t count, T t
   return time;
 }
 
-// Which elements lower |<w, p> - b| by `distance`, those of the largest |w| first: by bisection of |w|, until one element
-// is between the bounds or none, or elements of the same |w|.
+// Which elements must move to lower |<w, p> - b| by `distance`, if those with the largest |w| move first. It bisects |w|
+// until at most one element is left between the bounds, or all that are left have the same |w|.
 template <typename A, typename Lanes, typename P, typename W, typename T = scalar_of<A>>
 SCOREMATCH_INLINE SparseMove<T> sparse_move_to_hyperplane(Lanes lanes, P p, W w, int64_t count, T towards, T distance, Box<T> box) {
   T gain, number;  // of the elements of at least some |w|

@@ -18,9 +18,9 @@ SCOREMATCH_INLINE A l1_room(A change, A x0, Box<T> box) {
   return select(room > A(0), room, A(0));
 }
 
-// A positive number such that the elements of at least its magnitude are the `wanted` largest of a row, ties in addition, or
-// all but those of 0. By bisection: it ends when the number of elements is met, or between neighbours among the
-// floating-point numbers.
+// A positive number b such that |v_j| >= b holds for the `wanted` largest elements of a row, and for those that are equal
+// to the smallest of them; for all that are not 0 if these are fewer. It bisects until that many elements are found, or
+// until no floating-point number is left between the bounds.
 template <typename A, typename Lanes, typename V, typename T = scalar_of<A>>
 SCOREMATCH_INLINE T magnitude_of_largest(Lanes lanes, V v, int64_t count, T wanted) {
   constexpr T smallest = std::numeric_limits<T>::denorm_min(), finite = std::numeric_limits<T>::max();
@@ -50,8 +50,8 @@ SCOREMATCH_INLINE T magnitude_of_largest(Lanes lanes, V v, int64_t count, T want
   }
 }
 
-// The smallest t >= 0 with Σ min(max(length - t, 0), room) <= eps. The sum falls in t and is linear between the points
-// where an element leaves the box or reaches 0: Newton's method, in a bracket since the sum is not convex.
+// The smallest t >= 0 with Σ min(max(length - t, 0), room) <= eps. The sum falls in t, and is linear between the points
+// where an element leaves the box or reaches 0. Newton's method finds it; since the sum is not convex, in a bracket.
 template <typename A, typename Lanes, typename Change, typename X0, typename T = scalar_of<A>>
 SCOREMATCH_INLINE T l1_shortening(Lanes lanes, Change change, X0 x0, int64_t count, T eps, Box<T> box) {
   constexpr T rounding = 2 * std::numeric_limits<T>::epsilon();
@@ -88,8 +88,8 @@ SCOREMATCH_INLINE T l1_shortening(Lanes lanes, Change change, X0 x0, int64_t cou
 }
 
 // x, moved by step_size / K along the signs of the K largest elements of grad, then the nearest point of the ball and the
-// box. `moving` is K (ties count in addition); 0 is the projection alone. NaN or infinity in x or x0 gives a row of NaN; a
-// NaN in grad does not move.
+// box. `moving` is K (elements equal to the smallest of them move too); 0 is the projection alone. NaN or infinity in x or
+// x0 gives a row of NaN; a NaN in grad does not move.
 template <typename A, typename Lanes, typename X, typename Grad, typename X0, typename Out, typename T = scalar_of<A>>
 SCOREMATCH_INLINE void l1_step_row(Lanes lanes, X x, Grad grad, X0 x0, Out out, int64_t count, T step_size, T moving, T eps,
                                    Box<T> box) {

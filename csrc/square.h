@@ -21,7 +21,7 @@ struct Window {
   static SCOREMATCH_INLINE int64_t within(int64_t v, int64_t last) { return v < 0 ? 0 : v > last ? last : v; }
 };
 
-// The elements of a rectangle `columns` wide that a lane owns, row after row, without a division for each.
+// Goes through the elements of a rectangle `columns` wide that a lane owns, row by row, without a division for each.
 struct Walk {
   int64_t row, column;
   template <typename Lanes>
@@ -91,7 +91,7 @@ SCOREMATCH_INLINE A square_eta(SquareChannel<A> channel, A bump, A delta) {
   return (bump + delta * channel.inverse) * channel.factor;
 }
 
-// What brings the new perturbation to length eps, from its ‖·‖² outside the windows and inside; NaN stays.
+// The factor that brings the new perturbation to length eps, from its ‖·‖² outside and inside the windows; NaN stays.
 template <typename A>
 SCOREMATCH_INLINE A stretch_to(A eps, A outside, A inside) {
   return eps / (A(kSquareFloor) + square_root(positive_part(outside) + inside));

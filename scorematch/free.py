@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .divergences import check_kind
+from .inputs import check_count, check_inputs
 from .objectives import Outcome, accuracy
 from .ops.divergence import divergence as divergence_of
 from .ops.pgd_step import pgd_step
@@ -41,6 +42,7 @@ class FreeAttack:
         step_size: length of one step, in the units of the input; None is eps, as published.
 
     Raises:
+        TypeError: replays is not a whole number.
         ValueError: an argument is outside its range.
     """
 
@@ -52,8 +54,7 @@ class FreeAttack:
             raise ValueError(
                 f"threat_model must have norm {' or '.join(FREE_NORMS)} for free training, got {threat_model.norm}"
             )
-        if replays < 1:
-            raise ValueError(f"replays must be at least 1, got {replays}")
+        check_count("replays", replays)
         if step_size is not None and not (step_size > 0.0 and math.isfinite(step_size)):
             raise ValueError(f"step_size must be positive and finite, or None for eps, got {step_size}")
         self.threat_model = threat_model
@@ -74,8 +75,10 @@ class FreeAttack:
             An outcome whose ``x_adv`` is x + δ, clipped to the box.
 
         Raises:
-            ValueError: the samples have another shape than those before.
+            TypeError, ValueError: x or y cannot be used, see :func:`scorematch.inputs.check_inputs`, or the samples
+                have another shape than those before.
         """
+        check_inputs(model, x, y, self.threat_model)
         point = self.threat_model.project(x + self._held(x), x).requires_grad_()
         point.register_hook(self._advance)
         logits = model(point)

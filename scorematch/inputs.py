@@ -74,10 +74,44 @@ def check_attack(threat_model: Perturbations, steps: int) -> None:
         raise TypeError(
             f"threat_model must be a ThreatModel, or have the methods of scorematch.Perturbations, got {threat_model!r}"
         )
-    if isinstance(steps, bool) or not isinstance(steps, Integral):
-        raise TypeError(f"steps must be a whole number, got {steps!r}")
-    if steps < 0:
-        raise ValueError(f"steps must be at least 0, got {steps}")
+    check_count("steps", steps, least=0)
+
+
+def check_count(name: str, value: int, least: int = 1) -> None:
+    """Refuse a number of steps, repeats and the like that is not whole or is below ``least``.
+
+    Raises:
+        TypeError, ValueError: as said; the message calls it ``name``.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_length(name: str, value: float, *, zero: bool = False) -> None:
+    """Refuse a length or a standard deviation that is infinite, NaN or negative, or 0 unless ``zero`` allows it.
+
+    Raises:
+        ValueError: as said; the message calls it ``name``.
+    """
+    if not (value > 0.0 or (zero and value == 0.0)) or value == math.inf:
+        raise ValueError(f"{name} must be finite and {'not negative' if zero else 'positive'}, got {value}")
+
+
+def check_labels(x: Tensor, y: Tensor, num_classes: int) -> None:
+    """Refuse labels that are not int64 [N] in [0, L) for x [N, …]; it reads them, so a GPU has to be waited for.
+
+    Raises:
+        TypeError: y has another dtype.
+        ValueError: the shapes do not fit, or a label is not a class.
+    """
+    if y.dtype != torch.int64:
+        raise TypeError(f"y must be int64 labels [N], got {y.dtype} {list(y.shape)}")
+    if x.dim() < 2 or y.shape != x.shape[:1]:
+        raise ValueError(f"x must be [N, …] and y [N], got x {list(x.shape)} and y {list(y.shape)}")
+    if len(y) and not bool(((y >= 0) & (y < num_classes)).all()):
+        raise ValueError(f"y must lie in [0, {num_classes}), got values in [{int(y.min())}, {int(y.max())}]")
 
 
 def _looks(model: nn.Module, device: torch.device) -> bool:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from .inputs import check_count
 from .networks.denoiser import Denoiser
 
 
@@ -42,15 +44,22 @@ def annealed_langevin(
     Args:
         denoiser: the network.
         shape: [N, …] of the samples.
-        sigmas: falling noise levels, standard deviations in input units.
-        class_labels: int64 [N]; None samples the unconditional head.
-        steps_per_level: Langevin steps at each level.
+        sigmas: falling noise levels, at least one; standard deviations in input units, > 0.
+        class_labels: int64 [N] in [0, L); None samples the unconditional head.
+        steps_per_level: Langevin steps at each level, ≥ 1.
         step_ratio: α / σ², in (0, 1).
         generator: randomness, on the device of the network.
 
     Returns:
         [N, …], in the range of the data up to the error of the network; not clipped.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is said above; the message names it.
     """
+    _check(denoiser, shape, sigmas, class_labels)
+    check_count("steps_per_level", steps_per_level)
+    if not 0.0 < step_ratio < 1.0:
+        raise ValueError(f"step_ratio must lie in (0, 1), got {step_ratio}")
     device, dtype = denoiser.center.device, denoiser.center.dtype
 
     def gaussian() -> Tensor:
@@ -75,9 +84,10 @@ def heun(
 ) -> Tensor:
     """Probability-flow ODE dx/dσ = (x − D(x; σ)) / σ by Heun's method (Karras et al., 2022, Algorithm 1).
 
-    It is deterministic once the first noise is drawn. The last step goes from the smallest level to zero. Arguments and
-    result are those of :func:`annealed_langevin`.
+    It is deterministic once the first noise is drawn. The last step goes from the smallest level to zero. Arguments,
+    result and errors are those of :func:`annealed_langevin`.
     """
+    _check(denoiser, shape, sigmas, class_labels)
     device, dtype = denoiser.center.device, denoiser.center.dtype
     spread = math.hypot(sigmas[0], denoiser.sigma_data)  # of p_σ itself, as the largest level need not dwarf the data
     x = denoiser.center + spread * torch.randn(shape, generator=generator, device=device, dtype=dtype)
@@ -89,3 +99,18 @@ def heun(
             ahead = x + (following - sigma) * slope
         x = ahead
     return x
+
+
+def _check(denoiser: Denoiser, shape: tuple[int, ...], sigmas: list[float], class_labels: Tensor | None) -> None:
+    falls = all(later <= sigma for sigma, later in pairwise(sigmas))
+    if not len(sigmas) or not falls or not all(0.0 < sigma < math.inf for sigma in sigmas):
+        raise ValueError(f"sigmas must be one or more levels that fall, positive and finite, got {list(sigmas)}")
+    if class_labels is None:
+        return
+    if class_labels.dtype != torch.int64:
+        raise TypeError(f"class_labels must be int64 [N], got {class_labels.dtype} {list(class_labels.shape)}")
+    if class_labels.shape != tuple(shape[:1]):
+        raise ValueError(f"class_labels must be [N] for samples {list(shape)}, got {list(class_labels.shape)}")
+    low, high = (int(v) for v in torch.aminmax(class_labels)) if len(class_labels) else (0, 0)
+    if low < 0 or high >= denoiser.num_classes:
+        raise ValueError(f"class_labels must lie in [0, {denoiser.num_classes}), got values in [{low}, {high}]")

@@ -52,10 +52,10 @@ class Plan:
     """What a run costs."""
 
     parameters: int
-    operations: int  # floating-point operations of one sample in one step
+    operations: int  # floating-point operations of one sample in one update of the weights
     activations: int  # bytes kept for one sample between the forward and the backward pass
     state: int  # bytes of weights, gradients, momentum and averaged weights
-    samples: int  # one epoch
+    samples: int  # one epoch; free adversarial training counts a sample in each of its passes, as training.run does
     steps: int  # one epoch
     speed: Speed  # how the network is called
 
@@ -84,6 +84,11 @@ def main(arguments: list[str]) -> None:
     count = settings.train_images or training_images(run)
     cost = plan(run, count, settings)
     show(settings, run, cost)
+
+
+def updates_of_step(run: RunSettings) -> int:
+    """How often a step updates the weights: free adversarial training does so in each pass over a batch."""
+    return run.free_replays or 1
 
 
 def training_images(run: RunSettings) -> int:
@@ -118,35 +123,41 @@ def plan(run: RunSettings, train_images: int, settings: PlanSettings) -> Plan:
         counter.get_total_flops() // (2 * COUNTED),
         (kept[1] - kept[0]) // COUNTED,
         4 * parameters * copies,
-        steps * run.batch_size,
+        steps * updates_of_step(run) * run.batch_size,
         steps,
         speed,
     )
 
 
 def _step(run: RunSettings, model: nn.Module, x: Tensor, y: Tensor, threat_model: ThreatModel) -> int:
-    """Forward, attack and backward; the bytes that the loss keeps, each storage once, parameters not counted."""
+    """One update; the bytes that its loss keeps, each storage once, parameters not counted."""
     kept: dict[int, int] = {}
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
-    in_attack = True
+    before_the_loss = True
 
     def pack(value: Tensor) -> Tensor:
         storage = value.untyped_storage()
-        if not in_attack and storage._cdata not in parameters:
+        if not before_the_loss and storage._cdata not in parameters:
             kept[storage._cdata] = storage.nbytes()
         return value
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
-        x_adv = x
-        if run.searches:
-            x_adv = _attacked(run, model, x, y, threat_model)
-        in_attack = False
+    def loss(x_adv: Tensor) -> Tensor:
         # Of Gaussian augmentation: the noisy pass, that with the other sign, and the clean one.
         passes = 1 + run.antithetic + (run.gamma != 0 or run.held_alignment is not None)
         count = {"trades": 2, "gaussian": passes}.get(run.objective, 1)
         logits = [model(point) for point in ([x] * (count - 1) + [x_adv])]
-        terms = [objectives.divergence_of(z, y, kind=run.divergence) for z in logits]
-        sum(term.mean() for term in terms).backward()  # type: ignore[union-attr]
+        return torch.stack([objectives.divergence_of(z, y, kind=run.divergence).mean() for z in logits]).sum()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        x_adv = x
+        if run.free_replays:
+            x_adv = x.detach().requires_grad_()  # no attack: the backward pass of the loss moves the perturbation too
+        elif run.searches:
+            x_adv = _attacked(run, model, x, y, threat_model)
+        if run.awp:
+            loss(x_adv).backward()  # moves the weights; left out in the epochs of awp_warmup, which the plan ignores
+        before_the_loss = False
+        loss(x_adv).backward()
     return sum(kept.values())
 
 
@@ -173,10 +184,14 @@ def show(settings: PlanSettings, run: RunSettings, cost: Plan) -> None:
     epoch = cost.samples * cost.operations
     print(f"{run.objective} ({run.divergence}), {run.model}, {run.data}, batch {run.batch_size}")
     print(f"as it would run on {'GPUs' if settings.hardware == 'gpu' else 'this CPU'}: {cost.speed}")
+    updates = updates_of_step(run)
+    unit, of, attack = "step", "", f", attack of {run.steps} steps" if run.searches else ""
+    if run.free_replays:
+        unit, of, attack = "update", f" of {updates} updates", ""
     rows = [
         ("parameters", f"{cost.parameters / 1e6:.1f} M"),
-        ("operations a sample and step", f"{cost.operations / 1e9:.1f} GFLOP, attack of {run.steps} steps"),
-        ("an epoch", f"{cost.steps} steps, {cost.samples} samples, {epoch / 1e15:.2f} PFLOP"),
+        (f"operations a sample and {unit}", f"{cost.operations / 1e9:.1f} GFLOP{attack}"),
+        ("an epoch", f"{cost.steps} steps{of}, {cost.samples} samples, {epoch / 1e15:.2f} PFLOP"),
         (f"all {run.epochs} epochs", f"{run.epochs * epoch / 1e18:.3f} EFLOP"),
         ("weights and what belongs to them", f"{cost.state / GIB:.2f} GiB on each GPU"),
         ("activations", f"{cost.activations / 2**20:.1f} MiB a sample, {share * cost.activations / GIB:.1f} GiB a GPU"),
@@ -187,8 +202,8 @@ def show(settings: PlanSettings, run: RunSettings, cost: Plan) -> None:
         rows.append(("at that speed", f"{speed * cost.operations / 1e12:.1f} TFLOP/s a GPU"))
         if settings.bandwidth and settings.gpus > 1:
             ring = 2 * (settings.gpus - 1) / settings.gpus * 4 * cost.parameters / (settings.bandwidth * 1e9)
-            rows.append(("sum of gradients", f"{1e3 * ring:.1f} ms a step where nothing hides it"))
-            seconds += cost.steps * ring
+            rows.append(("sum of gradients", f"{1e3 * ring:.1f} ms in each {unit} where nothing hides it"))
+            seconds += cost.steps * updates * ring
         hours = run.epochs * seconds / 3600
         rows.append(
             (f"on {settings.gpus} of them", f"{seconds:.1f} s an epoch, {hours:.1f} h in all, evaluation not counted")

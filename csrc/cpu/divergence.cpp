@@ -15,7 +15,7 @@ template <typename T>
     sum += p[j];
     lowest = std::min<double>(lowest, p[j]);
   }
-  refuse("target[", row, "] is no probability distribution: its sum is ", sum, " (1 ± 0.001 is allowed) and its smallest entry ",
+  refuse("target[", row, "] is not a probability distribution: its sum is ", sum, " (1 ± 0.001 is allowed) and its smallest entry ",
          lowest, " (at least 0)");
 }
 

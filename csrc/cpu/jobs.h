@@ -122,7 +122,7 @@ struct Divergence {               // an item is a row
   T* loss;                        // [N]
   T* logit_gradient;              // [N, L], or null where not wanted
   T* target_gradient;             // [N, L], or null where not wanted
-  std::atomic<int64_t>* refused;  // receives a row that is no distribution, or whose label is no class
+  std::atomic<int64_t>* refused;  // receives a row that is not a distribution, or whose label is not a class
   int64_t classes;
   Kind kind;
   T clip, mass_tolerance;

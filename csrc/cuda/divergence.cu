@@ -11,8 +11,8 @@ struct ClassNumber {
   __device__ A operator()(int64_t j) const { return static_cast<A>(j); }
 };
 
-// A warp for each row. Values are not checked on the host, which would wait for the GPU: a label that is no class and a
-// row that is no distribution give NaN.
+// A warp for each row. Values are not checked on the host, which would wait for the GPU: a label that is not a
+// class and a row that is not a distribution give NaN.
 template <typename S, typename A, TargetForm form>
 __global__ void divergence_kernel(const S* logits, const S* target, const int64_t* labels, A* loss, A* logit_gradient,
                                   A* target_gradient, int64_t rows, int64_t classes, Kind kind, A clip) {

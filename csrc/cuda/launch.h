@@ -32,7 +32,7 @@ inline unsigned blocks_for(int64_t count, int64_t per_block) {
 }
 
 #if defined(__CUDACC__)
-// Queue a kernel with blocks of kThreads. Without nvcc, what stands for the CUDA runtime has one.
+// Queue a kernel with blocks of kThreads. Without nvcc, the emulated CUDA runtime defines launch().
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), unsigned blocks, cudaStream_t stream, const Arguments&... arguments) {
   kernel<<<blocks, kThreads, 0, stream>>>(arguments...);

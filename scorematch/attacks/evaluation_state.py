@@ -105,7 +105,11 @@ class EvaluationState:
         return self.robust & self.nearest.isfinite()
 
     def save(self, path: Path) -> None:
-        """Write the state so that an interruption leaves the old file or the new one."""
+        """Write the state so that an interruption leaves the old file or the new one.
+
+        It has a fingerprint by then: a file without one could not be checked against a model.
+        """
+        assert self.fingerprint is not None, "taken before the first file is written"
         content = {
             "format": FORMAT,
             "settings": self.settings,
@@ -113,7 +117,7 @@ class EvaluationState:
             "adversarial": self.adversarial[self.has_fallen],
             "beyond": self.beyond[self.is_beyond],
             "costs": {name: asdict(cost) for name, cost in self.costs.items()},
-            "fingerprint": asdict(self.fingerprint) if self.fingerprint is not None else None,
+            "fingerprint": asdict(self.fingerprint),
             "search": None,
         }
         if self.searches:

@@ -6,12 +6,14 @@ Each function finds one kind of error, so none decides alone. ``log_likelihood``
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..inputs import check_count, check_labels, check_length
 from ..posteriors.base import Posterior
 from .oracle import posterior_gradients
 
@@ -35,7 +37,13 @@ def log_likelihood(
         noise: standard deviation in input units, ≥ 0.
         repeats: noise vectors for each point, ≥ 1; the same in every call with this seed.
         seed: decides them.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is said above; the message names it.
     """
+    check_labels(x, y, posterior.num_classes)
+    check_length("noise", noise, zero=True)
+    check_count("repeats", repeats)
     generator, of_starts = (torch.Generator(x.device).manual_seed(seed + offset) for offset in (0, 1_000_003))
     total = x.new_zeros(len(x))
     for _ in range(repeats):
@@ -67,10 +75,16 @@ def matching_error(
         unconditional: ŝ, the score of p_σ, from x [N, …]; the same for all estimates that are compared.
         x: [N, …] held-out inputs.
         y: int64 [N] their labels.
-        sigma: the noise level, in input units.
+        sigma: the noise level, in input units; > 0.
         repeats: noise vectors for each point, each used with both signs; ≥ 1.
         seed: decides them.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is said above; the message names it.
     """
+    check_labels(x, y, posterior.num_classes)
+    check_length("sigma", sigma)
+    check_count("repeats", repeats)
     generator = torch.Generator(x.device).manual_seed(seed)
     total = x.new_zeros(len(x))
     for _ in range(repeats):
@@ -107,9 +121,15 @@ def calibration(
         x: [N, …] held-out inputs.
         y: int64 [N] their labels.
         noise: standard deviation in input units, ≥ 0.
-        bins: of equal width.
+        bins: how many, of equal width; ≥ 1.
         seed: decides the noise.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is said above; the message names it.
     """
+    check_labels(x, y, posterior.num_classes)
+    check_length("noise", noise, zero=True)
+    check_count("bins", bins)
     generator = torch.Generator(x.device).manual_seed(seed)
     trace = posterior.trace(x, y)
     trace.move(x + noise * torch.empty_like(x).normal_(generator=generator))
@@ -158,9 +178,13 @@ def closed_loop(posterior: Posterior, x: Tensor, y: Tensor, *, length: float, se
         posterior: the estimate.
         x: [N, …] corners from which the walk starts.
         y: int64 [N] labels; read only by posteriors that are anchored at labels.
-        length: L2 length of a side, in input units.
+        length: L2 length of a side, in input units; > 0.
         seed: decides the two directions, which are random and orthogonal.
+
+    Raises:
+        ValueError: length is not what is said above.
     """
+    check_length("length", length)
     generator = torch.Generator(x.device).manual_seed(seed)
     a, b = (torch.empty_like(x).normal_(generator=generator).flatten(1) for _ in range(2))
     a = a / a.norm(dim=1, keepdim=True)
@@ -185,18 +209,18 @@ def martingale(
         finer, coarser: estimates of p_σ₁ and of p_σ₂.
         x: [N, …] clean inputs.
         y: int64 [N] labels; read only by posteriors that are anchored at labels.
-        sigmas: σ₁ < σ₂, in input units.
+        sigmas: σ₁ < σ₂, in input units; ≥ 0.
         seed: decides the noise.
 
     Returns:
         The mean, which is positive where the coarser posterior is not sure enough, and its standard error.
 
     Raises:
-        ValueError: the noise levels do not rise.
+        ValueError: the noise levels do not rise, or are outside their range.
     """
     low, high = sigmas
-    if not 0.0 <= low < high:
-        raise ValueError(f"sigmas must rise from at least 0, got {sigmas}")
+    if not 0.0 <= low < high < math.inf:
+        raise ValueError(f"sigmas must rise from at least 0 and be finite, got {sigmas}")
     generator = torch.Generator(x.device).manual_seed(seed)
     first = x + low * torch.empty_like(x).normal_(generator=generator)
     second = first + (high**2 - low**2) ** 0.5 * torch.empty_like(x).normal_(generator=generator)
@@ -244,19 +268,28 @@ def energy_identity(
         x: [N, …] held-out inputs.
         y: int64 [N] their labels.
         sigma: σ, in input units; > 0.
-        step: of the difference, as a share of σ.
+        step: of the difference, as a share of σ; in (0, 1).
         repeats: noise vectors for each point, each used with both signs; ≥ 1.
         seed: decides them.
 
     Returns:
         Both sides, in nats per squared input unit.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is said above; the message names it.
     """
+    check_length("sigma", sigma)
+    check_count("repeats", repeats)
+    if not 0.0 < step < 1.0:
+        raise ValueError(f"step must lie in (0, 1), got {step}")
+    posterior = at(sigma)
+    check_labels(x, y, posterior.num_classes)
     generator = torch.Generator(x.device).manual_seed(seed)
     energy, slope = 0.0, 0.0
     for _ in range(repeats):
         omega = torch.empty_like(x).normal_(generator=generator)
         for noise in (omega, -omega):
-            log_p, gradients = posterior_gradients(at(sigma), x + sigma * noise, y)
+            log_p, gradients = posterior_gradients(posterior, x + sigma * noise, y)
             energy += float((log_p.double().exp() * gradients.double().flatten(2).square().sum(2)).sum(1).mean())
             ends = []
             for level in (sigma * (1 - step), sigma * (1 + step)):

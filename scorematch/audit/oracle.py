@@ -70,7 +70,12 @@ def kl_error(posterior: Posterior, oracle: Posterior, x: Tensor, y: Tensor, move
         x: [N, …] clean points, from which paths start.
         y: int64 [N] labels; read only by posteriors that are anchored at labels.
         moved: [N, …] x'; None is x itself.
+
+    Raises:
+        ValueError: moved has another shape than x.
     """
+    if moved is not None and moved.shape != x.shape:
+        raise ValueError(f"moved must have the shape of x, {list(x.shape)}, got {list(moved.shape)}")
     values = []
     for one in (oracle, posterior):
         trace = one.trace(x, y)

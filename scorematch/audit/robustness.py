@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..attacks.pgd import ascend
-from ..inputs import clean_batch
+from ..inputs import check_attack, check_count, clean_batch
 from ..posteriors import Posterior
 from ..threat_model import ThreatModel
 
@@ -36,16 +36,19 @@ def robust_accuracy(
         x: [N, …] clean inputs inside the box.
         y: class indices [N].
         threat_model: B(x) and the step size.
-        steps: steps of one restart; every iterate is judged.
-        restarts: random starts.
+        steps: steps of one restart, ≥ 0; every iterate is judged.
+        restarts: random starts, ≥ 1.
         generator: their randomness, on the device of x.
 
     Returns:
         Clean and robust accuracy, each in [0, 1].
 
     Raises:
-        TypeError, ValueError: x, y and the threat model do not fit, see :func:`scorematch.inputs.clean_batch`.
+        TypeError, ValueError: x, y and the threat model do not fit, see :func:`scorematch.inputs.clean_batch`, or
+            steps or restarts are outside their range.
     """
+    check_attack(threat_model, steps)
+    check_count("restarts", restarts)
     x, y = clean_batch(x, y, threat_model)
     clean = posterior.trace(x, y).log_p.argmax(1) == y
     robust = clean.clone()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -186,6 +187,8 @@ def test_martingale() -> None:
     assert unsure > 10 * error
     with pytest.raises(ValueError, match="sigmas must rise"):
         audit.martingale(truth, truth, x, y, sigmas=(0.8, 0.3))
+    with pytest.raises(ValueError, match="sigmas must rise from at least 0 and be finite"):
+        audit.martingale(truth, truth, x, y, sigmas=(0.8, math.inf))
 
 
 def test_gradients_of_a_posterior_have_no_mean() -> None:
@@ -315,6 +318,84 @@ def test_a_model_that_is_the_truth_is_self_consistent() -> None:
     # by the label it is not robust: p_d itself turns within the ball
     _, robust = audit.robust_accuracy(truth, x, y, free(1.0))
     assert robust < 0.9
+
+
+def unconditional(x: Tensor) -> Tensor:
+    return torch.zeros_like(x)
+
+
+LIKELIHOOD = partial(audit.log_likelihood, noise=0.1)
+MATCHING = partial(audit.matching_error, unconditional=unconditional, sigma=0.1)
+CALIBRATION = partial(audit.calibration, noise=0.1)
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "message"),
+    [
+        (LIKELIHOOD, {"noise": -0.1}, "noise must be finite and not negative, got -0.1"),
+        (LIKELIHOOD, {"noise": math.nan}, "noise must be finite and not negative, got nan"),
+        (LIKELIHOOD, {"repeats": 0}, "repeats must be at least 1, got 0"),
+        (LIKELIHOOD, {"repeats": 1.5}, "repeats must be a whole number, got 1.5"),
+        (MATCHING, {"sigma": 0.0}, "sigma must be finite and positive, got 0.0"),
+        (MATCHING, {"sigma": math.inf}, "sigma must be finite and positive, got inf"),
+        (MATCHING, {"repeats": 0}, "repeats must be at least 1, got 0"),
+        (CALIBRATION, {"noise": -1.0}, "noise must be finite and not negative, got -1.0"),
+        (CALIBRATION, {"bins": 0}, "bins must be at least 1, got 0"),
+        (audit.closed_loop, {"length": 0.0}, "length must be finite and positive, got 0.0"),
+        (audit.robust_accuracy, {"threat_model": ThreatModel("l2", 0.5), "restarts": 0}, "restarts must be at least 1"),
+        (audit.robust_accuracy, {"threat_model": ThreatModel("l2", 0.5), "steps": -1}, "steps must be at least 0"),
+        (audit.robust_accuracy, {"threat_model": 0.5}, "threat_model must be a ThreatModel, .*got 0.5"),
+    ],
+)
+def test_arguments_outside_their_range(function: Callable[..., object], options: dict, message: str) -> None:
+    truth = mixture()
+    x, y = sample(truth, 5)
+    with pytest.raises((TypeError, ValueError), match=message):
+        function(truth, x=x, y=y, **options)
+
+
+@pytest.mark.parametrize("function", [LIKELIHOOD, MATCHING, CALIBRATION])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda y: y.int(), r"y must be int64 labels \[N\], got torch.int32 \[5\]"),
+        (lambda y: y[:4], r"x must be \[N, …\] and y \[N\], got x \[5, 5\] and y \[4\]"),
+        (lambda y: y - y - 1, r"y must lie in \[0, 3\), got values in \[-1, -1\]"),
+        (lambda y: y + 3, r"y must lie in \[0, 3\), got values in"),
+    ],
+    ids=["int32", "short", "negative", "large"],
+)
+def test_labels_that_are_not_classes(
+    function: Callable[..., object], change: Callable[[Tensor], Tensor], message: str
+) -> None:
+    truth = mixture()
+    x, y = sample(truth, 5)
+    with pytest.raises((TypeError, ValueError), match=message):
+        function(truth, x=x, y=change(y))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sigma": -0.7}, "sigma must be finite and positive, got -0.7"),
+        ({"step": 1.0}, r"step must lie in \(0, 1\), got 1.0"),
+        ({"step": 0.0}, r"step must lie in \(0, 1\), got 0.0"),
+        ({"repeats": 0}, "repeats must be at least 1, got 0"),
+        ({"y": torch.full((5,), 7)}, r"y must lie in \[0, 3\)"),
+    ],
+)
+def test_bad_input_of_the_energy_identity(options: dict, message: str) -> None:
+    truth = mixture()
+    x, y = sample(truth, 5)
+    with pytest.raises(ValueError, match=message):
+        audit.energy_identity(truth.smoothed, **{"x": x, "y": y, "sigma": 0.7, **options})
+
+
+def test_points_of_another_shape() -> None:
+    truth = mixture()
+    x, y = sample(truth, 5)
+    with pytest.raises(ValueError, match=r"moved must have the shape of x, \[5, 5\], got \[1, 5\]"):
+        audit.kl_error(truth, truth, x, y, x[:1])
 
 
 @pytest.mark.parametrize(("options", "message"), [({"steps": 0}, "steps must"), ({"restarts": -1}, "restarts must")])

@@ -9,7 +9,7 @@ import torch
 from library_autoattack import COUNT, alone, attack, data
 from torch import Tensor, nn
 
-from scorematch.attacks import AutoAttackWarning
+from scorematch.attacks import AutoAttackWarning, EvaluationState
 
 
 @pytest.fixture
@@ -170,6 +170,13 @@ def test_states_of_another_format_say_so(path: Path) -> None:
     torch.save({"format": "scorematch AutoAttack 1", "settings": {}}, path)
     with pytest.raises(ValueError, match="was written by another version of scorematch"):
         outcome(model, x, y, path)
+
+
+def test_a_state_without_a_fingerprint_is_not_written(path: Path) -> None:
+    """It could not be read again: the file would fit any model."""
+    with pytest.raises(AssertionError, match="taken before the first file is written"):
+        EvaluationState.new({}, torch.rand(3, 1, 4, 4), torch.arange(3)).save(path)
+    assert not path.exists()
 
 
 def test_lines_of_finished_attacks_are_right_after_a_resume(path: Path, capsys: pytest.CaptureFixture[str]) -> None:

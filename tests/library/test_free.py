@@ -116,6 +116,8 @@ def test_bad_arguments_are_named() -> None:
     threat_model = ThreatModel("linf", EPS)
     with pytest.raises(ValueError, match="replays must be at least 1, got 0"):
         FreeAttack(threat_model, replays=0)
+    with pytest.raises(TypeError, match=r"replays must be a whole number, got 2\.5"):
+        FreeAttack(threat_model, replays=2.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="step_size must be positive and finite, or None for eps, got -1"):
         FreeAttack(threat_model, step_size=-1.0)
     free = FreeAttack(threat_model)

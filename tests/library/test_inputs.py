@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scorematch import PGD, AutoAttack, ThreatModel, inputs, objectives
+from scorematch import PGD, AutoAttack, FreeAttack, ThreatModel, inputs, objectives
 from scorematch.inputs import check_inputs
 from scorematch.objectives import Outcome
 from scorematch.posteriors import KernelDensity
@@ -20,6 +20,7 @@ OBJECTIVES = {
     "pgd_at": partial(objectives.pgd_at, threat_model=BALL, steps=1),
     "trades": partial(objectives.trades, threat_model=BALL, steps=1),
     "score_direct": partial(objectives.score_direct, threat_model=BALL, posterior=DENSITY, steps=1),
+    "free": lambda *batch: FreeAttack(BALL).step(*batch),
 }
 
 

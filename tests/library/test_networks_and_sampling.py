@@ -199,3 +199,36 @@ def test_noise_levels_fall_geometrically() -> None:
 def test_bad_input(build, message: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize("sampler", [annealed_langevin, heun])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sigmas": []}, r"sigmas must be one or more levels that fall, positive and finite, got \[\]"),
+        ({"sigmas": [0.1, 1.0]}, r"sigmas must be .* that fall, .* got \[0.1, 1.0\]"),
+        ({"sigmas": [1.0, 0.0]}, r"sigmas must be .* positive and finite, got \[1.0, 0.0\]"),
+        ({"sigmas": [math.inf, 1.0]}, "sigmas must be .* positive and finite"),
+        ({"sigmas": [math.nan]}, "sigmas must be .* positive and finite"),
+        ({"class_labels": torch.zeros(4)}, r"class_labels must be int64 \[N\], got torch.float32 \[4\]"),
+        ({"class_labels": torch.zeros(3).long()}, r"class_labels must be \[N\] for samples \[4, 1\], got \[3\]"),
+        ({"class_labels": torch.tensor([0, 1, 2, 0])}, r"class_labels must lie in \[0, 2\), got values in \[0, 2\]"),
+        ({"class_labels": torch.tensor([0, 1, -1, 0])}, r"class_labels must lie in \[0, 2\), got values in \[-1, 1\]"),
+    ],
+)
+def test_bad_input_of_the_samplers(sampler, options: dict, message: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises((TypeError, ValueError), match=message):
+        sampler(ExactDenoiser(), (4, 1), **{"sigmas": [1.0, 0.1], **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps_per_level": 0}, "steps_per_level must be at least 1, got 0"),
+        ({"step_ratio": 0.0}, r"step_ratio must lie in \(0, 1\), got 0.0"),
+        ({"step_ratio": 1.0}, r"step_ratio must lie in \(0, 1\), got 1.0"),
+    ],
+)
+def test_bad_steps_of_langevin_dynamics(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        annealed_langevin(ExactDenoiser(), (4, 1), sigmas=[1.0, 0.1], **options)

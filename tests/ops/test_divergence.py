@@ -462,8 +462,8 @@ def bad_inputs() -> list[tuple[dict[str, object], type[Exception], str]]:
         ({"clip": None}, TypeError, r"clip must be a number, got NoneType"),
         ({"target": torch.tensor([0, 1, 10, 3])}, ValueError, r"^target\[2\] is 10, but logits has 10 classes: allowed are 0 to 9$"),
         ({"target": torch.tensor([0, -1, 0, 3])}, ValueError, r"^target\[1\] is -1, but logits has 10 classes"),
-        ({"target": 1.5 * p}, ValueError, r"is no probability distribution: its sum is 1.5 \(1 ± 0.001 is allowed\)"),
-        ({"target": 0.5 * p}, ValueError, r"is no probability distribution: its sum is 0.5"),
+        ({"target": 1.5 * p}, ValueError, r"is not a probability distribution: its sum is 1.5 \(1 ± 0.001 is allowed\)"),
+        ({"target": 0.5 * p}, ValueError, r"is not a probability distribution: its sum is 0.5"),
         ({"target": p - torch.eye(4, 10) + torch.eye(4, 10).roll(1, 1)}, ValueError, r"its smallest entry -0.9 \(at least 0\)"),
     ]  # fmt: skip
 
@@ -488,13 +488,13 @@ def test_bad_values_are_found_in_any_row(classes):
         divergence(torch.randn(300, classes), labels)
     probabilities = torch.full((300, classes), 1 / classes)
     probabilities[299, 0] += 2e-3
-    with pytest.raises(ValueError, match=r"target\[299\] is no probability distribution"):
+    with pytest.raises(ValueError, match=r"target\[299\] is not a probability distribution"):
         divergence(torch.randn(300, classes), probabilities)
     for less, more in ((0, 1), (1, 2), (classes - 1, 0)):  # a sum of 1, with an entry below 0
         probabilities = torch.full((300, classes), 1 / classes)
         probabilities[298, less] -= 0.5
         probabilities[298, more] += 0.5
-        with pytest.raises(ValueError, match=r"target\[298\] is no probability distribution"):
+        with pytest.raises(ValueError, match=r"target\[298\] is not a probability distribution"):
             divergence(torch.randn(300, classes), probabilities)
 
 

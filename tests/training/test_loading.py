@@ -154,6 +154,8 @@ def test_functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "    return nn.Sequential(nn.Flatten(), nn.Linear(input_shape[0] * 1024, num_classes)).train()\n"
         "def nothing():\n"
         "    return 5\n"
+        "def of_file(path, num_classes):\n"
+        "    return nn.Linear(64, num_classes)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     x = torch.rand(2, *IMAGE_SHAPE)
@@ -163,6 +165,9 @@ def test_functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not sized.training
     with pytest.raises(InputError, match="returned int, it must return"):
         load("mine_to_load:nothing")
+    how = r"is called with those of the arguments input_shape and num_classes that it names, .*argument: 'path'"
+    with pytest.raises(InputError, match=rf"^model_from: 'mine_to_load:of_file' {how}"):
+        load("mine_to_load:of_file")
     with pytest.raises(InputError, match="cannot be imported"):
         load("mine_to_load:absent")
 

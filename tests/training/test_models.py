@@ -269,6 +269,35 @@ def test_unknown_names_list_what_is_allowed(name: str, told: str) -> None:
         build(name)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("num_classes", "too many positional arguments"),
+        ("", "too many positional arguments"),
+        ("input_shape, num_classes, width", "missing a required argument: 'width'"),
+    ],
+)
+def test_functions_that_cannot_be_called(
+    arguments: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine_to_build.py").write_text(f"def network({arguments}):\n    raise NotImplementedError\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine_to_build", raising=False)
+    how = "is called with two arguments, input_shape and num_classes, which it does not allow"
+    with pytest.raises(InputError, match=rf"^model: 'mine_to_build:network' {how} \({told}\)$"):
+        models.build("mine_to_build:network", (1, 8, 8), 10)
+
+
+def test_names_of_the_arguments_of_a_function_are_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine_of_any_names.py").write_text(
+        "from torch import nn\n"
+        "def network(shape, count, *, width=3):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(shape[1] * shape[2], count))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert models.build("mine_of_any_names:network", (1, 8, 8), 10)(torch.rand(2, 1, 8, 8)).shape == (2, 10)
+
+
 @pytest.mark.parametrize(("name", "patches"), [("timm:test_resnet", None), ("timm:test_vit", 4)])
 def test_networks_of_timm(name: str, patches: int | None) -> None:
     model = build(name, num_classes=7)

@@ -1,12 +1,18 @@
 """The counted cost of a run, against sums done by hand."""
 
+import re
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from training import models, plan
+from training import data, models, plan
 from training.engine import hardware
+from training.engine.loop import Trainer
 from training.plan import PlanSettings
 from training.settings import config
 from training.settings.config import RunSettings
@@ -15,6 +21,18 @@ from training.settings.errors import run_program
 
 def parsed(options: str) -> RunSettings:
     return config.parse(options.split())
+
+
+class Operations(TorchDispatchMode):
+    """Counts floating-point operations like FlopCounterMode, whose hooks of modules some attacks do not allow."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if (formula := flop_registry.get(function._overloadpacket)) is not None:
+            self.count += formula(*args, **(kwargs or {}), out_val=result)
+        return result
 
 
 def forward_operations(name: str) -> int:
@@ -35,6 +53,7 @@ def forward_operations(name: str) -> int:
         ("gaussian --gamma 0.5 --antithetic", 9),
         ("pgd_at", 20 + 3),
         ("trades", 20 + 1 + 6),
+        ("pgd_at --free-replays 4", 3),
     ],
 )
 def test_operations(objective: str, passes: int) -> None:
@@ -44,8 +63,25 @@ def test_operations(objective: str, passes: int) -> None:
     assert cost.operations == pytest.approx(passes * forward_operations("wrn-10-1"), rel=0.05)
     assert cost.parameters == sum(p.numel() for p in models.build("wrn-10-1", (3, 32, 32), 10).parameters())
     assert cost.steps == 383
-    assert cost.samples == 383 * 128
+    assert cost.samples == 383 * 128 * (run.free_replays or 1)
     assert cost.state == 4 * cost.parameters * 3
+
+
+@pytest.mark.parametrize(
+    "objective",
+    ["standard", "pgd_at", "trades", "pgd_at --free-replays 3", "pgd_at --awp 0.01", "trades --awp 0.01"],
+)
+def test_a_run_makes_the_operations_that_are_counted(objective: str, tmp_path: Path) -> None:
+    run = parsed(f"--objective {objective} --model digits_cnn_bn --limit 100 --batch-size 20 --steps 4 --device cpu")
+    loaded = data.load(run.data_settings)
+    model = models.build(run.model, loaded.input_shape, loaded.num_classes)
+    trainer = Trainer(run, loaded, model, None, tmp_path)
+    with Operations() as counter:
+        metrics = trainer._step(torch.arange(20))
+    cost = plan.plan(run, 80, PlanSettings(hardware="cpu"))
+    samples = int(metrics["samples"])
+    assert samples * cost.steps == cost.samples
+    assert counter.count == pytest.approx(samples * cost.operations, rel=0.01)
 
 
 def test_activations(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,6 +93,16 @@ def test_activations(monkeypatch: pytest.MonkeyPatch) -> None:
     # kept: the input of the convolution, the output of ReLU (which the linear layer takes too), logits and less
     floats = 3 * 32 * 32 + 8 * 32 * 32
     assert plan.plan(run, 48_976, PlanSettings()).activations == pytest.approx(4 * floats, rel=0.02)
+
+
+def test_free_adversarial_training_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = "--recipe cifar10 --objective pgd_at --free-replays 4 --model wrn-10-1 --samples-per-second 1000"
+    assert run_program(plan.main, [*arguments.split(), "--gpus", "2", "--bandwidth", "0.0001"]) == 0
+    printed = capsys.readouterr().out
+    assert "383 steps of 4 updates, 196096 samples" in printed
+    assert "attack of" not in printed
+    ring = float(re.search(r"([\d.]+) ms in each update where", printed)[1]) / 1000  # type: ignore[index]
+    assert float(re.search(r"([\d.]+) s an epoch", printed)[1]) == pytest.approx(98 + 4 * 383 * ring, rel=1e-3)  # type: ignore[index]
 
 
 def test_time(capsys: pytest.CaptureFixture[str]) -> None:

@@ -235,7 +235,8 @@ def test_autoattack_after_a_run(call: Any, tiny: list[str], tmp_path: Path) -> N
     assert summary["autoattack_seconds"] > 0
 
     options = ["--attack", "autoattack", "--version", "fast", "--limit", "40", "--seed", "3", "--out", "again.json"]
-    assert call("evaluate", "--run", "here", *options).status == 0
+    ending = call("evaluate", "--run", "here", *options)
+    assert ending.status == 0, ending
     again = json.loads((tmp_path / "again.json").read_text())
     assert again["autoattack_acc"] == summary["autoattack_acc"]
     assert again["autoattack"]["attacks"]["apgd-t"]["forwards"] == report["attacks"]["apgd-t"]["forwards"]

@@ -62,15 +62,28 @@ def imported(name: str, option: str) -> Callable[..., Any]:
     return function
 
 
+def check_call(function: Callable[..., Any], name: str, how: str, *arguments: object, **named: object) -> None:
+    """Refuse a function that does not take these arguments.
+
+    Args:
+        name: what the error calls the function.
+        how: says in words with which arguments it is called.
+
+    Raises:
+        InputError: it does not take them.
+    """
+    try:
+        inspect.signature(function).bind(*arguments, **named)
+    except TypeError as error:
+        raise InputError(f"{name} is called {how}, which it does not allow ({error})") from None
+    except ValueError:
+        pass  # a function without a signature
+
+
 def called(name: str) -> tuple[object, str]:
     """What the function ``module:function`` returns, and the file that it is in; it is called once in a process."""
     function = imported(name, "data")
-    try:
-        inspect.signature(function).bind()
-    except TypeError as error:
-        raise InputError(f"data: {name!r} is called without arguments, which it does not allow ({error})") from None
-    except ValueError:
-        pass  # a function without a signature
+    check_call(function, f"data: {name!r}", "without arguments")
     return _result(function, name), _file_of(function)
 
 

@@ -176,7 +176,7 @@ def speed_of(settings: RunSettings, device: Hardware, steps: int, processes: int
         InputError: a graph is asked for, but the attack communicates between processes, which a graph cannot record.
     """
     searches = settings.searches and not settings.free_replays
-    attack_steps = settings.free_replays or (settings.steps if searches else 0)
+    passes = settings.free_replays or 1 + (settings.steps if searches else 0)
     attack_mode = settings.attack_mode or (
         objectives.default_of(settings.objective, "attack_mode") if searches else None
     )
@@ -188,7 +188,7 @@ def speed_of(settings: RunSettings, device: Hardware, steps: int, processes: int
         )
     return Speed(
         precision=hardware.precision_of(settings.precision, device),
-        compile=hardware.compiles(settings.compile, device, steps * (attack_steps + 1)),
+        compile=hardware.compiles(settings.compile, device, steps * passes),
         graph=hardware.records(settings.graph, device, possible=searches and not communicates),
         fold=settings.fold,
         channels_last=settings.channels_last,

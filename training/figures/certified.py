@@ -8,7 +8,7 @@ Claims, ours, written before anything but one seed of γ = 0 and of γ = 3 with 
 
 - Noise in training is needed: at L2 radius 0.25 plain augmentation (γ = 0) certifies more than standard training.
 - The sign of Eq. (36) is the one that helps: there γ = 0.5 certifies more than γ = 3 (Eq. 37), both with KL.
-- Magnifying the alignment pays: γ = 0.5 certifies more than γ = 0.
+- A larger weight of the alignment helps: γ = 0.5 certifies more than γ = 0.
 - With a bounded divergence Eq. (37) can be trained: γ = 3 with squared error certifies more than with KL, whose noisy
   term grows without bound.
 
@@ -70,7 +70,7 @@ def certified(fit: Fit) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         arguments = [*METHODS[fit.method], "--seed", str(fit.seed), "--out", str(out), *BRIEF]
-        # It speaks of a folder that does not stay. Where the loss is not finite any more, the best weights are there.
+        # Its lines name a folder that is deleted soon. If a loss is not finite, the best weights so far are kept.
         with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(StopError):
             training_run.main([*arguments, *(QUICK if fit.quick else [])])
         subject = Source(run=out).read()
@@ -126,8 +126,12 @@ def claims(by_method: dict[str, list[dict[str, Any]]]) -> list[Claim]:
     return [
         more(PLAIN, STANDARD, f"Noise in training is needed: {at} γ = 0 certifies more than standard training"),
         more(MAGNIFIED, REVERSED, f"The sign of Eq. (36) helps: {at} γ = 0.5 certifies more than γ = 3"),
-        more(MAGNIFIED, PLAIN, f"Magnifying the alignment pays: {at} γ = 0.5 certifies more than γ = 0"),
-        more(REVERSED_SE, REVERSED, f"Eq. (37) needs a bounded divergence: {at} γ = 3 certifies more so than with KL"),
+        more(MAGNIFIED, PLAIN, f"A larger weight of the alignment helps: {at} γ = 0.5 certifies more than γ = 0"),
+        more(
+            REVERSED_SE,
+            REVERSED,
+            f"Eq. (37) needs a bounded divergence: {at} γ = 3 certifies more with squared error than with KL",
+        ),
     ]
 
 

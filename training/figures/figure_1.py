@@ -5,7 +5,7 @@ A model is fitted to each error, with p_d(y|x) as the target. KL(p_d ‖ p_θ) i
 Claims, each for every seed:
 
 1. R_SCORE is minimised by p_d: KL(p_d ‖ p_θ) of its model is at most 0.005 nats.
-2. R_Madry is not: KL(p_d ‖ p_θ) of its model is at least 5 times that of R_SCORE's model.
+2. R_Madry is not minimised by p_d: KL(p_d ‖ p_θ) of its model is at least 5 times that of R_SCORE's model.
 3. p_d is not optimal for R_Madry: its model has a smaller R_Madry than p_d itself, which has C^KL.
 4. With every other divergence (l1, JS, squared error), too, R_SCORE's model is closer to p_d in KL than R_Madry's.
    With two classes l2 and linf are l1 divided by √2 and by 2, and Adam trains the same model with them.
@@ -97,7 +97,7 @@ def make(seeds: tuple[int, ...], steps: int, jobs: int) -> Result:
                 choices,
             ),
             Claim(
-                f"R_Madry is not: KL(p_d ‖ p_θ) at least {RATIO:g} times that of R_SCORE's model",
+                f"R_Madry is not minimised by p_d: KL(p_d ‖ p_θ) at least {RATIO:g} times that of R_SCORE's model",
                 f"{spread(madry)} nats, {spread(ratios, 3)} times as much",
                 min(ratios) >= RATIO,
                 choices,

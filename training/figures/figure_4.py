@@ -168,7 +168,7 @@ def trained(seeds: tuple[int, ...], quick: bool) -> tuple[Data, dict[tuple[str, 
             for title, options in TRAINED.items():
                 out = Path(folder) / f"{title}-{seed}"
                 arguments = [*options, "--seed", str(seed), "--out", str(out), *BRIEF, *(QUICK if quick else [])]
-                with contextlib.redirect_stdout(io.StringIO()):  # it speaks of a folder that does not stay
+                with contextlib.redirect_stdout(io.StringIO()):  # its lines name a folder that is deleted soon
                     training_run.main(arguments)
                 subject = Source(run=out).read()
                 found[title, seed] = subject.model

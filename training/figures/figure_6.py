@@ -8,7 +8,7 @@ Claims, for every seed:
     4. Eq. (8) stops later: where R_SCORE^l1 is smallest, R_Madry is above (C^l1)² / 2.
 (b) 5. R_SCORE^l1 − R_Standard^l1 keeps decreasing until R_SCORE^l1 falls below C^l1: Spearman's correlation with the
        step is at most −0.9 up to there.
-    6. It is approximately the gradient alignment term 2ε E|∇ₓ p_d(Y_d|x) − ∇ₓ p_θ(Y_d|x)|, with the ε = 1 of the
+    6. The difference is about the gradient alignment term 2ε E|∇ₓ p_d(Y_d|x) − ∇ₓ p_θ(Y_d|x)|, with the ε = 1 of the
        paper: their ratio is between 1/2 and 2 at every step measured up to there.
     7. The term of Theorem 4 is right to first order: at the last step, with ε = 0.02, both agree to 5 %.
 
@@ -102,7 +102,7 @@ def alignment(runs: list[dict[str, Any]], c_l1: float) -> list[Claim]:
             choices,
         ),
         Claim(
-            "It is approximately the gradient alignment term at eps = 1, ratio between 1/2 and 2 up to there",
+            "The difference is about the gradient alignment term at eps = 1, ratio between 1/2 and 2 up to there",
             f"ratio {spread(ratios, 3)}",
             all(1 / FACTOR <= ratio <= FACTOR for ratio in ratios),
             choices,

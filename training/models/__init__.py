@@ -71,7 +71,10 @@ def _builder(name: str, pretrained: bool, weights: bool) -> Builder | None:
         short = name.removeprefix(from_timm.PREFIX)
         return functools.partial(from_timm.timm_model, short, pretrained=pretrained, weights=weights)
     if ":" in name:
-        return imported(name)
+        function = imported(name)
+        how = "with two arguments, input_shape and num_classes"
+        own_data.check_call(function, f"model: {name!r}", how, "input_shape", "num_classes")
+        return function
     if wide_resnet.NAME.fullmatch(name):
         return functools.partial(wide_resnet.wide_resnet, name)
     return MODELS.get(name)

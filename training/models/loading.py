@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from training import data, models
-from training.data import STATISTICS, Data, Statistics
+from training.data import STATISTICS, Data, Statistics, own_data
 from training.engine import checkpoint
 from training.settings.errors import InputError, unknown_name
 
@@ -122,7 +122,10 @@ def _from_function(source: str, input_shape: tuple[int, ...], num_classes: int) 
     function = models.imported(source)
     offered = {"input_shape": input_shape, "num_classes": num_classes}
     taken = inspect.signature(function).parameters
-    network = function(**{name: value for name, value in offered.items() if name in taken})
+    named = {name: value for name, value in offered.items() if name in taken}
+    how = "with those of the arguments input_shape and num_classes that it names"
+    own_data.check_call(function, f"model_from: {source!r}", how, **named)
+    network = function(**named)
     if not isinstance(network, nn.Module):
         raise InputError(f"model_from: {source} returned {type(network).__name__}, it must return a torch.nn.Module")
     return network
