@@ -137,3 +137,20 @@ def test_a_writer_reports_a_file_that_cannot_be_written(tmp_path):
     assert writer._pending[0].exception(timeout=60) is not None
     with pytest.raises(StopError, match=r"a\.pt cannot be written"):  # who hands over the next file hears of it too
         writer.save(tmp_path / "b.pt", epoch=1, settings={}, network={})
+
+
+def test_of_several_files_that_cannot_be_written_the_first_is_told(tmp_path, monkeypatch):
+    go_on = threading.Event()
+
+    def failing(path, **state):
+        assert go_on.wait(60)
+        raise StopError(f"{path.name} cannot be written")
+
+    monkeypatch.setattr(checkpoint, "save", failing)
+    writer = checkpoint.Writer()
+    for name in ("first", "second"):
+        writer.save(tmp_path / name, network={})
+    go_on.set()
+    with pytest.raises(StopError, match="first cannot be written"):
+        writer.save(tmp_path / "third", network={})
+    writer.wait()  # as a training does at its end, whatever ended it

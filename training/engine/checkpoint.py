@@ -99,7 +99,9 @@ class Writer:
 
     def _hand_over(self, work: Callable[[], None]) -> None:
         while self._pending and (len(self._pending) > 1 or self._pending[0].done()):
-            self._pending.pop(0).result()
+            if self._pending[0].exception() is not None:
+                self.wait()  # raises it; what waits behind it may have failed, too, and must not be what is told
+            self._pending.pop(0)
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
         self._pending.append(self._thread.submit(work))
