@@ -102,7 +102,7 @@ def main(arguments: list[str]) -> None:
         "minutes": cycles[-1]["minutes"],
         "weights": {objective: digest for objective, (digest, _) in first.items()},
         "growth_mb_per_hour": growth(cycles),
-        **{name: [cycles[0][name], cycles[-1][name]] for name in ("resident_mb", "private_mb", "files", "threads")},
+        **{name: [cycles[0][name], cycles[-1][name]] for name in ("resident_mb", "files", "threads")},
     }
     checkpoint.write_json(settings.out / "endurance.json", summary)
     draw(cycles, settings.out / "endurance.png")
@@ -176,19 +176,17 @@ def interrupted(owner: type, name: str, count: int) -> Iterator[list[int]]:
 
 
 def held() -> dict[str, float]:
-    """What the process holds: megabytes of memory, all and not shared with other processes, open files, threads."""
-    memory = dict(line.split()[:2] for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
-    private = sum(int(memory[f"Private_{kind}:"]) for kind in ("Clean", "Dirty"))
+    """What the process holds: megabytes of resident memory, open files, threads."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
     return {
-        "resident_mb": int(memory["Rss:"]) / 1024,
-        "private_mb": private / 1024,
+        "resident_mb": pages * os.sysconf("SC_PAGE_SIZE") / 2**20,
         "files": len(os.listdir("/proc/self/fd")),
         "threads": len(os.listdir("/proc/self/task")),
     }
 
 
 def growth(cycles: Sequence[dict[str, Any]]) -> dict[str, float] | None:
-    """Slope of the private memory after the warm-up, by least squares, with its 95 % interval (Student's t).
+    """Slope of the resident memory after the warm-up, by least squares, with its 95 % interval (Student's t).
 
     Cycles of one objective hold about the same, so that each objective has a level of its own and all share the slope.
     None for fewer than three cycles an objective.
@@ -199,7 +197,7 @@ def growth(cycles: Sequence[dict[str, Any]]) -> dict[str, float] | None:
         return None
     levels = [[float(c["objective"] == kind) for kind in kinds] for c in kept]
     columns = np.column_stack([[c["minutes"] / 60 for c in kept], levels])
-    values = np.array([c["private_mb"] for c in kept])
+    values = np.array([c["resident_mb"] for c in kept])
     solution, *_ = np.linalg.lstsq(columns, values, rcond=None)
     free = len(kept) - columns.shape[1]
     variance = ((values - columns @ solution) ** 2).sum() / free
@@ -211,10 +209,8 @@ def growth(cycles: Sequence[dict[str, Any]]) -> dict[str, float] | None:
 def draw(cycles: Sequence[dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 3.2))
     minutes = [c["minutes"] for c in cycles]
-    axes.plot(minutes, [c["resident_mb"] for c in cycles], color="#0072b2", label="resident")
-    axes.plot(minutes, [c["private_mb"] for c in cycles], color="#d55e00", linestyle="--", label="private")
-    axes.set(xlabel="minutes", ylabel="memory after a cycle, MB", ylim=(0, None))
-    axes.legend(loc="lower right")
+    axes.plot(minutes, [c["resident_mb"] for c in cycles], color="#0072b2", marker=".", linewidth=1)
+    axes.set(xlabel="minutes", ylabel="resident memory after a cycle, MB", ylim=(0, None))
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

@@ -213,7 +213,7 @@ def cycles(slope: float) -> list[dict]:
         {
             "minutes": 3 * i,
             "objective": list(endurance.OBJECTIVES)[i % 4],
-            "private_mb": 500 + 10 * (i % 4) + slope * 3 * i / 60 + rest[i % 5] - max(0, 3 - i) * 50,
+            "resident_mb": 500 + 10 * (i % 4) + slope * 3 * i / 60 + rest[i % 5] - max(0, 3 - i) * 50,
         }
         for i in range(40)
     ]
