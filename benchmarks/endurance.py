@@ -3,9 +3,9 @@
     python -m benchmarks.endurance --minutes 120 --out build/endurance
 
 Each cycle trains a network with the next objective, is interrupted at a random step, resumes, and evaluates with
-AutoAttack (its two APGD), interrupted and resumed as well. Between the cycles the memory of the process, its open files
-and its threads are counted. A cycle with an objective that ran before must give the same weights and the same verdicts,
-to the bit.
+AutoAttack (its two APGD), interrupted and resumed as well. Between the cycles the memory of the process, its open
+files, threads and objects are counted. A cycle with an objective that ran before must give the same weights and the
+same verdicts, to the bit.
 
 Writes memory.jsonl (a line a cycle), endurance.json (how fast memory grows, with an interval) and endurance.png.
 """
@@ -102,7 +102,7 @@ def main(arguments: list[str]) -> None:
         "minutes": cycles[-1]["minutes"],
         "weights": {objective: digest for objective, (digest, _) in first.items()},
         "growth_mb_per_hour": growth(cycles),
-        **{name: [cycles[0][name], cycles[-1][name]] for name in ("resident_mb", "files", "threads")},
+        **{name: [cycles[0][name], cycles[-1][name]] for name in ("resident_mb", "files", "threads", "objects")},
     }
     checkpoint.write_json(settings.out / "endurance.json", summary)
     draw(cycles, settings.out / "endurance.png")
@@ -176,12 +176,13 @@ def interrupted(owner: type, name: str, count: int) -> Iterator[list[int]]:
 
 
 def held() -> dict[str, float]:
-    """What the process holds: megabytes of resident memory, open files, threads."""
+    """What the process holds: megabytes of resident memory, open files, threads, objects of Python."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return {
         "resident_mb": pages * os.sysconf("SC_PAGE_SIZE") / 2**20,
         "files": len(os.listdir("/proc/self/fd")),
         "threads": len(os.listdir("/proc/self/task")),
+        "objects": len(gc.get_objects()),
     }
 
 
