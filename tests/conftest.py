@@ -5,6 +5,8 @@ interrupted goes on with the tests that had not passed yet; one that passes star
 """
 
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,20 @@ DONE = Path(os.environ.get("SCOREMATCH_SOAK_DONE", "build/soak-done.txt"))  # te
 
 settings.register_profile("scorematch", derandomize=not SOAKING, database=None, deadline=None, print_blob=True)
 settings.load_profile("scorematch")
+
+
+@pytest.fixture
+def untouched_process() -> Iterator[None]:
+    """For tests of programs, which set signal handlers, threads and determinism for their whole process."""
+    import torch
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    threads = torch.get_num_threads()
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.hookimpl(trylast=True)  # after hypothesis has marked the tests that draw

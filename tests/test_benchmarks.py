@@ -2,8 +2,6 @@
 
 import json
 import random
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -229,17 +227,6 @@ def test_growth_of_memory_is_found_below_the_levels_of_the_objectives(slope):
 
 def test_a_short_run_says_nothing_about_growth():
     assert endurance.growth(cycles(0.0)[:11]) is None
-
-
-@pytest.fixture
-def untouched_process() -> Iterator[None]:
-    """Programs set signal handlers and threads for their whole process."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    threads = torch.get_num_threads()
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.usefixtures("untouched_process")

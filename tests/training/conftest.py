@@ -4,15 +4,13 @@ import hashlib
 import multiprocessing
 import os
 import pickle
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-import torch
 from killing import Hit, Start, program
 from scipy.io import savemat
 
@@ -57,15 +55,8 @@ Call = Callable[..., Ending]
 
 
 @pytest.fixture(autouse=True)
-def untouched_process() -> Iterator[None]:
-    """The programs set signal handlers, threads and determinism for their whole process."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    threads = torch.get_num_threads()
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
+def untouched(untouched_process: None) -> None:
+    """All tests here are of programs."""
 
 
 @pytest.fixture(autouse=True)
