@@ -6,8 +6,8 @@ Every objective and variant trains the same network on the same batches; rounds 
 the median of the rounds counts, so that a machine that slows down slows all. Printed and, with --out, written as JSON.
 
 ``--outside`` also repeats the bare passes of the network of each step, forward and backward, and says what share of the
-step is not theirs: attack, loss, posterior, optimiser, data. It is a share of processor seconds, summed over threads,
-which other work on the machine lengthens little.
+step is neither theirs nor the posterior's: attack, loss, optimiser, data. It is a share of processor seconds, summed
+over threads, which other work on the machine lengthens little.
 """
 
 import dataclasses
@@ -17,15 +17,17 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from benchmarks.kernels import device_name
+from scorematch.posteriors import Posterior, Trace
 from training import data, models
 from training.data import DataName, DataSettings
 from training.engine import hardware, posteriors
@@ -90,7 +92,7 @@ class BenchmarkSettings:
     rounds: int = 3  # rounds, after one of BEFORE steps that is not counted
     attack_steps: int = 10  # steps of the attack
     threads: int = 2  # CPU threads
-    outside: bool = False  # also the share of a step outside the passes of the network, on a CPU
+    outside: bool = False  # also the share of a step outside the network and the posterior, on a CPU
     device: str = "cpu"  # torch device
     out: Path | None = None  # JSON file to write
 
@@ -115,17 +117,17 @@ def main(arguments: list[str]) -> None:
     lines = []
     with tempfile.TemporaryDirectory() as folder:
         cases = [(objective, variant) for objective in settings.objectives for variant in settings.variants]
-        trainers = {case: trainer(settings, *case, loaded, Path(folder)) for case in cases}
+        runs = {case: run_of(settings, *case, loaded, Path(folder)) for case in cases}
         seconds: dict[tuple[str, str], list[float]] = {case: [] for case in cases}
-        shares: dict[tuple[str, str], list[float]] = {case: [] for case in cases}
+        shares: dict[tuple[str, str], list[Shares]] = {case: [] for case in cases}
         index = torch.arange(settings.batch, device=loaded.x_train.device)
         for number in tqdm(range(settings.rounds + 1), desc="benchmark", unit="round"):
-            for case, run in trainers.items():
-                taken = time_of(run, index, settings.steps if number else BEFORE)
+            for case, run in runs.items():
+                taken = time_of(run.trainer, index, settings.steps if number else BEFORE)
                 if number:
                     seconds[case].append(taken)
                 if number and settings.outside:
-                    shares[case].append(share_outside(run, index))
+                    shares[case].append(shares_of(run, index))
     for (objective, variant), values in seconds.items():
         median = statistics.median(values)
         lines.append(
@@ -134,10 +136,10 @@ def main(arguments: list[str]) -> None:
                 "variant": variant,
                 "seconds_per_step": round(median, 4),
                 "samples_per_second": round(settings.batch / median, 1),
-                "seconds_per_epoch": round(median * trainers[objective, variant].course.steps, 1),
+                "seconds_per_epoch": round(median * runs[objective, variant].trainer.course.steps, 1),
                 "times_first": round(statistics.median(seconds[objective, settings.variants[0]]) / median, 2),
                 "times_first_objective": round(median / statistics.median(seconds[cases[0][0], variant]), 2),
-                **({"outside_per_cent": spread(shares[objective, variant])} if settings.outside else {}),
+                **per_cent(shares[objective, variant]),
             }
         )
         print(json.dumps(lines[-1]), flush=True)
@@ -151,7 +153,12 @@ def main(arguments: list[str]) -> None:
         settings.out.write_text(json.dumps({**head, "lines": lines}, indent=1) + "\n")
 
 
-def trainer(settings: BenchmarkSettings, objective: str, variant: str, loaded: data.Data, folder: Path) -> Trainer:
+class Run(NamedTuple):
+    trainer: Trainer
+    posterior: Posterior | None
+
+
+def run_of(settings: BenchmarkSettings, objective: str, variant: str, loaded: data.Data, folder: Path) -> Run:
     name, _, kind = objective.partition(":")
     out = folder / f"{name}-{kind}-{variant}"
     out.mkdir()
@@ -171,15 +178,15 @@ def trainer(settings: BenchmarkSettings, objective: str, variant: str, loaded: d
         posterior = posteriors.at_speed(posterior, Speed(speed.precision, speed.compile))
     torch.manual_seed(0)
     model = models.build(settings.model, loaded.input_shape, loaded.num_classes, loaded.statistics)
-    return Trainer(parsed, loaded, model.to(loaded.x_train.device), posterior, out)
+    return Run(Trainer(parsed, loaded, model.to(loaded.x_train.device), posterior, out), posterior)
 
 
-def time_of(run: Trainer, index: torch.Tensor, steps: int) -> float:
+def time_of(trainer: Trainer, index: torch.Tensor, steps: int) -> float:
     """Seconds a step."""
     device = index.device
     begin = time.perf_counter()
     for _ in range(steps):
-        run._step(index)
+        trainer._step(index)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return (time.perf_counter() - begin) / steps
@@ -194,37 +201,82 @@ class Pass(NamedTuple):
     training: bool
 
 
-def share_outside(run: Trainer, index: torch.Tensor) -> float:
-    """Of a step, the per cent of processor seconds beside the passes of the network, which are timed alone after it."""
+class Shares(NamedTuple):
+    """Of the processor seconds of a step, in per cent."""
+
+    posterior: float
+    outside: float  # neither the network's passes nor the posterior
+
+
+class Watched:
+    """Counts the processor seconds that a posterior takes."""
+
+    def __init__(self, posterior: Posterior) -> None:
+        self.seconds = 0.0
+        self._posterior = posterior
+        self._trace = posterior.trace
+        posterior.trace = self._begin  # type: ignore[method-assign]
+
+    def end(self) -> None:
+        self._posterior.trace = self._trace  # type: ignore[method-assign]
+
+    def _begin(self, x: torch.Tensor, y: torch.Tensor) -> Trace:
+        trace: Trace = self._timed(self._trace)(x, y)
+        trace.move = self._timed(trace.move)  # type: ignore[method-assign]
+        trace.pull_back = self._timed(trace.pull_back)  # type: ignore[method-assign]
+        return trace
+
+    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            begin = time.process_time()
+            result = function(*arguments)
+            self.seconds += time.process_time() - begin
+            return result
+
+        return call
+
+
+def shares_of(run: Run, index: torch.Tensor) -> Shares:
+    """The shares of one step; the passes of the network are timed alone after it."""
+    trainer = run.trainer
     passes: list[Pass] = []
 
     def record(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         x, graph = inputs[0], torch.is_grad_enabled()
-        to_weights = graph and any(parameter.requires_grad for parameter in run.model.parameters())
-        passes.append(Pass(x.detach(), graph and x.requires_grad, to_weights, run.model.training))
+        to_weights = graph and any(parameter.requires_grad for parameter in trainer.model.parameters())
+        passes.append(Pass(x.detach(), graph and x.requires_grad, to_weights, trainer.model.training))
 
-    hook = run.forward.register_forward_pre_hook(record)
+    hook = trainer.forward.register_forward_pre_hook(record)
+    watched = None if run.posterior is None else Watched(run.posterior)
     begin = time.process_time()
-    run._step(index)
+    trainer._step(index)
     whole = time.process_time() - begin
     hook.remove()
+    by_posterior = 0.0
+    if watched is not None:
+        watched.end()
+        by_posterior = watched.seconds
 
-    mode, parameters = run.model.training, list(run.model.parameters())
+    mode, parameters = trainer.model.training, list(trainer.model.parameters())
     wanted = [parameter.requires_grad for parameter in parameters]
     begin = time.process_time()
     for one in passes:
-        run.model.train(one.training)
-        run.model.requires_grad_(one.to_weights)
+        trainer.model.train(one.training)
+        trainer.model.requires_grad_(one.to_weights)
         x = one.x.clone(memory_format=torch.preserve_format).requires_grad_(one.to_x)
         with torch.set_grad_enabled(one.to_x or one.to_weights):
-            total = run.forward(x).sum()
+            total = trainer.forward(x).sum()
         if total.requires_grad:
             torch.autograd.grad(total, [x] if one.to_x else parameters, allow_unused=True)
     bare = time.process_time() - begin
-    run.model.train(mode)
+    trainer.model.train(mode)
     for parameter, want in zip(parameters, wanted, strict=True):
         parameter.requires_grad_(want)
-    return 100 * (1 - bare / whole)
+    return Shares(100 * by_posterior / whole, 100 * (1 - (bare + by_posterior) / whole))
+
+
+def per_cent(shares: list[Shares]) -> dict[str, dict[str, float]]:
+    return {f"{name}_per_cent": spread([getattr(one, name) for one in shares]) for name in Shares._fields if shares}
 
 
 def spread(values: list[float]) -> dict[str, float]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import endurance, floor, kernels, overhead
+from benchmarks import endurance, floor, kernels, overhead, training
 from scorematch.attacks import classifier
 
 PEAK = floor.Peak(operations=1e9, exponentials=1e8)
@@ -235,3 +235,18 @@ def test_a_cycle_is_interrupted_and_repeats_itself(tmp_path):
     first, second = (endurance.cycle(settings, "pgd_at", tmp_path / "cycle", random.Random(seed)) for seed in (0, 1))
     assert first == second
     assert len(first[1]) == 4
+
+
+def test_shares_of_a_step(tmp_path, monkeypatch):
+    clock = iter(range(10_000))
+    monkeypatch.setattr(training.time, "process_time", lambda: next(clock))  # a second passes at each look
+    out = tmp_path / "shares.json"
+    options = ["--data", "toy", "--model", "toy_mlp", "--batch", "8", "--steps", "1", "--attack-steps", "3"]
+    objectives = ["--objectives", "pgd_at", "score_direct:kernel_density", "--variants", "plain"]
+    training.main([*options, *objectives, "--rounds", "2", "--threads", "1", "--outside", "--out", str(out)])
+    surrogate, direct = json.loads(out.read_text())["lines"]
+    # Of 17 seconds of direct SCORE 8 are of its posterior, looked at twice each: a trace, 3 pull_backs, 4 moves.
+    assert direct["posterior_per_cent"]["median"] == pytest.approx(100 * 8 / 17, abs=0.1)
+    assert direct["outside_per_cent"]["median"] == pytest.approx(100 * 8 / 17, abs=0.1)
+    # Of PGD-AT's one second all is for the passes, which take one when they are repeated.
+    assert surrogate["posterior_per_cent"]["median"] == surrogate["outside_per_cent"]["median"] == 0
