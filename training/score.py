@@ -152,8 +152,7 @@ def parse(arguments: Sequence[str]) -> ScoreSettings:
     config.check_ranges(settings, RANGES)
     if settings.posterior_settings.name != "score_network":
         raise InputError(f"posterior_settings.name: {settings.posterior_settings.name!r}, allowed: score_network")
-    if settings.posterior_settings.folds > 1:
-        given = settings.posterior_settings.folds
+    if (given := settings.posterior_settings.number_of_folds) > 1:
         raise InputError(f"posterior_settings.folds: {given}, allowed: 1; training.run fits the mean of several")
     return settings
 

@@ -88,6 +88,16 @@ def test_a_joint_energy_is_another_training(digits: data.Data) -> None:
     assert not torch.equal(plain.trace(x, y).log_p, energy.trace(x, y).log_p)
 
 
+def test_joint_energies_stand_for_cross_fitted_ones(digits: data.Data) -> None:
+    """The name alone gives what the settings of a classifier give, with everything open or one setting of one's own."""
+    whole = {"energy_weight": 100.0, "folds": 4, "sigma": 0.2}
+    for own in ({}, {"folds": 2}, {"energy_weight": 1.0, "folds": 1}):
+        named = build(PosteriorSettings("joint_energies", **own, **QUICK), digits)  # type: ignore[arg-type]
+        told = PosteriorSettings("noise_conditional_classifier", **{**whole, **own}, **QUICK)  # type: ignore[arg-type]
+        x, y = digits.x_test[:8], digits.y_test[:8]
+        assert torch.equal(named.trace(x, y).log_p, build(told, digits).trace(x, y).log_p)
+
+
 def test_what_is_anchored_at_labels(digits: data.Data) -> None:
     for folds in (1, 2):
         settings = PosteriorSettings("score_network", anchor="label", folds=folds, **QUICK)  # type: ignore[arg-type]
@@ -200,7 +210,10 @@ def test_oracle_is_for_the_toy(digits: data.Data) -> None:
         ({"smoothing": 1.0}, "smoothing: 1.0 is out of range"),
         ({"likelihood_weight": -1.0}, "likelihood_weight: -1.0 is out of range"),
         ({"energy_weight": -1.0}, "energy_weight: -1.0 is out of range"),
-        ({"energy_weight": 1.0, "likelihood_weight": 1.0}, "energy_weight: 1.0 with a likelihood_weight"),
+        ({"energy_weight": 2.0, "likelihood_weight": 1.0}, "likelihood_weight: 1.0 with energy_weight 2.0"),
+        ({"name": "joint_energies", "likelihood_weight": 1.0}, "likelihood_weight: 1.0 with joint_energies"),
+        ({"name": "joint_energies", "energy_weight": 0.0}, "energy_weight: 0.0 with joint_energies, allowed: above 0"),
+        ({"name": "joint_energies", "centering": "network"}, "folds: 4 with centering 'network'"),
         ({"folds": 0}, "folds: 0 is out of range"),
         ({"name": "kernel_density", "folds": 2}, "folds: 2 with kernel_density, allowed: with score_network"),
         ({"centering": "network", "folds": 2}, "folds: 2 with centering 'network'"),

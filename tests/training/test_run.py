@@ -31,7 +31,7 @@ SURROGATES = {
     "pgd_at se": ["--objective", "pgd_at", "--divergence", "se", "--clip", "0.1"],
     "trades l2": ["--objective", "trades", "--norm", "l2", "--beta", "2", "--attack-mode", "eval"],
 }
-DIRECT = ["score_network", "kernel_density", "noise_conditional_classifier"]
+DIRECT = ["score_network", "joint_energies", "kernel_density", "noise_conditional_classifier"]
 
 
 def files(out: Path) -> set[str]:
@@ -123,10 +123,13 @@ def test_direct_on_the_digits(
     ending = call("run", *options, *tiny, "--out", "here")
     assert ending.status == 0, ending
     summary = finished(tmp_path / "here")
-    trainings = {"score_network": {"score-network"}, "noise_conditional_classifier": {"classifier"}}.get(
-        posterior, set()
-    )
-    assert files(tmp_path / "here") == FILES | {"posterior.pt", "paths.json"} | trainings
+    trainings = {
+        "score_network": {"score-network"},
+        "joint_energies": {f"fold-{k}" for k in range(4)},
+        "kernel_density": set(),
+        "noise_conditional_classifier": {"classifier"},
+    }
+    assert files(tmp_path / "here") == FILES | {"posterior.pt", "paths.json"} | trainings[posterior]
     assert summary["posterior"] == posterior
     assert summary["data_gradient_ratio"] >= 0
     assert 0 <= summary["sign_change_share"] <= 1

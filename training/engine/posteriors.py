@@ -35,9 +35,9 @@ from training.engine.hardware import Speed
 from training.settings import tables
 from training.settings.errors import InputError
 
-POSTERIORS = ("score_network", "kernel_density", "noise_conditional_classifier", "oracle")
+POSTERIORS = ("score_network", "joint_energies", "kernel_density", "noise_conditional_classifier", "oracle")
 FOLD_SEEDS = 7919  # between the seeds of two folds
-FITTED = ("score_network", "noise_conditional_classifier")  # those whose networks are trained
+FITTED = ("score_network", "joint_energies", "noise_conditional_classifier")  # those whose networks are trained
 
 
 class DataLike(Protocol):
@@ -101,13 +101,14 @@ class PosteriorSettings:
     # probability of each geometric transformation of a training image that the network is told of; 0 turns them off
     augment: float = 0.0
     likelihood_weight: float = 0.0  # classifier: weight of denoising likelihood score matching; 0 turns it off
-    # classifier: train it as a joint energy, with this weight of conditional denoising score matching; 0 turns it off
-    energy_weight: float = 0.0
+    # classifier: train it as a joint energy, with this weight of conditional denoising score matching; 0 turns it off.
+    # None is 100 for joint_energies, and 0 for the others
+    energy_weight: float | None = None
     # classifier: divide its logits by the temperature that makes held-out labels most likely
     temperature: bool = True
     # cross-fitting: number of folds. For each a posterior is fitted without it, and the fold picks its weights; the
-    # mean of all is used. 1 turns it off
-    folds: int = 1
+    # mean of all is used. 1 turns it off; None is 4 for joint_energies, and 1 for the others
+    folds: int | None = None
     max_points: int | None = None  # kernel_density: training points kept (a random subset); None keeps all
 
     def __post_init__(self) -> None:
@@ -117,7 +118,7 @@ class PosteriorSettings:
             value = getattr(self, field)
             if value is not None and not 0.0 < value < float("inf"):
                 raise ValueError(f"{field}: {value!r} is out of range, allowed: a finite number above 0")
-        for field in ("nodes", "width", "depth", "steps", "batch_size", "max_points", "top_k", "patch"):
+        for field in ("nodes", "width", "depth", "steps", "batch_size", "max_points", "top_k", "patch", "folds"):
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise ValueError(f"{field}: {value!r} is out of range, allowed: at least 1")
@@ -143,20 +144,29 @@ class PosteriorSettings:
         if self.smoothing is not None and not 0.0 < self.smoothing < 1.0:
             raise ValueError(f"smoothing: {self.smoothing!r} is out of range, allowed: between 0 and 1, exclusive")
         for field in ("likelihood_weight", "energy_weight"):
-            if not 0.0 <= getattr(self, field) < math.inf:
-                raise ValueError(f"{field}: {getattr(self, field)!r} is out of range, allowed: at least 0")
-        if self.likelihood_weight and self.energy_weight:
-            raise ValueError(f"energy_weight: {self.energy_weight!r} with a likelihood_weight, allowed: one of them")
-        if self.folds < 1:
-            raise ValueError(f"folds: {self.folds!r} is out of range, allowed: at least 1")
-        if self.folds > 1 and self.name not in FITTED:
-            raise ValueError(f"folds: {self.folds!r} with {self.name}, allowed: with {', '.join(FITTED)}")
-        if self.folds > 1 and self.centering == "network":
-            raise ValueError(f"folds: {self.folds!r} with centering 'network', allowed: with 'posterior'")
+            value = getattr(self, field)
+            if value is not None and not 0.0 <= value < math.inf:
+                raise ValueError(f"{field}: {value!r} is out of range, allowed: at least 0")
+        energies = self.name == "joint_energies"
+        if energies and self.energy_weight == 0:
+            raise ValueError(f"energy_weight: {self.energy_weight!r} with joint_energies, allowed: above 0")
+        if self.likelihood_weight and (self.energy_weight or energies):
+            other = "joint_energies" if energies else f"energy_weight {self.energy_weight!r}"
+            raise ValueError(f"likelihood_weight: {self.likelihood_weight!r} with {other}, allowed: 0, or without")
+        folds = self.number_of_folds
+        if folds > 1 and self.name not in FITTED:
+            raise ValueError(f"folds: {folds!r} with {self.name}, allowed: with {', '.join(FITTED)}")
+        if folds > 1 and self.centering == "network":
+            raise ValueError(f"folds: {folds!r} with centering 'network', allowed: with 'posterior'")
+
+    @property
+    def number_of_folds(self) -> int:
+        return self.folds if self.folds is not None else OF_POSTERIOR.get(self.name, COMMON).get("folds", 1)
 
     def resolved(self, data_name: str) -> PosteriorSettings:
         """The same with every None that the data set has a tuned value for replaced by that value."""
-        tuned = {**COMMON, **TUNED.get(data_name, {}).get("any", {}), **TUNED.get(data_name, {}).get(self.name, {})}
+        of_data = TUNED.get(data_name, {})
+        tuned = {**COMMON, **OF_POSTERIOR.get(self.name, {}), **of_data.get("any", {}), **of_data.get(self.name, {})}
         missing = {field: value for field, value in tuned.items() if getattr(self, field) is None}
         return dataclasses.replace(self, **missing)
 
@@ -174,7 +184,12 @@ COMMON: dict[str, Any] = {
     "sigma_min": 0.05,
     "sigma_max": 1.0,
     "mirror": False,
+    "energy_weight": 0.0,
+    "folds": 1,
 }
+
+# What was best where p_d is known: docs/direct-score.md.
+OF_POSTERIOR: dict[str, dict[str, Any]] = {"joint_energies": {"energy_weight": 100.0, "folds": 4}}
 
 # Not tuned. A range of noise wide enough for sampling, so that one network serves the posterior and training.generate.
 CIFAR: dict[str, dict[str, Any]] = {
@@ -193,6 +208,7 @@ TUNED: dict[str, dict[str, dict[str, Any]]] = {
         "score_network": {"sigma": 0.4, "anchor": "kernel_density"},
         "kernel_density": {"sigma": 0.4},
         "noise_conditional_classifier": {"sigma": 0.2},
+        "joint_energies": {"sigma": 0.2},
     },
     "toy": {
         "any": {
@@ -260,12 +276,12 @@ def build(
             member: Posterior = getattr(builder, settings.name)()
             return member
 
-        if settings.folds == 1:
+        if settings.number_of_folds == 1:
             posterior = built(x, y, held_out, seed, folder)
         else:
             members = []
-            for fold in range(settings.folds):
-                out = torch.arange(len(x), device=x.device) % settings.folds == fold
+            for fold in range(settings.number_of_folds):
+                out = torch.arange(len(x), device=x.device) % settings.number_of_folds == fold
                 place = None if folder is None else folder / f"fold-{fold}"
                 members.append(built(x[~out], y[~out], (x[out], y[out]), seed + FOLD_SEEDS * fold, place))
             posterior = Ensemble(members)
@@ -295,8 +311,9 @@ def read(
     try:
         known = PosteriorSettings(**tables.typed_table(table, PosteriorSettings, str(path)))
         settings = dataclasses.replace(known, **changes).resolved(data.name)
-        if settings.name != "score_network" or settings.folds > 1:
-            what = settings.name if settings.folds == 1 else f"mean of {settings.folds} of {settings.name}"
+        folds = settings.number_of_folds
+        if settings.name != "score_network" or folds > 1:
+            what = settings.name if folds == 1 else f"mean of {folds} of {settings.name}"
             raise InputError(f"{path} holds a {what}, expected a score_network")
         posterior = build(settings, data, seed=0, device=device, state=saved["network"])
     except (RuntimeError, ValueError) as error:
@@ -454,6 +471,10 @@ class _Builder:
         return NoiseConditionalClassifier(
             network, num_classes=self.num_classes, sigma=self.sigma, temperature=temperature
         )
+
+    def joint_energies(self) -> NoiseConditionalClassifier:
+        """One of those whose mean is taken; ``energy_weight`` makes it a joint energy."""
+        return self.noise_conditional_classifier()
 
     def denoiser(self) -> Denoiser:
         """The score network of the data set."""

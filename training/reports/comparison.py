@@ -19,6 +19,7 @@ POSTERIOR_NAMES = {
     "score_network": "score network",
     "kernel_density": "kernel density",
     "noise_conditional_classifier": "noise-conditional classifier",
+    "joint_energies": "mean of joint energies",
     "oracle": "oracle",
 }
 

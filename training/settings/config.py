@@ -35,7 +35,7 @@ else:
 
 Objective = Literal["standard", "gaussian", "pgd_at", "trades", "score_direct"]
 Attack = Literal["pgd", "fgsm_rs", "n_fgsm"]
-Posterior = Literal["score_network", "kernel_density", "noise_conditional_classifier", "oracle"]
+Posterior = Literal["score_network", "joint_energies", "kernel_density", "noise_conditional_classifier", "oracle"]
 DataGradient = Literal["scores", "none", "noise"]
 ClipForm = Literal["total", "robust", "threshold"]
 AutoAttackVersion = Literal["none", "fast", "standard"]
