@@ -77,6 +77,7 @@ class Bench:
     problem: Task
     seed: int
     grid: Grid = field(default_factory=Grid)
+    folds: int = FOLDS  # into which the training points are cut; each network goes without one
     _networks: dict[tuple[str, int], nn.Module] = field(default_factory=dict)
     _drawn: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _estimated: dict[str, Estimated] = field(default_factory=dict)
@@ -110,7 +111,7 @@ class Bench:
         problem, grid = self.problem, self.grid
         torch.manual_seed(1000 * self.seed + fold)
         generator = Generator().manual_seed(1000 * self.seed + fold)
-        x, y, *_ = problem.fold(fold)
+        x, y, *_ = problem.fold(fold, self.folds)
         x_held, y_held = self.held_out(fold)
         scale = problem.scale
         watched = HeldOut(x_held, y_held, scale * grid.selection_sigma, grid.interval, grid.patience)
@@ -177,7 +178,7 @@ class Bench:
 
     def held_out(self, fold: int) -> tuple[Tensor, Tensor]:
         """Points that the networks of this fold have not seen."""
-        _, _, x, y = self.problem.fold(fold)
+        _, _, x, y = self.problem.fold(fold, self.folds)
         return x[: self.grid.held_out], y[: self.grid.held_out]
 
     def evidence(self, posterior: Posterior, fold: int) -> Tensor:
@@ -240,7 +241,7 @@ def _kernel_density(bench: Bench, drawn: bool) -> Estimated:
     def points(fold: int | None) -> tuple[Tensor, Tensor]:
         if drawn:
             return bench.drawn(fold or 0)
-        x, y = (problem.x, problem.y) if fold is None else problem.fold(fold)[:2]
+        x, y = (problem.x, problem.y) if fold is None else problem.fold(fold, bench.folds)[:2]
         return x[: bench.grid.kernels], y[: bench.grid.kernels]
 
     def at(sigma: float) -> Callable[[int | None], Posterior]:
@@ -265,7 +266,7 @@ def _factor_analysers(bench: Bench) -> Estimated:
 
     def fitted(components: int, rank: int) -> Callable[[int | None], Posterior]:
         def build(fold: int | None) -> Posterior:
-            x, y = (problem.x, problem.y) if fold is None else problem.fold(fold)[:2]
+            x, y = (problem.x, problem.y) if fold is None else problem.fold(fold, bench.folds)[:2]
             return FactorAnalysers.fit(
                 x,
                 y,

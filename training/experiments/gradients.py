@@ -5,14 +5,17 @@ squared error against the exact p_σ, weighted with its posterior):
 
 G1  Centring by the estimator's own posterior, s_y − Σ_k p_k s_k, has at σ = 0.05 at most a tenth of the error of the
     literal Eq. (34), s_y − s_∅, with intervals that do not overlap.
-G2  Some estimator is below 0.1 at every σ from 0.1 on.
+G2  Some estimator is below 0.1 at every σ from 0.1 on. (Of the first nine none was: the best had 0.119, 0.122, 0.110.
+    The tenth, sixteen joint energies, was added then. Their number and weight were found by these errors on seed 0, so
+    seed 0 does not count for it.)
 G3  The audit without an oracle, held-out denoising loss with one common unconditional score, ranks the estimators at
     each σ as the oracle does: Spearman's rank correlation is at least 0.9.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,8 @@ from training.experiments.runner import Notebook
 
 DIMENSION, COUNT = 32, 10_000
 SIGMAS = (0.05, 0.1, 0.2, 0.4)
+MANY, HEAVIER = 16, 1000.0  # joint energies in the largest ensemble, and the weight of their gradients
+ADDED, CHOSEN_ON = "sixteen joint energies", 0  # their name, and the seed on which number and weight were chosen
 REPEATS = 8  # noise vectors for each of the held-out points of the audit
 
 
@@ -63,11 +68,11 @@ class TwoNetworks(Denoiser):
         return torch.cat([super().all_scores(x, sigma)[:, :-1], self.unconditional.score(x, sigma)[:, None]], 1)
 
 
-def posteriors_of(bench: Bench, other: Bench, sigma: float) -> dict[str, Posterior]:
-    """The estimates of p_σ; ``other`` trains networks of its own on the same data."""
+def posteriors_of(bench: Bench, other: Bench, many: Bench, sigma: float) -> dict[str, Callable[[], Posterior]]:
+    """The estimates of p_σ; ``other`` and ``many`` train networks of their own on the same data."""
     classes = bench.problem.num_classes
 
-    def pointwise(kind: str, fold: int) -> NoiseConditionalClassifier:
+    def pointwise(kind: str, fold: int, bench: Bench = bench) -> NoiseConditionalClassifier:
         return NoiseConditionalClassifier(bench.network(kind, fold), num_classes=classes, sigma=sigma)
 
     def scores(denoiser: Denoiser, anchor: PointwisePosterior, centering: str = "posterior") -> ScoreNetwork:
@@ -78,20 +83,22 @@ def posteriors_of(bench: Bench, other: Bench, sigma: float) -> dict[str, Posteri
         assert isinstance(network, Denoiser)
         return network
 
-    anchor = pointwise("classifier", 0)
-    two = TwoNetworks(denoiser(bench), denoiser(other))
+    def anchor() -> NoiseConditionalClassifier:
+        return pointwise("classifier", 0)
+
     return {
-        "two networks, literal": scores(two, anchor, "network"),
-        "one network, literal": scores(denoiser(bench), anchor, "network"),
-        "one network, centred": scores(denoiser(bench), anchor),
-        "ensemble of networks, centred": Ensemble(
+        "two networks, literal": lambda: scores(TwoNetworks(denoiser(bench), denoiser(other)), anchor(), "network"),
+        "one network, literal": lambda: scores(denoiser(bench), anchor(), "network"),
+        "one network, centred": lambda: scores(denoiser(bench), anchor()),
+        "ensemble of networks, centred": lambda: Ensemble(
             [scores(denoiser(bench, fold), pointwise("classifier", fold)) for fold in range(FOLDS)]
         ),
         "noise-conditional classifier": anchor,
-        "ensemble of classifiers": Ensemble([pointwise("classifier", fold) for fold in range(FOLDS)]),
-        "joint energy": pointwise("energy", 0),
-        "ensemble of joint energies": Ensemble([pointwise("energy", fold) for fold in range(FOLDS)]),
-        "kernel density": KernelDensity(bench.problem.x, bench.problem.y, num_classes=classes, sigma=sigma),
+        "ensemble of classifiers": lambda: Ensemble([pointwise("classifier", fold) for fold in range(FOLDS)]),
+        "joint energy": lambda: pointwise("energy", 0),
+        "ensemble of joint energies": lambda: Ensemble([pointwise("energy", fold) for fold in range(FOLDS)]),
+        ADDED: lambda: Ensemble([pointwise("energy", fold, many) for fold in range(MANY)]),
+        "kernel density": lambda: KernelDensity(bench.problem.x, bench.problem.y, num_classes=classes, sigma=sigma),
     }
 
 
@@ -102,11 +109,12 @@ def run(cell: Cell) -> None:
     grid = estimators.QUICK if cell.quick else estimators.Grid(selection_sigma=0.2)
     # The audit's common score comes from a third network: that of an estimate would hide the estimate's own error.
     bench, other, third = (Bench(problem, cell.seed + offset, grid) for offset in (0, 500, 700))
+    many = Bench(problem, cell.seed, replace(grid, energy_weight=HEAVIER), folds=MANY)
     about = {"dimension": DIMENSION, "count": len(problem.x), "seed": cell.seed, "grid": asdict(grid)}
     notebook = Notebook(cell.folder / f"{cell.name}.json", about)
 
     def measured(name: str, sigma: float) -> dict[str, Any]:
-        estimate = posteriors_of(bench, other, sigma)[name]
+        estimate = posteriors_of(bench, other, many, sigma)[name]()
         x, y = problem.x_test, problem.y_test
         omega = torch.empty_like(x).normal_(generator=Generator().manual_seed(cell.seed))
         error = audit.gradient_error(estimate, problem.oracle.smoothed(sigma), x + sigma * omega, y)
@@ -131,5 +139,6 @@ NAMES = (
     "ensemble of classifiers",
     "joint energy",
     "ensemble of joint energies",
+    ADDED,
     "kernel density",
 )

@@ -7,7 +7,7 @@ file.
 
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,7 @@ def section_gradients(cells: Sequence[dict[str, Any]]) -> str:
     ]
     literal, centred = errors["two networks, literal", 0.05], errors["one network, centred", 0.05]
     apart = centred.high is not None and literal.low is not None and centred.high < literal.low
-    best = {sigma: min(errors[name, sigma].mean for name in gradients.NAMES) for sigma in gradients.SIGMAS}
+    best = {sigma: _best(cells, sigma) for sigma in gradients.SIGMAS[1:]}
     ranks = {sigma: _ranks(cells, sigma) for sigma in gradients.SIGMAS}
     count, dimension = cells[0]["count"], cells[0]["dimension"]
     return "\n".join(
@@ -141,9 +141,13 @@ def section_gradients(cells: Sequence[dict[str, Any]]) -> str:
             "- G1, centring by the estimator's own posterior has at most a tenth of the error of the literal Eq. (34) "
             f"at σ = 0.05: ratio {literal.mean / centred.mean:.1f}, intervals {'apart' if apart else 'overlapping'}: "
             f"{verdict(apart and literal.mean >= 10 * centred.mean)}.",
-            "- G2, some estimator is below 0.1 at every σ from 0.1 on: the best are "
-            f"{', '.join(f'{best[s]:.3f}' for s in gradients.SIGMAS[1:])}: "
-            f"{verdict(all(best[s] < 0.1 for s in gradients.SIGMAS[1:]))}.",
+            "- G2, some estimator is below 0.1 at every σ from 0.1 on: "
+            f"{_listed(before for before, _ in best.values())} for the best of the first nine: "
+            f"{verdict(all(before < 0.1 for before, _ in best.values()))}. Sixteen joint energies were added "
+            f"after that, with {gradients.HEAVIER:,.0f} in the place of 100 as the weight of their gradients. Number "
+            f"and weight were chosen by these errors on seed {gradients.CHOSEN_ON}. On the other seeds "
+            f"they have {_listed(now for _, now in best.values())}: "
+            f"{verdict(all(now < 0.1 for _, now in best.values()))}.",
             "- G3, the audit without an oracle ranks the estimators as the oracle does; Spearman's correlation, the "
             f"mean over seeds at σ = {', '.join(f'{s:g}' for s in gradients.SIGMAS)}: "
             f"{', '.join(f'{ranks[s].mean:.2f}' for s in gradients.SIGMAS)}: "
@@ -152,6 +156,23 @@ def section_gradients(cells: Sequence[dict[str, Any]]) -> str:
             f"`python -m training.experiments --name gradients --seeds {seeds(cells)} --out docs/evidence/gradients`",
         ]
     )
+
+
+def _best(cells: Sequence[dict[str, Any]], sigma: float) -> tuple[float, float]:
+    """The mean error of the best of the first nine estimators, and of the one that was added after they had been seen.
+
+    The second without the seed on which its settings were chosen, where there are others.
+    """
+
+    def mean(name: str, cells: Sequence[dict[str, Any]]) -> float:
+        return estimate([cell["entries"][f"{name} at {sigma}"]["gradient"]["relative"] for cell in cells]).mean
+
+    others = [cell for cell in cells if cell["seed"] != gradients.CHOSEN_ON] or cells
+    return min(mean(name, cells) for name in gradients.NAMES if name != gradients.ADDED), mean(gradients.ADDED, others)
+
+
+def _listed(values: Iterable[float]) -> str:
+    return ", ".join(f"{value:.3f}" for value in values)
 
 
 def _relative(value: Estimate) -> str:

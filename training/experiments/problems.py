@@ -45,9 +45,9 @@ class Task:
         features = self.x[0].numel()
         return self.threat_model.eps / math.sqrt(features) if self.threat_model.norm == "l2" else self.threat_model.eps
 
-    def fold(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def fold(self, index: int, folds: int = FOLDS) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x, y to fit on and x, y held out; the points of a sample are in no order, so every fourth is a fold."""
-        held = torch.arange(len(self.x)) % FOLDS == index
+        held = torch.arange(len(self.x)) % folds == index
         return self.x[~held], self.y[~held], self.x[held], self.y[held]
 
 
