@@ -221,7 +221,13 @@ def _data_settings(settings: GenerateSettings, path: Path, saved: dict[str, Any]
         raise InputError(f"data: {name!r} in {path} is unknown, allowed: {allowed}")
     root = settings.data_root or (Path(known["data_root"]) if "data_root" in known else None)
     size = known.get("image_size", settings.image_size)
-    return DataSettings(name, known.get("limit", settings.limit or 0), root=root, image_size=size)
+    return DataSettings(
+        name,
+        known.get("limit", settings.limit or 0),
+        root=root,
+        validation_size=known.get("validation_size"),
+        image_size=size,
+    )
 
 
 def describe_parts(parts: Path, identity: dict[str, Any]) -> None:

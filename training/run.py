@@ -233,12 +233,13 @@ def read_posterior(settings: RunSettings, path: Path, loaded: Data) -> dict[str,
     kind = saved["settings"].get("name")
     if kind != settings.posterior:
         raise InputError(f"posterior_from: {path} holds a {kind}, expected {settings.posterior}")
-    for name in ("data", "limit"):  # they decide its scale; files from before they were recorded do not say
+    # They decide its scale; files from before they were recorded do not say.
+    for name in ("data", "limit", "validation_size"):
         value, expected = saved["settings"].get(name), getattr(settings, name)
         if value not in (None, expected):
             raise InputError(f"posterior_from: {path} is of {name} {value!r}, expected {expected!r} as in this run")
     data.check_record(saved.get("data"), loaded, path)
-    return saved["network"]
+    return posteriors.state_from(path, settings.posterior_settings, loaded)
 
 
 def get_posterior(settings: RunSettings, loaded: Data, given: dict[str, Any] | None, out: Path) -> Posterior:
@@ -246,6 +247,8 @@ def get_posterior(settings: RunSettings, loaded: Data, given: dict[str, Any] | N
     path = out / "posterior.pt"
     state = read_posterior(settings, path, loaded) if path.exists() else given
     about = {**tables.plain(settings.posterior_settings), "data": settings.data, "limit": settings.limit}
+    if settings.validation_size is not None:
+        about["validation_size"] = settings.validation_size
     device = loaded.x_train.device
     speed = speed_of_posterior(settings, hardware.hardware_of(device))
     try:

@@ -53,6 +53,8 @@ class NoiseConditionalClassifier(PointwisePosterior):
 
 
 class _ClassifierTrace(Trace):
+    _log_p: Tensor | None
+
     def __init__(self, posterior: NoiseConditionalClassifier, x: Tensor) -> None:
         self.posterior = posterior
         self.move(x)
@@ -64,6 +66,10 @@ class _ClassifierTrace(Trace):
         self.log_p = self._log_p.detach()
 
     def pull_back(self, weights: Tensor, grad: Tensor) -> Tensor:
+        if self._log_p is None:
+            self.move(self.x)
+        assert self._log_p is not None
         # log_softmax centres the weights by itself: Σ_y p_y ∇ log p_y = 0.
-        (data_gradient,) = torch.autograd.grad(self._log_p, self.x, weights, retain_graph=True)
+        (data_gradient,) = torch.autograd.grad(self._log_p, self.x, weights)
+        self._log_p = None  # its graph is gone; a compiled network cannot keep it
         return grad + data_gradient

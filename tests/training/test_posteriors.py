@@ -98,6 +98,43 @@ def test_joint_energies_stand_for_cross_fitted_ones(digits: data.Data) -> None:
         assert torch.equal(named.trace(x, y).log_p, build(told, digits).trace(x, y).log_p)
 
 
+def test_more_classes_than_there_are_are_refused_before_a_training(digits: data.Data, tmp_path: Path) -> None:
+    settings = PosteriorSettings("score_network", classes="embedding", top_k=11, **QUICK)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="top_k: 11, allowed: 1 to 10"):
+        posteriors.build(settings, digits, seed=0, folder=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_class_is_in_every_fold() -> None:
+    y = torch.arange(23) % 4  # whose order and number go badly with folds that are every fourth sample
+    fold_of = posteriors.folds_of(y, 4)
+    for label in range(4):
+        sizes = fold_of[y == label].bincount(minlength=4)
+        assert sizes.max() - sizes.min() <= 1
+    assert (fold_of.bincount() - 23 / 4).abs().max() < 1
+    assert torch.equal(posteriors.folds_of(y, 4), fold_of)
+
+
+@pytest.mark.parametrize(("count", "folds"), [(10, 11), (5, 2)])
+def test_folds_that_leave_nothing_are_refused(count: int, folds: int) -> None:
+    y = torch.arange(count) % 4 if count == 5 else torch.zeros(count, dtype=torch.int64)
+    with pytest.raises(ValueError, match=f"folds: {folds} for {count} samples"):
+        posteriors.folds_of(y, folds)
+
+
+@pytest.mark.parametrize("weight", ["energy_weight", "likelihood_weight"])
+def test_a_loss_of_gradients_is_not_compiled(
+    weight: str, digits: data.Data, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked = []
+    monkeypatch.setattr(posteriors, "_called", lambda backbone, speed: asked.append(speed.compile) or backbone)
+    for value in (0.0, 1.0):
+        settings = PosteriorSettings("noise_conditional_classifier", **{weight: value}, **QUICK)  # type: ignore[arg-type]
+        posteriors.build(settings, digits, seed=0, folder=tmp_path / str(value), speed=Speed(compile=True))
+    classifiers = [asked[0], asked[1]]  # the third is the score network whose likelihood is matched
+    assert classifiers == [True, False]
+
+
 def test_what_is_anchored_at_labels(digits: data.Data) -> None:
     for folds in (1, 2):
         settings = PosteriorSettings("score_network", anchor="label", folds=folds, **QUICK)  # type: ignore[arg-type]
@@ -217,6 +254,7 @@ def test_oracle_is_for_the_toy(digits: data.Data) -> None:
         ({"folds": 0}, "folds: 0 is out of range"),
         ({"name": "kernel_density", "folds": 2}, "folds: 2 with kernel_density, allowed: with score_network"),
         ({"centering": "network", "folds": 2}, "folds: 2 with centering 'network'"),
+        ({"teacher": Path("t.pt"), "folds": 2}, "teacher: t.pt with 2 folds, all of which it has seen"),
     ],
 )
 def test_bad_settings(settings: dict, message: str) -> None:

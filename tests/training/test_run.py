@@ -17,6 +17,7 @@ from scorematch.attacks import AutoAttackWarning
 from training import measures, run
 from training.engine import checkpoint, scores
 from training.engine.loop import Trainer
+from training.settings.config import tomllib
 from training.settings.errors import Interrupted
 
 FILES = {"config.toml", "metrics.jsonl", "checkpoint.pt", "best.pt", "summary.json", "curve.json", "tensorboard"}
@@ -138,9 +139,11 @@ def test_direct_on_the_digits(
     assert all(sum(row) == pytest.approx(1, abs=1e-4) for row in paths["posterior"][0])
 
     given = ["--posterior-from", "here/posterior.pt", "--out", "there"]
-    ending = call("run", *options, *tiny, *given)
+    ending = call("run", "--objective", "score_direct", "--posterior", posterior, *tiny, *given)
     assert ending.status == 0, ending
     assert finished(tmp_path / "there")["pgd_acc"] == summary["pgd_acc"]
+    settings = [tomllib.loads((tmp_path / name / "config.toml").read_text()) for name in ("here", "there")]
+    assert settings[0]["posterior_settings"] == settings[1]["posterior_settings"]
 
     # the scale of its network comes from the data it saw
     ending = call(

@@ -37,6 +37,8 @@ from training.settings.errors import InputError
 
 POSTERIORS = ("score_network", "joint_energies", "kernel_density", "noise_conditional_classifier", "oracle")
 FOLD_SEEDS = 7919  # between the seeds of two folds
+# How a score network is read. It may change after the training, which everything else in the settings belongs to.
+READING = ("sigma", "anchor", "smoothing", "centering", "nodes", "linear", "top_k")
 FITTED = ("score_network", "joint_energies", "noise_conditional_classifier")  # those whose networks are trained
 
 
@@ -158,6 +160,8 @@ class PosteriorSettings:
             raise ValueError(f"folds: {folds!r} with {self.name}, allowed: with {', '.join(FITTED)}")
         if folds > 1 and self.centering == "network":
             raise ValueError(f"folds: {folds!r} with centering 'network', allowed: with 'posterior'")
+        if folds > 1 and self.teacher is not None:
+            raise ValueError(f"teacher: {self.teacher} with {folds} folds, all of which it has seen, allowed: 1 fold")
 
     @property
     def number_of_folds(self) -> int:
@@ -280,15 +284,99 @@ def build(
             posterior = built(x, y, held_out, seed, folder)
         else:
             members = []
+            fold_of = folds_of(y, settings.number_of_folds)
             for fold in range(settings.number_of_folds):
-                out = torch.arange(len(x), device=x.device) % settings.number_of_folds == fold
+                out = fold_of == fold
                 place = None if folder is None else folder / f"fold-{fold}"
                 members.append(built(x[~out], y[~out], (x[out], y[out]), seed + FOLD_SEEDS * fold, place))
             posterior = Ensemble(members)
     posterior = posterior.to(device)
     if state is not None:
-        posterior.load_state_dict(state)
+        anchor = {name: value for name, value in posterior.state_dict().items() if name.startswith("anchor.")}
+        given = any(name.startswith("anchor.") for name in state)
+        posterior.load_state_dict(state if given else {**anchor, **state})
     return posterior
+
+
+def folds_of(y: Tensor, folds: int) -> Tensor:
+    """Which fold each sample is in, int64 [N]: each class is dealt out to all folds, in an order that is random once.
+
+    Args:
+        y: int64 [N].
+        folds: how many there are.
+
+    Raises:
+        ValueError: a fold would be empty, or leave a class without a sample.
+    """
+    fewest = int(y.unique(return_counts=True)[1].min())
+    if folds > len(y) or fewest < 2:
+        raise ValueError(
+            f"folds: {folds} for {len(y)} samples, {fewest} of the smallest class, allowed: at most as many folds as "
+            "samples, and at least 2 samples of each class"
+        )
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0)).to(y.device)
+    dealt = order[y[order].argsort(stable=True)]
+    fold_of = torch.empty_like(y)
+    fold_of[dealt] = torch.arange(len(y), device=y.device) % folds
+    return fold_of
+
+
+def settings_from(path: Path, given: PosteriorSettings) -> PosteriorSettings:
+    """The settings of the posterior in a posterior.pt; those given replace them where they say how it is read.
+
+    Raises:
+        InputError: the file cannot be read, holds a posterior of another name, or was fitted with other settings.
+    """
+    known = _saved_settings(checkpoint.load(path), path)
+    if known.name != given.name:
+        raise InputError(f"posterior_from: {path} holds a {known.name}, expected {given.name}")
+    may_change = READING if known.name == "score_network" and known.number_of_folds == 1 else ()
+    changes = {}
+    for field in dataclasses.fields(given):
+        value, old = getattr(given, field.name), getattr(known, field.name)
+        if value in (field.default, old):
+            continue
+        if field.name not in may_change or (field.name == "anchor" and value == "classifier"):
+            raise InputError(
+                f"posterior_settings.{field.name}: {value!r}, but {path} was fitted with {old!r}, leave it out"
+            )
+        changes[field.name] = value
+    return dataclasses.replace(known, **changes)
+
+
+def _saved_settings(saved: dict[str, Any], path: Path) -> PosteriorSettings:
+    names = {field.name for field in dataclasses.fields(PosteriorSettings)}
+    table = {name: value for name, value in saved["settings"].items() if name in names}
+    return PosteriorSettings(**tables.typed_table(table, PosteriorSettings, str(path)))
+
+
+def state_from(
+    path: Path, settings: PosteriorSettings, data: DataLike, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """The state of the posterior in a posterior.pt, to be read as ``settings``, of :func:`settings_from`, say.
+
+    At another σ an anchor is another one, too: a classifier gets a new temperature, the others are made again.
+
+    Raises:
+        InputError: it does not fit the data.
+    """
+    saved = checkpoint.load(path, device)
+    state: dict[str, Tensor] = saved["network"]
+    try:
+        settings, known = settings.resolved(data.name), _saved_settings(saved, path).resolved(data.name)
+        moved = (settings.anchor, settings.sigma) != (known.anchor, known.sigma)
+        if settings.name == "score_network" and moved and settings.anchor != "classifier":
+            state = {name: value for name, value in state.items() if not name.startswith("anchor.")}
+        posterior = build(settings, data, seed=0, device=device, state=state)
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: its network does not fit {data.name} ({reason})") from None
+    anchor = getattr(posterior, "anchor", None)
+    if moved and settings.temperature and isinstance(anchor, NoiseConditionalClassifier) and len(data.x_validation):
+        plain = NoiseConditionalClassifier(anchor.network, num_classes=data.num_classes, sigma=anchor.sigma)
+        held_out = data.x_validation.to(device), data.y_validation.to(device)
+        state = {**state, "anchor.temperature": torch.tensor(fit_temperature(plain.log_prob, *held_out, repeats=1))}
+    return state
 
 
 def read(
@@ -306,11 +394,8 @@ def read(
         InputError: there is no score network in the file, or it does not fit the data.
     """
     saved = checkpoint.load(path, device)
-    names = {field.name for field in dataclasses.fields(PosteriorSettings)}
-    table = {name: value for name, value in saved["settings"].items() if name in names}
     try:
-        known = PosteriorSettings(**tables.typed_table(table, PosteriorSettings, str(path)))
-        settings = dataclasses.replace(known, **changes).resolved(data.name)
+        settings = dataclasses.replace(_saved_settings(saved, path), **changes).resolved(data.name)
         folds = settings.number_of_folds
         if settings.name != "score_network" or folds > 1:
             what = settings.name if folds == 1 else f"mean of {folds} of {settings.name}"
@@ -434,6 +519,8 @@ class _Builder:
 
     def score_network(self) -> ScoreNetwork:
         s = self.settings
+        if s.top_k is not None and s.top_k > self.num_classes:
+            raise ValueError(f"top_k: {s.top_k}, allowed: 1 to {self.num_classes}, the number of classes")
         denoiser = self.denoiser()
         anchor: PointwisePosterior | None = None
         if s.anchor == "classifier":
@@ -456,8 +543,10 @@ class _Builder:
         network = ScaledClassifier(self._backbone(self.num_classes, pooled=True), self.center, self.sigma_data)
         network = network.to(self.x.device)
         if self.trains is not None:
-            weight = self.settings.likelihood_weight
-            called = network.with_backbone(_called(network.backbone, self.trains.speed))
+            weight, speed = self.settings.likelihood_weight, self.trains.speed
+            if weight or self.settings.energy_weight:
+                speed = dataclasses.replace(speed, compile=False)  # which has no gradient of a gradient
+            called = network.with_backbone(_called(network.backbone, speed))
             energy = None
             if self.settings.energy_weight:
                 energy = JointEnergy(self.settings.energy_weight, self.center, self.sigma_data)

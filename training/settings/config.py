@@ -23,7 +23,7 @@ from training import data as data_sets
 from training.data import DataName, DataSettings, Format, ToyLabels
 from training.data.smoothing import Spread
 from training.engine.hardware import PrecisionWish, Switch
-from training.engine.posteriors import PosteriorSettings
+from training.engine.posteriors import PosteriorSettings, settings_from
 from training.settings import command_line, tables
 from training.settings.errors import InputError, unknown_name
 from training.settings.help_page import Layout
@@ -632,12 +632,15 @@ def _construct(settings: type[PosteriorSettings], values: dict[str, Any], where:
 def with_posterior(settings: RunSettings) -> RunSettings:
     """The settings with ``posterior_settings`` completed: its name is that of ``--posterior``.
 
-    Values that are left open are those of the data set. Without ``--posterior`` score_direct takes a score network.
+    Values that are left open are those of the posterior that is given, or else those of the data set. Without
+    ``--posterior`` score_direct takes a score network.
     """
     if settings.posterior is None and settings.objective == "score_direct":
         settings = dataclasses.replace(settings, posterior="score_network")
     try:
         named = dataclasses.replace(settings.posterior_settings, name=settings.posterior or "score_network")
+        if settings.posterior_from is not None and settings.resume is None:
+            named = settings_from(settings.posterior_from, named)
         shape = data_sets.format_of(settings.data_settings).input_shape
         named = resolved_posterior(named, settings.data, shape)
     except (ValueError, TypeError) as error:

@@ -1,0 +1,131 @@
+"""A posterior.pt that is used again: what its settings are, what may change, and what does not fit."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from scorematch.matching import fit_temperature
+from scorematch.posteriors import KernelDensity, NoiseConditionalClassifier, Posterior, ScoreNetwork
+from scorematch.posteriors.base import PointwisePosterior
+from training import data
+from training.data import DataSettings
+from training.engine import checkpoint, posteriors
+from training.engine.posteriors import PosteriorSettings
+from training.settings import tables
+from training.settings.errors import InputError
+
+QUICK: dict[str, Any] = {"steps": 5, "batch_size": 8, "width": 16, "depth": 1}
+
+
+@pytest.fixture(scope="module")
+def digits() -> data.Data:
+    return data.load(DataSettings("digits", limit=100))
+
+
+class FromFile(NamedTuple):
+    path: Path
+    posterior: Posterior
+
+
+@pytest.fixture(scope="module")
+def saved(digits: data.Data, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., FromFile]:
+    """A posterior in a file, as the programs write it."""
+
+    def make(name: str, **options: Any) -> FromFile:
+        settings = PosteriorSettings(name, **{**QUICK, **options}).resolved("digits")
+        folder = tmp_path_factory.mktemp("saved")
+        posterior = posteriors.build(settings, digits, seed=0, folder=folder)
+        path = folder / "posterior.pt"
+        checkpoint.save(path, epoch=0, settings=tables.plain(settings), network=posterior.state_dict())
+        return FromFile(path, posterior)
+
+    return make
+
+
+def read(file: FromFile, given: PosteriorSettings, loaded: data.Data) -> Posterior:
+    settings = posteriors.settings_from(file.path, given)
+    state = posteriors.state_from(file.path, settings, loaded)
+    return posteriors.build(settings, loaded, seed=0, state=state)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("joint_energies", {"folds": 2, "sigma": 0.05}),
+        ("noise_conditional_classifier", {"sigma": 0.05}),
+        ("score_network", {"classes": "embedding", "anchor": "classifier", "nodes": 2}),
+    ],
+)
+def test_a_file_brings_its_settings(
+    saved: Callable[..., FromFile], digits: data.Data, name: str, options: dict
+) -> None:
+    """Whatever is not said is as in the file: width, folds, σ, kind of network."""
+    file = saved(name, **options)
+    again = read(file, PosteriorSettings(name), digits)
+    x, y = digits.x_test[:8], digits.y_test[:8]
+    traces = [posterior.trace(x, y) for posterior in (file.posterior, again)]
+    for trace in traces:
+        trace.move((x + 0.1).clamp(0, 1))
+    assert torch.equal(traces[0].log_p, traces[1].log_p)
+
+
+def test_a_file_is_read_at_another_noise_level(saved: Callable[..., FromFile], digits: data.Data) -> None:
+    """Its networks stay, and its anchor is that of the new level."""
+    x, y = digits.x_test[:8], digits.y_test[:8]
+    for anchor in ("classifier", "kernel_density"):
+        file = saved("score_network", anchor=anchor, sigma=0.3)
+        moved = read(file, PosteriorSettings("score_network", sigma=0.6), digits)
+        assert isinstance(moved, ScoreNetwork)
+        assert isinstance(file.posterior, ScoreNetwork)
+        assert torch.equal(moved.denoiser.all_scores(x, 0.6), file.posterior.denoiser.all_scores(x, 0.6))
+        expected: PointwisePosterior
+        if anchor == "classifier":
+            network = file.posterior.anchor.network  # type: ignore[union-attr]
+            plain = NoiseConditionalClassifier(network, num_classes=10, sigma=0.6)
+            temperature = fit_temperature(plain.log_prob, digits.x_validation, digits.y_validation, repeats=1)
+            expected = NoiseConditionalClassifier(network, num_classes=10, sigma=0.6, temperature=temperature)
+        else:
+            expected = KernelDensity(digits.x_train, digits.y_train, num_classes=10, sigma=0.6)
+        assert torch.equal(moved.trace(x, y).log_p, expected.log_prob(x))
+
+
+def test_a_file_is_read_with_another_anchor(saved: Callable[..., FromFile], digits: data.Data) -> None:
+    file = saved("score_network", anchor="classifier")
+    moved = read(file, PosteriorSettings("score_network", anchor="kernel_density"), digits)
+    assert isinstance(moved, ScoreNetwork)
+    assert isinstance(moved.anchor, KernelDensity)
+    x, y = digits.x_test[:8], digits.y_test[:8]
+    torch.testing.assert_close(moved.trace(x, y).log_p, moved.anchor.log_prob(x))
+    assert isinstance(file.posterior, ScoreNetwork)
+    assert torch.equal(moved.scores(x), file.posterior.scores(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "of_file", "given", "message"),
+    [
+        ("score_network", {}, {"width": 32}, "posterior_settings.width: 32, but .* was fitted with 16"),
+        ("score_network", {"anchor": "label"}, {"anchor": "classifier"}, "posterior_settings.anchor: 'classifier'"),
+        (
+            "joint_energies",
+            {"folds": 2},
+            {"sigma": 0.3},
+            "posterior_settings.sigma: 0.3, but .* with 0.2",
+        ),
+    ],
+)
+def test_what_a_file_was_fitted_with_stays(
+    saved: Callable[..., FromFile], name: str, of_file: dict, given: dict, message: str
+) -> None:
+    file = saved(name, **of_file)
+    with pytest.raises(InputError, match=message):
+        posteriors.settings_from(file.path, PosteriorSettings(name, **given))
+
+
+def test_a_file_that_does_not_fit_the_data_is_refused(saved: Callable[..., FromFile]) -> None:
+    file, toy = saved("noise_conditional_classifier"), data.load(DataSettings("toy", limit=100))
+    settings = posteriors.settings_from(file.path, PosteriorSettings("noise_conditional_classifier"))
+    with pytest.raises(InputError, match="its network does not fit toy"):
+        posteriors.state_from(file.path, settings, toy)
