@@ -114,6 +114,25 @@ def check_labels(x: Tensor, y: Tensor, num_classes: int) -> None:
         raise ValueError(f"y must lie in [0, {num_classes}), got values in [{int(y.min())}, {int(y.max())}]")
 
 
+def check_points(x: Tensor, y: Tensor, threat_model: Perturbations) -> None:
+    """Refuse points around which a model and p_d are not compared; it reads them, so a GPU has to be waited for.
+
+    Args:
+        x: [N, …] floating point, inside the box of the threat model.
+        y: [N] or [N, L].
+        threat_model: its eps must not be larger than the box.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is said above; the message names it.
+    """
+    check_floating(x)
+    if x.dim() < 2 or y.dim() < 1 or len(x) != len(y):
+        raise ValueError(f"x must be [N, …] and y [N], got x {list(x.shape)} and y {list(y.shape)}")
+    if len(x):
+        threat_model.check_radius(x[0].numel())
+        check_box(x, threat_model)
+
+
 def _looks(model: nn.Module, device: torch.device) -> bool:
     """Whether the values of a batch are looked at; the meta device has none."""
     return device.type == "cpu" or (device.type != "meta" and model not in _seen)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from scorematch import ThreatModel, audit
+from scorematch.divergences import KINDS
 from scorematch.networks import Denoiser
 from scorematch.posteriors import ClassScorePosterior, Ensemble, GaussianMixture, KernelDensity, ScoreNetwork
 from scorematch.posteriors.base import PointwisePosterior, Trace
@@ -318,6 +319,46 @@ def test_a_model_that_is_the_truth_is_self_consistent() -> None:
     # by the label it is not robust: p_d itself turns within the ball
     _, robust = audit.robust_accuracy(truth, x, y, free(1.0))
     assert robust < 0.9
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nan_is_not_self_consistent(kind: str) -> None:
+    """A model that returns NaN for one sample, and one that does so away from clean points alone."""
+    truth = mixture(2, 1, 2)
+    x, y = sample(truth, 6)
+
+    def at_one(points: Tensor) -> Tensor:
+        return truth.log_joint(points) * torch.ones(6, 1, dtype=x.dtype).index_fill(0, torch.tensor([2]), math.nan)
+
+    found = consistency(at_one, truth, x, y, free(1.0), divergence=kind, steps=2)
+    assert found.divergence.isnan().tolist() == found.r_score.isnan().tolist() == [i == 2 for i in range(6)]
+    assert found.disagrees.tolist() == [i == 2 for i in range(6)]
+
+    def away(points: Tensor) -> Tensor:
+        return truth.log_joint(points).masked_fill((points != x).any(1, keepdim=True), math.nan)
+
+    found = consistency(away, truth, x, y, free(1.0), divergence=kind, steps=2)
+    assert found.divergence.isfinite().all()
+    assert found.r_score.isnan().all()
+    assert found.disagrees.all()
+    assert (found.x_score != x).any(1).all()
+
+
+@pytest.mark.parametrize(
+    ("x", "threat_model", "message"),
+    [
+        (torch.full((3, 5), 5.0), ThreatModel("linf", 0.1), r"x must lie in the box \[0.0, 1.0\]"),
+        (torch.full((3, 5), math.nan), free(1.0), "got values in \\[nan, nan"),
+        (torch.full((3, 5), 0.5), ThreatModel("l2", 8.0), "eps must not be larger than the diagonal"),
+        (torch.ones(3, 5, dtype=torch.int64), free(1.0), "x must be floating point"),
+        (torch.full((4, 5), 0.5), free(1.0), r"got x \[4, 5\] and y \[3\]"),
+    ],
+    ids=["outside", "nan", "radius", "integers", "short"],
+)
+def test_points_that_the_judge_refuses(x: Tensor, threat_model: ThreatModel, message: str) -> None:
+    truth = mixture()
+    with pytest.raises((TypeError, ValueError), match=message):
+        consistency(truth.log_joint, truth, x, torch.arange(3), threat_model)
 
 
 def unconditional(x: Tensor) -> Tensor:
