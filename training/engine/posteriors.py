@@ -254,7 +254,7 @@ def build(
         about: what checkpoints hold as their settings.
 
     Raises:
-        ValueError: the settings do not fit the data.
+        ValueError: the settings do not fit the data, or the state does not fit both.
         InputError: a teacher cannot be read.
         Interrupted: a signal came; the state is saved.
     """
@@ -287,7 +287,10 @@ def build(
             posterior = Ensemble(members)
     posterior = posterior.to(device)
     if state is not None:
-        posterior.load_state_dict(state)
+        try:
+            posterior.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(f"the saved posterior does not fit: {' '.join(str(error).split())[:200]}") from None
     return posterior
 
 
@@ -317,8 +320,7 @@ def read(
             raise InputError(f"{path} holds a {what}, expected a score_network")
         posterior = build(settings, data, seed=0, device=device, state=saved["network"])
     except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: its network does not fit {data.name} ({reason})") from None
+        raise InputError(f"{path}: its network does not fit {data.name} ({error})") from None
     assert isinstance(posterior, ScoreNetwork)
     return settings, posterior
 
