@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from scorematch import ThreatModel, audit
 from scorematch.divergences import KINDS
+from scorematch.matching import fit_temperature
 from scorematch.networks import Denoiser
 from scorematch.posteriors import ClassScorePosterior, Ensemble, GaussianMixture, KernelDensity, ScoreNetwork
 from scorematch.posteriors.base import PointwisePosterior, Trace
@@ -430,6 +431,32 @@ def test_bad_input_of_the_energy_identity(options: dict, message: str) -> None:
     x, y = sample(truth, 5)
     with pytest.raises(ValueError, match=message):
         audit.energy_identity(truth.smoothed, **{"x": x, "y": y, "sigma": 0.7, **options})
+
+
+def test_the_memory_format_decides_no_noise() -> None:
+    class NotAGradient(Denoiser):
+        def class_scores(self, x: Tensor, sigma: Tensor | float) -> Tensor:
+            return torch.stack([x.roll(1, -1), torch.zeros_like(x)], 1)
+
+    network = ScoreNetwork(NotAGradient(torch.nn.Identity(), num_classes=2, sigma_data=1.0), sigma=1.0)
+    truth = mixture(3, 1, 32)
+    x, y = sample(truth, 6)
+    images = x.reshape(6, 2, 4, 4)
+
+    def found(x: Tensor) -> list[Tensor]:
+        error = audit.matching_error(truth, torch.zeros_like, x, y, sigma=0.3)
+        loop = audit.closed_loop(network, x, y % 2, length=0.5)
+        numbers = (
+            *audit.calibration(truth, x, y, noise=0.3),
+            *audit.martingale(truth.smoothed(0.1), truth.smoothed(0.5), x, y, sigmas=(0.1, 0.5)),
+            *audit.energy_identity(truth.smoothed, x, y, sigma=0.3),
+            fit_temperature(truth.log_prob, x, y, noise=0.3),
+        )
+        likelihood = audit.log_likelihood(truth, x, y, noise=0.3)
+        return [likelihood, error, loop, torch.tensor(numbers, dtype=torch.float64)]
+
+    for values, others in zip(found(images), found(images.to(memory_format=torch.channels_last)), strict=True):
+        torch.testing.assert_close(values, others, **F64)
 
 
 def test_points_of_another_shape() -> None:
