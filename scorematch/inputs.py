@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .threat_model import Perturbations
 
-SLACK = 1e-4  # of the width of the box, for rounding in the data pipeline of a training
+SLACK = 1e-4  # of the width of the box, or of 1 where that is infinite, for rounding in the data pipeline of a training
 OUTSIDE = 1e-6  # of its largest bound: what rounding may add to points that are attacked, eight steps of float32 at 1
 _seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose images on a GPU have been looked at
 
@@ -31,7 +31,8 @@ def check_inputs(model: nn.Module, x: Tensor, y: Tensor, threat_model: Perturbat
         model: the model that is trained.
         x: [N, …] inputs.
         y: int64 [N] labels, or probabilities [N, L].
-        threat_model: whose box x must lie in, up to a rounding of 1e-4 of its width; None checks no values.
+        threat_model: whose box x must lie in, up to a rounding of 1e-4 of its width, or of 1e-4 where that is
+            infinite; None checks no values.
 
     Raises:
         TypeError: x or y is not a tensor, is sparse, or has a dtype that no objective takes.
@@ -56,7 +57,8 @@ def check_inputs(model: nn.Module, x: Tensor, y: Tensor, threat_model: Perturbat
         threat_model.check_radius(math.prod(x.shape[1:]))
     if threat_model is None or len(x) == 0 or not _looks(model, x.device):
         return
-    check_box(x, threat_model, SLACK * (threat_model.upper - threat_model.lower))
+    width = threat_model.upper - threat_model.lower
+    check_box(x, threat_model, SLACK * (width if math.isfinite(width) else 1.0))
     _seen.add(model)
 
 
