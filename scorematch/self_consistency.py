@@ -122,8 +122,8 @@ class _Judge:
         weights, grad_logits = direct_weights(logits.detach(), trace.log_p, self.kind)
         (model_gradient,) = torch.autograd.grad(logits, point, grad_logits)
         values = logit_divergence(logits.detach(), trace.log_p, kind=self.kind)
-        worse = (values > self.worst) | values.isnan()
+        worse = (values > self.worst) | (values.isnan() & ~self.worst.isnan())
         self.worst = torch.where(worse, values, self.worst)
         self.x_worst[worse] = x.detach()[worse]
         self.disagrees |= (logits.argmax(1) != trace.log_p.argmax(1)) | logits.isnan().any(1)
-        return trace.pull_back(weights, model_gradient)
+        return trace.pull_back(weights, model_gradient).nan_to_num(nan=0.0)  # a feature of NaN stays where it is
