@@ -16,7 +16,7 @@ from torch import Tensor
 from ..inputs import check_count, check_labels, check_length
 from ..noise import normal_like
 from ..posteriors.base import Posterior
-from .oracle import posterior_gradients
+from .oracle import posterior_gradients, ratio
 
 
 def log_likelihood(
@@ -151,7 +151,8 @@ def spread(posteriors: Sequence[Posterior], x: Tensor, y: Tensor) -> tuple[float
 
     Returns:
         For the gradients E Σ_y p̄_y ‖ĝ_y − ḡ_y‖² / E Σ_y p̄_y ‖ḡ_y‖², an unbiased variance of one member relative to
-        their mean; for the values the mean over the members of E KL(p̄ ‖ p̂) in nats. p̄, ḡ are means over members.
+        their mean, 0 where all gradients are; for the values the mean over the members of E KL(p̄ ‖ p̂) in nats. p̄, ḡ are
+        means over members.
 
     Raises:
         ValueError: there are fewer than two.
@@ -164,8 +165,9 @@ def spread(posteriors: Sequence[Posterior], x: Tensor, y: Tensor) -> tuple[float
     g = torch.stack(gradients).double().flatten(3)
     mean_g = g.mean(0)
     variance = (mean_p * (g - mean_g).square().sum(3)).sum() / (len(posteriors) - 1)
-    kl = (mean_p * (mean_p.log() - log_p)).sum(2).mean()
-    return float(variance / (mean_p * mean_g.square().sum(2)).sum()), float(kl)
+    log_mean = log_p.logsumexp(0) - math.log(len(posteriors))
+    kl = torch.where(mean_p > 0, mean_p * (log_mean - log_p), 0.0).sum(2).mean()
+    return ratio(float(variance), float((mean_p * mean_g.square().sum(2)).sum())), float(kl)
 
 
 def closed_loop(posterior: Posterior, x: Tensor, y: Tensor, *, length: float, seed: int = 0) -> Tensor:
@@ -232,7 +234,7 @@ def martingale(
 
 
 def centre(posterior: Posterior, x: Tensor, y: Tensor) -> float:
-    """E ‖Σ_y p̂_y ĝ_y‖² / E Σ_y p̂_y ‖ĝ_y‖², which is 0 for the gradient of any normalised posterior.
+    """E ‖Σ_y p̂_y ĝ_y‖² / E Σ_y p̂_y ‖ĝ_y‖², which is 0 for the gradient of any normalised posterior and where all are 0.
 
     Centring by the posterior makes it 0 by construction. What the literal Eq. (34) leaves is the error of its
     unconditional score, which every class score shares.
@@ -244,7 +246,7 @@ def centre(posterior: Posterior, x: Tensor, y: Tensor) -> float:
     """
     log_p, gradients = posterior_gradients(posterior, x, y)
     p, g = log_p.double().exp()[..., None], gradients.double().flatten(2)
-    return float((p * g).sum(1).square().sum() / (p * g.square()).sum())
+    return ratio(float((p * g).sum(1).square().sum()), float((p * g.square()).sum()))
 
 
 def energy_identity(
