@@ -140,7 +140,9 @@ def _looks(model: nn.Module, device: torch.device) -> bool:
     return device.type == "cpu" or (device.type != "meta" and model not in _seen)
 
 
-def clean_batch(x: Tensor, y: Tensor, threat_model: Perturbations, label_name: str = "y") -> tuple[Tensor, Tensor]:
+def clean_batch(
+    x: Tensor, y: Tensor, threat_model: Perturbations, names: tuple[str, str] = ("x", "y")
+) -> tuple[Tensor, Tensor]:
     """A batch and its labels, checked and in the form that attacks take.
 
     It reads the values of x, so a GPU has to be waited for. Training steps use :func:`check_inputs` instead.
@@ -150,7 +152,7 @@ def clean_batch(x: Tensor, y: Tensor, threat_model: Perturbations, label_name: s
             clamped.
         y: class indices of any integer type, [N] or [N, 1]. One-hot labels are refused.
         threat_model: its box is checked.
-        label_name: what errors call y.
+        names: what errors call x and y.
 
     Returns:
         x [N, …] in the box, without a graph, and y int64 [N]. The tensors given are not written to.
@@ -160,7 +162,8 @@ def clean_batch(x: Tensor, y: Tensor, threat_model: Perturbations, label_name: s
         ValueError: shapes do not fit, labels are not class indices, x leaves the box or is not finite, or eps is larger
             than the box.
     """
-    check_floating(x)
+    x_name, label_name = names
+    check_floating(x, x_name)
     labels = y.squeeze(1) if y.dim() == 2 and y.shape[1] == 1 else y
     if y.dim() == 2 and labels is y and len(x) == len(y):
         raise ValueError(
@@ -168,7 +171,8 @@ def clean_batch(x: Tensor, y: Tensor, threat_model: Perturbations, label_name: s
             f"{label_name}.argmax(1)"
         )
     if x.dim() < 2 or labels.dim() != 1 or len(x) != len(y):
-        raise ValueError(f"x must be [N, …] and y [N], got x {list(x.shape)} and y {list(y.shape)}")
+        given = f"{x_name} {list(x.shape)} and {label_name} {list(y.shape)}"
+        raise ValueError(f"{x_name} must be [N, …] and {label_name} [N], got {given}")
     if y.dtype == torch.bool or y.is_floating_point() or y.is_complex():
         raise ValueError(f"{label_name} must be class indices of an integer dtype, got {y.dtype}")
     x, labels = x.detach(), labels.long()
@@ -177,7 +181,7 @@ def clean_batch(x: Tensor, y: Tensor, threat_model: Perturbations, label_name: s
     threat_model.check_radius(math.prod(x.shape[1:]))
     lower, upper = threat_model.lower, threat_model.upper
     rounding = OUTSIDE * max((abs(bound) for bound in (lower, upper) if math.isfinite(bound)), default=0.0)
-    low, high = check_box(x, threat_model, rounding)
+    low, high = check_box(x, threat_model, rounding, x_name)
     return (x if lower <= low and high <= upper else x.clamp(lower, upper)), labels
 
 
@@ -214,24 +218,25 @@ def joined(x: Any, y: Any) -> tuple[Tensor, Tensor]:
     return torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
 
 
-def check_floating(x: Tensor) -> None:
-    """Refuse an x that is not floating point.
+def check_floating(x: Tensor, name: str = "x") -> None:
+    """Refuse an x that is not floating point; the message calls it ``name``.
 
     Raises:
         TypeError: x has another dtype.
     """
     if not x.dtype.is_floating_point:
         hint = "; divide pixels in 0…255 by 255: x.float() / 255" if x.dtype == torch.uint8 else ""
-        raise TypeError(f"x must be floating point, got {x.dtype}{hint}")
+        raise TypeError(f"{name} must be floating point, got {x.dtype}{hint}")
 
 
-def check_box(x: Tensor, threat_model: Perturbations, slack: float = 0.0) -> tuple[float, float]:
+def check_box(x: Tensor, threat_model: Perturbations, slack: float = 0.0, name: str = "x") -> tuple[float, float]:
     """Refuse an x that leaves the box; return its smallest and its largest value.
 
     Args:
         x: [N, …], N ≥ 1.
         threat_model: gives the box.
         slack: how far x may leave it, in input units, at least 0.
+        name: what errors call x.
 
     Raises:
         ValueError: a value is outside, or is not finite.
@@ -247,5 +252,5 @@ def check_box(x: Tensor, threat_model: Perturbations, slack: float = 0.0) -> tup
         elif low < -0.1:
             hint = "; if images are normalised, do that in the model, so that eps counts in pixels"
     raise ValueError(
-        f"x must lie in the box [{lower}, {upper}] of the threat model, got values in [{low!r}, {high!r}]{hint}"
+        f"{name} must lie in the box [{lower}, {upper}] of the threat model, got values in [{low!r}, {high!r}]{hint}"
     )

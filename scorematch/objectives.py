@@ -113,6 +113,8 @@ def _clipping(clip: float, form: str, kind: str, num_classes: int) -> _Clip:
         if not clip >= 0.0:
             raise ValueError(f"clip must not be negative, got {clip}")
         return _Clip(0.0, clip)
+    if not 0.0 <= clip < 1.0:
+        raise ValueError(f"clip must lie in [0, 1), got {clip}")
     bound = clip_bound(kind, clip, num_classes)
     return _Clip(bound, 0.0) if form == "total" else _Clip(0.0, bound)
 
