@@ -80,9 +80,9 @@ def clip_bound(kind: str, threshold: float, num_classes: int) -> float:
     Raises:
         ValueError: an argument is outside its range.
     """
-    check_kind(kind)
+    check_kind(kind, "kind")
     if not 0.0 <= threshold < 1.0:
-        raise ValueError(f"clip must lie in [0, 1), got {threshold}")
+        raise ValueError(f"threshold must lie in [0, 1), got {threshold}")
     if num_classes < 2:
         raise ValueError(f"num_classes must be at least 2, got {num_classes}")
     if threshold == 0.0:

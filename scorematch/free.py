@@ -35,6 +35,9 @@ class FreeAttack:
     ``replays``, so that the number of weight updates is that of standard training: 96 epochs become 24 with 4 replays.
     A schedule by steps counts weight updates: epochs × minibatches × replays.
 
+    A NaN in the gradient of the input counts as 0, and an infinite value as the largest finite one, so that one bad
+    backward pass does not stay in the perturbation.
+
     Args:
         threat_model: eps, norm (linf or l2) and box.
         replays: passes over one minibatch, at least 1.
@@ -102,7 +105,7 @@ class FreeAttack:
         moved.copy_(
             pgd_step(
                 moved,
-                gradient,
+                gradient.nan_to_num(nan=0.0),
                 torch.zeros_like(moved),
                 norm=self.threat_model.norm,
                 step_size=self.step_size,

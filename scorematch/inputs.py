@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .threat_model import Perturbations
 
-SLACK = 1e-4  # of the width of the box, for rounding in the data pipeline of a training
+SLACK = 1e-4  # of the width of the box, or of 1 where that is infinite, for rounding in the data pipeline of a training
 OUTSIDE = 1e-6  # of its largest bound: what rounding may add to points that are attacked, eight steps of float32 at 1
 _seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose images on a GPU have been looked at
 
@@ -31,7 +31,8 @@ def check_inputs(model: nn.Module, x: Tensor, y: Tensor, threat_model: Perturbat
         model: the model that is trained.
         x: [N, …] inputs.
         y: int64 [N] labels, or probabilities [N, L].
-        threat_model: whose box x must lie in, up to a rounding of 1e-4 of its width; None checks no values.
+        threat_model: whose box x must lie in, up to a rounding of 1e-4 of its width, or of 1e-4 where that is
+            infinite; None checks no values.
 
     Raises:
         TypeError: x or y is not a tensor, is sparse, or has a dtype that no objective takes.
@@ -56,7 +57,8 @@ def check_inputs(model: nn.Module, x: Tensor, y: Tensor, threat_model: Perturbat
         threat_model.check_radius(math.prod(x.shape[1:]))
     if threat_model is None or len(x) == 0 or not _looks(model, x.device):
         return
-    check_box(x, threat_model, SLACK * (threat_model.upper - threat_model.lower))
+    width = threat_model.upper - threat_model.lower
+    check_box(x, threat_model, SLACK * (width if math.isfinite(width) else 1.0))
     _seen.add(model)
 
 
@@ -114,12 +116,33 @@ def check_labels(x: Tensor, y: Tensor, num_classes: int) -> None:
         raise ValueError(f"y must lie in [0, {num_classes}), got values in [{int(y.min())}, {int(y.max())}]")
 
 
+def check_points(x: Tensor, y: Tensor, threat_model: Perturbations) -> None:
+    """Refuse points around which a model and p_d are not compared; it reads them, so a GPU has to be waited for.
+
+    Args:
+        x: [N, …] floating point, inside the box of the threat model.
+        y: [N] or [N, L].
+        threat_model: its eps must not be larger than the box.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is said above; the message names it.
+    """
+    check_floating(x)
+    if x.dim() < 2 or y.dim() < 1 or len(x) != len(y):
+        raise ValueError(f"x must be [N, …] and y [N], got x {list(x.shape)} and y {list(y.shape)}")
+    if len(x):
+        threat_model.check_radius(x[0].numel())
+        check_box(x, threat_model)
+
+
 def _looks(model: nn.Module, device: torch.device) -> bool:
     """Whether the values of a batch are looked at; the meta device has none."""
     return device.type == "cpu" or (device.type != "meta" and model not in _seen)
 
 
-def clean_batch(x: Tensor, y: Tensor, threat_model: Perturbations, label_name: str = "y") -> tuple[Tensor, Tensor]:
+def clean_batch(
+    x: Tensor, y: Tensor, threat_model: Perturbations, names: tuple[str, str] = ("x", "y")
+) -> tuple[Tensor, Tensor]:
     """A batch and its labels, checked and in the form that attacks take.
 
     It reads the values of x, so a GPU has to be waited for. Training steps use :func:`check_inputs` instead.
@@ -129,7 +152,7 @@ def clean_batch(x: Tensor, y: Tensor, threat_model: Perturbations, label_name: s
             clamped.
         y: class indices of any integer type, [N] or [N, 1]. One-hot labels are refused.
         threat_model: its box is checked.
-        label_name: what errors call y.
+        names: what errors call x and y.
 
     Returns:
         x [N, …] in the box, without a graph, and y int64 [N]. The tensors given are not written to.
@@ -139,7 +162,8 @@ def clean_batch(x: Tensor, y: Tensor, threat_model: Perturbations, label_name: s
         ValueError: shapes do not fit, labels are not class indices, x leaves the box or is not finite, or eps is larger
             than the box.
     """
-    check_floating(x)
+    x_name, label_name = names
+    check_floating(x, x_name)
     labels = y.squeeze(1) if y.dim() == 2 and y.shape[1] == 1 else y
     if y.dim() == 2 and labels is y and len(x) == len(y):
         raise ValueError(
@@ -147,7 +171,8 @@ def clean_batch(x: Tensor, y: Tensor, threat_model: Perturbations, label_name: s
             f"{label_name}.argmax(1)"
         )
     if x.dim() < 2 or labels.dim() != 1 or len(x) != len(y):
-        raise ValueError(f"x must be [N, …] and y [N], got x {list(x.shape)} and y {list(y.shape)}")
+        given = f"{x_name} {list(x.shape)} and {label_name} {list(y.shape)}"
+        raise ValueError(f"{x_name} must be [N, …] and {label_name} [N], got {given}")
     if y.dtype == torch.bool or y.is_floating_point() or y.is_complex():
         raise ValueError(f"{label_name} must be class indices of an integer dtype, got {y.dtype}")
     x, labels = x.detach(), labels.long()
@@ -156,7 +181,7 @@ def clean_batch(x: Tensor, y: Tensor, threat_model: Perturbations, label_name: s
     threat_model.check_radius(math.prod(x.shape[1:]))
     lower, upper = threat_model.lower, threat_model.upper
     rounding = OUTSIDE * max((abs(bound) for bound in (lower, upper) if math.isfinite(bound)), default=0.0)
-    low, high = check_box(x, threat_model, rounding)
+    low, high = check_box(x, threat_model, rounding, x_name)
     return (x if lower <= low and high <= upper else x.clamp(lower, upper)), labels
 
 
@@ -193,24 +218,25 @@ def joined(x: Any, y: Any) -> tuple[Tensor, Tensor]:
     return torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
 
 
-def check_floating(x: Tensor) -> None:
-    """Refuse an x that is not floating point.
+def check_floating(x: Tensor, name: str = "x") -> None:
+    """Refuse an x that is not floating point; the message calls it ``name``.
 
     Raises:
         TypeError: x has another dtype.
     """
     if not x.dtype.is_floating_point:
         hint = "; divide pixels in 0…255 by 255: x.float() / 255" if x.dtype == torch.uint8 else ""
-        raise TypeError(f"x must be floating point, got {x.dtype}{hint}")
+        raise TypeError(f"{name} must be floating point, got {x.dtype}{hint}")
 
 
-def check_box(x: Tensor, threat_model: Perturbations, slack: float = 0.0) -> tuple[float, float]:
+def check_box(x: Tensor, threat_model: Perturbations, slack: float = 0.0, name: str = "x") -> tuple[float, float]:
     """Refuse an x that leaves the box; return its smallest and its largest value.
 
     Args:
         x: [N, …], N ≥ 1.
         threat_model: gives the box.
         slack: how far x may leave it, in input units, at least 0.
+        name: what errors call x.
 
     Raises:
         ValueError: a value is outside, or is not finite.
@@ -226,5 +252,5 @@ def check_box(x: Tensor, threat_model: Perturbations, slack: float = 0.0) -> tup
         elif low < -0.1:
             hint = "; if images are normalised, do that in the model, so that eps counts in pixels"
     raise ValueError(
-        f"x must lie in the box [{lower}, {upper}] of the threat model, got values in [{low!r}, {high!r}]{hint}"
+        f"{name} must lie in the box [{lower}, {upper}] of the threat model, got values in [{low!r}, {high!r}]{hint}"
     )

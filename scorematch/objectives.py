@@ -37,6 +37,7 @@ from .divergences import check_kind, clip_bound
 from .graphs import Attack, AttackGraphs
 from .inputs import check_attack, check_inputs
 from .model_state import borrowed
+from .noise import normal_like
 from .ops._checks import check_number
 from .ops.divergence import divergence as divergence_of
 from .ops.logit_divergence import logit_divergence
@@ -112,6 +113,8 @@ def _clipping(clip: float, form: str, kind: str, num_classes: int) -> _Clip:
         if not clip >= 0.0:
             raise ValueError(f"clip must not be negative, got {clip}")
         return _Clip(0.0, clip)
+    if not 0.0 <= clip < 1.0:
+        raise ValueError(f"clip must lie in [0, 1), got {clip}")
     bound = clip_bound(kind, clip, num_classes)
     return _Clip(bound, 0.0) if form == "total" else _Clip(0.0, bound)
 
@@ -214,7 +217,7 @@ def gaussian(
             raise ValueError(f"gamma must be left out where alignment decides it, got gamma {gamma} beside {alignment}")
     levels = noise_levels(x, sigma, generator, positive=alignment is not None)
     if noise is None:
-        noise = torch.empty_like(x, memory_format=torch.contiguous_format).normal_(generator=generator)
+        noise = normal_like(x, generator)
     elif noise.shape != x.shape or noise.dtype != x.dtype or noise.device != x.device:
         raise ValueError(
             f"noise must be {x.dtype} {list(x.shape)} on {x.device} as x is, got {noise.dtype} {list(noise.shape)} on "
@@ -833,7 +836,7 @@ def first_iterate(
     with torch.no_grad():
         if start == "uniform":
             return threat_model.random_start(x, generator)
-        noise = torch.empty_like(x, memory_format=torch.contiguous_format).normal_(generator=generator)
+        noise = normal_like(x, generator)
         return threat_model.project(x + GAUSSIAN_START * noise, x)
 
 

@@ -16,12 +16,12 @@ def noise_levels(sigma_max: float, sigma_min: float, count: int) -> list[float]:
     """``count`` noise levels falling geometrically from sigma_max to sigma_min (standard deviations, > 0).
 
     Raises:
+        TypeError: count is not a whole number.
         ValueError: an argument is outside its range.
     """
-    if not 0.0 < sigma_min <= sigma_max:
-        raise ValueError(f"0 < sigma_min ≤ sigma_max is needed, got {sigma_min} and {sigma_max}")
-    if count < 1:
-        raise ValueError(f"count must be at least 1, got {count}")
+    if not 0.0 < sigma_min <= sigma_max < math.inf:
+        raise ValueError(f"0 < sigma_min ≤ sigma_max is needed, both finite, got {sigma_min} and {sigma_max}")
+    check_count("count", count)
     return torch.logspace(math.log10(sigma_max), math.log10(sigma_min), count, dtype=torch.float64).tolist()
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .attacks.pgd import ascend
 from .divergences import check_kind
+from .inputs import check_points
 from .objectives import direct_weights
 from .ops.logit_divergence import logit_divergence
 from .posteriors.base import Posterior, Trace
@@ -27,9 +28,12 @@ class Consistency(NamedTuple):
         divergence: D(p_d(·|x) ‖ q(x)) at clean x, in nats for KL.
         r_score: the largest D(p_d(·|x') ‖ q(x')) found in B(x); its mean is R_SCORE (Eq. 4, Eq. 6).
         disagrees: bool, whether at some point of these searches the class of the model is not the most likely class of
-            p_d there. They look for divergence: of a model that is close to p_d they miss many points where the class
-            differs, which :func:`scorematch.bounds.zero_one_errors` searches for by itself.
+            p_d there; a NaN among the logits disagrees. They look for divergence: of a model that is close to p_d they
+            miss many points where the class differs, which :func:`scorematch.bounds.zero_one_errors` searches for by
+            itself.
         x_score: [N, …] the points at which ``r_score`` was found.
+
+    A NaN among the logits makes the divergence there NaN, and NaN counts as larger than any number.
     """
 
     divergence: Tensor
@@ -58,7 +62,7 @@ def consistency(
     Args:
         model: maps [N, …] to logits [N, L], in eval mode.
         posterior: p_d, in closed form; an estimate gives the distance to that estimate.
-        x: [N, …] clean inputs.
+        x: [N, …] clean inputs inside the box.
         y: int64 [N] labels; read only by posteriors that are anchored at labels.
         threat_model: B(x) and the step size.
         divergence: name of D, see :data:`scorematch.divergences.KINDS`.
@@ -70,9 +74,11 @@ def consistency(
         One value for each sample, see :class:`Consistency`.
 
     Raises:
-        ValueError: an argument is outside its range.
+        ValueError: an argument is outside its range, x leaves the box, or eps is larger than the box.
+        TypeError: x is not floating point.
     """
     check_kind(divergence)
+    check_points(x, y, threat_model)
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     if restarts < 0:
@@ -116,8 +122,8 @@ class _Judge:
         weights, grad_logits = direct_weights(logits.detach(), trace.log_p, self.kind)
         (model_gradient,) = torch.autograd.grad(logits, point, grad_logits)
         values = logit_divergence(logits.detach(), trace.log_p, kind=self.kind)
-        worse = values > self.worst
+        worse = (values > self.worst) | (values.isnan() & ~self.worst.isnan())
         self.worst = torch.where(worse, values, self.worst)
         self.x_worst[worse] = x.detach()[worse]
-        self.disagrees |= logits.argmax(1) != trace.log_p.argmax(1)
-        return trace.pull_back(weights, model_gradient)
+        self.disagrees |= (logits.argmax(1) != trace.log_p.argmax(1)) | logits.isnan().any(1)
+        return trace.pull_back(weights, model_gradient).nan_to_num(nan=0.0)  # a feature of NaN stays where it is

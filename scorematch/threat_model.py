@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import l1_ball
+from .noise import normal_like, uniform_like
 from .ops.l1_step import l1_project
 from .ops.pgd_step import pgd_step, project
 from .ops.random_start import random_start
@@ -153,9 +154,9 @@ class ThreatModel:
         if self.norm == "l1":
             return l1_ball.random_start(x, generator, eps=self.eps, lower=self.lower, upper=self.upper)
         if self.norm == "linf":
-            noise = _empty(x).uniform_(-1.0, 1.0, generator=generator)
+            noise = uniform_like(x, generator)
             return random_start(x, noise, norm="linf", eps=self.eps, lower=self.lower, upper=self.upper)
-        noise = _empty(x).normal_(generator=generator)
+        noise = normal_like(x, generator)
         features = max(1, x[0].numel()) if x.shape[0] else 1
         radius = torch.rand(x.shape[0], generator=generator, dtype=x.dtype, device=x.device) ** (1.0 / features)
         return random_start(x, noise, norm="l2", eps=self.eps, lower=self.lower, upper=self.upper, radius=radius)
@@ -186,8 +187,3 @@ class ThreatModel:
             # From far away rounding of x is large beside eps; the second projection sees a point that is near.
             return l1_project(l1_project(x, x0, **ball), x0, **ball)
         return project(x, x0, norm=self.norm, eps=self.eps, lower=self.lower, upper=self.upper)
-
-
-def _empty(x: Tensor) -> Tensor:
-    """Space for noise like x, contiguous: the numbers must not depend on the memory format of x."""
-    return torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -571,7 +571,7 @@ class AutoAttack:
             raise ValueError(f"bs must be a whole number, at least 1, got {bs!r}")
         if len(x) == 0:
             raise ValueError("x_orig is empty, nothing can be evaluated")
-        x, y = clean_batch(x, y, ball or self.threat_model, "y_orig")
+        x, y = clean_batch(x, y, ball or self.threat_model, ("x_orig", "y_orig"))
         for attack in attacks:
             check_targets_fit(attack, y)
             if attack.images_only and x.dim() != 4:

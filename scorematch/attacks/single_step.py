@@ -43,8 +43,10 @@ def single_step_start(
         [N, …]; for ``"n_fgsm"`` up to 2 eps away from x.
     """
     radius = _known(attack, threat_model).start * threat_model.eps
+    # The ball of the start may be larger than the box.
+    ball = threat_model.replace(eps=radius, lower=-math.inf, upper=math.inf)
     with torch.no_grad():
-        return threat_model.replace(eps=radius).random_start(x, generator)
+        return ball.random_start(x, generator).clamp(threat_model.lower, threat_model.upper)
 
 
 def single_step(

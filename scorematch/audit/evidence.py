@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ..inputs import check_count, check_labels, check_length
+from ..noise import normal_like
 from ..posteriors.base import Posterior
-from .oracle import posterior_gradients
+from .oracle import posterior_gradients, ratio
 
 
 def log_likelihood(
@@ -47,8 +48,8 @@ def log_likelihood(
     generator, of_starts = (torch.Generator(x.device).manual_seed(seed + offset) for offset in (0, 1_000_003))
     total = x.new_zeros(len(x))
     for _ in range(repeats):
-        moved = x + noise * torch.empty_like(x).normal_(generator=generator)
-        trace = posterior.trace(moved + noise * torch.empty_like(x).normal_(generator=of_starts), y)
+        moved = x + noise * normal_like(x, generator)
+        trace = posterior.trace(moved + noise * normal_like(x, of_starts), y)
         trace.move(moved)
         total = total + trace.log_p.gather(1, y[:, None])[:, 0]
     return total / repeats
@@ -88,7 +89,7 @@ def matching_error(
     generator = torch.Generator(x.device).manual_seed(seed)
     total = x.new_zeros(len(x))
     for _ in range(repeats):
-        omega = torch.empty_like(x).normal_(generator=generator)
+        omega = normal_like(x, generator)
         for noise in (omega, -omega):
             noisy = x + sigma * noise
             _, gradients = posterior_gradients(posterior, noisy, y)
@@ -132,7 +133,7 @@ def calibration(
     check_count("bins", bins)
     generator = torch.Generator(x.device).manual_seed(seed)
     trace = posterior.trace(x, y)
-    trace.move(x + noise * torch.empty_like(x).normal_(generator=generator))
+    trace.move(x + noise * normal_like(x, generator))
     confidence, predicted = trace.log_p.double().exp().max(1)
     hit = (predicted == y).double()
     index = (confidence * bins).long().clamp(max=bins - 1)
@@ -150,7 +151,8 @@ def spread(posteriors: Sequence[Posterior], x: Tensor, y: Tensor) -> tuple[float
 
     Returns:
         For the gradients E Σ_y p̄_y ‖ĝ_y − ḡ_y‖² / E Σ_y p̄_y ‖ḡ_y‖², an unbiased variance of one member relative to
-        their mean; for the values the mean over the members of E KL(p̄ ‖ p̂) in nats. p̄, ḡ are means over members.
+        their mean, 0 where all gradients are; for the values the mean over the members of E KL(p̄ ‖ p̂) in nats. p̄, ḡ are
+        means over members.
 
     Raises:
         ValueError: there are fewer than two.
@@ -163,8 +165,9 @@ def spread(posteriors: Sequence[Posterior], x: Tensor, y: Tensor) -> tuple[float
     g = torch.stack(gradients).double().flatten(3)
     mean_g = g.mean(0)
     variance = (mean_p * (g - mean_g).square().sum(3)).sum() / (len(posteriors) - 1)
-    kl = (mean_p * (mean_p.log() - log_p)).sum(2).mean()
-    return float(variance / (mean_p * mean_g.square().sum(2)).sum()), float(kl)
+    log_mean = log_p.logsumexp(0) - math.log(len(posteriors))
+    kl = torch.where(mean_p > 0, mean_p * (log_mean - log_p), 0.0).sum(2).mean()
+    return ratio(float(variance), float((mean_p * mean_g.square().sum(2)).sum())), float(kl)
 
 
 def closed_loop(posterior: Posterior, x: Tensor, y: Tensor, *, length: float, seed: int = 0) -> Tensor:
@@ -186,7 +189,7 @@ def closed_loop(posterior: Posterior, x: Tensor, y: Tensor, *, length: float, se
     """
     check_length("length", length)
     generator = torch.Generator(x.device).manual_seed(seed)
-    a, b = (torch.empty_like(x).normal_(generator=generator).flatten(1) for _ in range(2))
+    a, b = (normal_like(x, generator).flatten(1) for _ in range(2))
     a = a / a.norm(dim=1, keepdim=True)
     b = b - (a * b).sum(1, keepdim=True) * a
     first, second = (length * a).reshape(x.shape), (length * b / b.norm(dim=1, keepdim=True)).reshape(x.shape)
@@ -222,8 +225,8 @@ def martingale(
     if not 0.0 <= low < high < math.inf:
         raise ValueError(f"sigmas must rise from at least 0 and be finite, got {sigmas}")
     generator = torch.Generator(x.device).manual_seed(seed)
-    first = x + low * torch.empty_like(x).normal_(generator=generator)
-    second = first + (high**2 - low**2) ** 0.5 * torch.empty_like(x).normal_(generator=generator)
+    first = x + low * normal_like(x, generator)
+    second = first + (high**2 - low**2) ** 0.5 * normal_like(x, generator)
     p = finer.trace(first, y).log_p.double().exp()
     q = coarser.trace(second, y).log_p.double().exp()
     values = ((p - q) * q).sum(1)
@@ -231,7 +234,7 @@ def martingale(
 
 
 def centre(posterior: Posterior, x: Tensor, y: Tensor) -> float:
-    """E ‖Σ_y p̂_y ĝ_y‖² / E Σ_y p̂_y ‖ĝ_y‖², which is 0 for the gradient of any normalised posterior.
+    """E ‖Σ_y p̂_y ĝ_y‖² / E Σ_y p̂_y ‖ĝ_y‖², which is 0 for the gradient of any normalised posterior and where all are 0.
 
     Centring by the posterior makes it 0 by construction. What the literal Eq. (34) leaves is the error of its
     unconditional score, which every class score shares.
@@ -243,7 +246,7 @@ def centre(posterior: Posterior, x: Tensor, y: Tensor) -> float:
     """
     log_p, gradients = posterior_gradients(posterior, x, y)
     p, g = log_p.double().exp()[..., None], gradients.double().flatten(2)
-    return float((p * g).sum(1).square().sum() / (p * g.square()).sum())
+    return ratio(float((p * g).sum(1).square().sum()), float((p * g.square()).sum()))
 
 
 def energy_identity(
@@ -287,7 +290,7 @@ def energy_identity(
     generator = torch.Generator(x.device).manual_seed(seed)
     energy, slope = 0.0, 0.0
     for _ in range(repeats):
-        omega = torch.empty_like(x).normal_(generator=generator)
+        omega = normal_like(x, generator)
         for noise in (omega, -omega):
             log_p, gradients = posterior_gradients(posterior, x + sigma * noise, y)
             energy += float((log_p.double().exp() * gradients.double().flatten(2).square().sum(2)).sum(1).mean())

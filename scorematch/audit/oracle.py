@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -30,9 +31,12 @@ class GradientError(NamedTuple):
     """Errors of ĝ_y against the true g_y = ∇ₓ log p(y|x), weighted with the true p(y|x).
 
     Attributes:
-        relative: E Σ_y p_y ‖ĝ_y − g_y‖² / E Σ_y p_y ‖g_y‖², ≥ 0; 0 is exact, 1 is as good as ĝ = 0.
+        relative: E Σ_y p_y ‖ĝ_y − g_y‖² / E Σ_y p_y ‖g_y‖², ≥ 0; 0 is exact, 1 is as good as ĝ = 0. Where p_d is sure
+            at all points, so that its gradients are 0, it is infinite, or 0 if those of the estimate are 0, too.
         cosine: E Σ_y p_y ⟨ĝ_y, g_y⟩ / √(E Σ_y p_y ‖ĝ_y‖² · E Σ_y p_y ‖g_y‖²), in [−1, 1].
         amplitude: E Σ_y p_y ⟨ĝ_y, g_y⟩ / E Σ_y p_y ‖ĝ_y‖², the factor on ĝ that would make ``relative`` smallest.
+
+    ``cosine`` and ``amplitude`` are 0 where the gradients of one of the two are.
     """
 
     relative: float
@@ -57,8 +61,15 @@ def gradient_error(posterior: Posterior, oracle: Posterior, x: Tensor, y: Tensor
         return float((p * (a.double() * b.double()).flatten(2).sum(2)).sum())
 
     norm, own, inner = product(truth, truth), product(estimate, estimate), product(estimate, truth)
-    relative = product(estimate - truth, estimate - truth) / norm
-    return GradientError(relative, inner / (norm * own) ** 0.5 if own else 0.0, inner / own if own else 0.0)
+    relative = ratio(product(estimate - truth, estimate - truth), norm)
+    return GradientError(relative, inner / (norm * own) ** 0.5 if norm * own else 0.0, inner / own if own else 0.0)
+
+
+def ratio(part: float, whole: float) -> float:
+    """part / whole, both ≥ 0; 0 / 0 is 0, as nothing is missing there."""
+    if whole:
+        return part / whole
+    return math.inf if part else 0.0
 
 
 def kl_error(posterior: Posterior, oracle: Posterior, x: Tensor, y: Tensor, moved: Tensor | None = None) -> Tensor:

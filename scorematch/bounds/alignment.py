@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from ..noise import normal_like
 from ..ops.logit_divergence import logit_divergence
 from ..posteriors.base import Posterior
 from ..threat_model import DUAL_ORDERS, ThreatModel
@@ -209,7 +210,7 @@ def theorem_5(
     smooth = density.smoothed(sigma)
     left, right, loss = (torch.zeros(len(x), dtype=torch.float64, device=x.device) for _ in range(3))
     for _ in range(repeats):
-        omega = torch.empty_like(x, memory_format=torch.contiguous_format).normal_(generator=generator)
+        omega = normal_like(x, generator)
         for noise in (omega, -omega):
             log_q, by_model = _label_gradient(lambda point: model(point).log_softmax(1), x + sigma * noise, y)
             _, score = _label_gradient(smooth.log_joint, x + sigma * noise, y)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..attacks.pgd import ascend
-from ..inputs import check_box, check_floating
+from ..inputs import check_points
 from ..posteriors import Ensemble
 from ..posteriors.base import PointwisePosterior, Posterior
 from ..threat_model import ORDERS, ThreatModel
@@ -57,13 +57,7 @@ def clean_values(problem: Problem) -> tuple[Tensor, Tensor]:
         ValueError: x and y do not fit each other or the box, or the model has other classes than the posterior.
         TypeError: the model computes in another dtype than the posterior.
     """
-    x, y, threat_model = problem.x, problem.y, problem.threat_model
-    check_floating(x)
-    if x.dim() < 2 or y.dim() < 1 or len(x) != len(y):
-        raise ValueError(f"x must be [N, …] and y [N], got x {list(x.shape)} and y {list(y.shape)}")
-    if len(x):
-        threat_model.check_radius(x[0].numel())
-        check_box(x, threat_model)
+    check_points(problem.x, problem.y, problem.threat_model)
     log_p = problem.posterior.trace(problem.x, problem.y).log_p
     with torch.no_grad():
         logits = problem.model(problem.x)

@@ -23,6 +23,7 @@ from torch.nn.functional import cross_entropy
 
 from ..averaging import WeightAverage
 from ..networks.denoiser import Denoiser
+from ..noise import normal_like
 from .held_out import BestWeights, HeldOut
 from .losses import broadcast, denoising, denoising_likelihood, distillation, joint_energy
 
@@ -258,7 +259,7 @@ class Fitting:
         if augment is not None:
             batch, conditions = augment(batch, generator)
         sigma = self.fit.noise_levels(len(batch), generator, x)
-        noise = torch.empty_like(batch).normal_(generator=generator)
+        noise = normal_like(batch, generator)
         return Batch(batch, labels, sigma, noise, conditions)
 
     def step(self, batch: Batch) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ..networks.denoiser import Denoiser
+from ..noise import normal_like
 from .losses import broadcast, denoising
 
 
@@ -130,7 +131,7 @@ def fit_temperature(
         The temperature.
     """
     generator = torch.Generator(x.device).manual_seed(seed)
-    omega = [torch.empty_like(x).normal_(generator=generator) for _ in range(repeats)]
+    omega = [normal_like(x, generator) for _ in range(repeats)]
     values = torch.cat([logits(part) for o in omega for part in (x + noise * o).split(chunk)]).double()
     one_hot = torch.nn.functional.one_hot(y.repeat(repeats), values.shape[1])
     low, high = math.log(0.05), math.log(20.0)  # of 1 / temperature; the slope rises through zero
@@ -176,7 +177,7 @@ def losses_by_level(
         parts = []
         generator = torch.Generator(x.device).manual_seed(seed)
         for _ in range(repeats):
-            noise = torch.empty_like(x).normal_(generator=generator)
+            noise = normal_like(x, generator)
             level = torch.full((len(x),), sigma, dtype=x.dtype, device=x.device)
             chunks = zip(*(tensor.split(chunk) for tensor in (x, y, level, noise)), strict=True)
             parts += [_loss(network, *part) for part in chunks]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,10 @@ class KernelDensity(ClassScorePosterior):
     """p_σ(x, y) = (1/M) Σ_{i: y_i = y} N(x; x_i, σ² I): the exact p_σ of the empirical distribution.
 
     In high dimension and for small σ its gradient is that of the nearest neighbours. A query of N points needs an
-    [N, M] matrix of distances.
+    [N, M] matrix of distances. It is computed in float64 whatever the dtype of x: the log-densities of two classes may
+    be thousands of nats each where they differ by one.
+
+    The state holds the points and how many there are of each class. σ is a setting, as it is of the other posteriors.
 
     Args:
         x: [M, …] training inputs.
@@ -25,7 +30,7 @@ class KernelDensity(ClassScorePosterior):
     """
 
     points: Tensor
-    log_counts: Tensor
+    class_sizes: Tensor
 
     def __init__(self, x: Tensor, y: Tensor, *, num_classes: int, sigma: float) -> None:
         super().__init__()
@@ -40,20 +45,27 @@ class KernelDensity(ClassScorePosterior):
             raise ValueError(f"class {int((counts == 0).nonzero()[0])} has no sample")
         self.num_classes = num_classes
         self.sigma = sigma
-        self.counts: list[int] = counts.tolist()
         self.register_buffer("points", x.flatten(1)[y.argsort(stable=True)].clone())  # sorted by class
+        self.register_buffer("class_sizes", counts)
+        self._sizes: list[int] = counts.tolist()  # a query must not wait for the device to tell them
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._sizes = self.class_sizes.tolist()
 
     def log_prob_and_scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             flat = x.flatten(1)
-            points = self.points.to(flat.dtype)
-            # ‖x‖² is common to all points and cancels in the posterior and in every softmax below.
-            exponents = (flat @ points.T - 0.5 * points.square().sum(1)) / self.sigma**2  # [N, M]
-            log_joint = flat.new_empty(len(flat), self.num_classes)
+            wide = flat.double()
+            log_joint = wide.new_empty(len(flat), self.num_classes)
             scores = flat.new_empty(len(flat), self.num_classes, flat.shape[1])
-            for label, (e, p) in enumerate(
-                zip(exponents.split(self.counts, dim=1), points.split(self.counts), strict=True)
-            ):
-                log_joint[:, label] = e.logsumexp(1)
-                scores[:, label] = (e.softmax(1) @ p - flat) / self.sigma**2
-        return log_joint.log_softmax(1), scores.reshape(len(x), self.num_classes, *x.shape[1:])
+            for label, points in enumerate(self.points.split(self._sizes)):
+                own = points.double()
+                # ‖x‖² is common to all points and cancels in the posterior and in every softmax.
+                exponents = (wide @ own.T - 0.5 * own.square().sum(1)) / self.sigma**2  # [N, points of the class]
+                log_joint[:, label] = exponents.logsumexp(1)
+                # The mean relative to one of the points, or what they have in common would take its last digits.
+                share, origin = exponents.softmax(1).to(flat.dtype), points[0].to(flat.dtype)
+                scores[:, label] = (share @ (points.to(flat.dtype) - origin) - (flat - origin)) / self.sigma**2
+            log_p = log_joint.log_softmax(1).to(x.dtype)
+        return log_p, scores.reshape(len(x), self.num_classes, *x.shape[1:])

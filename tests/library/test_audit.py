@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from scorematch import ThreatModel, audit
+from scorematch.divergences import KINDS
+from scorematch.matching import fit_temperature
 from scorematch.networks import Denoiser
 from scorematch.posteriors import ClassScorePosterior, Ensemble, GaussianMixture, KernelDensity, ScoreNetwork
 from scorematch.posteriors.base import PointwisePosterior, Trace
@@ -142,6 +144,39 @@ def test_spread_over_trainings() -> None:
     assert audit.spread([truth, Altered(truth, temperature=3.0)], x, y)[1] > 0.01
     with pytest.raises(ValueError, match="at least two, got 1"):
         audit.spread([truth], x, y)
+
+
+def two_points(variance: float, shift: float = 0.0) -> GaussianMixture:
+    means = torch.tensor([[[0.2, 0.2 + shift]], [[0.8, 0.8]]], dtype=torch.float64)
+    return GaussianMixture(means, torch.full((2, 1), variance, dtype=torch.float64))
+
+
+def test_spread_of_posteriors_that_are_sure() -> None:
+    """Where probabilities underflow, 0 log 0 is 0."""
+    sure, shifted = two_points(1e-4), two_points(1e-4, 0.01)
+    x, y = torch.tensor([[0.2, 0.2], [0.5, 0.5]], dtype=torch.float64), torch.tensor([0, 1])
+    log_p = [posterior(x).tolist() for posterior in (sure, shifted)]
+    assert math.exp(log_p[0][0][1]) == 0.0
+
+    def kl(own: list[list[float]]) -> float:
+        total = 0.0
+        for point in range(2):
+            for label in range(2):
+                p = 0.5 * sum(math.exp(member[point][label]) for member in log_p)
+                total += p * (math.log(p) - own[point][label]) if p else 0.0
+        return total / 2
+
+    variance, found = audit.spread([sure, shifted], x, y)
+    assert found == pytest.approx(0.5 * (kl(log_p[0]) + kl(log_p[1])))
+    assert 0.0 < variance < math.inf
+    assert audit.spread([sure, shifted], x[:1], y[:1]) == (0.0, 0.0)
+    assert audit.centre(sure, x[:1], y[:1]) == 0.0
+
+
+def test_gradient_error_where_the_truth_is_sure() -> None:
+    sure, x, y = two_points(1e-4), torch.tensor([[0.2, 0.2]], dtype=torch.float64), torch.tensor([0])
+    assert audit.gradient_error(two_points(1.0), sure, x, y) == (math.inf, 0.0, 0.0)
+    assert audit.gradient_error(sure, sure, x, y) == (0.0, 0.0, 0.0)
 
 
 class Turning(ClassScorePosterior):
@@ -320,6 +355,47 @@ def test_a_model_that_is_the_truth_is_self_consistent() -> None:
     assert robust < 0.9
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_nan_is_not_self_consistent(kind: str) -> None:
+    """A model that returns NaN for one sample, and one that does so away from clean points alone."""
+    truth = mixture(2, 1, 2)
+    x, y = sample(truth, 6)
+
+    def at_one(points: Tensor) -> Tensor:
+        return truth.log_joint(points) * torch.ones(6, 1, dtype=x.dtype).index_fill(0, torch.tensor([2]), math.nan)
+
+    found = consistency(at_one, truth, x, y, free(1.0), divergence=kind, steps=2)
+    assert found.divergence.isnan().tolist() == found.r_score.isnan().tolist() == [i == 2 for i in range(6)]
+    assert found.disagrees.tolist() == [i == 2 for i in range(6)]
+
+    def away(points: Tensor) -> Tensor:
+        return truth.log_joint(points).masked_fill((points != x).any(1, keepdim=True), math.nan)
+
+    found = consistency(away, truth, x, y, free(1.0), divergence=kind, steps=2)
+    assert found.divergence.isfinite().all()
+    assert found.r_score.isnan().all()
+    assert found.disagrees.all()
+    distance = (found.x_score - x).norm(dim=1)
+    assert ((distance > 0) & (distance <= 1.0 + 1e-9)).all()
+
+
+@pytest.mark.parametrize(
+    ("x", "threat_model", "message"),
+    [
+        (torch.full((3, 5), 5.0), ThreatModel("linf", 0.1), r"x must lie in the box \[0.0, 1.0\]"),
+        (torch.full((3, 5), math.nan), free(1.0), "got values in \\[nan, nan"),
+        (torch.full((3, 5), 0.5), ThreatModel("l2", 8.0), "eps must not be larger than the diagonal"),
+        (torch.ones(3, 5, dtype=torch.int64), free(1.0), "x must be floating point"),
+        (torch.full((4, 5), 0.5), free(1.0), r"got x \[4, 5\] and y \[3\]"),
+    ],
+    ids=["outside", "nan", "radius", "integers", "short"],
+)
+def test_points_that_the_judge_refuses(x: Tensor, threat_model: ThreatModel, message: str) -> None:
+    truth = mixture()
+    with pytest.raises((TypeError, ValueError), match=message):
+        consistency(truth.log_joint, truth, x, torch.arange(3), threat_model)
+
+
 def unconditional(x: Tensor) -> Tensor:
     return torch.zeros_like(x)
 
@@ -389,6 +465,32 @@ def test_bad_input_of_the_energy_identity(options: dict, message: str) -> None:
     x, y = sample(truth, 5)
     with pytest.raises(ValueError, match=message):
         audit.energy_identity(truth.smoothed, **{"x": x, "y": y, "sigma": 0.7, **options})
+
+
+def test_the_memory_format_decides_no_noise() -> None:
+    class NotAGradient(Denoiser):
+        def class_scores(self, x: Tensor, sigma: Tensor | float) -> Tensor:
+            return torch.stack([x.roll(1, -1), torch.zeros_like(x)], 1)
+
+    network = ScoreNetwork(NotAGradient(torch.nn.Identity(), num_classes=2, sigma_data=1.0), sigma=1.0)
+    truth = mixture(3, 1, 32)
+    x, y = sample(truth, 6)
+    images = x.reshape(6, 2, 4, 4)
+
+    def found(x: Tensor) -> list[Tensor]:
+        error = audit.matching_error(truth, torch.zeros_like, x, y, sigma=0.3)
+        loop = audit.closed_loop(network, x, y % 2, length=0.5)
+        numbers = (
+            *audit.calibration(truth, x, y, noise=0.3),
+            *audit.martingale(truth.smoothed(0.1), truth.smoothed(0.5), x, y, sigmas=(0.1, 0.5)),
+            *audit.energy_identity(truth.smoothed, x, y, sigma=0.3),
+            fit_temperature(truth.log_prob, x, y, noise=0.3),
+        )
+        likelihood = audit.log_likelihood(truth, x, y, noise=0.3)
+        return [likelihood, error, loop, torch.tensor(numbers, dtype=torch.float64)]
+
+    for values, others in zip(found(images), found(images.to(memory_format=torch.channels_last)), strict=True):
+        torch.testing.assert_close(values, others, **F64)
 
 
 def test_points_of_another_shape() -> None:

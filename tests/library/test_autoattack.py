@@ -399,15 +399,15 @@ def test_bad_data(tmp_path: Path) -> None:
     model, x, y = data()
     run = attack(model).run_standard_evaluation
     cases = [
-        (x * 1.5, y, r"x must lie in the box \[0.0, 1.0\]"),
+        (x * 1.5, y, r"x_orig must lie in the box \[0.0, 1.0\]"),
         (x, y + 9, r"y_orig must lie in 0 … 9, as the model has 10 classes, got \d+ … \d+"),
         (x, y - 1 - y.min(), "y_orig must lie in 0 … 9"),
         (x, y.double(), "y_orig must be class indices of an integer dtype, got torch.float64"),
         (x.half(), y, r"x_orig must be float32 or float64 in \[0, 1\], got torch.float16"),
-        (x[:5], y, r"x must be \[N, …\] and y \[N\]"),
+        (x[:5], y, r"x_orig must be \[N, …\] and y_orig \[N\]"),
         (x[:0], y[:0], "x_orig is empty, nothing can be evaluated"),
         (x.flatten(1), y, r"square takes images \[N, C, H, W\], got x_orig of shape \[40, 64\]"),
-        (x.where(x > 0.1, math.nan), y, "x must lie in the box"),
+        (x.where(x > 0.1, math.nan), y, "x_orig must lie in the box"),
     ]
     for images, labels, message in cases:
         with pytest.raises(ValueError, match=message):

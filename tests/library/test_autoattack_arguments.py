@@ -40,7 +40,7 @@ def test_pixels_further_outside_are_refused_with_their_digits() -> None:
         with pytest.raises(ValueError, match=r"got values in \[0\.0, 1\.0001\d*\]"):
             run(x.clamp(max=0.9).index_fill(0, torch.tensor([3]), 0.0).index_fill(0, torch.tensor([4]), 1.0001))
     adversary = alone(model, "apgd-ce")
-    with pytest.raises(ValueError, match="x must lie in the box"):
+    with pytest.raises(ValueError, match="x_orig must lie in the box"):
         adversary.clean_accuracy(2 * x, y)
 
 
@@ -66,7 +66,7 @@ def test_labels_of_other_kinds_are_refused() -> None:
         (one_hot.double(), r"labels \[40, 10\].*one-hot.*argmax\(1\)"),
         (y.double(), "must be class indices of an integer dtype, got torch.float64"),
         (y > 4, "must be class indices of an integer dtype, got torch.bool"),
-        (y[:, None, None], r"y \[N\], got x \[40, 1, 8, 8\] and y \[40, 1, 1\]"),
+        (y[:, None, None], r"y(_orig)? \[N\], got x(_orig)? \[40, 1, 8, 8\] and y(_orig)? \[40, 1, 1\]"),
     ]
     for labels, message in cases:
         for _, run in runs(model, y):

@@ -96,7 +96,7 @@ def test_the_box_is_checked_and_fixed(tmp_path: Path) -> None:
     model, x, y = data()
     adversary = attack(InUnits(model, -1.0, 1.0), lower=-1.0, upper=1.0, version="fast")
     assert (adversary.lower, adversary.upper) == (-1.0, 1.0)
-    with pytest.raises(ValueError, match=r"x must lie in the box \[-1.0, 1.0\] of the threat model"):
+    with pytest.raises(ValueError, match=r"x_orig must lie in the box \[-1.0, 1.0\] of the threat model"):
         adversary.run_standard_evaluation(x * 3, y)
     with pytest.raises(ValueError, match=r"x_orig must be float32 or float64 in \[-1, 1\], got torch.float16"):
         adversary.run_standard_evaluation(x.half(), y)

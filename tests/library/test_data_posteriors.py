@@ -103,6 +103,43 @@ def test_kernel_density_of_unbalanced_classes_and_images() -> None:
     assert torch.autograd.gradcheck(density, (x.requires_grad_(),))
 
 
+@pytest.mark.parametrize("place", ["close", "between"])
+@pytest.mark.parametrize("sigma", [0.4, 0.02])
+@pytest.mark.parametrize("features", [64, 784, 3072])
+def test_kernel_density_keeps_its_digits_in_float32(features: int, sigma: float, place: str) -> None:
+    """At points of two classes that are close to each other, and halfway between points that are not."""
+    generator = torch.Generator().manual_seed(0)
+    if place == "close":
+        base = torch.rand(features, generator=generator)
+        points = base + 3 * sigma * torch.randn(8, features, generator=generator) / features**0.5
+        x = base + sigma * torch.randn(5, features, generator=generator) / features**0.5
+    else:
+        points = torch.rand(8, features, generator=generator)
+        across = points[4:] - points[:4]
+        beyond_half = sigma**2 * torch.randn(4, 1, generator=generator) / across.square().sum(1, keepdim=True)
+        x = points[:4] + (0.5 + beyond_half) * across
+    density, exact = (
+        KernelDensity(p, torch.arange(8) // 4, num_classes=2, sigma=sigma) for p in (points, points.double())
+    )
+    found, expected = density.log_prob_and_scores(x), exact.log_prob_and_scores(x.double())
+    assert found[0].dtype == found[1].dtype == torch.float32
+    torch.testing.assert_close(found[0].exp().double(), expected[0].exp(), rtol=0, atol=1e-6)
+    assert float((found[1] - expected[1]).norm() / expected[1].norm()) < 1e-6
+    assert 0.02 < expected[0].exp().min() < expected[0].exp().max() < 0.98
+
+
+def test_state_of_a_kernel_density_holds_its_labels() -> None:
+    points, few, many = inputs(10), torch.arange(10) // 3 % 2, torch.arange(10) // 8
+    density, other = (KernelDensity(points, y, num_classes=2, sigma=0.7) for y in (few, many))
+    x = inputs(4, seed=3)
+    assert not torch.equal(density(x), other(x))
+    other.load_state_dict(density.state_dict())
+    assert torch.equal(density(x), other(x))
+    without = {name: value for name, value in density.state_dict().items() if name == "points"}
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"class_sizes\""):
+        other.load_state_dict(without)
+
+
 class OracleDenoiser(Denoiser):
     """The exact denoiser of a mixture at any σ: x + σ² ∇ log p_σ (Tweedie's formula)."""
 

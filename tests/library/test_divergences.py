@@ -58,10 +58,10 @@ def test_clip_bounds_of_table_2() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("cosine", 0.4, 10), "divergence must be one of"),
-        (("se", 1.0, 10), r"clip must lie in \[0, 1\), got 1.0"),
-        (("se", -0.1, 10), r"clip must lie in"),
-        (("se", math.nan, 10), r"clip must lie in"),
+        (("cosine", 0.4, 10), "kind must be one of"),
+        (("se", 1.0, 10), r"threshold must lie in \[0, 1\), got 1.0"),
+        (("se", -0.1, 10), r"threshold must lie in"),
+        (("se", math.nan, 10), r"threshold must lie in"),
         (("se", 0.4, 1), "num_classes must be at least 2, got 1"),
     ],
 )

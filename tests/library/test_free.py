@@ -1,6 +1,7 @@
 """Free adversarial training against Alg. 1 in a plain loop, and its exact resumption."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -124,3 +125,14 @@ def test_bad_arguments_are_named() -> None:
     free.step(smooth_mlp(12, 4), *batch(3, 0))
     with pytest.raises(ValueError, match=r"x has samples of shape \[6\], the perturbation \[12\]"):
         free.step(smooth_mlp(6, 4), torch.rand(3, 6, dtype=torch.float64), torch.arange(3))
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_does_not_stay(norm: str, broken: float) -> None:
+    model, free = smooth_mlp(12, 4), FreeAttack(ThreatModel(norm, EPS))
+    x, y = batch(6, 0)
+    (free.step(model, x, y).loss.sum() * broken).backward()
+    assert free.perturbation is not None
+    assert free.perturbation.isfinite().all()
+    assert free.step(model, x, y).loss.isfinite().all()

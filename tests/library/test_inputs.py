@@ -44,6 +44,18 @@ def test_images_outside_the_box(name: str, x: Tensor, told: str) -> None:
         OBJECTIVES[name](model(), x, Y)
 
 
+@pytest.mark.parametrize(
+    ("lower", "upper", "rounded", "outside"),
+    [(0.0, math.inf, -5e-5, -0.01), (-math.inf, 1.0, 1.00005, 1.01)],
+    ids=["lower", "upper"],
+)
+def test_a_box_with_one_bound(lower: float, upper: float, rounded: float, outside: float) -> None:
+    half = ThreatModel("linf", 0.1, lower=lower, upper=upper)
+    check_inputs(model(), X.index_fill(0, torch.tensor([2]), rounded), Y, half)
+    with pytest.raises(ValueError, match="x must lie in the box"):
+        check_inputs(model(), X.index_fill(0, torch.tensor([2]), outside), Y, half)
+
+
 @pytest.mark.parametrize("name", [*OBJECTIVES, "standard", "gaussian"])
 @pytest.mark.parametrize(
     ("x", "y", "error", "told"),

@@ -192,12 +192,15 @@ def test_noise_levels_fall_geometrically() -> None:
     [
         (lambda: noise_levels(0.1, 1.0, 5), "0 < sigma_min ≤ sigma_max is needed"),
         (lambda: noise_levels(1.0, 0.1, 0), "count must be at least 1, got 0"),
+        (lambda: noise_levels(math.inf, 0.1, 3), "both finite, got 0.1 and inf"),
+        (lambda: noise_levels(1.0, math.nan, 3), "both finite, got nan and 1.0"),
+        (lambda: noise_levels(1.0, 0.1, 2.5), "count must be a whole number, got 2.5"),
         (lambda: Denoiser(nn.Identity(), num_classes=1, sigma_data=1.0), "num_classes must be at least 2, got 1"),
         (lambda: Denoiser(nn.Identity(), num_classes=2, sigma_data=0.0), "sigma_data must be positive, got 0.0"),
     ],
 )
 def test_bad_input(build, message: str) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         build()
 
 

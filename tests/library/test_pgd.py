@@ -1,5 +1,7 @@
 """PGD finds what it should, stays where it may, and leaves the model as it was."""
 
+import copy
+
 import pytest
 import torch
 from library_models import small_cnn
@@ -83,6 +85,30 @@ def test_batch_norm_mode_of_the_attack(mode: str) -> None:
     assert int(norm.num_batches_tracked) == (mode == "train")
     assert norm.training
     assert norm.track_running_stats
+
+
+@pytest.mark.parametrize("mode", ["eval", "train", "frozen"])
+def test_a_batch_norm_in_eval_mode_stays_in_it(mode: str) -> None:
+    model = small_cnn(batch_norm=True).train()
+    model[1].eval()
+    modes = [module.training for module in model.modules()]
+    state = copy.deepcopy(model.state_dict())
+    with borrowed(model, mode), torch.no_grad():
+        assert not model[1].training
+        assert model.training == (mode != "eval")
+        model(torch.rand(16, 1, 8, 8))
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("mode", ["eval", "train", "frozen"])
+def test_a_model_in_eval_mode_is_switched_as_a_whole(mode: str) -> None:
+    model = small_cnn(batch_norm=True).eval()
+    model[1].train()
+    modes = [module.training for module in model.modules()]
+    with borrowed(model, mode):
+        assert all(module.training == (mode != "eval") for module in model.modules())
+    assert [module.training for module in model.modules()] == modes
 
 
 def test_restarts_and_losses_only_add() -> None:

@@ -35,27 +35,31 @@ def random_offset(x: Tensor, norm: str, radius: float, seed: int) -> Tensor:
     return radius * direction * rows(length / direction.flatten(1).norm(dim=1), x)
 
 
-def plain_single_step(x: Tensor, y: Tensor, model: torch.nn.Module, attack: str, norm: str, seed: int) -> Tensor:
-    radius, length = {"fgsm_rs": (EPS, 1.25 * EPS), "n_fgsm": (2 * EPS, EPS)}[attack]
+def plain_single_step(
+    x: Tensor, y: Tensor, model: torch.nn.Module, attack: str, norm: str, seed: int, eps: float = EPS
+) -> Tensor:
+    radius, length = {"fgsm_rs": (eps, 1.25 * eps), "n_fgsm": (2 * eps, eps)}[attack]
     point = (x + random_offset(x, norm, radius, seed)).clamp(0, 1).requires_grad_()
     loss = torch.nn.functional.cross_entropy(model(point), y, reduction="sum")
     (gradient,) = torch.autograd.grad(loss, point)
     step = gradient.sign() if norm == "linf" else gradient / rows(gradient.flatten(1).norm(dim=1), x)
     delta = point.detach() + length * step - x
-    return (x + (in_ball(delta, norm, EPS) if attack == "fgsm_rs" else delta)).clamp(0, 1)
+    return (x + (in_ball(delta, norm, eps) if attack == "fgsm_rs" else delta)).clamp(0, 1)
 
 
+@pytest.mark.parametrize("eps", [EPS, 0.6])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("attack", ["fgsm_rs", "n_fgsm"])
-def test_against_its_definition(attack: str, norm: str) -> None:
+def test_against_its_definition(attack: str, norm: str, eps: float) -> None:
+    """With eps = 0.6 in [0, 1] the ball from which N-FGSM draws is larger than the box."""
     model = smooth_mlp(12, 4)
     x = torch.rand(32, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     y = torch.arange(32) % 4
     gradient = input_gradient(lambda p: torch.nn.functional.cross_entropy(model(p), y, reduction="none"))
-    found = single_step(x, gradient, ThreatModel(norm, EPS), attack=attack, generator=torch.Generator().manual_seed(7))
-    torch.testing.assert_close(found, plain_single_step(x, y, model, attack, norm, 7), rtol=1e-10, atol=1e-12)
+    found = single_step(x, gradient, ThreatModel(norm, eps), attack=attack, generator=torch.Generator().manual_seed(7))
+    torch.testing.assert_close(found, plain_single_step(x, y, model, attack, norm, 7, eps), rtol=1e-10, atol=1e-12)
     outcome = objectives.pgd_at(
-        model, x, y, threat_model=ThreatModel(norm, EPS), attack=attack, generator=torch.Generator().manual_seed(7)
+        model, x, y, threat_model=ThreatModel(norm, eps), attack=attack, generator=torch.Generator().manual_seed(7)
     )
     torch.testing.assert_close(outcome.x_adv, found, rtol=1e-10, atol=1e-12)
 

@@ -223,6 +223,17 @@ def test_max_points_bounds_the_kernel_density(digits: data.Data) -> None:
     assert len(posterior.points) == 60
 
 
+def test_a_kernel_density_is_rebuilt_whatever_the_seed_drew(digits: data.Data) -> None:
+    settings = PosteriorSettings("kernel_density", max_points=60)
+    posterior = posteriors.build(settings, digits, seed=0, folder=Path())
+    again = posteriors.build(settings, digits, seed=1, state=posterior.state_dict())
+    x = digits.x_validation
+    assert torch.equal(again(x), posterior(x))  # type: ignore[operator]
+    old = {"points": posterior.state_dict()["points"]}
+    with pytest.raises(ValueError, match="the saved posterior does not fit: Error"):
+        posteriors.build(settings, digits, seed=0, state=old)
+
+
 def test_given_values_override_tuned_ones() -> None:
     resolved = PosteriorSettings("kernel_density", sigma=0.123).resolved("digits")
     assert resolved.sigma == 0.123

@@ -258,7 +258,7 @@ def build(
         about: what checkpoints hold as their settings.
 
     Raises:
-        ValueError: the settings do not fit the data.
+        ValueError: the settings do not fit the data, or the state does not fit both.
         InputError: a teacher cannot be read.
         Interrupted: a signal came; the state is saved.
     """
@@ -294,7 +294,10 @@ def build(
     if state is not None:
         anchor = {name: value for name, value in posterior.state_dict().items() if name.startswith("anchor.")}
         given = any(name.startswith("anchor.") for name in state)
-        posterior.load_state_dict(state if given else {**anchor, **state})
+        try:
+            posterior.load_state_dict(state if given else {**anchor, **state})
+        except RuntimeError as error:
+            raise ValueError(f"the saved posterior does not fit: {' '.join(str(error).split())[:200]}") from None
     return posterior
 
 
@@ -402,8 +405,7 @@ def read(
             raise InputError(f"{path} holds a {what}, expected a score_network")
         posterior = build(settings, data, seed=0, device=device, state=saved["network"])
     except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: its network does not fit {data.name} ({reason})") from None
+        raise InputError(f"{path}: its network does not fit {data.name} ({error})") from None
     assert isinstance(posterior, ScoreNetwork)
     return settings, posterior
 
