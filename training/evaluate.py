@@ -342,8 +342,8 @@ def print_accuracies(results: dict[str, Any]) -> None:
     if "r_score" in results:
         print("against p_d, which is known here:")
         for name, title in (("kl", "KL(p_d, model) at clean points"), ("r_score", "R_SCORE, its largest in the ball")):
-            low, high = results[f"{name}_interval"]
-            print(f"  {title:<38}{results[name]:>8.4f} nat{f'{low:.4f} to {high:.4f}':>20}")
+            shown = "{:.4f} to {:.4f}".format(*interval) if (interval := results[f"{name}_interval"]) else ""
+            print(f"  {title:<38}{results[name]:>8.4f} nat{shown:>20}")
         low, high = results["disagrees_interval"]
         title = "another class than p_d's in the ball"
         print(f"  {title:<38}{results['disagrees']:>8.1f} %  {f'{low:.1f} to {high:.1f} %':>20}")

@@ -303,6 +303,9 @@ def test_data_that_bring_their_posterior(mine: Path, call: Any, tiny: list[str])
     assert found["kl"] == pytest.approx(summary["kl"], rel=1e-4)
     low, high = found["kl_interval"]
     assert low < found["kl"] < high
+    ending = call("evaluate", "--run", "direct", "--limit", 1, "--steps", 2, "--out", "report.json")
+    assert (ending.status, ending.err) == (0, "")
+    assert json.loads(Path("report.json").read_text())["kl_interval"] is None
     ending = call("run", "--objective", "score_direct", "--posterior", "oracle", "--data", "my_data:points", *tiny)
     assert ending.status == 2
     assert "posterior: 'oracle' on my_data:points, whose p_d(y|x) is not known" in ending.err

@@ -327,6 +327,26 @@ def test_a_model_of_ones_own(call: Any, tiny: list[str], tmp_path: Path, monkeyp
     assert ending.status == 0, ending
 
 
+def test_a_ratio_that_is_not_finite(
+    call: Any, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model's gradient is zero at first, so the data gradient is infinitely larger."""
+    (tmp_path / "blank.py").write_text(
+        "from torch import nn\n"
+        "def zeros(input_shape, num_classes):\n"
+        "    linear = nn.Linear(64, num_classes)\n"
+        "    nn.init.zeros_(linear.weight)\n"
+        "    return nn.Sequential(nn.Flatten(), linear)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    options = ["--objective", "score_direct", "--posterior", "kernel_density", "--model", "blank:zeros"]
+    ending = call("run", *options, *tiny, "--epochs", 1, "--out", "here")
+    assert ending.status == 0, ending
+    assert json.loads(Path("here/summary.json").read_text())["data_gradient_ratio"] is None
+    assert "Infinity" not in Path("here/metrics.jsonl").read_text()
+    assert "signs of steps that the data gradient changes" in Path("here/report.html").read_text()
+
+
 @pytest.mark.parametrize(("test", "said"), [("if x.sum() > -1:", True), ("if self.head.bias is not None:", False)])
 def test_folding_that_finds_nothing_says_so(
     call: Any, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, test: str, said: bool

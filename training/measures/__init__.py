@@ -146,7 +146,7 @@ def self_consistency(
     seed: int,
     batch: int = BATCH,
 ) -> dict[str, Any]:
-    """How far a classifier is from a known p_d, with 95 % intervals over the samples.
+    """How far a classifier is from a known p_d, with 95 % intervals over the samples, which one sample does not have.
 
     ``kl`` and ``r_score`` are in nats, see :class:`scorematch.Consistency`. ``disagrees`` is the share of samples, in
     per cent, for which the search met a point of B(x) where the model's class is not the most likely one of p_d.
@@ -162,11 +162,17 @@ def self_consistency(
     results: dict[str, Any] = {}
     for name, values in (("kl", [p.divergence for p in parts]), ("r_score", [p.r_score for p in parts])):
         value = torch.cat(values).double()
-        mean, half = value.mean().item(), 1.96 * value.std().item() / len(value) ** 0.5
-        results |= {name: mean, f"{name}_interval": [mean - half, mean + half]}
+        mean, interval = value.mean().item(), None
+        if len(value) > 1:
+            half = 1.96 * value.std().item() / len(value) ** 0.5
+            interval = [mean - half, mean + half]
+        results |= {name: mean, f"{name}_interval": interval}
     disagrees = torch.cat([p.disagrees for p in parts])
-    interval = list(wilson(int(disagrees.sum()), len(disagrees)))
-    return {**results, "disagrees": per_cent(disagrees), "disagrees_interval": interval}
+    return {
+        **results,
+        "disagrees": per_cent(disagrees),
+        "disagrees_interval": list(wilson(int(disagrees.sum()), len(disagrees))),
+    }
 
 
 def fooled(model: nn.Module, x: Tensor, y: Tensor, attack: PGD, generator: Generator, count: int) -> dict[str, Tensor]:
