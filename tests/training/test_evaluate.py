@@ -266,14 +266,31 @@ def test_the_official_engine_gets_the_same_task(
     assert results["engine"] == "official"
 
 
-def _rank(number: int, port: int, arguments: list[str], log: Path) -> None:
+def _rank(number: int, world: int, port: int, arguments: list[str], log: Path) -> None:
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(
-        WORLD_SIZE="2", RANK=str(number), LOCAL_RANK=str(number), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        WORLD_SIZE=str(world), RANK=str(number), LOCAL_RANK=str(number), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     sys.exit(run_program(evaluate.main, arguments))
+
+
+def by_processes(world: int, arguments: list[str], folder: Path) -> list[str]:
+    """Evaluate in ``world`` processes, as under torchrun; what each of them printed."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training.run"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    logs = [folder / f"log{number}.txt" for number in range(world)]
+    processes = [context.Process(target=_rank, args=(n, world, port, arguments, logs[n])) for n in range(world)]
+    for process in processes:
+        process.start()
+    for process, log in zip(processes, logs, strict=True):
+        process.join(180)
+        assert process.exitcode == 0, log.read_text()
+    return [log.read_text() for log in logs]
 
 
 @pytest.mark.parametrize("attack", ["autoattack", "pgd", "certify"])
@@ -284,25 +301,21 @@ def test_two_processes_say_what_one_says(call: Any, trained: Path, tmp_path: Pat
     if attack == "certify":
         options = ["--attack", "certify", "--limit", "11", "--n", "100", "--threads", "1"]
     assert call("evaluate", "--run", trained, *options, "--out", "one.json").status == 0
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training.run"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    logs = [tmp_path / f"log{number}.txt" for number in range(2)]
-    arguments = ["--run", str(trained), *options, "--out", str(tmp_path / "two.json")]
-    processes = [context.Process(target=_rank, args=(n, port, arguments, logs[n])) for n in range(2)]
-    for process in processes:
-        process.start()
-    for process, log in zip(processes, logs, strict=True):
-        process.join(180)
-        assert process.exitcode == 0, log.read_text()
+    told = by_processes(2, ["--run", str(trained), *options, "--out", str(tmp_path / "two.json")], tmp_path)
     one, two = read(tmp_path / "one.json"), read(tmp_path / "two.json")
     found = ("classes", "radii") if attack == "certify" else (f"{attack}_acc",)
     for key in ("clean_acc", "samples", *found):
         assert one[key] == two[key]
-    assert "95 % interval" in logs[0].read_text()
-    assert "95 % interval" not in logs[1].read_text()
+    assert "95 % interval" in told[0]
+    assert "95 % interval" not in told[1]
+
+
+@pytest.mark.parametrize("attack", ["autoattack --version fast", "obfuscation --steps 2", "certify"])
+def test_processes_without_a_sample(trained: Path, tmp_path: Path, attack: str) -> None:
+    options = ["--run", str(trained), "--attack", *attack.split(), "--limit", "1", "--threads", "1"]
+    told = by_processes(3, [*options, "--out", str(tmp_path / "report.json")], tmp_path)
+    assert ["95 % interval" in printed for printed in told] == [True, False, False]
+    assert read(tmp_path / "report.json")["samples"] == 1
 
 
 def test_verdicts_come_back_in_the_order_of_the_samples(trained: Path) -> None:

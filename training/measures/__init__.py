@@ -118,9 +118,7 @@ def shared(measure: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) ->
 
     Every rank returns all verdicts. ``measure`` is never called without samples.
     """
-    count = len(x)
-    world = distributed.world_size()
-    mine = torch.arange(distributed.rank(), count, world, device=x.device)
+    mine = torch.arange(len(x), device=x.device)[distributed.rank() :: distributed.world_size()]
     part = measure(x[mine], y[mine]) if len(mine) else torch.zeros(0, dtype=torch.bool, device=x.device)
     return distributed.interleaved(part)
 
