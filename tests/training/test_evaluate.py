@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import socket
 import sys
 import warnings
@@ -264,6 +265,23 @@ def test_the_official_engine_gets_the_same_task(
     moved = torch.cat([torch.zeros_like(x[:10]), x[10:]])
     assert results["autoattack_acc"] == measures.per_cent(measures.correct(model, moved, y)) < results["clean_acc"]
     assert results["engine"] == "official"
+
+
+def test_a_run_of_another_machine(call: Any, trained: Path, tmp_path: Path) -> None:
+    """It is evaluated on the device of the evaluation, and compared; only a training needs what it was given."""
+    folder = tmp_path / "away"
+    shutil.copytree(trained, folder)
+    state = torch.load(folder / "best.pt")
+    state["settings"] |= {"device": "cuda:99", "precision": "tf32", "graph": "on"}
+    torch.save(state, folder / "best.pt")
+    lines = (folder / "config.toml").read_text().splitlines()
+    kept = [line for line in lines if line.split(" = ")[0] not in ("device", "precision", "graph")]
+    table = ['device = "cuda:99"', 'precision = "tf32"', 'graph = "on"', *kept]  # before the nested table
+    (folder / "config.toml").write_text("\n".join(table))
+    ending = call("evaluate", "--run", folder, "--limit", 4, "--steps", 1, "--device", "cpu")
+    assert ending.status == 0, ending
+    ending = call("run", "--resume", folder)
+    assert (ending.status, "device: 'cuda:99' is not there" in ending.err) == (2, True)
 
 
 def _rank(number: int, world: int, port: int, arguments: list[str], log: Path) -> None:
