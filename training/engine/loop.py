@@ -18,7 +18,7 @@ from scorematch.objectives import Outcome, first_iterate, noise_directions
 from scorematch.posteriors import Posterior
 from scorematch.weight_perturbation import WeightPerturbation
 from training import measures
-from training.data import Data, check_record, is_own, toy
+from training.data import Data, check_record, is_own, spread, toy
 from training.data.batches import Batches
 from training.engine import Course, Engine, checkpoint, distributed, hardware
 from training.engine.forward import forward_at
@@ -453,10 +453,9 @@ class Trainer(Engine):
         def robust(x: Tensor, y: Tensor) -> Tensor:
             return measures.robust(self.network, x, y, attack, start, search=self.search)
 
+        seen = spread(len(x), len(data.x_train)).to(x.device)
         values = {
-            "train_acc": measures.per_cent(
-                measures.correct(self.network, data.x_train[: len(x)], data.y_train[: len(x)])
-            ),
+            "train_acc": measures.per_cent(measures.correct(self.network, data.x_train[seen], data.y_train[seen])),
             "val_acc": measures.per_cent(measures.correct(self.network, x, y)),
             "val_pgd_acc": measures.per_cent(measures.shared(robust, x, y)),
         }
