@@ -293,6 +293,9 @@ def test_a_folder_with_a_run_is_not_overwritten(call: Any, tiny: list[str], tmp_
     contradiction = call("run", "--resume", "here", "--eps", "0.3")
     assert contradiction.status == 2
     assert "eps: 0.3 contradicts" in contradiction.err
+    for option, value in (("recipe", "table2"), ("out", "elsewhere")):
+        ending = call("run", "--resume", "here", f"--{option}", value)
+        assert (ending.status, f"{option}: " in ending.err and "with --resume, allowed: " in ending.err) == (2, True)
 
 
 def test_without_a_folder_each_run_gets_a_fresh_one(call: Any, tiny: list[str], tmp_path: Path) -> None:

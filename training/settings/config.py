@@ -660,6 +660,10 @@ def _resumed(folder: Path, arguments: Sequence[str]) -> RunSettings:
     for name, value in as_table(settings).items():
         if value != as_table(saved).get(name):
             raise InputError(f"{name}: {value!r} contradicts the run in {folder}, a resumed run keeps its settings")
+    if settings.recipe is not None:
+        raise InputError(f"recipe: {settings.recipe!r} with --resume, allowed: none, a resumed run keeps its settings")
+    if settings.out not in (None, folder):
+        raise InputError(f"out: {settings.out} with --resume, allowed: {folder}, where a resumed run stays")
     settings = dataclasses.replace(with_posterior(settings), out=folder, resume=folder)
     validate(settings)
     validate_machine(settings)
