@@ -421,6 +421,8 @@ def _other(settings: EvaluateSettings, subject: Subject, device: torch.device) -
 
 def _samples(settings: EvaluateSettings, loaded: Data) -> tuple[Tensor, Tensor]:
     x, y = getattr(loaded, f"x_{settings.split}"), getattr(loaded, f"y_{settings.split}")
+    if not len(x):
+        raise InputError(f"split: {settings.split!r} of {loaded.name}, which has no such samples, allowed: test")
     if settings.limit > len(x):
         raise InputError(
             f"limit: {settings.limit} samples, allowed: 0 (all) or up to {len(x)} of the {settings.split} split"

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from scorematch.posteriors import GaussianMixture
-from training import data, measures
+from training import data, measures, score
 from training.data import Data, DataSettings, Format, checked, generated, load, own_data
 from training.engine import checkpoint
 from training.engine.loop import Trainer
@@ -61,6 +61,9 @@ def known():
     parts = [p_d.sample(n, torch.Generator().manual_seed(n)) for n in (120, 30, 40)]
     data = Data("known", 3, *(tensor for part in parts for tensor in part), lower=-math.inf, upper=math.inf, p_d=p_d)
     return data
+
+def head(input_shape, num_classes):
+    return torch.nn.Linear(5, num_classes)
 
 def failing():
     raise OSError("the disk is gone")
@@ -392,6 +395,13 @@ def test_the_other_programs_on_a_function(mine: Path, call: Any, tiny: list[str]
     assert "data: my_data:points has inputs [5], allowed: images, and the toy" in ending.err
 
 
+def test_a_split_without_samples(mine: Path, call: Any) -> None:
+    weights = ["--model-from", "my_data:head", "--data", "my_data:unvalidated", "--eps", 1]
+    ending = call("evaluate", *weights, "--split", "validation")
+    assert ending.status == 2
+    assert "split: 'validation' of my_data:unvalidated, which has no such samples, allowed: test" in ending.err
+
+
 def test_data_that_are_sorted_by_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A look at a few of them, in trainings of classifiers and of score networks, is a look at all classes."""
     assert data.spread(4, 9).tolist() == [0, 2, 4, 6]
@@ -587,6 +597,19 @@ def test_one_class(tmp_path: Path) -> None:
         Image.new("L", (4, 4)).save(tmp_path / split / "cat" / "0.png")
     with pytest.raises(InputError, match="has the one class cat, expected at least two"):
         load(DataSettings("folder", root=tmp_path))
+
+
+def test_the_place_of_the_data_is_saved_as_an_absolute_path(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make()
+    monkeypatch.chdir(tmp_path)
+    for name in ("folder", "cifar10"):
+        options = ["--data", name, "--data-root", "images"]
+        assert config.parse(["--objective", "standard", *options]).data_root == tmp_path / "images"
+        assert score.parse(options).data_root == tmp_path / "images"
+    monkeypatch.setenv(data.ROOT_VARIABLE, "images")
+    assert score.parse(["--data", "folder"]).data_root == tmp_path / "images"
 
 
 def test_a_run_on_a_folder_and_its_evaluation_from_elsewhere(

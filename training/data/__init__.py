@@ -307,6 +307,13 @@ def folder_root(root: Path | None) -> Path:
     return chosen.absolute()
 
 
+def root_from_anywhere(name: DataName, root: Path | None) -> Path | None:
+    """``root`` as what is saved: another program may read it in another working directory."""
+    if name == FOLDER:
+        return folder_root(root)
+    return None if root is None else root.absolute()
+
+
 def _of_folder(settings: DataSettings) -> Data:
     """Images in folders, shuffled: programs look at the first so many of a split, which would be those of one class.
 

@@ -540,8 +540,8 @@ def parse(arguments: Sequence[str]) -> RunSettings:
         image_size=int(size) if size and size.isdecimal() else None,
     )
     settings = _parse(arguments, default)
-    if settings.data == data_sets.FOLDER:  # a saved run finds it from any folder
-        settings = dataclasses.replace(settings, data_root=data_sets.folder_root(settings.data_root))
+    found = data_sets.root_from_anywhere(settings.data, settings.data_root)
+    settings = dataclasses.replace(settings, data_root=found)
     validate(settings)
     validate_machine(settings)
     settings = with_posterior(settings)
