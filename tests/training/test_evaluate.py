@@ -1,5 +1,6 @@
 """The evaluation program: sources of classifiers, AutoAttack with both engines, interruptions, several processes."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -7,6 +8,7 @@ import shutil
 import socket
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from scorematch import AutoAttack
+from scorematch import PGD, AutoAttack, ThreatModel
 from scorematch.attacks import AutoAttackWarning
 from training import evaluate, measures, models, run
 from training.settings.errors import Interrupted, run_program
@@ -357,6 +359,34 @@ def test_pgd_searches_in_a_low_precision_and_judges_in_full(call: Any, trained: 
     ending = call("evaluate", "--run", trained, "--attack", "autoattack", "--precision", "bfloat16")
     assert ending.status == 2
     assert "precision: is for --attack pgd" in ending.err
+
+
+def test_verdicts_are_given_without_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search may have it, and so has the look at what fools the search."""
+    without = False
+
+    @contextlib.contextmanager
+    def full_precision(device: torch.device) -> Iterator[None]:
+        nonlocal without
+        without = True
+        yield
+        without = False
+
+    class Watched(nn.Linear):
+        seen: list[bool]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.seen.append(without)
+            return super().forward(x)
+
+    monkeypatch.setattr(measures, "full_precision", full_precision)
+    model, search = Watched(3, 2), Watched(3, 2)
+    model.seen, search.seen = [], []
+    search.load_state_dict(model.state_dict())
+    attack = PGD(ThreatModel("linf", 0.1), steps=2)
+    x = torch.rand(5, 3)
+    measures.robust(model, x, model(x).argmax(1), attack, torch.Generator().manual_seed(0), search=search)
+    assert (set(model.seen[1:]), set(search.seen)) == ({True}, {False})
 
 
 def test_autoattack_at_several_radii(call: Any, trained: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from scorematch import PGD, AutoAttack, ThreatModel, consistency, intervals
 from scorematch.attacks import AccuracyCurve, AutoAttackWarning
+from scorematch.attacks.classifier import full_precision
 from scorematch.posteriors import Posterior
 from training.engine import distributed
 from training.settings.errors import InputError
@@ -25,9 +26,14 @@ def pgd(threat_model: ThreatModel, *, steps: int, restarts: int, losses: Sequenc
     return PGD(threat_model, steps=steps, restarts=restarts, losses=tuple(losses))
 
 
-@torch.no_grad()
 def correct(model: nn.Module, x: Tensor, y: Tensor, batch: int = BATCH) -> Tensor:
-    """Whether each sample of x [N, ...] is classified as y [N], [N] bool."""
+    """Whether each sample of x [N, ...] is classified as y [N], [N] bool, without TF32."""
+    with full_precision(x.device):
+        return _classified(model, x, y, batch)
+
+
+@torch.no_grad()
+def _classified(model: nn.Module, x: Tensor, y: Tensor, batch: int) -> Tensor:
     training_mode = model.training
     model.eval()
     parts = [model(xs).argmax(dim=1) == ys for xs, ys in zip(x.split(batch), y.split(batch), strict=True)]
@@ -54,7 +60,7 @@ def robust(
     for xs, ys in zip(x.split(batch), y.split(batch), strict=True):
         found = attack(search or model, xs, ys, generator=generator)
         stands = correct(model, found, ys)
-        if search is not None and len(again := (stands & ~correct(search, found, ys)).nonzero().flatten()):
+        if search is not None and len(again := (stands & ~_classified(search, found, ys, batch)).nonzero().flatten()):
             stands[again] = correct(model, attack(model, xs[again], ys[again], generator=generator), ys[again])
         parts.append(stands)
         if progress is not None:
