@@ -5,7 +5,8 @@
 
 Each objective and seed is one ``python -m training.run`` in a process of its own, several side by side with one thread
 each. Called again with the same --out, finished runs are kept and interrupted ones go on. Options after ``--`` go to
-every run. Writes compare.json, report.html (self-contained), and for a README table.md and the main plot.
+every run; they cannot change what tells the runs apart. Writes compare.json, report.html (self-contained), and for a
+README table.md and the main plot.
 """
 
 import json
@@ -195,8 +196,35 @@ def plan(settings: CompareSettings, options: Sequence[str], out: Path, jobs: int
             arguments += options
             planned.append(Job(entry, seed, folder, arguments, config.parse(arguments)))
     for job in planned:
+        _refuse_another_run(job, settings)
         _refuse_other_settings(job)
     return planned
+
+
+def _refuse_another_run(job: Job, settings: CompareSettings) -> None:
+    """What tells the runs apart is decided by the comparison: options after ``--`` must not change it."""
+    entry = job.entry
+    decided = {
+        "resume": None,
+        "objective": entry.objective,
+        "divergence": entry.divergence,
+        "posterior": entry.posterior,
+        "soft_targets": entry.soft,
+        "generated": settings.generated if entry.generated else (),
+        "data": settings.data,
+        "seed": job.seed,
+        "out": job.out,
+    }
+    for name, value in decided.items():
+        if (given := getattr(job.settings, name)) != value:
+            raise InputError(
+                f"{name}: {_shown(given)} after --, allowed: {_shown(value)}, which the comparison decides for "
+                f"{entry.name} with seed {job.seed}"
+            )
+
+
+def _shown(value: object) -> str:
+    return " ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
 
 
 def _refuse_other_settings(job: Job) -> None:

@@ -342,8 +342,8 @@ def print_accuracies(results: dict[str, Any]) -> None:
     if "r_score" in results:
         print("against p_d, which is known here:")
         for name, title in (("kl", "KL(p_d, model) at clean points"), ("r_score", "R_SCORE, its largest in the ball")):
-            low, high = results[f"{name}_interval"]
-            print(f"  {title:<38}{results[name]:>8.4f} nat{f'{low:.4f} to {high:.4f}':>20}")
+            shown = "{:.4f} to {:.4f}".format(*interval) if (interval := results[f"{name}_interval"]) else ""
+            print(f"  {title:<38}{results[name]:>8.4f} nat{shown:>20}")
         low, high = results["disagrees_interval"]
         title = "another class than p_d's in the ball"
         print(f"  {title:<38}{results['disagrees']:>8.1f} %  {f'{low:.1f} to {high:.1f} %':>20}")
@@ -421,6 +421,8 @@ def _other(settings: EvaluateSettings, subject: Subject, device: torch.device) -
 
 def _samples(settings: EvaluateSettings, loaded: Data) -> tuple[Tensor, Tensor]:
     x, y = getattr(loaded, f"x_{settings.split}"), getattr(loaded, f"y_{settings.split}")
+    if not len(x):
+        raise InputError(f"split: {settings.split!r} of {loaded.name}, which has no such samples, allowed: test")
     if settings.limit > len(x):
         raise InputError(
             f"limit: {settings.limit} samples, allowed: 0 (all) or up to {len(x)} of the {settings.split} split"

@@ -10,8 +10,10 @@ differentiation keeps from the forward to the backward pass. The speed of a GPU 
 benchmarks.training measured on it.
 """
 
+import dataclasses
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -22,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from scorematch import ThreatModel, objectives
 from training import data as data_sets
 from training import models
-from training.data.batches import steps_of_epoch
+from training.data.batches import fewer_steps, steps_of_epoch
 from training.engine import hardware
 from training.engine.forward import Forward
 from training.engine.hardware import Speed
@@ -31,7 +33,8 @@ from training.settings import command_line, config
 from training.settings.config import RunSettings
 from training.settings.errors import InputError, run_program
 
-TRAINING_IMAGES = {"cifar10": 48_976, "cifar100": 48_976, "svhn": 72_233, "digits": 1_150}  # without validation
+# Of the official data sets with those that validate.
+TRAINING_IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "svhn": 73_257, "digits": 1_150}
 GIB = 2**30
 COUNTED = 2  # samples of the counted step, and of a second one twice as many: what both keep is no sample's
 
@@ -73,9 +76,10 @@ def main(arguments: list[str]) -> None:
         value = getattr(settings, name)
         if value is not None and not value > 0:
             raise InputError(f"{name}: {value} is out of range, allowed: above 0")
-    if not {"--generated", "--originals-only"} & {option.split("=")[0] for option in rest}:
-        rest = [*rest, "--originals-only"]  # a batch of generated images costs the same, and no file is needed
-    run = config.parse(rest)
+    named = {"--generated", "--originals-only"} & {option.split("=")[0] for option in rest}
+    run = config.parse(rest if named else [*rest, "--originals-only"])
+    if not named and run.original_share is not None:  # the plan of a recipe with generated images needs no file
+        run = dataclasses.replace(run, originals_only=False, generated=(Path("generated.npz"),))
     if run.posterior is not None:
         raise InputError(
             f"objective: {run.objective!r}, whose cost depends on its posterior, allowed: standard, gaussian, "
@@ -94,16 +98,18 @@ def updates_of_step(run: RunSettings) -> int:
 def training_images(run: RunSettings) -> int:
     """How many images there are to train on."""
     count = TRAINING_IMAGES.get(run.data)
+    if count is not None and run.data in data_sets.OFFICIAL:
+        count -= data_sets.CIFAR_VALIDATION if run.validation_size is None else run.validation_size
     if count is None and data_sets.is_own(run.data):
         count = data_sets.format_of(run.data_settings).train
     if count is None:
         raise InputError(f"data: {run.data!r}, allowed: {', '.join(TRAINING_IMAGES)}, folder, module:function")
-    return count
+    return min(run.limit, count) if run.limit else count
 
 
 def plan(run: RunSettings, train_images: int, settings: PlanSettings) -> Plan:
     """Count one step of ``run`` as it would be launched on that hardware."""
-    steps = run.steps_per_epoch or steps_of_epoch(run, train_images)
+    steps = steps_of_epoch(run, train_images)
     device = hardware.GPU if settings.hardware == "gpu" else hardware.hardware_of(torch.device("cpu"))
     speed = speed_of(run, device, run.epochs * steps, settings.gpus)
     form = data_sets.format_of(run.data_settings)
@@ -180,6 +186,8 @@ def _attacked(run: RunSettings, model: nn.Module, x: Tensor, y: Tensor, threat_m
 
 
 def show(settings: PlanSettings, run: RunSettings, cost: Plan) -> None:
+    if told := fewer_steps(run, cost.steps):
+        print(told)
     share = -(-run.batch_size // settings.gpus)
     epoch = cost.samples * cost.operations
     print(f"{run.objective} ({run.divergence}), {run.model}, {run.data}, batch {run.batch_size}")

@@ -33,6 +33,7 @@ from scorematch import PGD, AutoAttack
 from scorematch.posteriors import Posterior
 from training import data, measures, models
 from training.data import Data, toy
+from training.data.batches import fewer_steps
 from training.engine import checkpoint, distributed, hardware, posteriors
 from training.engine.claims import claimed
 from training.engine.hardware import Hardware, Speed
@@ -167,6 +168,8 @@ def train_and_evaluate(
     if first:
         print(f"{trainer.speed}; {hardware.parameters_of(model)}; {settings.threads} CPU threads")
         sys.stdout.flush()
+    if first and (told := fewer_steps(settings, trainer.course.steps)):
+        print(told)
     if first and trainer.forward.folds_nothing:
         print(f"fold: torch.fx finds no batch norm behind a convolution in {settings.model}, nothing is folded")
     if (out / "checkpoint.pt").exists():

@@ -149,6 +149,9 @@ def parse(arguments: Sequence[str]) -> ScoreSettings:
             if value != as_table(default).get(name):
                 raise InputError(f"{name}: {value!r} contradicts {folder}, whose training keeps its settings")
         settings = dataclasses.replace(settings, out=Path(folder), resume=Path(folder))
+    else:
+        root = data.root_from_anywhere(settings.data, settings.data_root)
+        settings = dataclasses.replace(settings, data_root=root)
     config.check_ranges(settings, RANGES)
     if settings.posterior_settings.name != "score_network":
         raise InputError(f"posterior_settings.name: {settings.posterior_settings.name!r}, allowed: score_network")

@@ -1,4 +1,6 @@
 import errno
+import json
+import math
 import os
 import pickle
 import threading
@@ -154,3 +156,13 @@ def test_of_several_files_that_cannot_be_written_the_first_is_told(tmp_path, mon
     with pytest.raises(StopError, match="first cannot be written"):
         writer.save(tmp_path / "third", network={})
     writer.wait()  # as a training does at its end, whatever ended it
+
+
+def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
+    values = {"ratio": math.inf, "curve": [{"kl": math.nan}, (1.0, -math.inf)], "epoch": 1}
+    written = {"ratio": None, "curve": [{"kl": None}, [1.0, None]], "epoch": 1}
+    checkpoint.write_json(tmp_path / "summary.json", values)
+    assert json.loads((tmp_path / "summary.json").read_text()) == written
+    log = checkpoint.MetricsLog(tmp_path / "metrics.jsonl")
+    log.append(values)
+    assert checkpoint.read_metrics(log.path) == [written]

@@ -116,6 +116,27 @@ def test_a_comparison_on_the_toy(call: Any, tiny: list[str], tmp_path: Path) -> 
     assert (tmp_path / "here" / "posteriors.png").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--seed 7", "seed: 7 after --, allowed: 0, which the comparison decides for trades:se with seed 0"),
+        ("--divergence js", "divergence: js after --, allowed: se"),
+        ("--objective pgd_at", "objective: pgd_at after --, allowed: trades"),
+        ("--data toy --autoattack none", "data: toy after --, allowed: digits"),
+        ("--posterior kernel_density", "posterior: kernel_density after --, allowed: None"),
+        ("--posterior kernel_density --soft-targets", "posterior: kernel_density after --, allowed: None"),
+        ("--generated more.npz", "generated: more.npz after --, allowed: none"),
+        ("--out elsewhere", "out: elsewhere after --, allowed: here/runs/trades-se-seed0"),
+    ],
+)
+def test_options_of_every_run_do_not_change_which_runs_there_are(
+    call: Any, tmp_path: Path, options: str, message: str
+) -> None:
+    ending = call("compare", "--objectives", "trades:se", "--seeds", "0", "--out", "here", "--", *options.split())
+    assert (ending.status, message in ending.err) == (2, True), ending.err
+    assert not list(tmp_path.iterdir()), "nothing is made"
+
+
 def test_a_failed_run_is_reported_with_the_end_of_its_log(call: Any, tiny: list[str]) -> None:
     diverging = ["--lr", "1e30", "--optimizer", "sgd"]
     ending = call("compare", "--objectives", "standard", "--seeds", "0", "--out", "here", "--", *tiny, *diverging)

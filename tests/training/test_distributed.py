@@ -177,3 +177,11 @@ def test_batchnorm_over_processes(shape: tuple[int, ...], tmp_path: Path) -> Non
         expected = [y.detach()[rank::2], whole.grad[rank::2], layer.weight.grad, layer.bias.grad, *layer.buffers()]
         for given, wanted in zip(actual, expected, strict=True):
             torch.testing.assert_close(given, wanted, rtol=0, atol=1e-10)
+
+
+def test_every_batchnorm_is_synchronised() -> None:
+    """One without parameters, inside of a module that has none, too."""
+    bare = nn.Sequential(nn.BatchNorm1d(3, affine=False), nn.ReLU())
+    network = distributed.synchronise_batchnorm(nn.Sequential(nn.Linear(3, 3), bare, nn.BatchNorm1d(3)))
+    kinds = [type(module) for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    assert kinds == [distributed.SyncBatchNorm] * 2

@@ -1,11 +1,14 @@
 """The evaluation program: sources of classifiers, AutoAttack with both engines, interruptions, several processes."""
 
+import contextlib
 import json
 import multiprocessing
 import os
+import shutil
 import socket
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from scorematch import AutoAttack
+from scorematch import PGD, AutoAttack, ThreatModel
 from scorematch.attacks import AutoAttackWarning
 from training import evaluate, measures, models, run
 from training.settings.errors import Interrupted, run_program
@@ -266,14 +269,48 @@ def test_the_official_engine_gets_the_same_task(
     assert results["engine"] == "official"
 
 
-def _rank(number: int, port: int, arguments: list[str], log: Path) -> None:
+def test_a_run_of_another_machine(call: Any, trained: Path, tmp_path: Path) -> None:
+    """It is evaluated on the device of the evaluation, and compared; only a training needs what it was given."""
+    folder = tmp_path / "away"
+    shutil.copytree(trained, folder)
+    state = torch.load(folder / "best.pt")
+    state["settings"] |= {"device": "cuda:99", "precision": "tf32", "graph": "on"}
+    torch.save(state, folder / "best.pt")
+    lines = (folder / "config.toml").read_text().splitlines()
+    kept = [line for line in lines if line.split(" = ")[0] not in ("device", "precision", "graph")]
+    table = ['device = "cuda:99"', 'precision = "tf32"', 'graph = "on"', *kept]  # before the nested table
+    (folder / "config.toml").write_text("\n".join(table))
+    ending = call("evaluate", "--run", folder, "--limit", 4, "--steps", 1, "--device", "cpu")
+    assert ending.status == 0, ending
+    ending = call("run", "--resume", folder)
+    assert (ending.status, "device: 'cuda:99' is not there" in ending.err) == (2, True)
+
+
+def _rank(number: int, world: int, port: int, arguments: list[str], log: Path) -> None:
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(
-        WORLD_SIZE="2", RANK=str(number), LOCAL_RANK=str(number), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        WORLD_SIZE=str(world), RANK=str(number), LOCAL_RANK=str(number), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     sys.exit(run_program(evaluate.main, arguments))
+
+
+def by_processes(world: int, arguments: list[str], folder: Path) -> list[str]:
+    """Evaluate in ``world`` processes, as under torchrun; what each of them printed."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training.run"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    logs = [folder / f"log{number}.txt" for number in range(world)]
+    processes = [context.Process(target=_rank, args=(n, world, port, arguments, logs[n])) for n in range(world)]
+    for process in processes:
+        process.start()
+    for process, log in zip(processes, logs, strict=True):
+        process.join(180)
+        assert process.exitcode == 0, log.read_text()
+    return [log.read_text() for log in logs]
 
 
 @pytest.mark.parametrize("attack", ["autoattack", "pgd", "certify"])
@@ -284,25 +321,21 @@ def test_two_processes_say_what_one_says(call: Any, trained: Path, tmp_path: Pat
     if attack == "certify":
         options = ["--attack", "certify", "--limit", "11", "--n", "100", "--threads", "1"]
     assert call("evaluate", "--run", trained, *options, "--out", "one.json").status == 0
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training.run"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    logs = [tmp_path / f"log{number}.txt" for number in range(2)]
-    arguments = ["--run", str(trained), *options, "--out", str(tmp_path / "two.json")]
-    processes = [context.Process(target=_rank, args=(n, port, arguments, logs[n])) for n in range(2)]
-    for process in processes:
-        process.start()
-    for process, log in zip(processes, logs, strict=True):
-        process.join(180)
-        assert process.exitcode == 0, log.read_text()
+    told = by_processes(2, ["--run", str(trained), *options, "--out", str(tmp_path / "two.json")], tmp_path)
     one, two = read(tmp_path / "one.json"), read(tmp_path / "two.json")
     found = ("classes", "radii") if attack == "certify" else (f"{attack}_acc",)
     for key in ("clean_acc", "samples", *found):
         assert one[key] == two[key]
-    assert "95 % interval" in logs[0].read_text()
-    assert "95 % interval" not in logs[1].read_text()
+    assert "95 % interval" in told[0]
+    assert "95 % interval" not in told[1]
+
+
+@pytest.mark.parametrize("attack", ["autoattack --version fast", "obfuscation --steps 2", "certify"])
+def test_processes_without_a_sample(trained: Path, tmp_path: Path, attack: str) -> None:
+    options = ["--run", str(trained), "--attack", *attack.split(), "--limit", "1", "--threads", "1"]
+    told = by_processes(3, [*options, "--out", str(tmp_path / "report.json")], tmp_path)
+    assert ["95 % interval" in printed for printed in told] == [True, False, False]
+    assert read(tmp_path / "report.json")["samples"] == 1
 
 
 def test_verdicts_come_back_in_the_order_of_the_samples(trained: Path) -> None:
@@ -326,6 +359,34 @@ def test_pgd_searches_in_a_low_precision_and_judges_in_full(call: Any, trained: 
     ending = call("evaluate", "--run", trained, "--attack", "autoattack", "--precision", "bfloat16")
     assert ending.status == 2
     assert "precision: is for --attack pgd" in ending.err
+
+
+def test_verdicts_are_given_without_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search may have it, and so has the look at what fools the search."""
+    without = False
+
+    @contextlib.contextmanager
+    def full_precision(device: torch.device) -> Iterator[None]:
+        nonlocal without
+        without = True
+        yield
+        without = False
+
+    class Watched(nn.Linear):
+        seen: list[bool]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.seen.append(without)
+            return super().forward(x)
+
+    monkeypatch.setattr(measures, "full_precision", full_precision)
+    model, search = Watched(3, 2), Watched(3, 2)
+    model.seen, search.seen = [], []
+    search.load_state_dict(model.state_dict())
+    attack = PGD(ThreatModel("linf", 0.1), steps=2)
+    x = torch.rand(5, 3)
+    measures.robust(model, x, model(x).argmax(1), attack, torch.Generator().manual_seed(0), search=search)
+    assert (set(model.seen[1:]), set(search.seen)) == ({True}, {False})
 
 
 def test_autoattack_at_several_radii(call: Any, trained: Path, tmp_path: Path) -> None:

@@ -424,6 +424,9 @@ def test_checking(call: Any, tmp_path: Path) -> None:
     assert "10 to 20" in ending.out
     assert "read where it lies" in ending.out
     assert {path.name for path in tmp_path.iterdir()} == {"a.npz"}
+    generated.save(tmp_path / "far.npz", images, np.array([2, 4, 4, 10**18] * 10))
+    ending = call("generated", "--source", "far.npz")
+    assert f"3, 2 to {10**18}, none of 0, 1, 3, 5 and others\n" in ending.out
     np.savez_compressed(tmp_path / "b.npz", image=images, label=labels)
     assert "compressed: training loads it, 0.00 GB" in call("generated", "--source", "b.npz").out
     (tmp_path / "c.pickle").write_bytes(pickle.dumps({"data": images, "extrapolated_targets": labels}))

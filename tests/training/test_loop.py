@@ -239,6 +239,18 @@ def test_each_option_of_a_posterior_changes_the_training(tmp_path: Path) -> None
         assert not any(torch.equal(weights, other) for other in found[:number]), options[number]
 
 
+def test_batch_norm_needs_two_samples(tmp_path: Path) -> None:
+    """One batch of all, or parts of them, that leaves a single sample is refused before the first step."""
+    with pytest.raises(InputError) as refused:
+        trainer(tmp_path, "--batch-size", "59")
+    needed = "allowed: at least two samples each, as the model has batch norm"
+    assert str(refused.value) == f"batch_size: 59 of 60 samples leaves a batch of 1, {needed}"
+    with pytest.raises(InputError, match="a batch of 5 for 1 processes with 3 parts each, allowed: at least two"):
+        trainer(tmp_path, "--batch-size", "5", "--accumulate", "3")
+    trainer(tmp_path, "--batch-size", "59", "--model", "digits_cnn")
+    trainer(tmp_path, "--batch-size", "59", "--steps-per-epoch", "1")  # the batch of one is never seen
+
+
 def test_a_graph_does_not_communicate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     with pytest.raises(InputError, match=r"graph: 'on' in 2 processes, whose attack in train mode synchronises"):

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor, nn
 
 from scorematch.posteriors import GaussianMixture
-from training import data
+from training import data, measures, score
 from training.data import Data, DataSettings, Format, checked, generated, load, own_data
 from training.engine import checkpoint
+from training.engine.loop import Trainer
 from training.settings import config
 from training.settings.errors import InputError
 
@@ -59,6 +61,9 @@ def known():
     parts = [p_d.sample(n, torch.Generator().manual_seed(n)) for n in (120, 30, 40)]
     data = Data("known", 3, *(tensor for part in parts for tensor in part), lower=-math.inf, upper=math.inf, p_d=p_d)
     return data
+
+def head(input_shape, num_classes):
+    return torch.nn.Linear(5, num_classes)
 
 def failing():
     raise OSError("the disk is gone")
@@ -303,6 +308,9 @@ def test_data_that_bring_their_posterior(mine: Path, call: Any, tiny: list[str])
     assert found["kl"] == pytest.approx(summary["kl"], rel=1e-4)
     low, high = found["kl_interval"]
     assert low < found["kl"] < high
+    ending = call("evaluate", "--run", "direct", "--limit", 1, "--steps", 2, "--out", "report.json")
+    assert (ending.status, ending.err) == (0, "")
+    assert json.loads(Path("report.json").read_text())["kl_interval"] is None
     ending = call("run", "--objective", "score_direct", "--posterior", "oracle", "--data", "my_data:points", *tiny)
     assert ending.status == 2
     assert "posterior: 'oracle' on my_data:points, whose p_d(y|x) is not known" in ending.err
@@ -387,6 +395,30 @@ def test_the_other_programs_on_a_function(mine: Path, call: Any, tiny: list[str]
     assert "data: my_data:points has inputs [5], allowed: images, and the toy" in ending.err
 
 
+def test_a_split_without_samples(mine: Path, call: Any) -> None:
+    weights = ["--model-from", "my_data:head", "--data", "my_data:unvalidated", "--eps", 1]
+    ending = call("evaluate", *weights, "--split", "validation")
+    assert ending.status == 2
+    assert "split: 'validation' of my_data:unvalidated, which has no such samples, allowed: test" in ending.err
+
+
+def test_data_that_are_sorted_by_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look at a few of them, in trainings of classifiers and of score networks, is a look at all classes."""
+    assert data.spread(4, 9).tolist() == [0, 2, 4, 6]
+    assert data.spread(5, 3).tolist() == [0, 1, 2]
+    assert data.spread(5, 0).tolist() == []
+    y, sizes = torch.arange(90) // 30, {"train": 90, "validation": 30, "test": 30}
+    parts = [(torch.rand(n, 1, 8, 8), y[90 - n :]) for n in sizes.values()]
+    settings = config.parse(["--objective", "standard", "--limit", "100", "--device", "cpu"])
+    known = Data("sorted", 3, *(tensor for part in parts for tensor in part))
+    trainer = Trainer(settings, known, nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), None, tmp_path)
+    seen: list[Tensor] = []
+    correct = measures.correct
+    monkeypatch.setattr(measures, "correct", lambda model, x, y, *more: seen.append(y) or correct(model, x, y, *more))
+    trainer.validate()
+    assert seen[0].bincount().tolist() == [10, 10, 10]
+
+
 def test_a_comparison_on_a_function(mine: Path, call: Any, tiny: list[str]) -> None:
     ending = call("compare", "--data", "my_data:points", "--objectives", "pgd_at:se", "--seeds", 0, "--", *tiny)
     assert ending.status == 0, ending
@@ -448,8 +480,10 @@ def test_a_folder(make: Make) -> None:
     assert torch.bincount(found.y_validation).tolist() == [2, 2, 2]
     assert found.x_train.dtype == torch.float32
     pixels = np.asarray(Image.open(root / "test" / "dog" / "003.png"))
-    index = int((found.y_test < 1).sum()) + 3
-    assert torch.equal(found.x_test[index], torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255)
+    same = (found.x_test == torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255).flatten(1).all(1)
+    assert found.y_test[same].tolist() == [1]
+    for labels in (found.y_train, found.y_validation, found.y_test):
+        assert len(labels[:6].unique()) > 1, "the first ones are of several classes"
     again = load(DataSettings("folder", root=root))
     assert torch.equal(again.x_train, found.x_train)
     assert found.statistics is not None
@@ -563,6 +597,19 @@ def test_one_class(tmp_path: Path) -> None:
         Image.new("L", (4, 4)).save(tmp_path / split / "cat" / "0.png")
     with pytest.raises(InputError, match="has the one class cat, expected at least two"):
         load(DataSettings("folder", root=tmp_path))
+
+
+def test_the_place_of_the_data_is_saved_as_an_absolute_path(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make()
+    monkeypatch.chdir(tmp_path)
+    for name in ("folder", "cifar10"):
+        options = ["--data", name, "--data-root", "images"]
+        assert config.parse(["--objective", "standard", *options]).data_root == tmp_path / "images"
+        assert score.parse(options).data_root == tmp_path / "images"
+    monkeypatch.setenv(data.ROOT_VARIABLE, "images")
+    assert score.parse(["--data", "folder"]).data_root == tmp_path / "images"
 
 
 def test_a_run_on_a_folder_and_its_evaluation_from_elsewhere(

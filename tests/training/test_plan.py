@@ -121,6 +121,7 @@ def test_time(capsys: pytest.CaptureFixture[str]) -> None:
         ("--recipe toy --objective standard", "data: 'toy', allowed: cifar10, cifar100, svhn, digits"),
         ("--recipe cifar10 --objective score_direct", "whose cost depends on its posterior"),
         ("--recipe cifar10 --objective trades --posterior kernel_density", "whose cost depends on its posterior"),
+        ("--data digits --objective pgd_at --generated more.npz --original-share 0.001", "is 0 originals a step"),
         ("--recipe table3 --betta 3", "--betta: unknown option, did you mean --beta"),
         ("--recipe none", "recipe: 'none' is unknown"),
     ],
@@ -128,6 +129,27 @@ def test_time(capsys: pytest.CaptureFixture[str]) -> None:
 def test_bad_arguments(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_program(plan.main, arguments.split()) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "capped"),
+    [
+        ("--recipe cifar10-cpu --objective pgd_at --limit 20000 --batch-size 64", 313, False),
+        ("--recipe cifar10 --objective standard --validation-size 10000", 313, False),
+        ("--data digits --objective standard", 36, False),
+        ("--data digits --objective standard --steps-per-epoch 1000", 36, True),
+        ("--recipe table3", 98, False),  # with generated images, whose file is not needed
+        ("--recipe table3 --originals-only", 96, True),
+    ],
+)
+def test_steps_of_an_epoch_are_those_of_the_run(
+    options: str, steps: int, capped: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = [] if "digits" in options else ["--model", "wrn-10-1"]
+    assert run_program(plan.main, [*options.split(), *model, "--hardware", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert f" {steps} steps, " in printed
+    assert ("is more than the training images fill" in printed) == capped
 
 
 def test_the_plan_is_of_the_run_that_would_be_launched() -> None:

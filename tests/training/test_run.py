@@ -296,6 +296,9 @@ def test_a_folder_with_a_run_is_not_overwritten(call: Any, tiny: list[str], tmp_
     contradiction = call("run", "--resume", "here", "--eps", "0.3")
     assert contradiction.status == 2
     assert "eps: 0.3 contradicts" in contradiction.err
+    for option, value in (("recipe", "table2"), ("out", "elsewhere")):
+        ending = call("run", "--resume", "here", f"--{option}", value)
+        assert (ending.status, f"{option}: " in ending.err and "with --resume, allowed: " in ending.err) == (2, True)
 
 
 def test_without_a_folder_each_run_gets_a_fresh_one(call: Any, tiny: list[str], tmp_path: Path) -> None:
@@ -328,6 +331,26 @@ def test_a_model_of_ones_own(call: Any, tiny: list[str], tmp_path: Path, monkeyp
     monkeypatch.syspath_prepend(tmp_path)
     ending = call("run", "--objective", "standard", "--model", "mine:linear", *tiny, "--out", "here")
     assert ending.status == 0, ending
+
+
+def test_a_ratio_that_is_not_finite(
+    call: Any, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model's gradient is zero at first, so the data gradient is infinitely larger."""
+    (tmp_path / "blank.py").write_text(
+        "from torch import nn\n"
+        "def zeros(input_shape, num_classes):\n"
+        "    linear = nn.Linear(64, num_classes)\n"
+        "    nn.init.zeros_(linear.weight)\n"
+        "    return nn.Sequential(nn.Flatten(), linear)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    options = ["--objective", "score_direct", "--posterior", "kernel_density", "--model", "blank:zeros"]
+    ending = call("run", *options, *tiny, "--epochs", 1, "--out", "here")
+    assert ending.status == 0, ending
+    assert json.loads(Path("here/summary.json").read_text())["data_gradient_ratio"] is None
+    assert "Infinity" not in Path("here/metrics.jsonl").read_text()
+    assert "signs of steps that the data gradient changes" in Path("here/report.html").read_text()
 
 
 @pytest.mark.parametrize(("test", "said"), [("if x.sum() > -1:", True), ("if self.head.bias is not None:", False)])

@@ -307,8 +307,18 @@ def folder_root(root: Path | None) -> Path:
     return chosen.absolute()
 
 
+def root_from_anywhere(name: DataName, root: Path | None) -> Path | None:
+    """``root`` as what is saved: another program may read it in another working directory."""
+    if name == FOLDER:
+        return folder_root(root)
+    return None if root is None else root.absolute()
+
+
 def _of_folder(settings: DataSettings) -> Data:
-    """Images in folders. Without one for validation a tenth of the training images validate, of each class as many."""
+    """Images in folders, shuffled: programs look at the first so many of a split, which would be those of one class.
+
+    Without a folder for validation a tenth of the training images validate, of each class as many.
+    """
     found, (_, kept) = _listed(settings)
     shape = found.shape(settings.image_size)
     train = found.splits["train"]
@@ -322,10 +332,11 @@ def _of_folder(settings: DataSettings) -> Data:
     if _limited(settings, len(found.classes), len(paths)):
         index = _balanced(labels, settings.limit)
         kinds["train"] = ([paths[i] for i in index.tolist()], labels[index])
-    parts = [
-        (own_data.images(kinds[name][0], shape, settings.image_size), kinds[name][1])
-        for name in ("train", "validation", "test")
-    ]
+    generator, parts = torch.Generator().manual_seed(SPLIT_SEED), []
+    for name in ("train", "validation", "test"):
+        paths, labels = kinds[name]
+        order = torch.randperm(len(paths), generator=generator)
+        parts.append((own_data.images([paths[i] for i in order.tolist()], shape, settings.image_size), labels[order]))
     data = _assembled(FOLDER, len(found.classes), parts)
     return dataclasses.replace(data, classes=found.classes, source=str(folder_root(settings.root)))
 
@@ -485,6 +496,12 @@ def _limited(settings: DataSettings, num_classes: int, available: int) -> bool:
             f"on {settings.name}"
         )
     return 0 < settings.limit < available
+
+
+def spread(count: int, available: int) -> Tensor:
+    """The indices of at most ``count`` samples at equal distances; of sorted ones each class has its share."""
+    count = min(count, available)
+    return torch.arange(count) * available // max(count, 1)
 
 
 def _balanced(y: Tensor, limit: int) -> Tensor:

@@ -27,10 +27,29 @@ def originals_of_batch(settings: RunSettings) -> int:
 
 
 def steps_of_epoch(settings: RunSettings, images: int) -> int:
-    """The batches of an epoch over so many original images, of which none is seen twice."""
-    steps = settings.steps_per_epoch or math.ceil(images / settings.batch_size)
-    possible = images // originals_of_batch(settings) if settings.generated else math.ceil(images / settings.batch_size)
-    return min(steps, possible)
+    """The batches of an epoch over so many original images, of which none is seen twice.
+
+    Raises:
+        InputError: a batch with generated images has no original one, only such, or more than there are.
+    """
+    possible = one_pass = math.ceil(images / settings.batch_size)
+    if settings.generated:
+        originals = originals_of_batch(settings)
+        if not 0 < originals < settings.batch_size or originals > images:
+            share = settings.original_share or ORIGINAL_SHARE
+            raise InputError(
+                f"original_share: {share:g} of a batch of {settings.batch_size} is {originals} originals a step, "
+                f"allowed: at least 1, fewer than a batch, up to the {images} there are"
+            )
+        possible = images // originals
+    return min(settings.steps_per_epoch or one_pass, possible)
+
+
+def fewer_steps(settings: RunSettings, steps: int) -> str:
+    """The line that says that an epoch has fewer steps than asked for; empty where it has as many."""
+    if settings.steps_per_epoch in (None, steps):
+        return ""
+    return f"steps_per_epoch: {settings.steps_per_epoch} is more than the training images fill, an epoch has {steps}"
 
 
 class Batches:
@@ -55,19 +74,11 @@ class Batches:
         self.num_classes = data.num_classes
         self.order, self.augmentation = order, augmentation
         self.format = torch.channels_last if settings.channels_last and self.x.dim() == 4 else torch.contiguous_format
-        self.originals = settings.batch_size
+        self.originals, self.steps = originals_of_batch(settings), steps_of_epoch(settings, len(self.x))
         self.stream: Prefetched | None = None
         if settings.generated:
             images = GeneratedImages(settings.generated, num_classes=data.num_classes, shape=data.input_shape)
             self.stream = Prefetched(GeneratedStream(images, settings.seed), self.x.device)
-            self.originals = originals_of_batch(settings)
-            if not 0 < self.originals < settings.batch_size or self.originals > len(self.x):
-                share = settings.original_share or ORIGINAL_SHARE
-                raise InputError(
-                    f"original_share: {share:g} of a batch of {settings.batch_size} is {self.originals} originals a "
-                    f"step, allowed: at least 1, fewer than a batch, up to the {len(self.x)} there are"
-                )
-        self.steps = steps_of_epoch(settings, len(self.x))
 
     def epoch(self, first: int = 0) -> Iterator[Tensor]:
         """The indices of the original samples of each step, from step ``first``; draws the order of the epoch."""

@@ -9,6 +9,7 @@ Nothing but arrays is ever unpickled.
 """
 
 import codecs
+import itertools
 import math
 import mmap
 import os
@@ -471,7 +472,10 @@ def check(source: Path) -> str:
 
 def _described(shape: Sequence[int], labels: np.ndarray, held: str) -> str:
     classes, counts = np.unique(labels, return_counts=True)
-    missing = sorted(set(range(int(classes[-1]) + 1)) - set(classes.tolist()))
+    known = classes[classes >= 0].astype(np.int64)
+    counts_before = (np.diff(known, prepend=-1) - 1).tolist()  # labels without an image, before each that has some
+    absent = (range(label - count, label) for label, count in zip(known.tolist(), counts_before, strict=True))
+    missing = list(itertools.islice(itertools.chain.from_iterable(absent), 5))
     gaps = f", none of {', '.join(map(str, missing[:4]))}{' and others' if len(missing) > 4 else ''}" if missing else ""
     rows = (
         ("images", f"{shape[0]} of {list(shape[1:])} (height, width, channels)"),

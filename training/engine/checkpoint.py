@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -50,7 +51,20 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    write_atomically(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    write_atomically(path, as_json(value, indent=2) + "\n")
+
+
+def as_json(value: object, indent: int | None = None) -> str:
+    """``value`` as JSON, which has no word for numbers that are not finite: they become null."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def save(path: Path, *, epoch: int, settings: dict[str, Any], network: dict[str, Tensor], **rest: Any) -> None:
@@ -176,13 +190,13 @@ class MetricsLog:
     def __init__(self, path: Path, last_epoch: int = 0) -> None:
         """Keep the lines up to ``last_epoch``; later ones belong to epochs that no checkpoint has."""
         self.path = path
-        lines = [json.dumps(entry) + "\n" for entry in read_metrics(path) if entry["epoch"] <= last_epoch]
+        lines = [as_json(entry) + "\n" for entry in read_metrics(path) if entry["epoch"] <= last_epoch]
         write_atomically(path, "".join(lines))
 
     def append(self, entry: dict[str, Any]) -> None:
         try:
             with open(self.path, "a") as file:
-                file.write(json.dumps(entry) + "\n")
+                file.write(as_json(entry) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:

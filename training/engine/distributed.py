@@ -179,12 +179,15 @@ def synchronise_batchnorm(module: nn.Module) -> nn.Module:
     """``module`` with its batch normalisation over all processes: torch's on GPUs, ours elsewhere."""
     if next(module.parameters()).is_cuda:
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    return _with_our_batchnorm(module)
+
+
+def _with_our_batchnorm(module: nn.Module) -> nn.Module:
     if isinstance(module, _BatchNorm) and not isinstance(module, SyncBatchNorm):
         new = SyncBatchNorm(module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats)
         like = next(iter(module.state_dict().values()), torch.empty(0))
         new.to(like).load_state_dict(module.state_dict())
         return new.train(module.training)
     for name, child in module.named_children():
-        if next(child.parameters(), None) is not None:
-            setattr(module, name, synchronise_batchnorm(child))
+        setattr(module, name, _with_our_batchnorm(child))
     return module

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Generator, Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from scorematch import objectives
@@ -18,7 +19,7 @@ from scorematch.objectives import Outcome, first_iterate, noise_directions
 from scorematch.posteriors import Posterior
 from scorematch.weight_perturbation import WeightPerturbation
 from training import measures
-from training.data import Data, check_record, is_own, toy
+from training.data import Data, check_record, is_own, spread, toy
 from training.data.batches import Batches
 from training.engine import Course, Engine, checkpoint, distributed, hardware
 from training.engine.forward import forward_at
@@ -235,7 +236,7 @@ class Trainer(Engine):
         targets: Tensor = data.y_train if use_labels else data.p_train  # type: ignore[assignment]
         self.batches = Batches(settings, data, targets, self.generators["order"], self.generators["augmentation"])
         super().__init__(course(settings, self.batches.steps), device, out)
-        self._check_shares()
+        self._check_shares(model)
         self.model = model
         if self.world > 1 and settings.sync_batchnorm:
             self.model = distributed.synchronise_batchnorm(model)
@@ -271,15 +272,18 @@ class Trainer(Engine):
             return None
         return forward_at(self.speed, self.network)
 
-    def _check_shares(self) -> None:
-        """Every process needs a sample of every part of every batch."""
-        total, size = len(self.data.x_train), self.settings.batch_size
-        parts = self.world * self.settings.accumulate
-        smallest = size if self.settings.generated else total % size or size
-        if smallest < parts and parts > 1:
+    def _check_shares(self, model: nn.Module) -> None:
+        """Every process needs a sample of every part of every batch, and two where batch norm sees that part alone."""
+        settings, total = self.settings, len(self.data.x_train)
+        size, parts = settings.batch_size, self.world * settings.accumulate
+        smallest = size if settings.generated else min(size, total - (self.batches.steps - 1) * size)
+        alone = self.world == 1 or not settings.sync_batchnorm
+        two = alone and any(isinstance(module, _BatchNorm) for module in model.modules())
+        if smallest < parts * (2 if two else 1):
+            shared = f" for {self.world} processes with {settings.accumulate} parts each" if parts > 1 else ""
+            least = "two samples each, as the model has batch norm" if two else "one sample each"
             raise InputError(
-                f"batch_size: {size} of {total} samples leaves a batch of {smallest} for {self.world} processes with "
-                f"{self.settings.accumulate} parts each, allowed: at least one sample each"
+                f"batch_size: {size} of {total} samples leaves a batch of {smallest}{shared}, allowed: at least {least}"
             )
 
     @property
@@ -453,10 +457,9 @@ class Trainer(Engine):
         def robust(x: Tensor, y: Tensor) -> Tensor:
             return measures.robust(self.network, x, y, attack, start, search=self.search)
 
+        seen = spread(len(x), len(data.x_train)).to(x.device)
         values = {
-            "train_acc": measures.per_cent(
-                measures.correct(self.network, data.x_train[: len(x)], data.y_train[: len(x)])
-            ),
+            "train_acc": measures.per_cent(measures.correct(self.network, data.x_train[seen], data.y_train[seen])),
             "val_acc": measures.per_cent(measures.correct(self.network, x, y)),
             "val_pgd_acc": measures.per_cent(measures.shared(robust, x, y)),
         }

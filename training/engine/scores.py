@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from scorematch.matching import Fit, Fitting, MatchingLoss, losses_by_level
 from scorematch.matching.fit import Augment
+from training.data import spread
 from training.engine import Course, Engine, checkpoint, distributed
 from training.engine.hardware import Speed
 from training.settings.errors import InputError
@@ -120,7 +121,8 @@ class ScoreTrainer(Engine):
     def validate(self) -> dict[str, float]:
         """The loss of the averaged network on held-out points, at each noise level with the same noise every time."""
         training = self.training
-        x, y = training.x_held_out[:HELD_OUT], training.y_held_out[:HELD_OUT]
+        few = spread(HELD_OUT, len(training.x_held_out)).to(self.device)
+        x, y = training.x_held_out[few], training.y_held_out[few]
         levels = SIGMAS if training.sigma is None else tuple(sorted({*SIGMAS, training.sigma}))
         errors = losses_by_level(self.fitting.averaged(), x, y, levels, seed=training.seed) if len(x) else {}
         return {f"val_loss_{sigma:g}": value for sigma, value in errors.items()}

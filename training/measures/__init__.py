@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from scorematch import PGD, AutoAttack, ThreatModel, consistency, intervals
 from scorematch.attacks import AccuracyCurve, AutoAttackWarning
+from scorematch.attacks.classifier import full_precision
 from scorematch.posteriors import Posterior
 from training.engine import distributed
 from training.settings.errors import InputError
@@ -25,9 +26,14 @@ def pgd(threat_model: ThreatModel, *, steps: int, restarts: int, losses: Sequenc
     return PGD(threat_model, steps=steps, restarts=restarts, losses=tuple(losses))
 
 
-@torch.no_grad()
 def correct(model: nn.Module, x: Tensor, y: Tensor, batch: int = BATCH) -> Tensor:
-    """Whether each sample of x [N, ...] is classified as y [N], [N] bool."""
+    """Whether each sample of x [N, ...] is classified as y [N], [N] bool, without TF32."""
+    with full_precision(x.device):
+        return _classified(model, x, y, batch)
+
+
+@torch.no_grad()
+def _classified(model: nn.Module, x: Tensor, y: Tensor, batch: int) -> Tensor:
     training_mode = model.training
     model.eval()
     parts = [model(xs).argmax(dim=1) == ys for xs, ys in zip(x.split(batch), y.split(batch), strict=True)]
@@ -54,7 +60,7 @@ def robust(
     for xs, ys in zip(x.split(batch), y.split(batch), strict=True):
         found = attack(search or model, xs, ys, generator=generator)
         stands = correct(model, found, ys)
-        if search is not None and len(again := (stands & ~correct(search, found, ys)).nonzero().flatten()):
+        if search is not None and len(again := (stands & ~_classified(search, found, ys, batch)).nonzero().flatten()):
             stands[again] = correct(model, attack(model, xs[again], ys[again], generator=generator), ys[again])
         parts.append(stands)
         if progress is not None:
@@ -118,9 +124,7 @@ def shared(measure: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) ->
 
     Every rank returns all verdicts. ``measure`` is never called without samples.
     """
-    count = len(x)
-    world = distributed.world_size()
-    mine = torch.arange(distributed.rank(), count, world, device=x.device)
+    mine = torch.arange(len(x), device=x.device)[distributed.rank() :: distributed.world_size()]
     part = measure(x[mine], y[mine]) if len(mine) else torch.zeros(0, dtype=torch.bool, device=x.device)
     return distributed.interleaved(part)
 
@@ -146,7 +150,7 @@ def self_consistency(
     seed: int,
     batch: int = BATCH,
 ) -> dict[str, Any]:
-    """How far a classifier is from a known p_d, with 95 % intervals over the samples.
+    """How far a classifier is from a known p_d, with 95 % intervals over the samples, which one sample does not have.
 
     ``kl`` and ``r_score`` are in nats, see :class:`scorematch.Consistency`. ``disagrees`` is the share of samples, in
     per cent, for which the search met a point of B(x) where the model's class is not the most likely one of p_d.
@@ -162,11 +166,17 @@ def self_consistency(
     results: dict[str, Any] = {}
     for name, values in (("kl", [p.divergence for p in parts]), ("r_score", [p.r_score for p in parts])):
         value = torch.cat(values).double()
-        mean, half = value.mean().item(), 1.96 * value.std().item() / len(value) ** 0.5
-        results |= {name: mean, f"{name}_interval": [mean - half, mean + half]}
+        mean, interval = value.mean().item(), None
+        if len(value) > 1:
+            half = 1.96 * value.std().item() / len(value) ** 0.5
+            interval = [mean - half, mean + half]
+        results |= {name: mean, f"{name}_interval": interval}
     disagrees = torch.cat([p.disagrees for p in parts])
-    interval = list(wilson(int(disagrees.sum()), len(disagrees)))
-    return {**results, "disagrees": per_cent(disagrees), "disagrees_interval": interval}
+    return {
+        **results,
+        "disagrees": per_cent(disagrees),
+        "disagrees_interval": list(wilson(int(disagrees.sum()), len(disagrees))),
+    }
 
 
 def fooled(model: nn.Module, x: Tensor, y: Tensor, attack: PGD, generator: Generator, count: int) -> dict[str, Tensor]:

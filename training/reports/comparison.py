@@ -2,6 +2,7 @@
 
 import html
 import json
+import math
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -133,7 +134,8 @@ def training_series(comparison: Comparison, key: str) -> list[Series]:
         kept = [[line for line in log if key in line] for log in logs]
         if kept and kept[0]:
             epochs = [line["epoch"] for line in kept[0]]
-            columns = zip(*([line[key] for line in log] for log in kept), strict=True)
+            values = [[math.nan if line[key] is None else line[key] for line in log] for log in kept]
+            columns = zip(*values, strict=True)
             means = [sum(column) / len(column) for column in columns]
             generated = entry.get("generated", False)
             series.append(
@@ -186,7 +188,8 @@ def _headline(comparison: Comparison) -> str:
     if not direct or not surrogates:
         return f"{len(aggregate)} objectives, {len(comparison['seeds'])} seeds."
     if toy(comparison):
-        shown = (f"{interval(entry['r_score'], '.5f')} nat with {entry['label']}" for entry in [*direct, *surrogates])
+        found = [*direct, *surrogates]
+        shown = (f"{interval(entry.get('r_score'), '.5f')} nat with {entry['label']}" for entry in found)
         return f"R_SCORE after training: {', '.join(shown)}."
     best, other = (max(group, key=lambda e: e["pgd_acc"]["mean"]) for group in (direct, surrogates))
     attacks = {"clean": "clean_acc"}

@@ -90,17 +90,17 @@ def rows(summary: Mapping[str, Any]) -> list[list[str]]:
         shown = f"{accuracy('autoattack')}, {summary['autoattack_samples']} samples"
         found.append([f"AutoAttack accuracy, {summary['autoattack_version']}", shown])
     errors = {"r_standard": "R_Standard", "r_score": "R_SCORE", "r_madry": "R_Madry"}
-    found += [[name, f"{summary[key]:.5f} nat"] for key, name in errors.items() if key in summary]
+    found += [[name, nats(summary[key])] for key, name in errors.items() if key in summary]
     if "disagrees" in summary:
         found += [
-            ["KL(p_d, model)", f"{summary['kl']:.5f} nat"],
+            ["KL(p_d, model)", nats(summary["kl"])],
             ["samples with another class than p_d's in the ball", f"{summary['disagrees']:.1f} %"],
         ]
-    if summary["data_gradient_ratio"] is not None:
-        found += [
-            ["data gradient / model gradient", f"{100 * summary['data_gradient_ratio']:.2f} %"],
-            ["signs of steps that the data gradient changes", f"{100 * summary['sign_change_share']:.2f} %"],
-        ]
+    shares = {
+        "data_gradient_ratio": "data gradient / model gradient",
+        "sign_change_share": "signs of steps that the data gradient changes",
+    }
+    found += [[name, f"{100 * summary[key]:.2f} %"] for key, name in shares.items() if summary[key] is not None]
     if "posterior_robust_acc" in summary:
         clean = summary["posterior_clean_acc"]
         shown = "anchored at the labels" if clean is None else f"{clean:.1f} % clean"
@@ -110,6 +110,11 @@ def rows(summary: Mapping[str, Any]) -> list[list[str]]:
         found.append(["the posterior's own accuracy", shown])
     found.append(["weights of epoch", f"{summary['selected_epoch']} of {summary['epochs']}"])
     return found
+
+
+def nats(value: float | None) -> str:
+    """A length in nats; None is one that JSON has no word for."""
+    return "not finite" if value is None else f"{value:.5f} nat"
 
 
 def costs(summary: Mapping[str, Any]) -> list[list[str]]:

@@ -337,6 +337,10 @@ def validate(settings: RunSettings) -> None:
     if settings.accumulate > settings.batch_size:
         raise InputError(f"accumulate: {settings.accumulate} parts, allowed: 1 to batch_size = {settings.batch_size}")
     _validate_images(settings)
+
+
+def validate_machine(settings: RunSettings) -> None:
+    """Refuse what this machine does not have. The settings of a run that is read may be those of another machine."""
     device = resolve_device(settings.device)
     if settings.graph == "on" and device.type != "cuda":
         raise InputError(f"graph: 'on' on {device}, allowed: auto or off, or a CUDA device")
@@ -536,9 +540,10 @@ def parse(arguments: Sequence[str]) -> RunSettings:
         image_size=int(size) if size and size.isdecimal() else None,
     )
     settings = _parse(arguments, default)
-    if settings.data == data_sets.FOLDER:  # a saved run finds it from any folder
-        settings = dataclasses.replace(settings, data_root=data_sets.folder_root(settings.data_root))
+    found = data_sets.root_from_anywhere(settings.data, settings.data_root)
+    settings = dataclasses.replace(settings, data_root=found)
     validate(settings)
+    validate_machine(settings)
     settings = with_posterior(settings)
     if data_sets.is_own(settings.data):
         validate_for(settings, data_sets.format_of(settings.data_settings))
@@ -658,8 +663,13 @@ def _resumed(folder: Path, arguments: Sequence[str]) -> RunSettings:
     for name, value in as_table(settings).items():
         if value != as_table(saved).get(name):
             raise InputError(f"{name}: {value!r} contradicts the run in {folder}, a resumed run keeps its settings")
+    if settings.recipe is not None:
+        raise InputError(f"recipe: {settings.recipe!r} with --resume, allowed: none, a resumed run keeps its settings")
+    if settings.out not in (None, folder):
+        raise InputError(f"out: {settings.out} with --resume, allowed: {folder}, where a resumed run stays")
     settings = dataclasses.replace(with_posterior(settings), out=folder, resume=folder)
     validate(settings)
+    validate_machine(settings)
     return settings
 
 
