@@ -223,21 +223,24 @@ def _begin(
         "share of the samples": str(share),
         "smaller radii": list(options.smaller_radii),
     }
+    kept = None
     if path is not None and path.exists():
-        if options.seed is not None:
-            identity["seed"] = options.seed
-        state = EvaluationState.load(path, identity, x)
-        check_model(path, state.fingerprint, model, x, options.device)
+        wanted = {} if options.seed is None else {"seed": options.seed}
+        kept = EvaluationState.load(path, {**identity, **wanted}, x)
+        check_model(path, kept.fingerprint, model, x, options.device)
+    seed = share.agreed_seed(kept.settings["seed"] if kept is not None else None, _new_seed(options, before))
+    if kept is not None:
+        state = kept
         mine = share.samples(len(x))
         standing, begun = int(state.robust[mine].sum()), int((state.finished[mine] > 0).sum())
         console.say(f"resumed from {path}: {standing} samples are still robust, {begun} were attacked")
     else:
+        settings = {**identity, "seed": seed}
         if before is not None:
             state = before.at_larger_radius(options.threat_model.eps)
-            state.settings = {**identity, "seed": before.settings["seed"]}
+            state.settings = settings
         else:
-            seed = options.seed if options.seed is not None else share.agreed(secrets.randbits(31))
-            state = EvaluationState.new({**identity, "seed": seed}, x, y)
+            state = EvaluationState.new(settings, x, y)
         if path is not None:
             state.fingerprint = Fingerprint.take(model, x, options.device)
             state.save(path)  # a path that cannot be written shows now
@@ -246,6 +249,12 @@ def _begin(
         f"eps {options.threat_model.eps:g}; {len(x)} samples; seed {state.settings['seed']}, rng {options.rng}"
     )
     return state
+
+
+def _new_seed(options: Options, before: EvaluationState | None) -> int:
+    if before is not None:
+        return before.settings["seed"]
+    return options.seed if options.seed is not None else secrets.randbits(31)
 
 
 @dataclass(frozen=True)
