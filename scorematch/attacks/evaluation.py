@@ -128,14 +128,10 @@ def evaluate(
             engine.run()
         except OutOfTime:
             console.say(f"stopped: the budget of {options.budget:g} s is spent")
-        except BaseException:
-            if options.state_path is not None:
-                state.save(options.state_path)
-            raise
         finally:
             console.end_progress()
-    if options.state_path is not None:
-        state.save(options.state_path)
+            if options.state_path is not None:  # before what was borrowed is given back, which may fail
+                state.save(options.state_path)
     share.gather(state, console.warnings)
     report = report_of(state, stages)
     for doubt in doubts_of(report, state):

@@ -187,13 +187,32 @@ def unchanged_buffers(model: Any, warn: Callable[[str], None]) -> Iterator[None]
     if not isinstance(model, torch.nn.Module):
         yield
         return
-    saved = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    kept = [
+        (module, name, buffer, buffer.clone(), f"{prefix}.{name}" if prefix else name)
+        for prefix, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    changed = []
     try:
         yield
     finally:
-        changed = [n for n, b in model.named_buffers() if n in saved and not torch.equal(b, saved[n])]
-        for name, buffer in model.named_buffers():
-            if name in changed:
-                buffer.copy_(saved[name])
+        for module, name, buffer, values, full_name in kept:
+            now = getattr(module, name, None)  # a pass may have put another tensor, of any shape, in its place
+            if not _equal(now, values):
+                changed.append(full_name)
+            if now is not buffer:
+                module._buffers[name] = buffer
+            if buffer.shape != values.shape or buffer.dtype != values.dtype:
+                buffer.data = values
+            elif not _equal(buffer, values):
+                buffer.copy_(values)
     if changed:
         warn(f"the model changes its buffers while it predicts ({', '.join(changed[:3])}); they were restored")
+
+
+def _equal(now: Tensor | None, before: Tensor) -> bool:
+    """Whether a tensor is what it was, NaN being equal to NaN."""
+    if now is None or now.shape != before.shape or now.dtype != before.dtype:
+        return False
+    return bool(((now == before) | (now.isnan() & before.isnan())).all())
