@@ -100,8 +100,9 @@ class AutoAttack:
         workers: threads that share the samples on a CPU, at least 1; they divide torch's threads among them and call
             the model at the same time. ``"auto"`` takes one for each of torch's threads, at most 8. It takes a single
             one where several might not be safe: on a GPU, for a callable that is not a module, for a module that is
-            scripted, has hooks, changes an attribute or a buffer while it predicts, is randomised or takes gradients,
-            and for ``rng="reference"``, ``version="rand"``, ``verdict_passes`` above 1 and ``compile``.
+            scripted, has hooks, sets an attribute or changes a buffer while it predicts, holds an object that may
+            change unseen, is randomised or takes gradients, and for ``rng="reference"``, ``version="rand"``,
+            ``verdict_passes`` above 1 and ``compile``.
         verdict_passes: for randomised models, the number of passes over which a point is judged, at least 1. It holds
             for clean points, for every step of a search that asks whether a point fools the model, and for the final
             check. The class of a point is that of the largest mean probability, as for a classifier that is smoothed by

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 from .classifier import Classifier, predicted
 from .losses import cross_entropy, dlr_loss
 from .parts import Attack
+from .watching import watched
 
 
 class AutoAttackWarning(UserWarning):
@@ -140,20 +140,9 @@ def zero_gradients(classifier: Classifier, x: Tensor, y: Tensor) -> str | None:
 
 def dynamic(model: Model, x: Tensor) -> str | None:
     """Whether the model computes gradients while it predicts."""
-    watched = {torch.autograd.grad.__code__, torch.autograd.backward.__code__}
-    calls = 0
-
-    def watch(frame: Any, event: str, argument: Any) -> None:
-        nonlocal calls
-        calls += event == "call" and frame.f_code in watched
-
-    previous = sys.getprofile()
-    sys.setprofile(watch)
-    try:
-        with torch.no_grad():
-            model(x)
-    finally:
-        sys.setprofile(previous)
+    calls: list[Any] = []
+    with watched((torch.autograd.grad, torch.autograd.backward), calls.append), torch.no_grad():
+        model(x)
     if calls:
         return "the model takes gradients while it predicts (a dynamic defence): AutoAttack may be insufficient"
     return None
