@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -299,33 +298,3 @@ def cache_chunk(model: Any, x: Tensor, threads: int, cache: int = 1 << 20) -> in
             hook.remove()
     fit = max(cache * threads // widest, 1)
     return max(32, 1 << (fit.bit_length() - 1))
-
-
-class _WithoutTF32:
-    """TF32 is allowed or not in the whole process, so it comes back when the last thread has left."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._within = 0
-        self._before = (False, False)
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._within == 0:
-                self._before = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
-                torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-            self._within += 1
-
-    def __exit__(self, *failure: object) -> None:
-        with self._lock:
-            self._within -= 1
-            if self._within == 0:
-                torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = self._before
-
-
-_without_tf32 = _WithoutTF32()
-
-
-def full_precision(device: torch.device) -> AbstractContextManager[None]:
-    """float32 arithmetic without TF32 on CUDA, in any number of threads; on another device nothing changes."""
-    return _without_tf32 if device.type == "cuda" else nullcontext()

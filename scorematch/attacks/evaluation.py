@@ -24,13 +24,13 @@ from .classifier import (
     cache_chunk,
     channels_last_works,
     folded_copy,
-    full_precision,
 )
 from .console import Console
 from .evaluation_state import EvaluationState
 from .fab import distance
 from .identity import Fingerprint, check_model, identity_of
 from .parts import Attack, Batch, Search
+from .precision import full_precision
 from .randomness import KeyedNoise, ReferenceNoise
 from .report import doubts_of, nan_samples, report_of, stage_line
 from .schedule import Stage, batch_size, dealt_out, passes_left, stages_of

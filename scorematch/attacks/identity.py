@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .classifier import Classifier, full_precision
+from .classifier import Classifier
 from .parts import Attack
+from .precision import full_precision
 
 PROBES = 100  # samples whose clean logits are kept, spread evenly over the data set
 PROBE_BATCH = 8  # the same in every run, so that the batch size of an evaluation changes nothing

@@ -11,7 +11,7 @@ from library_autoattack import EPS, alone, attack, data, verdict
 from torch import Tensor, nn
 
 from scorematch import AutoAttack
-from scorematch.attacks.classifier import full_precision
+from scorematch.attacks.precision import full_precision
 
 TWO = ["cpu", torch.device("cpu")]
 
