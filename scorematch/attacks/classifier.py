@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..folding import Folding
+from ..folding import Folding, copy_sharing_tensors
 
 Loss = Callable[..., Tensor]  # (logits [N, L], labels [N], …) to [N]
 
@@ -222,13 +221,7 @@ def channels_last_works(model: Any, x: Tensor) -> bool:
     """
     if x.device.type != "cpu" or x.dim() != 4 or not isinstance(model, nn.Module):
         return False
-    with torch.no_grad():
-        expected = model(x[:2])
-        try:
-            given = model(in_channels_last(x[:2]))
-        except RuntimeError:
-            return False
-    return _same(given, expected)
+    return _computes_the_same(model, in_channels_last(x[:2]), model, x[:2])
 
 
 @contextmanager
@@ -242,19 +235,27 @@ def folded_copy(model: Any, x: Tensor) -> Iterator[nn.Module | None]:
         model: a module in eval mode; anything else is not looked into.
         x: [N, …], N ≥ 1.
     """
-    if not isinstance(model, nn.Module) or not Folding(model).pairs:
+    if not isinstance(model, nn.Module):
         yield None
         return
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     try:
-        copied = copy.deepcopy(model, shared)
+        copied = copy_sharing_tensors(model)
     except Exception:  # whatever an attribute that cannot be copied raises
         yield None
         return
-    with Folding(copied).applied():
-        with torch.no_grad():
-            same = _same(copied(x), model(x))
-        yield copied if same else None
+    folding = Folding(copied)
+    with folding.applied():
+        yield copied if folding.pairs and _computes_the_same(copied, x, model, x) else None
+
+
+def _computes_the_same(model: nn.Module, x: Tensor, original: nn.Module, original_x: Tensor) -> bool:
+    """Whether a model at x gives the logits of the original at its x, but for rounding."""
+    with torch.no_grad():
+        expected = original(original_x)
+        try:
+            return _same(model(x), expected)
+        except Exception:  # whatever a model raises when it is given what it is not made for
+            return False
 
 
 def _same(given: Tensor, expected: Tensor) -> bool:
