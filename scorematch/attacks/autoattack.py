@@ -453,7 +453,7 @@ class AutoAttack:
         device = self._device(x_orig)
         with borrowed(self.model, "eval") if isinstance(self.model, nn.Module) else nullcontext():
             classifier = Classifier(self.model, verdict_passes=self.verdict_passes)
-            pairs = zip(x_orig.split(bs), y_orig.split(bs), strict=True)
+            pairs = zip(x_orig.split(int(bs)), y_orig.split(int(bs)), strict=True)
             hits = sum(int((classifier.label(x.to(device)) == y.to(device)).sum()) for x, y in pairs)
         return hits / len(x_orig)
 
@@ -530,7 +530,7 @@ class AutoAttack:
             search_dtype=self.search_dtype,
             compile=self.compile,
             save_every=self.save_every,
-            batch_size=bs,
+            batch_size=int(bs),
             devices=self._devices(x),
             workers=None if self.workers == "auto" else int(self.workers),
             state_path=share.path(state_path) if state_path is not None else None,

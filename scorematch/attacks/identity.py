@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -77,10 +78,19 @@ def identity_of(model: Any, x: Tensor, y: Tensor, attacks: Sequence[Attack]) -> 
 
 
 def _named(value: Any) -> Any:
-    """A setting as it reads in every process: plain values as they are, tensors by a digest, functions and other
-    objects by their names."""
-    if value is None or isinstance(value, (bool, int, float, str, tuple)):
+    """A setting as it reads in every process: plain values as they are, tensors and arrays by a digest, functions and
+    other objects by their names; containers entry by entry."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, (bool, int, float, str)):
         return value
+    if isinstance(value, dict):
+        return {_named(key): _named(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        entries = [_named(entry) for entry in value]
+        return entries if isinstance(value, (list, tuple)) else sorted(entries, key=repr)
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+        value = torch.from_numpy(value.copy())
     if isinstance(value, Tensor):
         return digest(value)
     named = value if hasattr(value, "__qualname__") else type(value)
