@@ -303,7 +303,7 @@ class AutoAttack:
         x = x.detach().to(device)
         if y is None:
             with borrowed(self.model, "eval") if isinstance(self.model, nn.Module) else nullcontext():
-                y = Classifier(self.model, verdict_passes=self.verdict_passes).label(x)
+                y = Classifier(self.model, verdict_passes=self.verdict_passes).label(x.clone())
         return run_alone(attack, self.model, x, y.to(device), int(self.get_seed()), self.verdict_passes)
 
     @property
@@ -351,8 +351,8 @@ class AutoAttack:
         Raises:
             TypeError: x or y is not a tensor, or x_orig gives no batches of tensors.
             ValueError: x leaves the box, labels and shapes do not fit, there are no samples, or the model returns no
-                logits; the model returns NaN for every sample of the first batch or, later, for samples that it
-                classified before; or the state is damaged or of another evaluation.
+                logits or changes its input in place; the model returns NaN for every sample of the first batch or,
+                later, for samples that it classified before; or the state is damaged or of another evaluation.
         """
         x_orig, y_orig = joined(x_orig, y_orig)
         state = self._evaluate(x_orig, y_orig, bs, state_path, self._attacks())
@@ -454,7 +454,7 @@ class AutoAttack:
         with borrowed(self.model, "eval") if isinstance(self.model, nn.Module) else nullcontext():
             classifier = Classifier(self.model, verdict_passes=self.verdict_passes)
             pairs = zip(x_orig.split(int(bs)), y_orig.split(int(bs)), strict=True)
-            hits = sum(int((classifier.label(x.to(device)) == y.to(device)).sum()) for x, y in pairs)
+            hits = sum(int((classifier.label(x.to(device, copy=True)) == y.to(device)).sum()) for x, y in pairs)
         return hits / len(x_orig)
 
     def _attacks(self) -> list[Attack]:

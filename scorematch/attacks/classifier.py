@@ -33,6 +33,20 @@ def logits_of(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
+def check_unwritten(x: Tensor, model: Any) -> None:
+    """Refuse a model that wrote to its input: it would change the points that an attack goes on from.
+
+    Args:
+        x: a copy that was made for the one pass of ``model`` that it has gone through.
+
+    Raises:
+        ValueError: it was written to.
+    """
+    if x._version:
+        name = type(model).__name__
+        raise ValueError(f"the model, a {name}, changes its input in place: let it begin with x.clone()")
+
+
 def log_mean_probabilities(passes: Sequence[Tensor]) -> Tensor:
     """log of the mean over K passes of softmax(z), [N, L]: the logits of a randomised model's expected prediction.
 

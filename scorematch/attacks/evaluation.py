@@ -23,6 +23,7 @@ from .classifier import (
     Classifier,
     cache_chunk,
     channels_last_works,
+    check_unwritten,
     folded_copy,
 )
 from .console import Console
@@ -105,8 +106,9 @@ def evaluate(
                 console.warn("the model is in training mode; it is evaluated in eval mode")
             stack.enter_context(borrowed(model, "eval"))
         stack.enter_context(inspection.unchanged_buffers(model, console.warn))
-        first_x, first_y = (t[: options.batch_size].to(options.device) for t in (x, y))
+        first_x, first_y = (t[: options.batch_size].to(options.device, copy=True) for t in (x, y))
         logits = Classifier(model).logits(first_x)
+        check_unwritten(first_x, model)
         inspection.no_classifier(logits)
         classes = logits.shape[1]
         _check_labels(y, classes)
@@ -358,8 +360,10 @@ class _Engine:
         for index, stage in enumerate(self.stages):
             name = stage.attack.name
             self._book(name)
-            self.team.run(self._jobs(index), partial(self._attack, index))
-            self._book(name)
+            try:
+                self.team.run(self._jobs(index), partial(self._attack, index))
+            finally:  # what a batch cost that was not finished, too
+                self._book(name)
             last = index + 1 == len(self.stages) or self.stages[index + 1].attack.name != name
             if last and len(self.mine):
                 self.console.say(stage_line(self.state, index, name, self.mine))

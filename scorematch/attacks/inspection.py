@@ -49,7 +49,7 @@ def doubts(
     if version != "rand":
         found["randomised"] = randomised(model, x, y, verdict_passes)
     found["dynamic"] = dynamic(model, x)
-    if any(name != "square" for name in names):
+    if any(backwards > 0 for _, backwards in (attack.cost() for attack in attacks)):
         classifier = Classifier(model)
         found["zero gradients"] = zero_gradients(classifier, x, y)
         known = predicted(logits) >= 0

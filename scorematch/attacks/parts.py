@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..inputs import clean_batch
 from ..model_state import borrowed
 from ..threat_model import ThreatModel
-from .classifier import Classifier, predicted
+from .classifier import Classifier, check_unwritten, predicted
 from .randomness import KeyedNoise, Noise
 from .targets import check_targets_fit
 
@@ -113,8 +113,9 @@ def run_alone(
     with borrowed(model, "eval") if isinstance(model, nn.Module) else nullcontext():
         classifier = Classifier(model, verdict_passes=verdict_passes)
         logits = classifier.logits(adversarial)
+        check_unwritten(adversarial, model)
         check_targets_fit(attack, y, logits.shape[1])
-        alive = (predicted(logits) == y).nonzero().squeeze(1)
+        alive = ((predicted(logits) == y) & (y >= 0)).nonzero().squeeze(1)  # y may be what the model predicted
         for part in range(attack.parts(logits.shape[1])):
             if len(alive) == 0:
                 break

@@ -12,7 +12,7 @@ from ..inputs import clean_batch
 from ..model_state import borrowed
 from ..ops.divergence import divergence
 from ..threat_model import Perturbations
-from .classifier import logits_of
+from .classifier import check_unwritten, logits_of
 from .losses import margin_loss
 
 LOSSES = ("ce", "margin", *KINDS)
@@ -120,7 +120,7 @@ class PGD:
 
         Raises:
             TypeError: x is not floating point.
-            ValueError: x is outside the box, or shapes or labels do not fit.
+            ValueError: x is outside the box, shapes or labels do not fit, or the model changes its input in place.
         """
         x, y = clean_batch(x, y, self.threat_model)
         with borrowed(model, "eval"):
@@ -128,7 +128,8 @@ class PGD:
             fooled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
             if len(x):
                 with torch.no_grad():
-                    fooled = misclassified(logits_of(model, x), y)
+                    fooled = misclassified(logits_of(model, worst), y)
+                check_unwritten(worst, model)
             for loss in self.losses:
                 best = x.new_full((len(x),), -torch.inf)
                 for _ in range(self.restarts):

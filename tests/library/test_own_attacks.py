@@ -228,3 +228,13 @@ def test_own_attacks_draw_other_numbers_than_ours() -> None:
     assert keys == set(ATTACK_KEYS.values())
     assert attack_key("random points") not in keys
     assert 64 <= attack_key("anything") < 128
+
+
+def test_an_attack_without_gradients_needs_none_of_the_model() -> None:
+    model, x, y = problem()
+    adversary = sm.AutoAttack(
+        *(lambda images: model(images.detach()), "linf", BALL.eps),
+        **{"seed": 0, "verbose": False, "version": "custom", "attacks_to_run": [RandomPoints(BALL)]},
+    )
+    adversary.run_standard_evaluation(x, y)
+    assert adversary.report["robust"] == run([RandomPoints(BALL)])[1]["robust"]
