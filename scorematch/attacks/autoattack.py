@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -14,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from ..inputs import clean_batch, joined
-from ..model_state import borrowed
+from ..model_state import as_found
 from ..threat_model import ThreatModel
 from .apgd import APGD
-from .classifier import Classifier
+from .classifier import Classifier, predicted
 from .console import Console, Logger
 from .curve import AccuracyCurve, ascending, at_radius, depends_on_radius
-from .evaluation import Options, evaluate
+from .evaluation import Options, check_class_range, evaluate
 from .evaluation_state import EvaluationState
 from .fab import FAB
 from .parts import Attack, run_alone
@@ -302,7 +301,7 @@ class AutoAttack:
         device = self._device(x)
         x = x.detach().to(device)
         if y is None:
-            with borrowed(self.model, "eval") if isinstance(self.model, nn.Module) else nullcontext():
+            with as_found(self.model):
                 y = Classifier(self.model, verdict_passes=self.verdict_passes).label(x.clone())
         return run_alone(attack, self.model, x, y.to(device), int(self.get_seed()), self.verdict_passes)
 
@@ -451,10 +450,13 @@ class AutoAttack:
         """
         x_orig, y_orig = self._check_input(*joined(x_orig, y_orig), bs)
         device = self._device(x_orig)
-        with borrowed(self.model, "eval") if isinstance(self.model, nn.Module) else nullcontext():
+        hits = 0
+        with as_found(self.model):
             classifier = Classifier(self.model, verdict_passes=self.verdict_passes)
-            pairs = zip(x_orig.split(int(bs)), y_orig.split(int(bs)), strict=True)
-            hits = sum(int((classifier.label(x.to(device, copy=True)) == y.to(device)).sum()) for x, y in pairs)
+            for x, y in zip(x_orig.split(int(bs)), y_orig.split(int(bs)), strict=True):
+                logits = classifier.logits(x.to(device, copy=True))
+                check_class_range(y_orig, logits.shape[1])
+                hits += int((predicted(logits) == y.to(device)).sum())
         return hits / len(x_orig)
 
     def _attacks(self) -> list[Attack]:

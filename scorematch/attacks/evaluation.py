@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model_state import borrowed
+from ..model_state import borrowed, unchanged_buffers
 from ..threat_model import ThreatModel
 from . import inspection
 from .accounting import Ledger
@@ -105,13 +105,13 @@ def evaluate(
             if getattr(model, "training", False):  # a frozen script has no mode
                 console.warn("the model is in training mode; it is evaluated in eval mode")
             stack.enter_context(borrowed(model, "eval"))
-        stack.enter_context(inspection.unchanged_buffers(model, console.warn))
+        stack.enter_context(unchanged_buffers(model, console.warn))
         first_x, first_y = (t[: options.batch_size].to(options.device, copy=True) for t in (x, y))
         logits = Classifier(model).logits(first_x)
         check_unwritten(first_x, model)
         inspection.no_classifier(logits)
         classes = logits.shape[1]
-        _check_labels(y, classes)
+        check_class_range(y, classes)
         for attack in attacks:
             check_targets_fit(attack, y, classes)
         doubts = inspection.doubts(model, first_x, first_y, logits, attacks, options.version, options.verdict_passes)
@@ -158,7 +158,8 @@ def seconds_since(started: float) -> float:
     return time.perf_counter() - started
 
 
-def _check_labels(y: Tensor, classes: int) -> None:
+def check_class_range(y: Tensor, classes: int) -> None:
+    """Raise ValueError unless labels y int64 [N], N ≥ 1, are those of so many classes."""
     low, high = (int(v) for v in torch.aminmax(y))
     if low < 0 or high >= classes:
         raise ValueError(

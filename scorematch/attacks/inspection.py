@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -168,40 +167,3 @@ def masking(before: float, after: float, tolerance: float = 0.002) -> str | None
             "use more queries and restarts, or an adaptive attack"
         )
     return None
-
-
-@contextmanager
-def unchanged_buffers(model: Any, warn: Callable[[str], None]) -> Iterator[None]:
-    """Give the buffers of a module back as they were, with a warning if inference changed them."""
-    if not isinstance(model, torch.nn.Module):
-        yield
-        return
-    kept = [
-        (module, name, buffer, buffer.clone(), f"{prefix}.{name}" if prefix else name)
-        for prefix, module in model.named_modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    changed = []
-    try:
-        yield
-    finally:
-        for module, name, buffer, values, full_name in kept:
-            now = getattr(module, name, None)  # a pass may have put another tensor, of any shape, in its place
-            if not _equal(now, values):
-                changed.append(full_name)
-            if now is not buffer:
-                module._buffers[name] = buffer
-            if buffer.shape != values.shape or buffer.dtype != values.dtype:
-                buffer.data = values
-            elif not _equal(buffer, values):
-                buffer.copy_(values)
-    if changed:
-        warn(f"the model changes its buffers while it predicts ({', '.join(changed[:3])}); they were restored")
-
-
-def _equal(now: Tensor | None, before: Tensor) -> bool:
-    """Whether a tensor is what it was, NaN being equal to NaN."""
-    if now is None or now.shape != before.shape or now.dtype != before.dtype:
-        return False
-    return bool(((now == before) | (now.isnan() & before.isnan())).all())

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..inputs import clean_batch
-from ..model_state import borrowed
+from ..model_state import as_found
 from ..threat_model import ThreatModel
 from .classifier import Classifier, check_unwritten, predicted
 from .randomness import KeyedNoise, Noise
@@ -110,7 +109,7 @@ def run_alone(
     adversarial = x.clone()
     if len(x) == 0:
         return adversarial
-    with borrowed(model, "eval") if isinstance(model, nn.Module) else nullcontext():
+    with as_found(model):
         classifier = Classifier(model, verdict_passes=verdict_passes)
         logits = classifier.logits(adversarial)
         check_unwritten(adversarial, model)

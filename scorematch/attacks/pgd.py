@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..divergences import KINDS
 from ..inputs import clean_batch
-from ..model_state import borrowed
+from ..model_state import as_found
 from ..ops.divergence import divergence
 from ..threat_model import Perturbations
 from .classifier import check_unwritten, logits_of
@@ -123,7 +123,7 @@ class PGD:
             ValueError: x is outside the box, shapes or labels do not fit, or the model changes its input in place.
         """
         x, y = clean_batch(x, y, self.threat_model)
-        with borrowed(model, "eval"):
+        with as_found(model):
             worst = x.clone()
             fooled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
             if len(x):

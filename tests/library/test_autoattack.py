@@ -15,7 +15,7 @@ from library_autoattack import COUNT, EPS, attack, data, verdict
 from library_models import small_cnn
 from torch import Tensor, nn
 
-from scorematch import AutoAttack
+from scorematch import PGD, AutoAttack
 from scorematch.attacks import APGD, AutoAttackWarning, EvaluationState, inspection
 from scorematch.attacks.classifier import Classifier
 from scorematch.attacks.losses import dlr_loss
@@ -208,6 +208,22 @@ def test_changed_buffers_are_restored() -> None:
     with pytest.warns(AutoAttackWarning, match="changes its buffers while it predicts \\(calls\\)"):
         attack(counting, version="custom", attacks_to_run=["apgd-ce"]).run_standard_evaluation(x, y)
     assert counting.calls == 0
+    adversary = attack(counting, version="custom", attacks_to_run=["apgd-ce"])
+    calls = (
+        lambda: adversary.apgd.perturb(x),
+        lambda: adversary.clean_accuracy(x, y),
+        lambda: adversary.apgd(counting, x, y),
+        lambda: PGD(adversary.threat_model, steps=2)(counting, x, y),
+    )
+    for call in calls:
+        call()
+        assert counting.calls == 0
+
+
+def test_labels_that_are_no_classes_have_no_accuracy() -> None:
+    model, x, y = data()
+    with pytest.raises(ValueError, match=r"y_orig must lie in 0 … 9, as the model has 10 classes, got 0 … 100"):
+        attack(model).clean_accuracy(x, torch.where(y == y.max(), 100, 0 * y))
 
 
 class Positions(nn.Module):
