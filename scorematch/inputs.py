@@ -150,7 +150,7 @@ def clean_batch(x: Tensor, y: Tensor, threat_model: Perturbations, label_name: s
         raise ValueError(f"x must be [N, …] and y [N], got x {list(x.shape)} and y {list(y.shape)}")
     if y.dtype == torch.bool or y.is_floating_point() or y.is_complex():
         raise ValueError(f"{label_name} must be class indices of an integer dtype, got {y.dtype}")
-    x, labels = x.detach(), labels.long()
+    x, labels = (t.clone() if t.is_inference() else t for t in (x.detach(), labels.long()))  # those take no gradients
     if len(x) == 0:
         return x, labels
     threat_model.check_radius(math.prod(x.shape[1:]))

@@ -100,6 +100,7 @@ class Attack(Protocol):
     def run_part(self, classifier: Classifier, batch: Batch) -> tuple[Tensor, Tensor]: ...
 
 
+@torch.inference_mode(False)
 def run_alone(
     attack: Attack, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, seed: int, verdict_passes: int = 1
 ) -> Tensor:

@@ -105,6 +105,7 @@ class PGD:
         self.losses = tuple(losses)
         self.random_start = random_start
 
+    @torch.inference_mode(False)
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Adversarial points for a batch.
 
