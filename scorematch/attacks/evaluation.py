@@ -328,7 +328,7 @@ class _Engine:
         self.x, self.y, self.mine = x, y, mine
         self.stages, self.state, self.options, self.console = stages, state, options, console
         self.seed = state.settings["seed"]
-        self.team = Team(len(stations))
+        self.team = Team(len(stations), {station.device.type for station in stations})
         self.stations = stations
         self.models = self._models(x[:2])
         self.ledger = Ledger(state.costs, started)

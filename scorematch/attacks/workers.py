@@ -8,6 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from enum import Enum
 from numbers import Number
 from types import BuiltinFunctionType, FrameType, FunctionType, MethodType, NoneType
@@ -44,10 +45,12 @@ class Team:
 
     Args:
         count: workers, at least 1.
+        device_types: where they compute.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, device_types: Iterable[str] = ("cpu",)) -> None:
         self.count = count
+        self._device_types = {"cpu", *device_types}
         self._stop = threading.Event()
 
     def check(self) -> None:
@@ -75,14 +78,16 @@ class Team:
         failures: list[BaseException] = []
         ended = threading.Semaphore(0)
         threads = torch.get_num_threads()
-        autocast = _autocast_state()
+        autocast = [_autocast_of(device_type) for device_type in self._device_types]
 
         def work_off(worker: int) -> None:
             try:
                 if self._stop.is_set():
                     return
                 torch.set_num_threads(max(threads // count, 1))
-                with torch.autocast("cpu", **autocast):
+                with ExitStack() as stack:
+                    for settings in autocast:
+                        stack.enter_context(torch.autocast(**settings))
                     while not self._stop.is_set():
                         try:
                             job = waiting.popleft()
@@ -214,9 +219,11 @@ def _version(value: Any) -> int | None:
     return value._version if isinstance(value, Tensor) and not value.is_inference() else None
 
 
-def _autocast_state() -> dict[str, Any]:
+def _autocast_of(device_type: str) -> dict[str, Any]:
+    """The autocast state of this thread, as arguments of ``torch.autocast``."""
     return {
-        "enabled": torch.is_autocast_enabled("cpu"),
-        "dtype": torch.get_autocast_dtype("cpu"),
+        "device_type": device_type,
+        "enabled": torch.is_autocast_enabled(device_type),
+        "dtype": torch.get_autocast_dtype(device_type),
         "cache_enabled": torch.is_autocast_cache_enabled(),
     }

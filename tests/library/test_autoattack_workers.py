@@ -118,6 +118,20 @@ def test_workers_compute_under_the_autocast_of_the_caller() -> None:
     assert {enabled for enabled, _ in seen} == {False}
 
 
+def test_workers_have_the_autocast_of_their_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    seen = []
+
+    def work(worker: int, job: int) -> None:
+        seen.append((torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")))
+
+    with torch.autocast("cuda", torch.float16):
+        Team(2, ["cuda"]).run(range(4), work)
+    assert seen == [(True, torch.float16)] * 4
+    Team(2, ["cuda"]).run(range(4), work)
+    assert [enabled for enabled, _ in seen[4:]] == [False] * 4
+
+
 class Killed(BaseException):
     pass
 
