@@ -427,7 +427,7 @@ class AutoAttack:
         at_radius(attacks, balls[0], self.threat_model)
         x, y = self._check_input(x_orig, y_orig, bs, attacks, balls[-1])  # before the first radius is attacked
         console, reports = self._console(), []
-        fell_at = torch.full((len(x),), torch.inf, dtype=torch.float64)
+        fell_at = torch.full((len(x),), torch.inf, dtype=torch.float64, device="cpu")
         state: EvaluationState | None = None
         for index, ball in enumerate(balls):
             if index and self.verdict_passes == 1:

@@ -100,7 +100,7 @@ def _named(value: Any) -> Any:
 def clean_logits(model: Any, x: Tensor, device: torch.device) -> Tensor:
     """Logits [K, L] at K = min(N, 100) samples of x [N, …], on the CPU."""
     count = min(len(x), PROBES)
-    samples = torch.arange(count) * len(x) // count
+    samples = torch.arange(count, device="cpu") * len(x) // count
     classifier = Classifier(model)
     with full_precision(device):
         return torch.cat([classifier.logits(x[some].to(device)).cpu() for some in samples.split(PROBE_BATCH)])

@@ -33,7 +33,7 @@ class Share:
 
     def samples(self, count: int) -> Tensor:
         """Which of ``count`` samples are those of this process, int64."""
-        return torch.arange(self.rank, count, self.world)
+        return torch.arange(self.rank, count, self.world, device="cpu")
 
     def path(self, path: Path) -> Path:
         """The file of this process."""
