@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..inference import outside_inference_mode
 from ..inputs import clean_batch, joined
 from ..model_state import as_found
 from ..threat_model import ThreatModel
@@ -287,7 +288,7 @@ class AutoAttack:
         """What the model, in the mode that it is in, returns for x [N, …]."""
         return self.model(x)
 
-    @torch.inference_mode(False)
+    @outside_inference_mode
     def perturb(self, attack: APGD | FAB | Square, x: Tensor, y: Tensor | None = None) -> Tensor:
         """All parts of one attack on a batch; ``adversary.apgd.perturb(x, y)`` does the same with its own attack.
 
@@ -323,7 +324,7 @@ class AutoAttack:
             raise ValueError("table: run_standard_evaluation has made no report yet")
         return table(self._report, form)
 
-    @torch.inference_mode(False)
+    @outside_inference_mode
     def run_standard_evaluation(
         self,
         x_orig: Tensor | Iterable[tuple[Tensor, Tensor]],
@@ -359,7 +360,7 @@ class AutoAttack:
         state = self._evaluate(x_orig, y_orig, bs, state_path, self._attacks())
         return _returned(state, x_orig, y_orig, return_labels)
 
-    @torch.inference_mode(False)
+    @outside_inference_mode
     def run_standard_evaluation_individual(
         self,
         x_orig: Tensor | Iterable[tuple[Tensor, Tensor]],
@@ -388,7 +389,7 @@ class AutoAttack:
         self._report = reports
         return results
 
-    @torch.inference_mode(False)
+    @outside_inference_mode
     def accuracy_curve(
         self,
         x_orig: Tensor | Iterable[tuple[Tensor, Tensor]],
@@ -445,7 +446,7 @@ class AutoAttack:
         nearest = torch.minimum(state.nearest, fell_at)
         return AccuracyCurve(self.threat_model.norm, sizes, nearest, state.adversarial.to(x.device), tuple(reports))
 
-    @torch.inference_mode(False)
+    @outside_inference_mode
     def clean_accuracy(
         self, x_orig: Tensor | Iterable[tuple[Tensor, Tensor]], y_orig: Tensor | None = None, bs: int = 250
     ) -> float:

@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from ..inference import outside_inference_mode
 from ..inputs import clean_batch
 from ..model_state import as_found
 from ..threat_model import ThreatModel
@@ -100,7 +101,7 @@ class Attack(Protocol):
     def run_part(self, classifier: Classifier, batch: Batch) -> tuple[Tensor, Tensor]: ...
 
 
-@torch.inference_mode(False)
+@outside_inference_mode
 def run_alone(
     attack: Attack, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, seed: int, verdict_passes: int = 1
 ) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..divergences import KINDS
+from ..inference import outside_inference_mode
 from ..inputs import clean_batch
 from ..model_state import as_found
 from ..ops.divergence import divergence
@@ -105,7 +106,7 @@ class PGD:
         self.losses = tuple(losses)
         self.random_start = random_start
 
-    @torch.inference_mode(False)
+    @outside_inference_mode
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Adversarial points for a batch.
 
