@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -17,20 +18,19 @@ class Folding:
 
     In a model that ``torch.fx`` cannot trace, no pairs are found. Modules that are called more than once are left out.
     Code that tests values, such as the shape of its input, cannot be traced unless it is a function under
-    ``torch.fx.wrap``.
+    ``torch.fx.wrap``. A module with hooks is not looked into.
 
     Args:
-        model: any module; it is not changed.
+        model: any module; it is not changed, since a copy is traced. One that cannot be copied has no pairs.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.pairs: list[tuple[_ConvNd, _BatchNorm]] = []
         self._folded: list[tuple[Tensor, Tensor]] = []
         self._versions: tuple[int, ...] = ()
-        tracer = _Tracer()
         try:
-            graph = tracer.trace(model)
-        except Exception:  # whatever a model's forward raises when it is given no values
+            graph = _Tracer().trace(copy_sharing_tensors(model))
+        except Exception:  # whatever a model raises when it is copied, or called without values
             return
         modules = dict(model.named_modules())
         called = [node.target for node in graph.nodes if node.op == "call_module"]
@@ -86,10 +86,18 @@ class Folding:
 
 
 class _Tracer(fx.Tracer):
-    """Convolutions and batch norms are leaves, those of derived classes too."""
+    """Convolutions and batch norms are leaves, those of derived classes too; so is what has hooks, which do not run."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, (_ConvNd, _BatchNorm)) or super().is_leaf_module(m, module_qualified_name)
+        hooked = bool(m._forward_hooks or m._forward_pre_hooks)
+        return hooked or isinstance(m, (_ConvNd, _BatchNorm)) or super().is_leaf_module(m, module_qualified_name)
+
+
+def copy_sharing_tensors(model: nn.Module) -> nn.Module:
+    """A copy of a model with the same parameters, buffers and other tensors in its attributes."""
+    holders = [kept for m in model.modules() for kept in (vars(m), m._parameters, m._buffers)]
+    shared = {id(value): value for kept in holders for value in kept.values() if isinstance(value, Tensor)}
+    return copy.deepcopy(model, shared)
 
 
 def _recording(tensors: Sequence[Tensor]) -> bool:

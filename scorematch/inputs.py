@@ -175,7 +175,7 @@ def clean_batch(
         raise ValueError(f"{x_name} must be [N, …] and {label_name} [N], got {given}")
     if y.dtype == torch.bool or y.is_floating_point() or y.is_complex():
         raise ValueError(f"{label_name} must be class indices of an integer dtype, got {y.dtype}")
-    x, labels = x.detach(), labels.long()
+    x, labels = (t.clone() if t.is_inference() else t for t in (x.detach(), labels.long()))  # those take no gradients
     if len(x) == 0:
         return x, labels
     threat_model.check_radius(math.prod(x.shape[1:]))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 ATTACK_MODES = ("eval", "train", "frozen")
@@ -58,3 +59,47 @@ def borrowed(model: nn.Module, attack_mode: str = "eval") -> Iterator[None]:
             module.training = was_training
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def unchanged_buffers(model: Any, warn: Callable[[str], None] = lambda text: None) -> Iterator[None]:
+    """Give the buffers of a module back as they were, with a warning if inference changed them."""
+    if not isinstance(model, nn.Module):
+        yield
+        return
+    kept = [
+        (module, name, buffer, buffer.clone(), f"{prefix}.{name}" if prefix else name)
+        for prefix, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    changed = []
+    try:
+        yield
+    finally:
+        for module, name, buffer, values, full_name in kept:
+            now = getattr(module, name, None)  # a pass may have put another tensor, of any shape, in its place
+            if not _equal(now, values):
+                changed.append(full_name)
+            if now is not buffer:
+                module._buffers[name] = buffer
+            if buffer.shape != values.shape or buffer.dtype != values.dtype:
+                buffer.data = values
+            elif not _equal(buffer, values):
+                buffer.copy_(values)
+    if changed:
+        warn(f"the model changes its buffers while it predicts ({', '.join(changed[:3])}); they were restored")
+
+
+def _equal(now: Tensor | None, before: Tensor) -> bool:
+    """Whether a tensor is what it was, NaN being equal to NaN."""
+    if now is None or now.shape != before.shape or now.dtype != before.dtype:
+        return False
+    return bool(((now == before) | (now.isnan() & before.isnan())).all())
+
+
+@contextmanager
+def as_found(model: Any) -> Iterator[None]:
+    """Borrow a model in eval mode and give its buffers back, too; a callable that is no module is used as it is."""
+    with borrowed(model, "eval") if isinstance(model, nn.Module) else nullcontext(), unchanged_buffers(model):
+        yield

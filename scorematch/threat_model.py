@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -99,6 +100,9 @@ class ThreatModel:
             hint = "" if self.upper - self.lower != 1.0 else f"; for 8-bit pixels write {self.eps:g}/255"
             box = f"[{self.lower:g}, {self.upper:g}]"
             raise ValueError(f"eps must not be larger than the box {box} is wide, got {self.eps:g}{hint}")
+        for name in ("eps", "step_size", "lower", "upper", "share"):
+            if isinstance(value := getattr(self, name), Real):  # NumPy's and fractions among them
+                object.__setattr__(self, name, float(value))
 
     def check_radius(self, features: int) -> None:
         """Refuse an L2 or L1 radius that is larger than the box of inputs of this size.

@@ -90,7 +90,7 @@ class _State(Ascent):
     ) -> _State:
         features, changed = x0[0].numel() if len(x0) else 0, _changed(x, x0)
         if random_start:
-            share, changed = torch.full(changed.shape, FIRST_SHARE).to(x.device), torch.full_like(changed, features)
+            share, changed = torch.full(changed.shape, FIRST_SHARE, device=x.device), torch.full_like(changed, features)
         else:
             share = changed / features / SPARSER
         return cls(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -13,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..inference import outside_inference_mode
 from ..inputs import clean_batch, joined
-from ..model_state import borrowed
+from ..model_state import as_found
 from ..threat_model import ThreatModel
 from .apgd import APGD
-from .classifier import Classifier
+from .classifier import Classifier, predicted
 from .console import Console, Logger
 from .curve import AccuracyCurve, ascending, at_radius, depends_on_radius
-from .evaluation import Options, evaluate
+from .evaluation import Options, check_class_range, evaluate
 from .evaluation_state import EvaluationState
 from .fab import FAB
 from .parts import Attack, run_alone
@@ -100,8 +100,9 @@ class AutoAttack:
         workers: threads that share the samples on a CPU, at least 1; they divide torch's threads among them and call
             the model at the same time. ``"auto"`` takes one for each of torch's threads, at most 8. It takes a single
             one where several might not be safe: on a GPU, for a callable that is not a module, for a module that is
-            scripted, has hooks, changes an attribute or a buffer while it predicts, is randomised or takes gradients,
-            and for ``rng="reference"``, ``version="rand"``, ``verdict_passes`` above 1 and ``compile``.
+            scripted, has hooks, sets an attribute or changes a buffer while it predicts, holds an object that may
+            change unseen, is randomised or takes gradients, and for ``rng="reference"``, ``version="rand"``,
+            ``verdict_passes`` above 1 and ``compile``.
         verdict_passes: for randomised models, the number of passes over which a point is judged, at least 1. It holds
             for clean points, for every step of a search that asks whether a point fools the model, and for the final
             check. The class of a point is that of the largest mean probability, as for a classifier that is smoothed by
@@ -287,6 +288,7 @@ class AutoAttack:
         """What the model, in the mode that it is in, returns for x [N, …]."""
         return self.model(x)
 
+    @outside_inference_mode
     def perturb(self, attack: APGD | FAB | Square, x: Tensor, y: Tensor | None = None) -> Tensor:
         """All parts of one attack on a batch; ``adversary.apgd.perturb(x, y)`` does the same with its own attack.
 
@@ -301,8 +303,8 @@ class AutoAttack:
         device = self._device(x)
         x = x.detach().to(device)
         if y is None:
-            with borrowed(self.model, "eval") if isinstance(self.model, nn.Module) else nullcontext():
-                y = Classifier(self.model, verdict_passes=self.verdict_passes).label(x)
+            with as_found(self.model):
+                y = Classifier(self.model, verdict_passes=self.verdict_passes).label(x.clone())
         return run_alone(attack, self.model, x, y.to(device), int(self.get_seed()), self.verdict_passes)
 
     @property
@@ -322,6 +324,7 @@ class AutoAttack:
             raise ValueError("table: run_standard_evaluation has made no report yet")
         return table(self._report, form)
 
+    @outside_inference_mode
     def run_standard_evaluation(
         self,
         x_orig: Tensor | Iterable[tuple[Tensor, Tensor]],
@@ -350,13 +353,14 @@ class AutoAttack:
         Raises:
             TypeError: x or y is not a tensor, or x_orig gives no batches of tensors.
             ValueError: x leaves the box, labels and shapes do not fit, there are no samples, or the model returns no
-                logits; the model returns NaN for every sample of the first batch or, later, for samples that it
-                classified before; or the state is damaged or of another evaluation.
+                logits or changes its input in place; the model returns NaN for every sample of the first batch or,
+                later, for samples that it classified before; or the state is damaged or of another evaluation.
         """
         x_orig, y_orig = joined(x_orig, y_orig)
         state = self._evaluate(x_orig, y_orig, bs, state_path, self._attacks())
         return _returned(state, x_orig, y_orig, return_labels)
 
+    @outside_inference_mode
     def run_standard_evaluation_individual(
         self,
         x_orig: Tensor | Iterable[tuple[Tensor, Tensor]],
@@ -385,6 +389,7 @@ class AutoAttack:
         self._report = reports
         return results
 
+    @outside_inference_mode
     def accuracy_curve(
         self,
         x_orig: Tensor | Iterable[tuple[Tensor, Tensor]],
@@ -423,7 +428,7 @@ class AutoAttack:
         at_radius(attacks, balls[0], self.threat_model)
         x, y = self._check_input(x_orig, y_orig, bs, attacks, balls[-1])  # before the first radius is attacked
         console, reports = self._console(), []
-        fell_at = torch.full((len(x),), torch.inf, dtype=torch.float64)
+        fell_at = torch.full((len(x),), torch.inf, dtype=torch.float64, device="cpu")
         state: EvaluationState | None = None
         for index, ball in enumerate(balls):
             if index and self.verdict_passes == 1:
@@ -441,6 +446,7 @@ class AutoAttack:
         nearest = torch.minimum(state.nearest, fell_at)
         return AccuracyCurve(self.threat_model.norm, sizes, nearest, state.adversarial.to(x.device), tuple(reports))
 
+    @outside_inference_mode
     def clean_accuracy(
         self, x_orig: Tensor | Iterable[tuple[Tensor, Tensor]], y_orig: Tensor | None = None, bs: int = 250
     ) -> float:
@@ -450,10 +456,13 @@ class AutoAttack:
         """
         x_orig, y_orig = self._check_input(*joined(x_orig, y_orig), bs)
         device = self._device(x_orig)
-        with borrowed(self.model, "eval") if isinstance(self.model, nn.Module) else nullcontext():
+        hits = 0
+        with as_found(self.model):
             classifier = Classifier(self.model, verdict_passes=self.verdict_passes)
-            pairs = zip(x_orig.split(bs), y_orig.split(bs), strict=True)
-            hits = sum(int((classifier.label(x.to(device)) == y.to(device)).sum()) for x, y in pairs)
+            for x, y in zip(x_orig.split(int(bs)), y_orig.split(int(bs)), strict=True):
+                logits = classifier.logits(x.to(device, copy=True))
+                check_class_range(y_orig, logits.shape[1])
+                hits += int((predicted(logits) == y.to(device)).sum())
         return hits / len(x_orig)
 
     def _attacks(self) -> list[Attack]:
@@ -529,7 +538,7 @@ class AutoAttack:
             search_dtype=self.search_dtype,
             compile=self.compile,
             save_every=self.save_every,
-            batch_size=bs,
+            batch_size=int(bs),
             devices=self._devices(x),
             workers=None if self.workers == "auto" else int(self.workers),
             state_path=share.path(state_path) if state_path is not None else None,

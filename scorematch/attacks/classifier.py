@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import math
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..folding import Folding
+from ..folding import Folding, copy_sharing_tensors
 
 Loss = Callable[..., Tensor]  # (logits [N, L], labels [N], …) to [N]
 
@@ -33,6 +31,20 @@ def logits_of(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     if not logits.is_floating_point():
         raise ValueError(f"the model must return floating-point logits, got {logits.dtype}")
     return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def check_unwritten(x: Tensor, model: Any) -> None:
+    """Refuse a model that wrote to its input: it would change the points that an attack goes on from.
+
+    Args:
+        x: a copy that was made for the one pass of ``model`` that it has gone through.
+
+    Raises:
+        ValueError: it was written to.
+    """
+    if x._version:
+        name = type(model).__name__
+        raise ValueError(f"the model, a {name}, changes its input in place: let it begin with x.clone()")
 
 
 def log_mean_probabilities(passes: Sequence[Tensor]) -> Tensor:
@@ -223,13 +235,7 @@ def channels_last_works(model: Any, x: Tensor) -> bool:
     """
     if x.device.type != "cpu" or x.dim() != 4 or not isinstance(model, nn.Module):
         return False
-    with torch.no_grad():
-        expected = model(x[:2])
-        try:
-            given = model(in_channels_last(x[:2]))
-        except RuntimeError:
-            return False
-    return _same(given, expected)
+    return _computes_the_same(model, in_channels_last(x[:2]), model, x[:2])
 
 
 @contextmanager
@@ -243,19 +249,27 @@ def folded_copy(model: Any, x: Tensor) -> Iterator[nn.Module | None]:
         model: a module in eval mode; anything else is not looked into.
         x: [N, …], N ≥ 1.
     """
-    if not isinstance(model, nn.Module) or not Folding(model).pairs:
+    if not isinstance(model, nn.Module):
         yield None
         return
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     try:
-        copied = copy.deepcopy(model, shared)
+        copied = copy_sharing_tensors(model)
     except Exception:  # whatever an attribute that cannot be copied raises
         yield None
         return
-    with Folding(copied).applied():
-        with torch.no_grad():
-            same = _same(copied(x), model(x))
-        yield copied if same else None
+    folding = Folding(copied)
+    with folding.applied():
+        yield copied if folding.pairs and _computes_the_same(copied, x, model, x) else None
+
+
+def _computes_the_same(model: nn.Module, x: Tensor, original: nn.Module, original_x: Tensor) -> bool:
+    """Whether a model at x gives the logits of the original at its x, but for rounding."""
+    with torch.no_grad():
+        expected = original(original_x)
+        try:
+            return _same(model(x), expected)
+        except Exception:  # whatever a model raises when it is given what it is not made for
+            return False
 
 
 def _same(given: Tensor, expected: Tensor) -> bool:
@@ -299,33 +313,3 @@ def cache_chunk(model: Any, x: Tensor, threads: int, cache: int = 1 << 20) -> in
             hook.remove()
     fit = max(cache * threads // widest, 1)
     return max(32, 1 << (fit.bit_length() - 1))
-
-
-class _WithoutTF32:
-    """TF32 is allowed or not in the whole process, so it comes back when the last thread has left."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._within = 0
-        self._before = (False, False)
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._within == 0:
-                self._before = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
-                torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-            self._within += 1
-
-    def __exit__(self, *failure: object) -> None:
-        with self._lock:
-            self._within -= 1
-            if self._within == 0:
-                torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = self._before
-
-
-_without_tf32 = _WithoutTF32()
-
-
-def full_precision(device: torch.device) -> AbstractContextManager[None]:
-    """float32 arithmetic without TF32 on CUDA, in any number of threads; on another device nothing changes."""
-    return _without_tf32 if device.type == "cuda" else nullcontext()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model_state import borrowed
+from ..model_state import borrowed, unchanged_buffers
 from ..threat_model import ThreatModel
 from . import inspection
 from .accounting import Ledger
@@ -23,14 +23,15 @@ from .classifier import (
     Classifier,
     cache_chunk,
     channels_last_works,
+    check_unwritten,
     folded_copy,
-    full_precision,
 )
 from .console import Console
 from .evaluation_state import EvaluationState
 from .fab import distance
 from .identity import Fingerprint, check_model, identity_of
 from .parts import Attack, Batch, Search
+from .precision import full_precision
 from .randomness import KeyedNoise, ReferenceNoise
 from .report import doubts_of, nan_samples, report_of, stage_line
 from .schedule import Stage, batch_size, dealt_out, passes_left, stages_of
@@ -104,12 +105,13 @@ def evaluate(
             if getattr(model, "training", False):  # a frozen script has no mode
                 console.warn("the model is in training mode; it is evaluated in eval mode")
             stack.enter_context(borrowed(model, "eval"))
-        stack.enter_context(inspection.unchanged_buffers(model, console.warn))
-        first_x, first_y = (t[: options.batch_size].to(options.device) for t in (x, y))
+        stack.enter_context(unchanged_buffers(model, console.warn))
+        first_x, first_y = (t[: options.batch_size].to(options.device, copy=True) for t in (x, y))
         logits = Classifier(model).logits(first_x)
+        check_unwritten(first_x, model)
         inspection.no_classifier(logits)
         classes = logits.shape[1]
-        _check_labels(y, classes)
+        check_class_range(y, classes)
         for attack in attacks:
             check_targets_fit(attack, y, classes)
         doubts = inspection.doubts(model, first_x, first_y, logits, attacks, options.version, options.verdict_passes)
@@ -128,14 +130,10 @@ def evaluate(
             engine.run()
         except OutOfTime:
             console.say(f"stopped: the budget of {options.budget:g} s is spent")
-        except BaseException:
-            if options.state_path is not None:
-                state.save(options.state_path)
-            raise
         finally:
             console.end_progress()
-    if options.state_path is not None:
-        state.save(options.state_path)
+            if options.state_path is not None:  # before what was borrowed is given back, which may fail
+                state.save(options.state_path)
     share.gather(state, console.warnings)
     report = report_of(state, stages)
     for doubt in doubts_of(report, state):
@@ -160,7 +158,8 @@ def seconds_since(started: float) -> float:
     return time.perf_counter() - started
 
 
-def _check_labels(y: Tensor, classes: int) -> None:
+def check_class_range(y: Tensor, classes: int) -> None:
+    """Raise ValueError unless labels y int64 [N], N ≥ 1, are those of so many classes."""
     low, high = (int(v) for v in torch.aminmax(y))
     if low < 0 or high >= classes:
         raise ValueError(
@@ -223,21 +222,24 @@ def _begin(
         "share of the samples": str(share),
         "smaller radii": list(options.smaller_radii),
     }
+    kept = None
     if path is not None and path.exists():
-        if options.seed is not None:
-            identity["seed"] = options.seed
-        state = EvaluationState.load(path, identity, x)
-        check_model(path, state.fingerprint, model, x, options.device)
+        wanted = {} if options.seed is None else {"seed": options.seed}
+        kept = EvaluationState.load(path, {**identity, **wanted}, x)
+        check_model(path, kept.fingerprint, model, x, options.device)
+    seed = share.agreed_seed(kept.settings["seed"] if kept is not None else None, _new_seed(options, before))
+    if kept is not None:
+        state = kept
         mine = share.samples(len(x))
         standing, begun = int(state.robust[mine].sum()), int((state.finished[mine] > 0).sum())
         console.say(f"resumed from {path}: {standing} samples are still robust, {begun} were attacked")
     else:
+        settings = {**identity, "seed": seed}
         if before is not None:
             state = before.at_larger_radius(options.threat_model.eps)
-            state.settings = {**identity, "seed": before.settings["seed"]}
+            state.settings = settings
         else:
-            seed = options.seed if options.seed is not None else share.agreed(secrets.randbits(31))
-            state = EvaluationState.new({**identity, "seed": seed}, x, y)
+            state = EvaluationState.new(settings, x, y)
         if path is not None:
             state.fingerprint = Fingerprint.take(model, x, options.device)
             state.save(path)  # a path that cannot be written shows now
@@ -246,6 +248,12 @@ def _begin(
         f"eps {options.threat_model.eps:g}; {len(x)} samples; seed {state.settings['seed']}, rng {options.rng}"
     )
     return state
+
+
+def _new_seed(options: Options, before: EvaluationState | None) -> int:
+    if before is not None:
+        return before.settings["seed"]
+    return options.seed if options.seed is not None else secrets.randbits(31)
 
 
 @dataclass(frozen=True)
@@ -320,7 +328,7 @@ class _Engine:
         self.x, self.y, self.mine = x, y, mine
         self.stages, self.state, self.options, self.console = stages, state, options, console
         self.seed = state.settings["seed"]
-        self.team = Team(len(stations))
+        self.team = Team(len(stations), {station.device.type for station in stations})
         self.stations = stations
         self.models = self._models(x[:2])
         self.ledger = Ledger(state.costs, started)
@@ -353,8 +361,10 @@ class _Engine:
         for index, stage in enumerate(self.stages):
             name = stage.attack.name
             self._book(name)
-            self.team.run(self._jobs(index), partial(self._attack, index))
-            self._book(name)
+            try:
+                self.team.run(self._jobs(index), partial(self._attack, index))
+            finally:  # what a batch cost that was not finished, too
+                self._book(name)
             last = index + 1 == len(self.stages) or self.stages[index + 1].attack.name != name
             if last and len(self.mine):
                 self.console.say(stage_line(self.state, index, name, self.mine))

@@ -62,13 +62,13 @@ class EvaluationState:
         count = len(x)
         return cls(
             settings=settings,
-            robust=torch.ones(count, dtype=torch.bool),
-            clean=torch.ones(count, dtype=torch.bool),
-            finished=torch.full((count,), -1),
+            robust=torch.ones(count, dtype=torch.bool, device="cpu"),
+            clean=torch.ones(count, dtype=torch.bool, device="cpu"),
+            finished=torch.full((count,), -1, device="cpu"),
             adversarial=x.clone(),
             labels=y.clone(),
-            fallen_by=torch.full((count,), -1),
-            nearest=torch.full((count,), torch.inf, dtype=torch.float64),
+            fallen_by=torch.full((count,), -1, device="cpu"),
+            nearest=torch.full((count,), torch.inf, dtype=torch.float64, device="cpu"),
             beyond=torch.empty_like(x),  # where nothing is written it takes no memory
             beyond_labels=y.clone(),
         )

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .classifier import Classifier, full_precision
+from .classifier import Classifier
 from .parts import Attack
+from .precision import full_precision
 
 PROBES = 100  # samples whose clean logits are kept, spread evenly over the data set
 PROBE_BATCH = 8  # the same in every run, so that the batch size of an evaluation changes nothing
@@ -76,10 +78,19 @@ def identity_of(model: Any, x: Tensor, y: Tensor, attacks: Sequence[Attack]) -> 
 
 
 def _named(value: Any) -> Any:
-    """A setting as it reads in every process: plain values as they are, tensors by a digest, functions and other
-    objects by their names."""
-    if value is None or isinstance(value, (bool, int, float, str, tuple)):
+    """A setting as it reads in every process: plain values as they are, tensors and arrays by a digest, functions and
+    other objects by their names; containers entry by entry."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, (bool, int, float, str)):
         return value
+    if isinstance(value, dict):
+        return {_named(key): _named(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        entries = [_named(entry) for entry in value]
+        return entries if isinstance(value, (list, tuple)) else sorted(entries, key=repr)
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+        value = torch.from_numpy(value.copy())
     if isinstance(value, Tensor):
         return digest(value)
     named = value if hasattr(value, "__qualname__") else type(value)
@@ -89,7 +100,7 @@ def _named(value: Any) -> Any:
 def clean_logits(model: Any, x: Tensor, device: torch.device) -> Tensor:
     """Logits [K, L] at K = min(N, 100) samples of x [N, …], on the CPU."""
     count = min(len(x), PROBES)
-    samples = torch.arange(count) * len(x) // count
+    samples = torch.arange(count, device="cpu") * len(x) // count
     classifier = Classifier(model)
     with full_precision(device):
         return torch.cat([classifier.logits(x[some].to(device)).cpu() for some in samples.split(PROBE_BATCH)])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from torch import Tensor
 from .classifier import Classifier, predicted
 from .losses import cross_entropy, dlr_loss
 from .parts import Attack
+from .watching import watched
 
 
 class AutoAttackWarning(UserWarning):
@@ -49,7 +48,7 @@ def doubts(
     if version != "rand":
         found["randomised"] = randomised(model, x, y, verdict_passes)
     found["dynamic"] = dynamic(model, x)
-    if any(name != "square" for name in names):
+    if any(backwards > 0 for _, backwards in (attack.cost() for attack in attacks)):
         classifier = Classifier(model)
         found["zero gradients"] = zero_gradients(classifier, x, y)
         known = predicted(logits) >= 0
@@ -140,20 +139,9 @@ def zero_gradients(classifier: Classifier, x: Tensor, y: Tensor) -> str | None:
 
 def dynamic(model: Model, x: Tensor) -> str | None:
     """Whether the model computes gradients while it predicts."""
-    watched = {torch.autograd.grad.__code__, torch.autograd.backward.__code__}
-    calls = 0
-
-    def watch(frame: Any, event: str, argument: Any) -> None:
-        nonlocal calls
-        calls += event == "call" and frame.f_code in watched
-
-    previous = sys.getprofile()
-    sys.setprofile(watch)
-    try:
-        with torch.no_grad():
-            model(x)
-    finally:
-        sys.setprofile(previous)
+    calls: list[Any] = []
+    with watched((torch.autograd.grad, torch.autograd.backward), calls.append), torch.no_grad():
+        model(x)
     if calls:
         return "the model takes gradients while it predicts (a dynamic defence): AutoAttack may be insufficient"
     return None
@@ -179,21 +167,3 @@ def masking(before: float, after: float, tolerance: float = 0.002) -> str | None
             "use more queries and restarts, or an adaptive attack"
         )
     return None
-
-
-@contextmanager
-def unchanged_buffers(model: Any, warn: Callable[[str], None]) -> Iterator[None]:
-    """Give the buffers of a module back as they were, with a warning if inference changed them."""
-    if not isinstance(model, torch.nn.Module):
-        yield
-        return
-    saved = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    try:
-        yield
-    finally:
-        changed = [n for n, b in model.named_buffers() if n in saved and not torch.equal(b, saved[n])]
-        for name, buffer in model.named_buffers():
-            if name in changed:
-                buffer.copy_(saved[name])
-    if changed:
-        warn(f"the model changes its buffers while it predicts ({', '.join(changed[:3])}); they were restored")

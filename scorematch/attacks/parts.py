@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..inference import outside_inference_mode
 from ..inputs import clean_batch
-from ..model_state import borrowed
+from ..model_state import as_found
 from ..threat_model import ThreatModel
-from .classifier import Classifier, predicted
+from .classifier import Classifier, check_unwritten, predicted
 from .randomness import KeyedNoise, Noise
 from .targets import check_targets_fit
 
@@ -101,6 +101,7 @@ class Attack(Protocol):
     def run_part(self, classifier: Classifier, batch: Batch) -> tuple[Tensor, Tensor]: ...
 
 
+@outside_inference_mode
 def run_alone(
     attack: Attack, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, seed: int, verdict_passes: int = 1
 ) -> Tensor:
@@ -110,11 +111,12 @@ def run_alone(
     adversarial = x.clone()
     if len(x) == 0:
         return adversarial
-    with borrowed(model, "eval") if isinstance(model, nn.Module) else nullcontext():
+    with as_found(model):
         classifier = Classifier(model, verdict_passes=verdict_passes)
         logits = classifier.logits(adversarial)
+        check_unwritten(adversarial, model)
         check_targets_fit(attack, y, logits.shape[1])
-        alive = (predicted(logits) == y).nonzero().squeeze(1)
+        alive = ((predicted(logits) == y) & (y >= 0)).nonzero().squeeze(1)  # y may be what the model predicted
         for part in range(attack.parts(logits.shape[1])):
             if len(alive) == 0:
                 break

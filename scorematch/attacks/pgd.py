@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ..divergences import KINDS
+from ..inference import outside_inference_mode
 from ..inputs import clean_batch
-from ..model_state import borrowed
+from ..model_state import as_found
 from ..ops.divergence import divergence
 from ..threat_model import Perturbations
-from .classifier import logits_of
+from .classifier import check_unwritten, logits_of
 from .losses import margin_loss
 
 LOSSES = ("ce", "margin", *KINDS)
@@ -105,6 +106,7 @@ class PGD:
         self.losses = tuple(losses)
         self.random_start = random_start
 
+    @outside_inference_mode
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Adversarial points for a batch.
 
@@ -120,15 +122,16 @@ class PGD:
 
         Raises:
             TypeError: x is not floating point.
-            ValueError: x is outside the box, or shapes or labels do not fit.
+            ValueError: x is outside the box, shapes or labels do not fit, or the model changes its input in place.
         """
         x, y = clean_batch(x, y, self.threat_model)
-        with borrowed(model, "eval"):
+        with as_found(model):
             worst = x.clone()
             fooled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
             if len(x):
                 with torch.no_grad():
-                    fooled = misclassified(logits_of(model, x), y)
+                    fooled = misclassified(logits_of(model, worst), y)
+                check_unwritten(worst, model)
             for loss in self.losses:
                 best = x.new_full((len(x),), -torch.inf)
                 for _ in range(self.restarts):

@@ -134,21 +134,24 @@ class ReferenceNoise:
     depends_on_batch = True
 
     def __init__(self, seed: int) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator("cpu").manual_seed(seed)
 
     def _rand(self, *shape: int) -> Tensor:
-        return torch.rand(shape, generator=self._generator)
+        return torch.rand(shape, generator=self._generator, device="cpu")
+
+    def _randn(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self._generator, device="cpu")
 
     def _signs(self, *shape: int) -> Tensor:
         return torch.sign(2 * self._rand(*shape) - 1)
 
     def start(self, samples: Tensor, like: Tensor, norm: str) -> Tensor:
         shape = tuple(like.shape)
-        noise = 2 * self._rand(*shape) - 1 if norm == "linf" else torch.randn(shape, generator=self._generator)
+        noise = 2 * self._rand(*shape) - 1 if norm == "linf" else self._randn(*shape)
         return noise.to(like)
 
     def skip_start(self, samples: Tensor, like: Tensor) -> None:
-        torch.randn(tuple(like.shape), generator=self._generator)
+        self._randn(*like.shape)
 
     def stripes(self, samples: Tensor, channels: int, width: int) -> Tensor:
         return self._signs(len(samples), channels, 1, width).to(samples.device)

@@ -45,7 +45,8 @@ def passes_left(stages: Sequence[Stage], finished: Tensor, verdict_passes: int =
         finished: int64 [K], how many stages each sample that is still robust has behind it; negative before the first.
         verdict_passes: over how many passes a point is judged; those that average a gradient are among them.
     """
-    costs = torch.tensor([_cost(stage.attack, verdict_passes) * len(stage.parts) for stage in stages] + [0])
+    of_stages = [_cost(stage.attack, verdict_passes) * len(stage.parts) for stage in stages]
+    costs = torch.tensor([*of_stages, 0], device="cpu")
     return int(costs.flip(0).cumsum(0).flip(0)[finished.clamp_min(0)].sum())
 
 
@@ -69,4 +70,4 @@ def batch_size(count: int, most: int, workers: int) -> int:
 def dealt_out(count: int, size: int) -> list[Tensor]:
     """``count`` rows in batches of at most ``size``; neighbours go to different ones, as data sets are often sorted."""
     batches = math.ceil(count / size)
-    return [torch.arange(first, count, batches) for first in range(batches)]
+    return [torch.arange(first, count, batches, device="cpu") for first in range(batches)]

@@ -33,19 +33,30 @@ class Share:
 
     def samples(self, count: int) -> Tensor:
         """Which of ``count`` samples are those of this process, int64."""
-        return torch.arange(count)[self.rank :: self.world]
+        return torch.arange(count, device="cpu")[self.rank :: self.world]
 
     def path(self, path: Path) -> Path:
         """The file of this process."""
         return path if self.world == 1 else path.with_name(f"{path.name}.rank{self.rank}of{self.world}")
 
-    def agreed(self, value: int) -> int:
-        """The value of rank 0."""
-        if self.world == 1:
-            return value
-        values = [value]
-        torch.distributed.broadcast_object_list(values, src=0)
-        return values[0]
+    def agreed_seed(self, kept: int | None, new: int) -> int:
+        """One seed for all processes; each of them must ask, or the others wait for it.
+
+        Args:
+            kept: the seed in the file of this process, or None if it has no file.
+            new: what to take if no process has a file; that of rank 0 counts.
+
+        Raises:
+            ValueError: the files have different seeds. Every process raises it.
+        """
+        seeds: list[Any] = [(kept, new)] * self.world
+        if self.world > 1:
+            torch.distributed.all_gather_object(seeds, (kept, new))
+        known = {rank: seed for rank, (seed, _) in enumerate(seeds) if seed is not None}
+        if len(set(known.values())) > 1:
+            told = ", ".join(f"{seed} (rank {rank})" for rank, seed in known.items())
+            raise ValueError(f"state_path: the files of the processes have different seeds: {told}")
+        return next(iter(known.values()), seeds[0][1])
 
     def gather(self, state: EvaluationState, warnings: list[str]) -> None:
         """Bring what each process found, spent and warned of together on all of them."""

@@ -258,7 +258,7 @@ PATTERNS = {"l2": l2_pattern, "l1": l1_pattern}
 
 
 def _pattern(side: int, p: int, falloff: int) -> Tensor:
-    pattern = torch.zeros(side, side)
+    pattern = torch.zeros(side, side, device="cpu")
     half = side // 2
     pattern[:half] = _peak(half, side, p, falloff)
     pattern[half:] = -_peak(side - half, side, p, falloff)
@@ -267,7 +267,7 @@ def _pattern(side: int, p: int, falloff: int) -> Tensor:
 
 def _peak(height: int, width: int, p: int, falloff: int) -> Tensor:
     """Nested rectangles of weight k^−falloff, centred, [height, width], of length 1 in the p-norm."""
-    peak = torch.zeros(height, width)
+    peak = torch.zeros(height, width, device="cpu")
     middle = (height // 2, width // 2)
     for k in range(max(height, width) // 2 + 1):
         top, left = middle[0] - k, middle[1] - k

@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from enum import Enum
+from numbers import Number
+from types import BuiltinFunctionType, FrameType, FunctionType, MethodType, NoneType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from .watching import watched
+
 Job = TypeVar("Job")
 MOST = 8  # threads that "auto" takes; more have not been measured
+# What the attributes of a module may be made of if threads share it: things whose contents can be looked at …
+TRANSPARENT = (nn.Module, dict, list, tuple, set, frozenset, functools.partial, MethodType)
+# … and things that have none, or whose changes can be seen.
+PLAIN = (
+    *(Tensor, NoneType, str, bytes, Number, Enum, slice, range),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+    *(type, FunctionType, BuiltinFunctionType),
+)
+BOOKKEEPING = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_modules"}  # torch's own, hooks among it
 
 
 class Stopped(BaseException):
@@ -29,10 +45,12 @@ class Team:
 
     Args:
         count: workers, at least 1.
+        device_types: where they compute.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, device_types: Iterable[str] = ("cpu",)) -> None:
         self.count = count
+        self._device_types = {"cpu", *device_types}
         self._stop = threading.Event()
 
     def check(self) -> None:
@@ -60,14 +78,16 @@ class Team:
         failures: list[BaseException] = []
         ended = threading.Semaphore(0)
         threads = torch.get_num_threads()
-        autocast = _autocast_state()
+        autocast = [_autocast_of(device_type) for device_type in self._device_types]
 
         def work_off(worker: int) -> None:
             try:
                 if self._stop.is_set():
                     return
                 torch.set_num_threads(max(threads // count, 1))
-                with torch.autocast("cpu", **autocast):
+                with ExitStack() as stack:
+                    for settings in autocast:
+                        stack.enter_context(torch.autocast(**settings))
                     while not self._stop.is_set():
                         try:
                             job = waiting.popleft()
@@ -134,48 +154,76 @@ def copies(model: Any, devices: Sequence[torch.device]) -> list[Any]:
 def can_be_shared(model: Any, x: Tensor) -> bool:
     """Whether several threads may call a model at the same time, as far as can be seen.
 
-    They may call a module of Python that has no hooks and changes none of its attributes, buffers and parameters while
-    it predicts. A scripted module or another callable may be as harmless; nothing shows it.
+    They may call a module of Python that has no hooks, and sets no attribute and changes no tensor while it predicts.
+    It may hold tensors, modules, functions, plain values, and containers of these that stay the same. Another object
+    may keep anything. A scripted module or another callable may be as harmless; nothing shows it.
 
     Args:
         model: in eval mode.
         x: [N, …], N ≥ 1.
     """
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, nn.Module) or torch_module._has_any_global_hook():
         return False
-    modules = list(model.modules())
-    if any(isinstance(module, torch.jit.ScriptModule) for module in modules) or torch_module._has_any_global_hook():
+    before = _contents(model)
+    if any(not isinstance(value, (*TRANSPARENT, *PLAIN)) for value, _ in before):
         return False
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if any(getattr(module, kind, None) for module in modules for kind in hooks):
+    modules = {id(value): value for value, _ in before if isinstance(value, nn.Module)}
+    if any(isinstance(module, torch.jit.ScriptModule) or _has_hooks(module) for module in modules.values()):
         return False
-    before = list(_contents(modules))
-    with torch.enable_grad():
+    writes = 0
+
+    def count_write(frame: FrameType) -> None:
+        nonlocal writes
+        writes += id(frame.f_locals["self"]) in modules  # what is set and reset within a pass is the same after it
+
+    with watched((nn.Module.__setattr__, nn.Module.__delattr__), count_write), torch.enable_grad():
         model(x.detach().requires_grad_())
-    after = list(_contents(modules))
-    return len(before) == len(after) and all(
-        one is other and version == now for (one, version), (other, now) in zip(before, after, strict=True)
+    after = _contents(model)
+    return (
+        not writes
+        and len(before) == len(after)
+        and all(one is other and version == now for (one, version), (other, now) in zip(before, after, strict=True))
     )
 
 
-def _contents(modules: list[nn.Module]) -> Iterator[tuple[Any, int | None]]:
-    """The attributes of modules and the entries of their containers, with how often a tensor was written to."""
-    for module in modules:
-        for value in list(module.__dict__.values()):
-            yield value, _version(value)
-            if isinstance(value, dict):
-                yield from ((entry, _version(entry)) for pair in list(value.items()) for entry in pair)
-            elif isinstance(value, (list, tuple, set)):
-                yield from ((entry, _version(entry)) for entry in list(value))
+def _has_hooks(module: nn.Module) -> bool:
+    return any(getattr(module, f"_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre"))
+
+
+def _contents(value: Any, seen: set[int] | None = None) -> list[tuple[Any, int | None]]:
+    """A value and all that it is made of, down to any depth, with how often a tensor was written to."""
+    seen = set() if seen is None else seen
+    contents = [(value, _version(value))]
+    if id(value) not in seen:
+        seen.add(id(value))
+        for entry in _entries(value):
+            contents += _contents(entry, seen)
+    return contents
+
+
+def _entries(value: Any) -> list[Any]:
+    if isinstance(value, nn.Module):
+        return [entry for name, entry in vars(value).items() if name not in BOOKKEEPING]
+    if isinstance(value, dict):
+        return [*value, *value.values()]
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return list(value)
+    if isinstance(value, functools.partial):
+        return [value.func, value.args, value.keywords]
+    if isinstance(value, MethodType):
+        return [value.__self__]
+    return []
 
 
 def _version(value: Any) -> int | None:
     return value._version if isinstance(value, Tensor) and not value.is_inference() else None
 
 
-def _autocast_state() -> dict[str, Any]:
+def _autocast_of(device_type: str) -> dict[str, Any]:
+    """The autocast state of this thread, as arguments of ``torch.autocast``."""
     return {
-        "enabled": torch.is_autocast_enabled("cpu"),
-        "dtype": torch.get_autocast_dtype("cpu"),
+        "device_type": device_type,
+        "enabled": torch.is_autocast_enabled(device_type),
+        "dtype": torch.get_autocast_dtype(device_type),
         "cache_enabled": torch.is_autocast_cache_enabled(),
     }

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 from library_models import small_cnn
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from scorematch import ThreatModel
 from scorematch.attacks import APGD, FAB, Square
@@ -323,8 +323,14 @@ def test_models_that_cannot_take_channels_last() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x.as_strided((len(x), 5), (x.stride(0), 1))
 
+    class Asserts(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            assert x.is_contiguous()
+            return x.flatten(1)
+
     x = torch.rand(3, 3, 4, 4)
     assert not channels_last_works(Flattens(), x)
+    assert not channels_last_works(Asserts(), x)
     assert not channels_last_works(Reads(), x)
     assert not channels_last_works(lambda x: x.flatten(1), x)
     assert not channels_last_works(nn.Flatten(), torch.rand(3, 5))
@@ -360,21 +366,33 @@ def test_a_model_that_cannot_be_copied_is_not_folded() -> None:
 
 def test_a_model_that_folding_would_change_is_not_folded() -> None:
     class Path(nn.Module):
-        """Doubles what its convolution returns in every call but the first, the one that is traced."""
+        """Doubles what its convolution returns in every call but the one that is traced."""
 
         def __init__(self) -> None:
             super().__init__()
-            self.calls = 0
             self.model = small_cnn(batch_norm=True)
 
         def forward(self, x: Tensor) -> Tensor:
-            self.calls += 1
             between = self.model[0](x)
-            return self.model[2:](self.model[1](between if self.calls == 1 else 2 * between))
+            return self.model[2:](self.model[1](between if isinstance(x, fx.Proxy) else 2 * between))
 
     path = Path().eval()
     path.model[1].running_mean.fill_(0.5)
     with folded_copy(path, torch.rand(3, 1, 8, 8)) as folded:
+        assert folded is None
+
+
+def test_a_copy_that_fails_is_not_searched_with() -> None:
+    class Original(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.myself = small_cnn(batch_norm=True), id(self)
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert isinstance(x, fx.Proxy) or id(self) == self.myself
+            return self.model(x)
+
+    with folded_copy(Original().eval(), torch.rand(3, 1, 8, 8)) as folded:
         assert folded is None
 
 

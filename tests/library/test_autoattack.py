@@ -15,8 +15,8 @@ from library_autoattack import COUNT, EPS, attack, data, verdict
 from library_models import small_cnn
 from torch import Tensor, nn
 
-from scorematch import AutoAttack
-from scorematch.attacks import APGD, AutoAttackWarning, inspection
+from scorematch import PGD, AutoAttack
+from scorematch.attacks import APGD, AutoAttackWarning, EvaluationState, inspection
 from scorematch.attacks.classifier import Classifier
 from scorematch.attacks.losses import dlr_loss
 from scorematch.intervals import wilson
@@ -208,6 +208,61 @@ def test_changed_buffers_are_restored() -> None:
     with pytest.warns(AutoAttackWarning, match="changes its buffers while it predicts \\(calls\\)"):
         attack(counting, version="custom", attacks_to_run=["apgd-ce"]).run_standard_evaluation(x, y)
     assert counting.calls == 0
+    adversary = attack(counting, version="custom", attacks_to_run=["apgd-ce"])
+    calls = (
+        lambda: adversary.apgd.perturb(x),
+        lambda: adversary.clean_accuracy(x, y),
+        lambda: adversary.apgd(counting, x, y),
+        lambda: PGD(adversary.threat_model, steps=2)(counting, x, y),
+    )
+    for call in calls:
+        call()
+        assert counting.calls == 0
+
+
+def test_labels_that_are_no_classes_have_no_accuracy() -> None:
+    model, x, y = data()
+    with pytest.raises(ValueError, match=r"y_orig must lie in 0 … 9, as the model has 10 classes, got 0 … 100"):
+        attack(model).clean_accuracy(x, torch.where(y == y.max(), 100, 0 * y))
+
+
+class Positions(nn.Module):
+    """Keeps a buffer as long as the batch: a new tensor each time, or the same one of another size."""
+
+    def __init__(self, model: nn.Module, *, in_place: bool) -> None:
+        super().__init__()
+        self.model, self.in_place = model, in_place
+        self.register_buffer("positions", torch.zeros(2, 1, 1, 1), persistent=False)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(self.positions) != len(x):
+            fitting = torch.zeros(len(x), 1, 1, 1)
+            if self.in_place:
+                self.positions.data = fitting
+            else:
+                self.positions = fitting
+        return self.model(x + self.positions)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_buffer_may_change_its_shape(in_place: bool, tmp_path: Path) -> None:
+    model, x, y = data()
+    positions = Positions(model, in_place=in_place)
+    before = positions.positions
+    adversary = attack(positions, version="custom", attacks_to_run=["apgd-ce"])
+    with pytest.warns(AutoAttackWarning, match=r"changes its buffers while it predicts \(positions\)"):
+        adversary.run_standard_evaluation(x, y, state_path=tmp_path / "state.pt")
+    assert positions.positions is before
+    assert torch.equal(before, torch.zeros(2, 1, 1, 1))
+    assert EvaluationState.from_disk(tmp_path / "state.pt").robust.tolist() == adversary.report["robust"]
+
+
+def test_a_buffer_of_nan_is_unchanged(recwarn: pytest.WarningsRecorder) -> None:
+    model, x, y = data()
+    model.register_buffer("unknown", torch.tensor([math.nan, 1.0]))
+    attack(model, version="custom", attacks_to_run=["apgd-ce"]).run_standard_evaluation(x, y)
+    assert not recwarn
 
 
 @pytest.mark.parametrize("classes", [2, 3, 5])

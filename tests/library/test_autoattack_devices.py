@@ -11,7 +11,7 @@ from library_autoattack import EPS, alone, attack, data, verdict
 from torch import Tensor, nn
 
 from scorematch import AutoAttack
-from scorematch.attacks.classifier import full_precision
+from scorematch.attacks.precision import full_precision
 
 TWO = ["cpu", torch.device("cpu")]
 
@@ -161,3 +161,26 @@ def test_tf32_comes_back_when_the_last_thread_has_verified() -> None:
         assert allowed() == (True, True)
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = found
+
+
+@pytest.mark.parametrize("norm", list(EPS))
+@pytest.mark.parametrize("rng", ["keyed", "reference"])
+def test_the_default_device_does_not_matter(norm: str, rng: str, tmp_path: Path) -> None:
+    model, x, y = data()
+    adversary = attack(model, norm, rng=rng, version="plus", workers=1, save_every=0)
+    adversary.apgd.n_restarts = adversary.fab.n_restarts = 2
+    adversary.apgd.use_largereps = False
+    adversary.apgd.n_iter = adversary.fab.n_iter = 3
+    adversary.apgd_targeted.n_target_classes = 2
+    adversary.square.n_queries = 70
+    radius = EPS[norm]
+
+    def outcome(folder: Path) -> list[Tensor]:
+        found = [adversary.run_standard_evaluation(x, y, state_path=folder / "state.pt") for _ in range(2)]
+        curve = adversary.accuracy_curve(x, y, radii=[radius / 2, radius])
+        return [*found, curve.adversarial, curve.nearest, adversary.square.perturb(x, y)]
+
+    expected = outcome(tmp_path / "plain")
+    with torch.device("meta"):
+        actual = outcome(tmp_path / "meta")
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)

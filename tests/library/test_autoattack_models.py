@@ -300,3 +300,49 @@ def test_memory_of_untargeted_fab_does_not_grow_with_the_classes() -> None:
         FAB(ThreatModel("linf", 1e-3), targeted=False, n_iter=1)(model, x, y)
     assert max(sizes) <= 1 << 24
     assert max(sizes) < 1000 * x.numel()
+
+
+class InPlace(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x.sub_(0.05).mul_(1.1))
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, lambda model: model.forward])
+def test_a_model_that_works_in_place_is_refused_and_writes_to_no_sample(wrap) -> None:
+    model, x, y = data()
+    expected, in_place = x.clone(), wrap(InPlace(model).eval())
+    adversary = alone(in_place, "square")
+    calls = [
+        lambda: adversary.run_standard_evaluation(x, y),
+        lambda: adversary.accuracy_curve(x, y, radii=[0.1]),
+        lambda: adversary.square.perturb(x, y),
+        lambda: adversary.square.perturb(x),
+    ]
+    if isinstance(in_place, nn.Module):
+        calls += [
+            lambda: adversary.square(in_place, x, y),
+            lambda: PGD(adversary.threat_model)(in_place, x, y),
+        ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"the model, a \w+, changes its input in place"):
+            call()
+        assert torch.equal(x, expected)
+    clean = adversary.clean_accuracy(x, y)
+    assert clean == (InPlace(model)(x.clone()).argmax(1) == y).double().mean().item()
+    assert torch.equal(x, expected)
+
+
+def test_perturb_leaves_samples_of_nan_that_have_no_label() -> None:
+    model, x, _ = data()
+
+    def blind(images: Tensor) -> Tensor:
+        return model(images).where((images != x[3]).flatten(1).any(1)[:, None], math.nan)
+
+    adversary = attack(blind)
+    found = adversary.apgd.perturb(x)
+    assert torch.equal(found[3], x[3])
+    assert not torch.equal(found, x)

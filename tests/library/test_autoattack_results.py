@@ -104,6 +104,7 @@ def test_a_budget_stops_an_evaluation_and_the_next_one_goes_on(
     assert report["robust"] == verdict(model, x_adv, y).tolist()
     assert whole.report["robust_accuracy"] < report["robust_accuracy"] < report["clean_accuracy"]
     pending = [found["pending"] for found in report["attacks"].values()]
+    assert list(report["attacks"].values())[1]["forwards"] > 0, "what the batch cost that was given up"
     assert pending[0] == 0, "the first attack was through"
     assert pending[1:] == [sum(report["robust"])] * 3
     adversary.budget = None

@@ -2,8 +2,10 @@
 
 import copy
 import warnings
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from library_autoattack import COUNT, alone, attack, data
@@ -193,3 +195,14 @@ def test_lines_of_finished_attacks_are_right_after_a_resume(path: Path, capsys: 
     assert len(set(accuracies)) > 1, "the attacks must differ"
     assert lines(attack(model, verbose=True, eps=0.02)) == expected
     assert [float(line.split(": ")[1].split(" %")[0]) for line in expected] == accuracies
+
+
+@pytest.mark.parametrize("rng", ["keyed", "reference"])
+def test_numbers_of_numpy_and_fractions_are_numbers(rng: str, path: Path) -> None:
+    model, x, y = data()
+    for whole, real in ((int, float), (np.int64, np.float64), (np.int32, Fraction)):
+        adversary = alone(model, "apgd-ce", eps=real(0.03125), upper=real(1.0), rng=rng)
+        adversary.apgd.n_iter = whole(5)
+        adversary.run_standard_evaluation(x, y, bs=whole(16), state_path=path)
+        adversary.accuracy_curve(x, y, radii=[real(0.015625), real(0.03125)], bs=whole(16), state_path=path)
+        assert adversary.clean_accuracy(x, y, bs=whole(16)) == EvaluationState.from_disk(path).clean_accuracy

@@ -1,5 +1,6 @@
 """AutoAttack on several threads: the same verdicts, points, counts and states with any number of workers."""
 
+import functools
 import math
 import os
 import signal
@@ -7,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from library_autoattack import COUNT, EPS, alone, attack, data
 from library_models import small_cnn
 from torch import Tensor, nn
 
+from scorematch import Normalised
 from scorematch.attacks import AutoAttackWarning
 from scorematch.attacks.schedule import batch_size, dealt_out
 from scorematch.attacks.workers import MOST, Team, automatic, can_be_shared
@@ -113,6 +116,20 @@ def test_workers_compute_under_the_autocast_of_the_caller() -> None:
     seen.clear()
     alone(watched, "apgd-ce", workers=2).run_standard_evaluation(x.float(), y)
     assert {enabled for enabled, _ in seen} == {False}
+
+
+def test_workers_have_the_autocast_of_their_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    seen = []
+
+    def work(worker: int, job: int) -> None:
+        seen.append((torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")))
+
+    with torch.autocast("cuda", torch.float16):
+        Team(2, ["cuda"]).run(range(4), work)
+    assert seen == [(True, torch.float16)] * 4
+    Team(2, ["cuda"]).run(range(4), work)
+    assert [enabled for enabled, _ in seen[4:]] == [False] * 4
 
 
 class Killed(BaseException):
@@ -288,7 +305,11 @@ class Remembers(nn.Module):
     def __init__(self, how: str) -> None:
         super().__init__()
         self.model, self.how = small_cnn().double(), how
-        self.last, self.log, self.table = None, [], {}
+        self.last, self.log, self.table, self.unregistered = None, [], {}, [nn.Identity()]
+        if how == "an object":
+            self.kept = SimpleNamespace(last=None)
+        if how == "an object in a container":
+            self.kept = {"kept": [SimpleNamespace(last=None)]}
         self.register_buffer("calls", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -300,6 +321,17 @@ class Remembers(nn.Module):
             self.table["features"] = x
         if self.how == "buffer":
             self.calls += 1
+        if self.how == "set and reset":
+            self.last = x
+            self.last = None
+        if self.how == "deleted":
+            self.passing = x
+            del self.passing
+        if self.how == "deep entry":
+            self.table.setdefault("features", [[]])[0].append(x)
+        if self.how == "module in a list":
+            self.unregistered[0].last = x
+            self.unregistered[0].last = None
         return self.model(x)
 
 
@@ -317,7 +349,10 @@ def test_models_that_threads_may_share() -> None:
     for batch_norm in (False, True):
         assert can_be_shared(small_cnn(batch_norm=batch_norm).double().eval(), x)
     assert can_be_shared(Remembers("nothing").eval(), x)
-    for how in ("attribute", "list", "entry", "buffer"):
+    for how in (
+        *("attribute", "list", "entry", "buffer", "set and reset", "deleted", "deep entry", "module in a list"),
+        *("an object", "an object in a container"),
+    ):
         assert not can_be_shared(Remembers(how).eval(), x), how
     for kind in ("pre", "post"):
         assert not can_be_shared(hooked(kind).eval(), x), kind
@@ -326,6 +361,31 @@ def test_models_that_threads_may_share() -> None:
     handle = nn.modules.module.register_module_forward_hook(lambda module, inputs, output: None)
     assert not can_be_shared(small_cnn().double().eval(), x)
     handle.remove()
+
+
+class Ordinary(nn.Module):
+    """What the attributes of published networks are, and a module that is made and changed in each pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model, self.config = small_cnn().double(), {"mean": (0.5,), "sizes": [{"width": 8, "name": None}]}
+        self.activation, self.norm = functools.partial(nn.functional.leaky_relu, negative_slope=0.1), nn.BatchNorm2d
+        self.scale, self.dtype, self.bound, self.blocks = 1.0, torch.float64, self.scaled, [nn.Identity()]
+        self.register_load_state_dict_pre_hook(lambda *arguments: None)
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return self.scale * x
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = nn.Identity()
+        made.seen = x
+        return self.activation(self.bound(self.model(made(x))))
+
+
+def test_ordinary_networks_are_shared() -> None:
+    assert can_be_shared(Ordinary().eval(), torch.rand(2, 1, 8, 8, dtype=torch.float64))
+    normalised = Normalised(small_cnn(batch_norm=True), (0.5,), (0.2,))
+    assert can_be_shared(normalised.eval(), torch.rand(2, 1, 8, 8))
 
 
 def test_automatic_workers_are_those_of_torch() -> None:

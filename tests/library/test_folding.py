@@ -110,6 +110,30 @@ def test_a_model_that_cannot_be_traced_has_no_pairs() -> None:
     assert len(Folding(Wrapped()).pairs) == 2
 
 
+def test_a_model_is_not_what_is_traced(net: Net) -> None:
+    """A forward pass that keeps its values keeps none of the tracer's, and hooks see none of them."""
+
+    class Remembering(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head, self.mean, self.log, self.kept = net, nn.Sequential(nn.Flatten()), 0.0, [], {}
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.mean = 0.9 * self.mean + x.mean()
+            self.log.append(x)
+            self.kept["x"] = x
+            return self.head(self.body(x))
+
+    model, seen = Remembering().eval(), []
+    model.head.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    model.head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
+    assert Folding(model).pairs == [(net.conv1, net.norm1), (net.conv5, net.norm5)]
+    assert (model.mean, model.log, model.kept, seen) == (0.0, [], {}, [])
+    net.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    assert Folding(model).pairs == []
+    assert seen == []
+
+
 @pytest.mark.parametrize("normed", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
 @pytest.mark.filterwarnings("ignore:.*weight_norm")
 def test_weights_that_are_computed_are_left_alone(net: Net, normed: Callable[[nn.Module], nn.Module]) -> None:

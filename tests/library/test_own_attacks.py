@@ -1,8 +1,10 @@
 """Losses and attacks of one's own, in AutoAttack and alone."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -175,6 +177,32 @@ def test_a_state_knows_attacks_by_their_settings(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ([0.0], [0.3]),
+        ((torch.zeros(2),), (torch.ones(2),)),
+        ({"shift": {"x": 1}}, {"shift": {"x": 2}}),
+        ({1, 2}, {1, 3}),
+        (np.int64(1), np.int64(300)),
+        (np.bool_(True), np.bool_(False)),
+        (np.zeros(3), np.array([0.0, 0.0, 1.0])),
+        (np.zeros((4, 2))[::2], np.ones((4, 2))[::2]),
+    ],
+)
+def test_a_state_knows_settings_of_any_kind(one: Any, other: Any, tmp_path: Path) -> None:
+    def attack_with(setting: Any) -> RandomPoints:
+        attack = RandomPoints(BALL)
+        attack.setting = setting
+        return attack
+
+    path = tmp_path / "state.pt"
+    run([attack_with(one)], state_path=path)
+    run([attack_with(copy.deepcopy(one))], state_path=path)
+    with pytest.raises(ValueError, match="another list of attacks"):
+        run([attack_with(other)], state_path=path)
+
+
+@pytest.mark.parametrize(
     ("attacks", "error", "message"),
     [
         ([object()], TypeError, "is not an attack, expected one of apgd-ce"),
@@ -200,3 +228,13 @@ def test_own_attacks_draw_other_numbers_than_ours() -> None:
     assert keys == set(ATTACK_KEYS.values())
     assert attack_key("random points") not in keys
     assert 64 <= attack_key("anything") < 128
+
+
+def test_an_attack_without_gradients_needs_none_of_the_model() -> None:
+    model, x, y = problem()
+    adversary = sm.AutoAttack(
+        *(lambda images: model(images.detach()), "linf", BALL.eps),
+        **{"seed": 0, "verbose": False, "version": "custom", "attacks_to_run": [RandomPoints(BALL)]},
+    )
+    adversary.run_standard_evaluation(x, y)
+    assert adversary.report["robust"] == run([RandomPoints(BALL)])[1]["robust"]

@@ -7,7 +7,7 @@ import torch
 from library_models import small_cnn
 from torch import nn
 
-from scorematch import PGD, ThreatModel
+from scorematch import PGD, AutoAttack, ThreatModel
 from scorematch.attacks.losses import margin_loss
 from scorematch.attacks.pgd import LOSSES, misclassified
 from scorematch.model_state import borrowed
@@ -191,3 +191,29 @@ def test_attacks_within_no_grad() -> None:
         found = attack(model, x, y, generator=torch.Generator().manual_seed(0))
         assert not torch.is_grad_enabled()
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("made_within", [False, True])
+@pytest.mark.parametrize("called_within", [False, True])
+def test_attacks_within_inference_mode(made_within: bool, called_within: bool) -> None:
+    """Tensors that are made in inference mode take no gradients; attacks go on with copies of them, outside of it."""
+    model, ball = small_cnn().eval(), ThreatModel("linf", 0.1)
+    x = torch.rand(6, 1, 8, 8)
+    y = model(x).argmax(1)
+    adversary = AutoAttack(model, eps=0.1, seed=0, version="custom", attacks_to_run=["apgd-ce", "fab"], verbose=False)
+    adversary.apgd.n_iter = adversary.fab.n_iter = 3
+    calls = (
+        adversary.run_standard_evaluation,
+        lambda x, y: adversary.accuracy_curve(x, y, radii=[0.1]).adversarial,
+        lambda x, y: adversary.apgd.perturb(x),
+        lambda x, y: torch.tensor(adversary.clean_accuracy(x, y)),
+        lambda x, y: adversary.apgd(model, x, y),
+        lambda x, y: PGD(ball, steps=3, random_start=False)(model, x, y),
+    )
+    with torch.inference_mode(made_within):
+        own_x, own_y = x.clone(), y.clone()
+    for call in calls:
+        expected = call(x, y)
+        with torch.inference_mode(called_within):
+            assert torch.equal(call(own_x, own_y), expected)
+            assert torch.is_inference_mode_enabled() == called_within

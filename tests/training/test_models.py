@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from scorematch.attacks.workers import can_be_shared
 from scorematch.folding import Folding
 from training import models
 from training.data import STATISTICS
@@ -407,3 +408,8 @@ def test_gradients_reach_every_parameter_and_the_input(name: str) -> None:
     assert x.grad is not None
     assert x.grad.abs().sum() > 0
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_threads_may_share_a_network(name: str) -> None:
+    assert can_be_shared(build(name).eval(), torch.rand(2, *IMAGE_SHAPE))

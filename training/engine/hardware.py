@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from scorematch.attacks.precision import allow_tf32
+
 Precision = Literal["float32", "tf32", "bfloat16"]
 PrecisionWish = Literal["auto", "float32", "tf32", "bfloat16"]
 Switch = Literal["auto", "on", "off"]
@@ -92,7 +94,7 @@ def records(wish: Switch, hardware: Hardware, *, possible: bool) -> bool:
 
 def prepare(device: torch.device, precision: Precision, *, deterministic: bool) -> None:
     """What torch decides for the whole process: TF32 products, and convolutions timed before one is chosen."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    allow_tf32(precision == "tf32")
     torch.backends.cudnn.benchmark = device.type == "cuda" and not deterministic
 
 
