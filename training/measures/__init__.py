@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from scorematch import PGD, AutoAttack, ThreatModel, consistency, intervals
 from scorematch.attacks import AccuracyCurve, AutoAttackWarning
-from scorematch.attacks.classifier import full_precision
+from scorematch.attacks.precision import full_precision
 from scorematch.posteriors import Posterior
 from training.engine import distributed
 from training.settings.errors import InputError
