@@ -363,8 +363,10 @@ class _Engine:
             self._book(name)
             try:
                 self.team.run(self._jobs(index), partial(self._attack, index))
-            finally:  # what a batch cost that was not finished, too
+            except OutOfTime:  # the report is of this call, the batch that was given up included
                 self._book(name)
+                raise
+            self._book(name)
             last = index + 1 == len(self.stages) or self.stages[index + 1].attack.name != name
             if last and len(self.mine):
                 self.console.say(stage_line(self.state, index, name, self.mine))
