@@ -104,7 +104,8 @@ def test_held_out_losses_are_logged(digits: data.Data, tmp_path: Path, monkeypat
         assert [entry["epoch"] for entry in entries] == [1, 2, 3]
         assert all(f"val_loss_{sigma:g}" in entry for sigma in scores.SIGMAS for entry in entries)
     assert isinstance(posterior, ScoreNetwork)
-    points = digits.x_validation[: scores.HELD_OUT], digits.y_validation[: scores.HELD_OUT]
+    few = data.spread(scores.HELD_OUT, len(digits.x_validation))
+    points = digits.x_validation[few], digits.y_validation[few]
     final = losses_by_level(posterior.denoiser, *points, scores.SIGMAS)
     logged = checkpoint.read_metrics(tmp_path / "score-network" / "metrics.jsonl")[-1]
     assert {sigma: logged[f"val_loss_{sigma:g}"] for sigma in scores.SIGMAS} == pytest.approx(final)
