@@ -70,6 +70,11 @@ def world_size() -> int:
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
+def own_samples(count: int) -> Tensor:
+    """Which of ``count`` samples are those of this process, int64: every ``world_size``-th; there may be none."""
+    return torch.arange(count)[rank() :: world_size()]
+
+
 def barrier() -> None:
     """Wait until every process is here."""
     if world_size() > 1:

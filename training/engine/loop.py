@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from scorematch import objectives
 from scorematch.free import FreeAttack
 from scorematch.graphs import AttackGraphs
+from scorematch.noise import normal_like
 from scorematch.objectives import Outcome, first_iterate, noise_directions
 from scorematch.posteriors import Posterior
 from scorematch.weight_perturbation import WeightPerturbation
@@ -374,8 +375,7 @@ class Trainer(Engine):
         settings, generator = self.settings, self.generators["attack"]
         if settings.objective == "gaussian":
             levels = self._noise_levels(x)
-            noise = torch.empty_like(x, memory_format=torch.contiguous_format).normal_(generator=generator)
-            return Draws(noise=noise, levels=levels)
+            return Draws(noise=normal_like(x, generator), levels=levels)
         if not settings.searches or self.free is not None:
             return Draws()
         assert self.start is not None

@@ -116,7 +116,7 @@ def _told_by_autoattack() -> Iterator[None]:
 
 def share_of(count: int) -> int:
     """How many of ``count`` samples :func:`shared` gives to this process."""
-    return len(range(distributed.rank(), count, distributed.world_size()))
+    return len(distributed.own_samples(count))
 
 
 def shared(measure: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ def shared(measure: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) ->
 
     Every rank returns all verdicts. ``measure`` is never called without samples.
     """
-    mine = torch.arange(len(x), device=x.device)[distributed.rank() :: distributed.world_size()]
+    mine = distributed.own_samples(len(x)).to(x.device)
     part = measure(x[mine], y[mine]) if len(mine) else torch.zeros(0, dtype=torch.bool, device=x.device)
     return distributed.interleaved(part)
 

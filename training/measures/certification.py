@@ -43,7 +43,7 @@ def certify(
     smoothed = SmoothedClassifier(model, num_classes=classes, sigma=sigma, batch=batch)
     largest = float(smoothed.radius(torch.tensor([alpha ** (1 / n)], dtype=torch.float64)))
     radii = tuple(radii) or tuple(0.5 * k * sigma for k in range(1 + int(2 * largest / sigma)))
-    mine = torch.arange(len(x))[distributed.rank() :: distributed.world_size()]
+    mine = distributed.own_samples(len(x))
     seeds = noise_seeds(len(x), Generator().manual_seed(seed))[mine]
     hidden = not sys.stderr.isatty() or distributed.rank() > 0
     with tqdm(total=len(mine), desc="certify", unit="sample", disable=hidden) as progress:
