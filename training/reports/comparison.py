@@ -186,7 +186,8 @@ def _headline(comparison: Comparison) -> str:
     direct = [entry for entry in aggregate if entry["objective"] == "score_direct"]
     surrogates = [entry for entry in aggregate if is_surrogate(entry)]
     if not direct or not surrogates:
-        return f"{len(aggregate)} objectives, {len(comparison['seeds'])} seeds."
+        counts = {"objective": len(aggregate), "seed": len(comparison["seeds"])}
+        return ", ".join(f"{count} {name}{'s' * (count != 1)}" for name, count in counts.items()) + "."
     if toy(comparison):
         found = [*direct, *surrogates]
         shown = (f"{interval(entry.get('r_score'), '.5f')} nat with {entry['label']}" for entry in found)
