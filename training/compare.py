@@ -30,7 +30,7 @@ from training.data import DataName
 from training.engine import checkpoint
 from training.engine.claims import claimed, is_claimed
 from training.reports import comparison as report
-from training.settings import command_line, config
+from training.settings import command_line, config, unused
 from training.settings.config import Objective, Posterior, RunSettings
 from training.settings.errors import InputError, Interrupted, StopError, run_program, unknown_name
 
@@ -441,7 +441,11 @@ def main(arguments: list[str]) -> None:
     _check(settings)
     out = settings.out or Path("runs") / f"compare-{data_sets.slug(settings.data)}"
     jobs = settings.jobs or len(os.sched_getaffinity(0))
-    planned = plan(settings, arguments[end + 1 :], out, jobs)
+    options = arguments[end + 1 :]
+    planned = plan(settings, options, out, jobs)
+    # Each run says this in its log; here counts what no run at all reads.
+    by_run = [unused.unused(job.settings, options) for job in planned]
+    unused.print_notes({name: where for name, where in by_run[0].items() if all(name in run for run in by_run)})
     with claimed(out):
         run(settings, planned, out, jobs, arguments)
 

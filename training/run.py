@@ -39,7 +39,7 @@ from training.engine.claims import claimed
 from training.engine.hardware import Hardware, Speed
 from training.engine.loop import Trainer, generator
 from training.reports import run as report
-from training.settings import config, tables
+from training.settings import config, tables, unused
 from training.settings.config import RunSettings
 from training.settings.errors import InputError, Interrupted, StopError, out_of_memory, run_program
 
@@ -52,7 +52,9 @@ PATH_SAMPLES = 4  # test samples whose posteriors are followed along an attack, 
 def main(arguments: list[str]) -> None:
     settings = config.parse(arguments)
     settings = dataclasses.replace(settings, threads=config.resolve_threads(settings.threads))
+    found = unused.unused(settings, arguments)
     if settings.dry_run:
+        unused.print_notes(found)
         print(tomli_w.dumps(config.as_table(settings)), end="")
         return
     torch.set_num_threads(settings.threads)
@@ -60,6 +62,8 @@ def main(arguments: list[str]) -> None:
         torch.use_deterministic_algorithms(True)
     device = distributed.device_of_this_process(config.resolve_device(settings.device))
     with distributed.processes(device):
+        if distributed.rank() == 0:
+            unused.print_notes(found)
         run(settings, device)
 
 

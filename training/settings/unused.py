@@ -1,0 +1,85 @@
+"""Options that a run does not read. Whoever gives one expects it to change something, so the programs name them."""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+
+from training.engine.posteriors import PosteriorSettings
+from training.settings.config import RunSettings
+
+OF_GAUSSIAN = ("sigma", "gamma", "alignment", "final_sigma", "antithetic")
+OF_SEARCH = ("attack", "attack_start", "attack_mode", "clip")
+OF_SCORES = ("anchor", "smoothing", "centering", "nodes", "linear", "top_k", "classes", "teacher", "augment")
+OF_CLASSIFIERS = ("likelihood_weight", "energy_weight", "temperature")
+OF_POSTERIORS = tuple(field.name for field in dataclasses.fields(PosteriorSettings))
+OF_NETWORKS = tuple(name for name in OF_POSTERIORS if name not in ("sigma", "max_points"))
+
+
+def _asks_posterior(settings: RunSettings) -> bool:
+    return settings.objective == "score_direct" or settings.posterior is not None
+
+
+# What options there are, what reads them, and whether this run does. All lines that name an option must hold for it.
+READERS: tuple[tuple[tuple[str, ...], str, Callable[[RunSettings], bool]], ...] = (
+    (("beta",), "with objective trades", lambda s: s.objective == "trades"),
+    (OF_GAUSSIAN, "with objective gaussian", lambda s: s.objective == "gaussian"),
+    (OF_SEARCH, "with objectives pgd_at, trades and score_direct", lambda s: s.searches),
+    (("steps",), "with attack pgd in training", lambda s: s.searches and s.attack == "pgd" and not s.free_replays),
+    (("clip_form",), "with clip above 0", lambda s: s.clip > 0),
+    (("label_smoothing_over",), "with label_smoothing above 0", lambda s: s.label_smoothing > 0),
+    (("toy_labels",), "on the toy", lambda s: s.data == "toy"),
+    (("momentum",), "with optimizer sgd", lambda s: s.optimizer == "sgd"),
+    (("nesterov",), "with optimizer sgd and a momentum", lambda s: s.optimizer == "sgd" and s.momentum > 0),
+    (("warmup",), "with schedule onecycle", lambda s: s.schedule == "onecycle"),
+    (("milestones", "lr_decay"), "with schedule multistep", lambda s: s.schedule == "multistep"),
+    (("averaging_buffers",), "with averaging above 0", lambda s: s.averaging > 0),
+    (("autoattack_samples", "autoattack_compile"), "with autoattack", lambda s: s.autoattack != "none"),
+)
+READERS_OF_POSTERIORS: tuple[tuple[tuple[str, ...], str, Callable[[PosteriorSettings], bool]], ...] = (
+    (OF_NETWORKS, "with a posterior that is a network", lambda p: p.name not in ("kernel_density", "oracle")),
+    (("sigma",), "with a posterior that is estimated", lambda p: p.name != "oracle"),
+    (("max_points",), "with kernel_density, as posterior or anchor", lambda p: "kernel_density" in (p.name, p.anchor)),
+    (OF_SCORES, "with posterior score_network", lambda p: p.name == "score_network"),
+    (
+        OF_CLASSIFIERS,
+        "with noise_conditional_classifier or joint_energies, and with anchor classifier",
+        lambda p: p.name != "score_network" or p.anchor == "classifier",
+    ),
+    (("noise_mean", "noise_deviation"), "with noise log_normal", lambda p: p.noise == "log_normal"),
+    (("multipliers",), "with network unet", lambda p: p.network == "unet"),
+    (("depth",), "with network mlp or conv", lambda p: p.network != "unet"),
+    (("patch",), "with network conv", lambda p: p.network == "conv"),
+)
+
+
+def unused(settings: RunSettings, arguments: Sequence[str]) -> dict[str, str]:
+    """The options among ``arguments`` that a run with these settings does not read, each with what does read it."""
+    found: dict[str, str] = {}
+    for name in _names(arguments):
+        group, _, own = name.rpartition(".")
+        if not group:
+            where = [where for options, where, reads in READERS if name in options and not reads(settings)]
+        elif _asks_posterior(settings):
+            posterior = settings.posterior_settings
+            where = [where for names, where, reads in READERS_OF_POSTERIORS if own in names and not reads(posterior)]
+        else:
+            where = ["with a posterior"]
+        if where:
+            found[name] = where[0]
+    return found
+
+
+def print_notes(found: dict[str, str]) -> None:
+    """Say so on standard error, a line for each option."""
+    for name, where in found.items():
+        print(f"note: --{name.replace('_', '-')} changes nothing here, it counts {where}", file=sys.stderr)
+
+
+def _names(arguments: Sequence[str]) -> list[str]:
+    """The names of options, as fields: ``--no-`` of a switch is taken off, once each, in order."""
+    names = []
+    for argument in arguments:
+        if argument.startswith("--"):
+            *groups, last = argument[2:].partition("=")[0].replace("-", "_").split(".")
+            names.append(".".join([*groups, last.removeprefix("no_")]))
+    return list(dict.fromkeys(names))
