@@ -161,11 +161,11 @@ def train_and_evaluate(
             f"{settings.objective} ({settings.divergence}) on {settings.data}: {sizes}; {settings.model}; folder {out}"
         )
         sys.stdout.flush()
-    begin = time.perf_counter()
+    begin, earlier = time.perf_counter(), seconds_of_posterior(out)
     posterior = None
     if settings.posterior is not None:
         posterior = get_posterior(settings, loaded, given, out)
-    posterior_seconds = time.perf_counter() - begin
+    posterior_seconds = earlier + time.perf_counter() - begin
 
     torch.manual_seed(settings.seed + 1)  # a posterior trained before draws from the global generator, one loaded not
     trainer = Trainer(settings, loaded, model, posterior, out)
@@ -276,6 +276,12 @@ def get_posterior(settings: RunSettings, loaded: Data, given: dict[str, Any] | N
         checkpoint.save(path, epoch=0, settings=about, network=posterior.state_dict(), data=loaded.record())
     distributed.barrier()
     return posteriors.at_speed(posterior, speed)
+
+
+def seconds_of_posterior(out: Path) -> float:
+    """How long the networks of the run's posterior have been trained so far, by this process and by earlier ones."""
+    folders = [folder / name for folder in (out, *out.glob("fold-*")) for name in ("score-network", "classifier")]
+    return sum(entry["seconds"] for folder in folders for entry in checkpoint.read_metrics(folder / "metrics.jsonl"))
 
 
 def speed_of_posterior(settings: RunSettings, device: Hardware) -> Speed:

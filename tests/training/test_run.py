@@ -414,3 +414,16 @@ def test_the_audit_of_a_posterior_takes_few_samples(
     assert summary["posterior_samples"] == 20
     assert 100 * summary["posterior_robust_acc"] % 500 == 0, "of twenty"
     assert "% clean, " in ending.out
+
+
+def test_the_time_of_a_posterior_counts_what_earlier_processes_spent(
+    call: Any, tiny: list[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    options = ["--posterior", "joint_energies", "--posterior-settings.folds", "2", "--posterior-settings.steps", "4"]
+    call("run", *tiny, "--objective", "score_direct", *options, "--out", out)
+    logs = [checkpoint.read_metrics(out / f"fold-{fold}" / "classifier" / "metrics.jsonl") for fold in (0, 1)]
+    spent = sum(entry["seconds"] for log in logs for entry in log)
+    (out / "summary.json").unlink()  # as if it had been killed before its end
+    assert call("run", "--resume", out).status == 0
+    assert json.loads((out / "summary.json").read_text())["posterior_seconds"] > spent > 0
