@@ -147,10 +147,14 @@ def _to_hyperplane_in_l1(
     weight, order = weight.sort(dim=1, descending=True)
     room = room.gather(1, order)
     gain = torch.nn.functional.pad((weight * room).cumsum(1), (1, 0))  # [N, D + 1], of the first k elements
-    first, end = (torch.searchsorted(-weight, -weight, right=right) for right in (False, True))  # of the same |w|
+    rising = (-weight).contiguous()
+    first, end = (torch.searchsorted(rising, rising, right=right) for right in (False, True))  # of the same |w|
     before, after = gain.gather(1, first), gain.gather(1, end)
-    share = ((c.abs().unsqueeze(1) - before) / (after - before)).clamp(0, 1)
-    moved = torch.where((weight > 0) & (after > before), share * room, torch.zeros_like(room))
+    missing = c.abs().unsqueeze(1) - before
+    share = (missing / (after - before)).clamp(0, 1)
+    # A gain that rounding swallows is no gain: such elements go to the box only where it has no point of the plane.
+    share = torch.where(after > before, share, (missing > 0).to(share))
+    moved = torch.where(weight > 0, share * room, torch.zeros_like(room))
     return direction * torch.zeros_like(moved).scatter(1, order, moved)
 
 

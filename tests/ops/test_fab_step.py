@@ -157,6 +157,16 @@ def test_unreachable_hyperplane_leads_to_the_corner(norm, device_dtype):
 
 
 @pytest.mark.parametrize("norm", NORMS)
+def test_an_unreachable_hyperplane_moves_what_its_sum_does_not_feel(norm, device):
+    """1e-11 · room is lost in a sum of 1e7, and still belongs to the corner."""
+    p = torch.tensor([[0.3, 0.6, 0.8]], device=device, dtype=torch.float64)
+    w = torch.tensor([[2e7, -1e-11, 3e3]], device=device, dtype=torch.float64)
+    c = torch.tensor([1e8], device=device, dtype=torch.float64)
+    for step in (fab_step, reference.fab_step):
+        assert step(p, p, w, c, norm=norm, overshoot=1.0).tolist() == [[0.0, 1.0, 0.0]]
+
+
+@pytest.mark.parametrize("norm", NORMS)
 def test_zero_normal(norm, device):
     x, x0 = torch.rand(2, 3, 20, device=device).unbind()
     moved = fab_step(
