@@ -8,13 +8,9 @@ Nothing but arrays is ever unpickled.
     python -m training.data.generated --source packed.npz --out plain.npz  # uncompressed, so that it need not be loaded
 """
 
-import codecs
 import itertools
 import math
 import mmap
-import os
-import pickle
-import pickletools
 import struct
 import sys
 import zipfile
@@ -22,12 +18,13 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, BinaryIO, NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from training.data import pickles
 from training.engine import checkpoint
 from training.settings import command_line
 from training.settings.errors import InputError, run_program
@@ -336,77 +333,19 @@ def available_memory() -> int | None:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
 
 
-def _latin1(text: str, encoding: str) -> bytes:
-    """How pickles of protocol 2 hold the bytes of an array."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"it encodes text as {encoding}")
-    return codecs.encode(text, "latin1")
-
-
-_RECONSTRUCT: Any = np.empty(1).__reduce__()[0]
-
-
-def _begun_array(kind: type, shape: tuple[int, ...], code: bytes) -> np.ndarray:
-    """An array whose shape and bytes follow; a file could ask for one of any size, and would get the memory."""
-    if kind is not np.ndarray or shape != (0,):
-        raise pickle.UnpicklingError(f"it begins an array of shape {shape}")
-    begun: np.ndarray = _RECONSTRUCT(kind, shape, code)
-    return begun
-
-
-# What pickles of arrays name, wherever this and older versions of numpy keep it. ``_frombuffer`` is protocol 5.
-_ARRAY_PARTS: dict[str, dict[str, Any]] = {
-    "numpy": {"ndarray": np.ndarray, "dtype": np.dtype},
-    "multiarray": {"_reconstruct": _begun_array, "scalar": np.float64(0).__reduce__()[0]},
-    "numeric": {"_frombuffer": np.empty(1).__reduce_ex__(5)[0]},
-    "_codecs": {"encode": _latin1},
-}
-
-
-class _ArraysOnly(pickle.Unpickler):
-    """Unpickles plain values and numpy arrays, and refuses to import anything else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        short = module.removeprefix("numpy.core.").removeprefix("numpy._core.")
-        if name not in _ARRAY_PARTS.get(short, {}):
-            raise pickle.UnpicklingError(f"it would import {module}.{name}, allowed: arrays")
-        return _ARRAY_PARTS[short][name]
-
-
-class _Bounded:
-    """A file whose reads take no more memory than it has bytes, whatever length a damaged file asks for."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.size = file.seek(0, os.SEEK_END)
-        file.seek(0)
-
-    def read(self, size: int, /) -> bytes:
-        return self.file.read(min(size, self.size - self.file.tell()))
-
-    def readline(self) -> bytes:
-        return self.file.readline()
-
-
-def _check_memo(file: _Bounded) -> None:
-    """Refuse a pickle that numbers its values beyond its own length: it would be given a table of that size."""
-    for opcode, argument, _ in pickletools.genops(cast(IO[bytes], file)):  # which only reads
-        if opcode.name in ("BINPUT", "LONG_BINPUT", "PUT") and not 0 <= int(argument or 0) < file.size:
-            raise pickle.UnpicklingError(f"it numbers a value {argument}")
-
-
 def _from_pickle(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """The pseudo-labelled images of Carmon et al. (2019)."""
-    with open(path, "rb") as file:
-        try:
-            _check_memo(_Bounded(file))
-            content = _ArraysOnly(_Bounded(file), encoding="latin1").load()
-        except Exception as error:  # what a damaged pickle raises depends on where the damage is
-            raise _unreadable(path, error) from None
+    try:
+        content = pickles.load(path)
+    except Exception as error:  # what a damaged pickle raises depends on where the damage is
+        raise _unreadable(path, error) from None
     if not isinstance(content, dict) or not {"data", "extrapolated_targets"} <= content.keys():
         given = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise InputError(f"generated: {path} holds {given}, expected {EXPECTED}")
-    return np.asarray(content["data"]), np.asarray(content["extrapolated_targets"])
+    try:
+        return pickles.as_array(content["data"]), pickles.as_array(content["extrapolated_targets"])
+    except Exception as error:
+        raise _unreadable(path, error) from None
 
 
 def rewrite(source: Path, out: Path) -> int:
