@@ -9,7 +9,6 @@ every run; they cannot change what tells the runs apart. Writes compare.json, re
 README table.md and the main plot.
 """
 
-import json
 import os
 import shlex
 import subprocess
@@ -350,8 +349,8 @@ def gather(settings: CompareSettings, planned: Sequence[Job]) -> dict[str, Any]:
     runs: dict[str, dict[int, dict[str, Any]]] = {}
     for job in planned:
         if job.finished:
-            summary = json.loads((job.out / "summary.json").read_text())
-            curve = json.loads((job.out / "curve.json").read_text())
+            summary = checkpoint.read_json(job.out / "summary.json")
+            curve = checkpoint.read_json(job.out / "curve.json", list)
             runs.setdefault(job.entry.name, {})[job.seed] = {**summary, "curve": curve, "folder": str(job.out)}
     entries = {job.entry.name: job.entry for job in planned if job.entry.name in runs}
     aggregate = {name: _aggregate(entries[name], list(by_seed.values())) for name, by_seed in runs.items()}

@@ -12,7 +12,6 @@ interruption, to the same bytes.
 
 import functools
 import hashlib
-import json
 import shutil
 import sys
 import time
@@ -238,7 +237,7 @@ def describe_parts(parts: Path, identity: dict[str, Any]) -> None:
     """
     description = parts / "settings.json"
     if description.exists():
-        given = json.loads(description.read_text())
+        given = checkpoint.read_json(description)
         changed = [key for key in identity if given.get(key) != identity[key]]
         if changed:
             raise InputError(

@@ -14,7 +14,6 @@ autoattack.pt exists only until AutoAttack is finished.
 import dataclasses
 import io
 import itertools
-import json
 import subprocess
 import sys
 import time
@@ -96,7 +95,7 @@ def run(settings: RunSettings, device: torch.device) -> None:
                 (out / STATE).unlink(missing_ok=True)
                 report.write(out)
                 print(f"{out} is finished already")
-                print_table(json.loads((out / "summary.json").read_text()))
+                print_table(checkpoint.read_json(out / "summary.json"))
             return
         try:
             train_and_evaluate(settings, loaded, model, given, out)

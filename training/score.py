@@ -12,7 +12,6 @@ shares the training out.
 """
 
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -210,7 +209,7 @@ def run(settings: ScoreSettings, device: torch.device) -> None:
         finished = (out / "score.json").exists()
         if finished and distributed.rank() == 0:
             print(f"{out} is finished already")
-            print_result(json.loads((out / "score.json").read_text()), out)
+            print_result(checkpoint.read_json(out / "score.json"), out)
         if finished and not settings.audit:
             return
         speed = speed_of(settings, resolved, hardware.hardware_of(device))

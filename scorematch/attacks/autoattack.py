@@ -578,6 +578,8 @@ class AutoAttack:
             raise ValueError(f"x_orig must be float32 or float64 in [{self.lower:g}, {self.upper:g}], got {x.dtype}")
         if isinstance(bs, bool) or not isinstance(bs, Integral) or bs < 1:
             raise ValueError(f"bs must be a whole number, at least 1, got {bs!r}")
+        if x.dim() == 0:
+            raise ValueError(f"x_orig must be [N, …], got the single number {x.item():g}")
         if len(x) == 0:
             raise ValueError("x_orig is empty, nothing can be evaluated")
         x, y = clean_batch(x, y, ball or self.threat_model, ("x_orig", "y_orig"))

@@ -460,6 +460,7 @@ def test_bad_data(tmp_path: Path) -> None:
         (x, y.double(), "y_orig must be class indices of an integer dtype, got torch.float64"),
         (x.half(), y, r"x_orig must be float32 or float64 in \[0, 1\], got torch.float16"),
         (x[:5], y, r"x_orig must be \[N, …\] and y_orig \[N\]"),
+        (x[0, 0, 0, 0], y, r"x_orig must be \[N, …\], got the single number"),
         (x[:0], y[:0], "x_orig is empty, nothing can be evaluated"),
         (x.flatten(1), y, r"square takes images \[N, C, H, W\], got x_orig of shape \[40, 64\]"),
         (x.where(x > 0.1, math.nan), y, "x_orig must lie in the box"),

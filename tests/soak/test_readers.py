@@ -9,6 +9,8 @@ import tracemalloc
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,9 +20,10 @@ from hypothesis import strategies as st
 
 import scorematch as sm
 from scorematch.attacks.evaluation_state import EvaluationState
-from training.data import generated
+from training.data import generated, npy
 from training.engine import checkpoint
 from training.models import loading
+from training.reports import audit
 from training.settings import config
 from training.settings.errors import InputError
 
@@ -49,6 +52,14 @@ def pseudo_labelled(protocol: int) -> bytes:
     return pickle.dumps({"data": images, "extrapolated_targets": np.arange(20) % 10}, protocol=protocol)
 
 
+POINTS: Any = SimpleNamespace(x_test=torch.zeros(4, 2), num_classes=3)
+
+
+def human_labels(folder: Path) -> bytes:
+    np.save(folder / "labels.npy", np.full((4, 3), 1 / 3))
+    return (folder / "labels.npy").read_bytes()
+
+
 def state_file(folder: Path) -> bytes:
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
     attack = sm.AutoAttack(model, eps=0.1, version="custom", attacks_to_run=["apgd-ce"], verbose=False, save_every=0)
@@ -66,6 +77,7 @@ class Reader:
 
 
 WEIGHTS = {"network": {"0.weight": torch.ones(3, 2)}, "epoch": 3}
+JSON = b'{"objective": "standard", "clean_acc": 98.5, "split": {"train": 100, "seed": null}}\n'
 TOML = b'objective = "standard"\neps = 0.1\n'
 READERS = {
     "npz": Reader(".npz", lambda _: archive(False), generated.read),
@@ -78,6 +90,10 @@ READERS = {
     ),
     "weights": Reader(".pt", lambda _: torch_bytes(WEIGHTS), loading._read),
     "state": Reader(".pt", state_file, lambda path: EvaluationState.load(path, {}, torch.zeros(4, 1, 4, 4))),
+    "json": Reader(".json", lambda _: JSON, checkpoint.read_json),
+    "metrics": Reader(".jsonl", lambda _: 3 * JSON, checkpoint.read_metrics),
+    "small npz": Reader(".npz", lambda _: archive(True), npy.read_archive),
+    "human labels": Reader(".npy", human_labels, lambda path: audit.read_people(path, POINTS)),
     "toml": Reader(
         ".toml", lambda _: b'data = "digits"\neps = 0.1\n[posterior_settings]\nsigma = 0.4\n', config.read_toml
     ),

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.data import pickles
+from training.data import npy, pickles
 from training.engine import checkpoint
 from training.settings import command_line
 from training.settings.errors import InputError, run_program
@@ -271,14 +271,7 @@ def _members(archive: zipfile.ZipFile, path: Path) -> tuple[_Member, _Member]:
 
 def _member(archive: zipfile.ZipFile, path: Path, entry: zipfile.ZipInfo) -> _Member:
     with archive.open(entry) as file:
-        version = np.lib.format.read_magic(file)
-        header = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }.get(version)
-        if header is None:
-            raise ValueError(f"{entry.filename} has version {version} of its format")
-        member = _Member(path, entry, *header(file), header=file.tell())
+        member = _Member(path, entry, *npy.read_header(file), header=file.tell())
     if member.dtype.hasobject:
         raise InputError(f"generated: {path} has pickled objects in {entry.filename}, expected {EXPECTED}")
     if entry.file_size != member.header + member.size:

@@ -151,15 +151,29 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path}: no such file, expected a checkpoint of training.run")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the bytes of a file that is no checkpoint
-            state = torch.load(path, map_location=device, weights_only=True)
+        state = load_values(path, device)
     except Exception as error:
         reason = str(error).split("\n")[0][:120]
         raise InputError(f"{path}: cannot be read ({reason}), expected a checkpoint of training.run") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise InputError(f"{path}: is not a checkpoint of training.run (its format is not {FORMAT!r})")
     return state
+
+
+def load_values(path: Path, device: torch.device | str = "cpu") -> Any:
+    """What ``torch.save`` wrote: tensors and plain values, nothing else is ever unpickled.
+
+    Raises:
+        Exception: the file is damaged or holds something else; which kind depends on where the damage is.
+    """
+    with open(path, "rb") as file:
+        new = file.read(4) == b"PK\3\4"
+        file.seek(0)
+        # The format before torch 1.6 is a bare pickle. A file gives as much memory as a damaged one asks for.
+        source = file if new else io.BytesIO(file.read())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the bytes of a file that is no checkpoint
+            return torch.load(source, map_location=device, weights_only=True)
 
 
 def load_weights(network: nn.Module, state: dict[str, Any], path: Path) -> None:
@@ -204,6 +218,37 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a metrics.jsonl; a last line that was cut short is left out."""
-    complete = path.read_text().rpartition("\n")[0] if path.exists() else ""
-    return [json.loads(line) for line in complete.splitlines()]
+    """The complete lines of a metrics.jsonl; a last line that was cut short is left out.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    complete = _text(path).rpartition("\n")[0] if path.exists() else ""
+    return [_parsed(line, dict, f"{path}, line {number}") for number, line in enumerate(complete.splitlines(), 1)]
+
+
+def read_json(path: Path, kind: type = dict) -> Any:
+    """What :func:`write_json` wrote, a ``dict`` or a ``list``.
+
+    Raises:
+        InputError: it is missing, damaged, or of another kind.
+    """
+    return _parsed(_text(path), kind, str(path))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise InputError(f"{path}: cannot be read ({reason})") from None
+
+
+def _parsed(text: str, kind: type, where: str) -> Any:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: is damaged ({error}), expected JSON") from None
+    if not isinstance(value, kind):
+        raise InputError(f"{where}: holds a {type(value).__name__}, expected a {kind.__name__}")
+    return value

@@ -3,7 +3,6 @@
 import inspect
 import io
 import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -180,9 +179,7 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"model_from: {path} is not a file, expected a checkpoint, a state dict or module:function")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the bytes of a file that is no checkpoint
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = checkpoint.load_values(path)
     except Exception as error:
         reason = str(error).split("\n")[0][:120]
         raise InputError(f"model_from: {path} cannot be read as weights ({reason})") from None

@@ -27,7 +27,7 @@ from scorematch import ThreatModel, audit
 from scorematch.matching import fit_temperature, losses_by_level
 from scorematch.posteriors import KernelDensity, NoiseConditionalClassifier, Posterior, ScoreNetwork
 from scorematch.posteriors.base import PointwisePosterior
-from training.data import Data
+from training.data import Data, npy
 from training.engine import checkpoint, scores
 from training.reports import pages, plots
 from training.settings.errors import InputError
@@ -293,16 +293,16 @@ def read_people(path: Path, data: Data) -> Tensor:
         InputError: it cannot be read, or does not fit the data.
     """
     try:
-        values = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"human_labels: {path} cannot be read ({error})") from None
+        values = npy.read(path)
+    except InputError as error:
+        raise InputError(f"human_labels: {error}") from None
     wanted = (len(data.x_test), data.num_classes)
     if values.shape != wanted or not np.issubdtype(values.dtype, np.floating):
         given = f"{values.dtype} {list(values.shape)}"
         raise InputError(f"human_labels: {path} holds {given}, allowed: probabilities {list(wanted)} of the test split")
     if (values < 0).any() or not np.allclose(values.sum(1), 1, atol=1e-3):
         raise InputError(f"human_labels: {path} has rows that are not distributions, allowed: sums of 1")
-    return torch.from_numpy(values)
+    return torch.from_numpy(values.copy())
 
 
 def page(found: dict[str, Any], findings: list[Finding], data: str) -> str:

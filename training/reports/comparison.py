@@ -234,7 +234,7 @@ def toy_figure(comparison: Comparison) -> Figure:
     curves, families = {}, {}
     for name, runs in comparison["runs"].items():
         entry = comparison["aggregate"][name]
-        curves[entry["label"]] = json.loads((Path(runs[0]["folder"]) / "toy.json").read_text())
+        curves[entry["label"]] = checkpoint.read_json(Path(runs[0]["folder"]) / "toy.json")
         families[entry["label"]] = entry["family"]
     return plots.toy_posteriors(curves, families)
 
@@ -277,7 +277,7 @@ def path_sections(comparison: Comparison) -> list[str]:
         path = Path(runs[0]["folder"]) / "paths.json"
         if entry["objective"] == "score_direct" and path.exists():
             shown = POSTERIOR_NAMES.get(entry["family"], entry["family"])
-            figure = plots.posteriors_along_attack(json.loads(path.read_text()), name=shown, family=entry["family"])
+            figure = plots.posteriors_along_attack(checkpoint.read_json(path), name=shown, family=entry["family"])
             sections += [f"<h3>{html.escape(shown)}</h3>", plots.as_image(figure, f"target posteriors, {shown}")]
     if not sections:
         return []

@@ -1,14 +1,12 @@
 """The report of one run: report.html, made from what the run has left in its folder."""
 
 import html
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from scorematch import intervals
+from training.data import npy
 from training.engine import checkpoint
 from training.reports import pages, plots
 from training.reports.plots import Series
@@ -37,7 +35,7 @@ def write(out: Path) -> None:
 
 
 def page(out: Path) -> str:
-    summary = json.loads((out / "summary.json").read_text())
+    summary = checkpoint.read_json(out / "summary.json")
     title = f"{TITLES[summary['objective']]} on {summary['data']}"
     sections = [
         f"<h1>{html.escape(title)}</h1>",
@@ -144,7 +142,7 @@ def _line(summary: Mapping[str, Any], x: list[float], values: list[float], **ban
 
 
 def robustness_section(out: Path, summary: Mapping[str, Any]) -> list[str]:
-    curve = json.loads((out / "curve.json").read_text())
+    curve = checkpoint.read_json(out / "curve.json", list)
     count = summary["split"]["test"]
     ends = [intervals.wilson(round(point["acc"] * count / 100), count) for point in curve]
     line = _line(
@@ -167,8 +165,7 @@ def robustness_section(out: Path, summary: Mapping[str, Any]) -> list[str]:
 def fooled_section(out: Path, summary: Mapping[str, Any]) -> list[str]:
     if not (out / EXAMPLES).exists():
         return []
-    with np.load(out / EXAMPLES, allow_pickle=False) as file:
-        examples = {name: file[name] for name in file.files}
+    examples = npy.read_archive(out / EXAMPLES)
     names = [str(name) for name in examples.pop("names")]
     box = tuple(float(end) for end in examples.pop("box"))
     image = plots.as_image(plots.fooled(examples, names, (box[0], box[1])), "clean and attacked samples")
@@ -185,7 +182,7 @@ def toy_section(out: Path, summary: Mapping[str, Any]) -> list[str]:
     if not (out / "toy.json").exists():
         return []
     label, family = TITLES[summary["objective"]], summary["posterior"] or summary["objective"]
-    figure = plots.toy_posteriors({label: json.loads((out / "toy.json").read_text())}, {label: family})
+    figure = plots.toy_posteriors({label: checkpoint.read_json(out / "toy.json")}, {label: family})
     return ["<h2>What it learns</h2>", plots.as_image(figure, "p_theta beside p_d")]
 
 
@@ -204,7 +201,7 @@ def posterior_section(out: Path, summary: Mapping[str, Any]) -> list[str]:
         return []
     name = summary["posterior"].replace("_", " ")
     figure = plots.posteriors_along_attack(
-        json.loads((out / "paths.json").read_text()), name=name, family=summary["posterior"]
+        checkpoint.read_json(out / "paths.json"), name=name, family=summary["posterior"]
     )
     return [
         "<h2>Target posteriors along an attack</h2>",
