@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Iterable, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -62,6 +62,38 @@ def check_inputs(model: nn.Module, x: Tensor, y: Tensor, threat_model: Perturbat
     _seen.add(model)
 
 
+def check_tensor(name: str, value: Tensor) -> None:
+    """Refuse what is not a tensor, or has no dense values to look at.
+
+    Raises:
+        TypeError: as said; the message calls it ``name``.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_meta:
+        raise TypeError(f"{name} must be a dense tensor with values, got {value.layout} on {value.device}")
+
+
+def check_posterior(name: str, value: object) -> None:
+    """Refuse what is no :class:`scorematch.posteriors.Posterior`, judged by what it can do.
+
+    Raises:
+        TypeError: as said; the message calls it ``name``.
+    """
+    if isinstance(value, type) or not callable(getattr(value, "trace", None)) or not hasattr(value, "num_classes"):
+        raise TypeError(f"{name} must be a posterior, with num_classes and trace(x, y), got {type(value).__name__}")
+
+
+def check_callable(name: str, value: object) -> None:
+    """Refuse what cannot be called.
+
+    Raises:
+        TypeError: as said; the message calls it ``name``.
+    """
+    if not callable(value):
+        raise TypeError(f"{name} must be callable, got {type(value).__name__}")
+
+
 def check_attack(threat_model: Perturbations, steps: int) -> None:
     """Check the threat model and the number of steps of an attack during training.
 
@@ -72,11 +104,20 @@ def check_attack(threat_model: Perturbations, steps: int) -> None:
     Raises:
         TypeError, ValueError: an argument is not what it must be; the message names it.
     """
+    check_threat_model(threat_model)
+    check_count("steps", steps, least=0)
+
+
+def check_threat_model(threat_model: Perturbations) -> None:
+    """Refuse what is not a B(x).
+
+    Raises:
+        TypeError: as said.
+    """
     if isinstance(threat_model, type) or not isinstance(threat_model, Perturbations):
         raise TypeError(
             f"threat_model must be a ThreatModel, or have the methods of scorematch.Perturbations, got {threat_model!r}"
         )
-    check_count("steps", steps, least=0)
 
 
 def check_count(name: str, value: int, least: int = 1) -> None:
@@ -95,23 +136,63 @@ def check_length(name: str, value: float, *, zero: bool = False) -> None:
     """Refuse a length or a standard deviation that is infinite, NaN or negative, or 0 unless ``zero`` allows it.
 
     Raises:
+        TypeError: it is no number.
         ValueError: as said; the message calls it ``name``.
     """
+    if not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not (value > 0.0 or (zero and value == 0.0)) or value == math.inf:
         raise ValueError(f"{name} must be finite and {'not negative' if zero else 'positive'}, got {value}")
 
 
-def check_labels(x: Tensor, y: Tensor, num_classes: int) -> None:
-    """Refuse labels that are not int64 [N] in [0, L) for x [N, …]; it reads them, so a GPU has to be waited for.
+def check_seed(seed: int) -> None:
+    """Refuse a seed that is no whole number.
 
     Raises:
-        TypeError: y has another dtype.
-        ValueError: the shapes do not fit, or a label is not a class.
+        TypeError: as said.
     """
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
+        raise TypeError(f"seed must be a whole number, got {seed!r}")
+
+
+def check_share(name: str, value: float) -> None:
+    """Refuse a number that is not between 0 and 1, both exclusive.
+
+    Raises:
+        TypeError, ValueError: as said; the message calls it ``name``.
+    """
+    if not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not 0.0 < value < 1.0:
+        raise ValueError(f"{name} must lie in (0, 1), got {value}")
+
+
+def check_labels(x: Tensor, y: Tensor, num_classes: int, least: int = 0) -> None:
+    """Refuse other than finite x [N, …] with labels int64 [N] in [0, L); it reads them, so a GPU has to be waited for.
+
+    Args:
+        x: [N, …], float32 or float64.
+        y: int64 [N].
+        num_classes: L.
+        least: the fewest samples.
+
+    Raises:
+        TypeError: x or y is not a tensor, or has another dtype.
+        ValueError: the shapes do not fit, a value is not finite, a label is not a class, or there are too few.
+    """
+    check_tensor("x", x)
+    check_tensor("y", y)
+    check_floating(x)
+    if x.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"x must be float32 or float64, got {x.dtype}")
     if y.dtype != torch.int64:
         raise TypeError(f"y must be int64 labels [N], got {y.dtype} {list(y.shape)}")
     if x.dim() < 2 or y.shape != x.shape[:1]:
         raise ValueError(f"x must be [N, …] and y [N], got x {list(x.shape)} and y {list(y.shape)}")
+    if len(x) < least:
+        raise ValueError(f"x and y must hold at least {least} samples, got {len(x)}")
+    if not bool(x.isfinite().all()):
+        raise ValueError(f"x must be finite, got {int((~x.isfinite()).sum())} of {x.numel()} values that are not")
     if len(y) and not bool(((y >= 0) & (y < num_classes)).all()):
         raise ValueError(f"y must lie in [0, {num_classes}), got values in [{int(y.min())}, {int(y.max())}]")
 
@@ -127,6 +208,9 @@ def check_points(x: Tensor, y: Tensor, threat_model: Perturbations) -> None:
     Raises:
         TypeError, ValueError: an argument is not what is said above; the message names it.
     """
+    check_tensor("x", x)
+    check_tensor("y", y)
+    check_threat_model(threat_model)
     check_floating(x)
     if x.dim() < 2 or y.dim() < 1 or len(x) != len(y):
         raise ValueError(f"x must be [N, …] and y [N], got x {list(x.shape)} and y {list(y.shape)}")

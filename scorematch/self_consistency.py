@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .attacks.pgd import ascend
 from .divergences import check_kind
-from .inputs import check_points
+from .inputs import check_callable, check_count, check_points, check_posterior
 from .objectives import direct_weights
 from .ops.logit_divergence import logit_divergence
 from .posteriors.base import Posterior, Trace
@@ -74,15 +74,14 @@ def consistency(
         One value for each sample, see :class:`Consistency`.
 
     Raises:
-        ValueError: an argument is outside its range, x leaves the box, or eps is larger than the box.
-        TypeError: x is not floating point.
+        TypeError, ValueError: an argument is not what is said above; the message names it.
     """
+    check_callable("model", model)
+    check_posterior("posterior", posterior)
     check_kind(divergence)
     check_points(x, y, threat_model)
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
-    if restarts < 0:
-        raise ValueError(f"restarts must not be negative, got {restarts}")
+    check_count("steps", steps)
+    check_count("restarts", restarts, least=0)
     judge = _Judge(model, divergence, x)
     judge.look(posterior.trace(x, y), x)
     clean = judge.worst.clone()

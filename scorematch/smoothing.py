@@ -15,7 +15,6 @@ paper's σ is the variance of the noise; ours is a standard deviation.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
@@ -25,6 +24,7 @@ import torch
 from scipy.special import betainc, betaincinv, ndtri
 from torch import Tensor, nn
 
+from .inputs import check_callable, check_count, check_floating, check_length, check_share, check_tensor
 from .intervals import wilson
 from .model_state import borrowed
 
@@ -79,16 +79,14 @@ class SmoothedClassifier:
         batch: noisy points in one pass of the model, at least 1; it decides how much memory is used.
 
     Raises:
-        ValueError: an argument is outside its range.
+        TypeError, ValueError: an argument is not what is said above; the message names it.
     """
 
     def __init__(self, model: Callable[[Tensor], Tensor], *, num_classes: int, sigma: float, batch: int = 1000) -> None:
-        if num_classes < 2:
-            raise ValueError(f"num_classes must be at least 2, got {num_classes}")
-        if not 0.0 < sigma < math.inf:
-            raise ValueError(f"sigma must be finite and positive, got {sigma}")
-        if batch < 1:
-            raise ValueError(f"batch must be at least 1, got {batch}")
+        check_callable("model", model)
+        check_count("num_classes", num_classes, least=2)
+        check_length("sigma", sigma)
+        check_count("batch", batch)
         self.model, self.num_classes, self.sigma, self.batch = model, num_classes, sigma, batch
 
     @torch.no_grad()
@@ -251,7 +249,7 @@ class SmoothedClassifier:
             seeds = noise_seeds(len(x), generator)
         elif not isinstance(seeds, Tensor) or seeds.dtype != torch.int64 or seeds.shape != x.shape[:1]:
             given = f"{seeds.dtype} {list(seeds.shape)}" if isinstance(seeds, Tensor) else type(seeds).__name__
-            raise ValueError(f"seeds must be int64 [{len(x)}], one for each sample, got {given}")
+            raise ValueError(f"seeds must be int64 [{len(x)}], one for each sample of x, got {given}")
         elif generator is not None:
             raise ValueError("generator must be left out where seeds are given")
         numbers = seeds.tolist()
@@ -299,10 +297,9 @@ def noise_seeds(count: int, generator: torch.Generator | None = None) -> Tensor:
         int64 [N] in [0, 2⁶²), on the CPU.
 
     Raises:
-        ValueError: ``count`` is negative.
+        TypeError, ValueError: ``count`` is not what is said above.
     """
-    if count < 0:
-        raise ValueError(f"count must not be negative, got {count}")
+    check_count("count", count, least=0)
     device = "cpu" if generator is None else generator.device
     one_by_one = [torch.randint(2**62, (1,), generator=generator, device=device) for _ in range(count)]
     return torch.cat(one_by_one).cpu() if one_by_one else torch.zeros(0, dtype=torch.int64)
@@ -323,12 +320,13 @@ def lower_bound(hits: Tensor, count: int, alpha: float) -> Tensor:
         float64 in [0, 1), of the shape of hits.
 
     Raises:
-        ValueError: an argument is outside its range.
+        TypeError, ValueError: an argument is not what is said above; the message names it.
     """
-    if count < 1:
-        raise ValueError(f"count must be at least 1, got {count}")
-    if not 0.0 < alpha < 1.0:
-        raise ValueError(f"alpha must lie in (0, 1), got {alpha}")
+    check_tensor("hits", hits)
+    check_count("count", count)
+    check_share("alpha", alpha)
+    if hits.is_complex() or (hits.is_floating_point() and not bool((hits == hits.floor()).all())):
+        raise TypeError(f"hits must be whole numbers, got {hits.dtype}")
     values = hits.cpu().numpy().astype(np.float64)
     if values.size and not (values.min() >= 0 and values.max() <= count):
         raise ValueError(f"hits must lie in [0, {count}], got values in [{values.min():g}, {values.max():g}]")
@@ -355,13 +353,16 @@ def certified_accuracy(certificates: Certificates, y: Tensor, radii: Sequence[fl
         TypeError: y is not int64.
         ValueError: an argument does not fit.
     """
-    if not isinstance(y, Tensor) or y.dtype != torch.int64:
-        raise TypeError(f"y must be int64 labels, got {y.dtype if isinstance(y, Tensor) else type(y).__name__}")
+    check_tensor("y", y)
+    if y.dtype != torch.int64:
+        raise TypeError(f"y must be int64 labels, got {y.dtype}")
     if y.shape != certificates.classes.shape or len(y) < 1:
         given = f"{list(y.shape)} and certificates {list(certificates.classes.shape)}"
         raise ValueError(f"y must be [N], one for each certificate, N at least 1, got y {given}")
-    if len(radii) < 1 or not all(0.0 <= radius < math.inf for radius in radii):
-        raise ValueError(f"radii must be one or more finite numbers of at least 0, got {list(radii)}")
+    if not isinstance(radii, Sequence) or isinstance(radii, str) or not radii:
+        raise ValueError(f"radii must be one or more numbers, got {radii!r}")
+    for radius in radii:
+        check_length("each of radii", radius, zero=True)
     right = certificates.classes == y
     hits = [int((right & (certificates.radius >= radius)).sum()) for radius in radii]
     return [
@@ -371,15 +372,12 @@ def certified_accuracy(certificates: Certificates, y: Tensor, radii: Sequence[fl
 
 
 def _check(x: Tensor, alpha: float = 0.5, **counts: int) -> None:
-    if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
-        given = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"x must be a tensor of floating point, got {given}")
+    check_tensor("x", x)
+    check_floating(x)
     if x.dim() < 2:
         raise ValueError(f"x must be [N, …], got {list(x.shape)}")
+    if not bool(x.isfinite().all()):
+        raise ValueError(f"x must be finite, got {int((~x.isfinite()).sum())} of {x.numel()} values that are not")
     for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if not 0.0 < alpha < 1.0:
-        raise ValueError(f"alpha must lie in (0, 1), got {alpha}")
+        check_count(name, value)
+    check_share("alpha", alpha)

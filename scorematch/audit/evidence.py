@@ -13,7 +13,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..inputs import check_count, check_labels, check_length
+from ..inputs import (
+    check_callable,
+    check_count,
+    check_floating,
+    check_labels,
+    check_length,
+    check_posterior,
+    check_seed,
+    check_share,
+    check_tensor,
+)
 from ..noise import normal_like
 from ..posteriors.base import Posterior
 from .oracle import posterior_gradients, ratio
@@ -42,9 +52,11 @@ def log_likelihood(
     Raises:
         TypeError, ValueError: an argument is not what is said above; the message names it.
     """
+    check_posterior("posterior", posterior)
     check_labels(x, y, posterior.num_classes)
     check_length("noise", noise, zero=True)
     check_count("repeats", repeats)
+    check_seed(seed)
     generator, of_starts = (torch.Generator(x.device).manual_seed(seed + offset) for offset in (0, 1_000_003))
     total = x.new_zeros(len(x))
     for _ in range(repeats):
@@ -83,9 +95,12 @@ def matching_error(
     Raises:
         TypeError, ValueError: an argument is not what is said above; the message names it.
     """
+    check_posterior("posterior", posterior)
+    check_callable("unconditional", unconditional)
     check_labels(x, y, posterior.num_classes)
     check_length("sigma", sigma)
     check_count("repeats", repeats)
+    check_seed(seed)
     generator = torch.Generator(x.device).manual_seed(seed)
     total = x.new_zeros(len(x))
     for _ in range(repeats):
@@ -128,9 +143,11 @@ def calibration(
     Raises:
         TypeError, ValueError: an argument is not what is said above; the message names it.
     """
-    check_labels(x, y, posterior.num_classes)
+    check_posterior("posterior", posterior)
+    check_labels(x, y, posterior.num_classes, least=1)
     check_length("noise", noise, zero=True)
     check_count("bins", bins)
+    check_seed(seed)
     generator = torch.Generator(x.device).manual_seed(seed)
     trace = posterior.trace(x, y)
     trace.move(x + noise * normal_like(x, generator))
@@ -155,10 +172,14 @@ def spread(posteriors: Sequence[Posterior], x: Tensor, y: Tensor) -> tuple[float
         means over members.
 
     Raises:
-        ValueError: there are fewer than two.
+        TypeError, ValueError: there are fewer than two, or an argument is not what is said above.
     """
-    if len(posteriors) < 2:
-        raise ValueError(f"posteriors must be at least two, got {len(posteriors)}")
+    if not isinstance(posteriors, Sequence) or len(posteriors) < 2:
+        given = len(posteriors) if isinstance(posteriors, Sequence) else type(posteriors).__name__
+        raise ValueError(f"posteriors must be at least two, got {given}")
+    for posterior in posteriors:
+        check_posterior("each of posteriors", posterior)
+    check_labels(x, y, posteriors[0].num_classes, least=1)
     values, gradients = zip(*(posterior_gradients(posterior, x, y) for posterior in posteriors), strict=True)
     log_p = torch.stack(values).double()
     mean_p = log_p.exp().mean(0)
@@ -185,9 +206,14 @@ def closed_loop(posterior: Posterior, x: Tensor, y: Tensor, *, length: float, se
         seed: decides the two directions, which are random and orthogonal.
 
     Raises:
-        ValueError: length is not what is said above.
+        TypeError, ValueError: an argument is not what is said above; the message names it.
     """
+    check_posterior("posterior", posterior)
+    check_labels(x, y, posterior.num_classes)
+    if x[0:1].numel() == 1:
+        raise ValueError("x must have at least two features, a square needs two directions, got one")
     check_length("length", length)
+    check_seed(seed)
     generator = torch.Generator(x.device).manual_seed(seed)
     a, b = (normal_like(x, generator).flatten(1) for _ in range(2))
     a = a / a.norm(dim=1, keepdim=True)
@@ -210,7 +236,7 @@ def martingale(
 
     Args:
         finer, coarser: estimates of p_σ₁ and of p_σ₂.
-        x: [N, …] clean inputs.
+        x: [N, …] clean inputs, N at least 2.
         y: int64 [N] labels; read only by posteriors that are anchored at labels.
         sigmas: σ₁ < σ₂, in input units; ≥ 0.
         seed: decides the noise.
@@ -219,11 +245,19 @@ def martingale(
         The mean, which is positive where the coarser posterior is not sure enough, and its standard error.
 
     Raises:
-        ValueError: the noise levels do not rise, or are outside their range.
+        TypeError, ValueError: an argument is not what is said above; the message names it.
     """
+    check_posterior("finer", finer)
+    check_posterior("coarser", coarser)
+    check_labels(x, y, finer.num_classes, least=2)
+    if not isinstance(sigmas, Sequence) or len(sigmas) != 2:
+        raise ValueError(f"sigmas must be two numbers, got {sigmas!r}")
     low, high = sigmas
-    if not 0.0 <= low < high < math.inf:
-        raise ValueError(f"sigmas must rise from at least 0 and be finite, got {sigmas}")
+    check_length("the first of sigmas", low, zero=True)
+    check_length("the second of sigmas", high)
+    if not low < high:
+        raise ValueError(f"sigmas must rise, got {sigmas}")
+    check_seed(seed)
     generator = torch.Generator(x.device).manual_seed(seed)
     first = x + low * normal_like(x, generator)
     second = first + (high**2 - low**2) ** 0.5 * normal_like(x, generator)
@@ -243,6 +277,9 @@ def centre(posterior: Posterior, x: Tensor, y: Tensor) -> float:
         posterior: the estimate.
         x: [N, …] points.
         y: int64 [N] labels; read only by posteriors that are anchored at labels.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is said above; the message names it.
     """
     log_p, gradients = posterior_gradients(posterior, x, y)
     p, g = log_p.double().exp()[..., None], gradients.double().flatten(2)
@@ -281,12 +318,14 @@ def energy_identity(
     Raises:
         TypeError, ValueError: an argument is not what is said above; the message names it.
     """
+    check_callable("at", at)
     check_length("sigma", sigma)
     check_count("repeats", repeats)
-    if not 0.0 < step < 1.0:
-        raise ValueError(f"step must lie in (0, 1), got {step}")
+    check_share("step", step)
     posterior = at(sigma)
-    check_labels(x, y, posterior.num_classes)
+    check_posterior("what at returns", posterior)
+    check_labels(x, y, posterior.num_classes, least=1)
+    check_seed(seed)
     generator = torch.Generator(x.device).manual_seed(seed)
     energy, slope = 0.0, 0.0
     for _ in range(repeats):
@@ -323,10 +362,17 @@ def agreement(log_p: Tensor, people: Tensor) -> Agreement:
         people: [N, L] probabilities.
 
     Raises:
-        ValueError: the shapes differ.
+        TypeError, ValueError: the shapes differ or are empty, or a value is no log probability or no probability.
     """
-    if log_p.shape != people.shape:
-        raise ValueError(f"log_p and people must have the same shape, got {list(log_p.shape)}, {list(people.shape)}")
+    for name, values in (("log_p", log_p), ("people", people)):
+        check_tensor(name, values)
+        check_floating(values, name)
+    if log_p.shape != people.shape or log_p.dim() != 2 or not log_p.numel():
+        raise ValueError(f"log_p and people must both be [N, L], got {list(log_p.shape)}, {list(people.shape)}")
+    if not bool((log_p <= 1e-3).all()):
+        raise ValueError(f"log_p must be log probabilities, at most 0, got values up to {float(log_p.max())}")
+    if not bool(((people >= 0) & (people <= 1 + 1e-3)).all()):
+        raise ValueError("people must be probabilities, got values outside [0, 1]")
     q, p = log_p.double(), people.double()
     kl = (torch.special.entr(p).sum(1).neg() - (p * q.clamp(min=-1e30)).sum(1)).mean()
     ranks = torch.stack([_ranks(torch.special.entr(values).sum(1)) for values in (p, q.exp())])

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..inputs import check_labels, check_posterior, check_tensor
 from ..posteriors.base import Posterior
 
 
@@ -18,9 +19,14 @@ def posterior_gradients(posterior: Posterior, x: Tensor, y: Tensor) -> tuple[Ten
 
     Args:
         posterior: the estimate.
-        x: [N, …] points.
+        x: [N, …] points, N at least 1.
         y: int64 [N] labels; read only by posteriors that are anchored at labels.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is said above; the message names it.
     """
+    check_posterior("posterior", posterior)
+    check_labels(x, y, posterior.num_classes, least=1)
     trace = posterior.trace(x, y)
     one_hot = torch.eye(posterior.num_classes, dtype=x.dtype, device=x.device)
     rows = [trace.pull_back(row.expand(len(x), -1).contiguous(), torch.zeros_like(x)) for row in one_hot]
@@ -52,7 +58,11 @@ def gradient_error(posterior: Posterior, oracle: Posterior, x: Tensor, y: Tensor
         oracle: the truth. Against p_σ the error is that of estimation alone, against p_d it includes the smoothing.
         x: [N, …] points, a sample of the density on which the error is to be averaged.
         y: int64 [N] labels; read only by posteriors that are anchored at labels.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is said above; the message names it.
     """
+    check_posterior("oracle", oracle)
     log_p, truth = posterior_gradients(oracle, x, y)
     _, estimate = posterior_gradients(posterior, x, y)
     p = log_p.double().exp()
@@ -83,10 +93,18 @@ def kl_error(posterior: Posterior, oracle: Posterior, x: Tensor, y: Tensor, move
         moved: [N, …] x'; None is x itself.
 
     Raises:
-        ValueError: moved has another shape than x.
+        TypeError, ValueError: an argument is not what is said above; the message names it.
     """
-    if moved is not None and moved.shape != x.shape:
-        raise ValueError(f"moved must have the shape of x, {list(x.shape)}, got {list(moved.shape)}")
+    check_posterior("posterior", posterior)
+    check_posterior("oracle", oracle)
+    check_labels(x, y, posterior.num_classes)
+    if moved is not None:
+        check_tensor("moved", moved)
+        if moved.shape != x.shape or moved.dtype != x.dtype:
+            given, expected = (f"{t.dtype} {list(t.shape)}" for t in (moved, x))
+            raise ValueError(f"moved must be as x, {expected}, got {given}")
+        if not bool(moved.isfinite().all()):
+            raise ValueError("moved must be finite")
     values = []
     for one in (oracle, posterior):
         trace = one.trace(x, y)

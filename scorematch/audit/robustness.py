@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..attacks.pgd import ascend
-from ..inputs import check_attack, check_count, clean_batch
+from ..inputs import check_attack, check_count, check_labels, check_posterior, check_tensor, clean_batch
 from ..posteriors import Posterior
 from ..threat_model import ThreatModel
 
@@ -47,9 +47,13 @@ def robust_accuracy(
         TypeError, ValueError: x, y and the threat model do not fit, see :func:`scorematch.inputs.clean_batch`, or
             steps or restarts are outside their range.
     """
+    check_posterior("posterior", posterior)
     check_attack(threat_model, steps)
     check_count("restarts", restarts)
+    check_tensor("x", x)
+    check_tensor("y", y)
     x, y = clean_batch(x, y, threat_model)
+    check_labels(x, y, posterior.num_classes, least=1)
     clean = posterior.trace(x, y).log_p.argmax(1) == y
     robust = clean.clone()
     one_hot = torch.nn.functional.one_hot(y, posterior.num_classes).to(x.dtype)

@@ -164,9 +164,9 @@ def data_constant(
 
 
 def _checked(divergences: str | Sequence[str]) -> tuple[str, ...]:
+    if not isinstance(divergences, str | Sequence) or not divergences:
+        raise ValueError(f"divergences must name at least one, got {divergences!r}")
     kinds = (divergences,) if isinstance(divergences, str) else tuple(divergences)
-    if not kinds:
-        raise ValueError("divergences must name at least one, got none")
     return tuple(check_kind(kind, "divergences") for kind in kinds)
 
 

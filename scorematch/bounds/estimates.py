@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import intervals
+from ..inputs import check_floating, check_tensor
 
 NORMAL_QUANTILE = 1.959963984540054  # of a two-sided 95 % interval
 
@@ -37,8 +38,16 @@ def estimate(values: Tensor, weights: Tensor | None = None) -> Estimate:
             the samples are independent draws from p_d(x).
 
     Raises:
-        ValueError: shapes do not fit, a weight is negative, or there are too few samples for an interval.
+        TypeError: values or weights are no tensors of such numbers.
+        ValueError: shapes do not fit, a value is not finite, a weight is negative, or there are too few samples for an
+            interval.
     """
+    check_tensor("values", values)
+    if values.dtype != torch.bool:
+        check_floating(values, "values")
+    if not bool(values.isfinite().all()):
+        bad = int((~values.isfinite()).sum())
+        raise ValueError(f"values must be finite, got {bad} of {values.numel()} that are not")
     if values.dim() != 1:
         raise ValueError(f"values must be [N], got {list(values.shape)}")
     if weights is None and values.dtype == torch.bool:
@@ -57,8 +66,11 @@ def mean(values: Tensor, weights: Tensor | None) -> float:
     """
     if weights is None:
         return float(values.double().mean())
+    check_tensor("weights", weights)
+    if weights.is_complex():
+        raise TypeError(f"weights must be real, got {weights.dtype}")
     if weights.shape != values.shape:
-        raise ValueError(f"weights must be [N] = {list(values.shape)}, got {list(weights.shape)}")
+        raise ValueError(f"weights must be [N] as values, {list(values.shape)}, got {list(weights.shape)}")
     share = weights.double()
     if not bool((share >= 0).all()) or not 0.0 < float(share.sum()) < math.inf:
         given = f"{int((share < 0).sum())} negative values and the sum {float(share.sum()):g}"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..attacks.pgd import ascend
-from ..inputs import check_points
+from ..inputs import check_callable, check_count, check_points, check_posterior, check_tensor
 from ..posteriors import Ensemble
 from ..posteriors.base import PointwisePosterior, Posterior
 from ..threat_model import ORDERS, ThreatModel
@@ -57,6 +57,8 @@ def clean_values(problem: Problem) -> tuple[Tensor, Tensor]:
         ValueError: x and y do not fit each other or the box, or the model has other classes than the posterior.
         TypeError: the model computes in another dtype than the posterior.
     """
+    check_callable("model", problem.model)
+    check_posterior("posterior", problem.posterior)
     check_points(problem.x, problem.y, problem.threat_model)
     log_p = problem.posterior.trace(problem.x, problem.y).log_p
     with torch.no_grad():
@@ -86,10 +88,8 @@ def explore(
     Raises:
         ValueError, TypeError: an argument is outside its range; the message names it.
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
-    if restarts < 1:
-        raise ValueError(f"restarts must be at least 1, got {restarts}")
+    check_count("steps", steps)
+    check_count("restarts", restarts)
     if candidates is not None:
         _look_at(problem, candidates, look)
         return
@@ -158,6 +158,7 @@ def _look_at(problem: Problem, candidates: Tensor, look: Look) -> None:
 
 
 def _check_candidates(candidates: Tensor, x: Tensor, threat_model: ThreatModel) -> None:
+    check_tensor("candidates", candidates)
     if candidates.dim() != x.dim() + 1 or candidates.shape[0] != len(x) or candidates.shape[2:] != x.shape[1:]:
         expected = ", ".join(["N", "M", *map(str, x.shape[1:])])
         raise ValueError(

@@ -222,7 +222,7 @@ def test_martingale() -> None:
     assert unsure > 10 * error
     with pytest.raises(ValueError, match="sigmas must rise"):
         audit.martingale(truth, truth, x, y, sigmas=(0.8, 0.3))
-    with pytest.raises(ValueError, match="sigmas must rise from at least 0 and be finite"):
+    with pytest.raises(ValueError, match="sigmas must"):
         audit.martingale(truth, truth, x, y, sigmas=(0.8, math.inf))
 
 
@@ -279,7 +279,7 @@ def test_agreement_with_people() -> None:
     rank = spearmanr(target.entropy().round(decimals=12), posterior.entropy().round(decimals=12)).statistic
     assert found.entropy_rank == pytest.approx(float(rank), abs=0.02)
     assert audit.agreement(people.clamp(min=1e-300).log(), people).kl == pytest.approx(0.0, abs=1e-9)
-    with pytest.raises(ValueError, match="the same shape"):
+    with pytest.raises(ValueError, match=r"log_p and people must both be \[N, L\]"):
         audit.agreement(log_p[:3], people)
 
 
@@ -496,7 +496,7 @@ def test_the_memory_format_decides_no_noise() -> None:
 def test_points_of_another_shape() -> None:
     truth = mixture()
     x, y = sample(truth, 5)
-    with pytest.raises(ValueError, match=r"moved must have the shape of x, \[5, 5\], got \[1, 5\]"):
+    with pytest.raises(ValueError, match=r"moved must be as x, torch.float64 \[5, 5\], got torch.float64 \[1, 5\]"):
         audit.kl_error(truth, truth, x, y, x[:1])
 
 
