@@ -91,9 +91,9 @@ def difference(group: Sequence[dict[str, Any]], first: str, second: str, measure
     return estimate([of(cell, first, measure) - of(cell, second, measure) for cell in group])
 
 
-def signed(value: Estimate) -> str:
-    interval = "" if value.low is None else f" [{value.low:+.1f}, {value.high:+.1f}]"
-    return f"{value.mean:+.1f}{interval}"
+def signed(value: Estimate, digits: int = 1) -> str:
+    interval = "" if value.low is None else f" [{value.low:+.{digits}f}, {value.high:+.{digits}f}]"
+    return f"{value.mean:+.{digits}f}{interval}"
 
 
 def hypotheses(group: Sequence[dict[str, Any]]) -> list[str]:
@@ -135,24 +135,25 @@ def hypotheses(group: Sequence[dict[str, Any]]) -> list[str]:
     regular = difference(group, REGULAR, "direct:kl score", "autoattack")
 
     def positive(values: Sequence[Estimate]) -> str:
-        return verdict(all(value.low is not None and value.low > 0 for value in values))
+        return verdict(all(value.low is not None and value.low > 0 for value in values), len(group))
 
     return [
         f"- R1, by the means of clean and AutoAttack accuracy some direct setting is not dominated by a surrogate: "
-        f"{verdict(bool(standing))}: {told}.",
+        f"{verdict(bool(standing), len(group))}: {told}.",
         "- The best direct setting of each run beside the best surrogate, both chosen on validation images: clean "
         f"{signed(best['clean'])}, AutoAttack {signed(best['autoattack'])} points, −log p under PGD "
-        f"{best['nll_attacked'].mean:+.2f} nats.",
+        f"{signed(best['nll_attacked'], 2)} nats.",
         "- R2, drawn samples raise the accuracy under AutoAttack: "
         f"{'; '.join(f'{label(plain)} {signed(value)}' for plain, value in drawn)}: "
-        f"{positive([value for _, value in drawn])} for all of them. In trainings of 3,600 steps with 20,000 "
+        f"{positive([value for _, value in drawn])} for all of them together. In trainings of 3,600 steps with 20,000 "
         "samples they [do](results.md#digits-with-generated-data).",
         "- R3, the ablation with the ensemble of joint energies, accuracy under AutoAttack: "
         f"{'; '.join(f'{name} {signed(value)}' for name, value in ablation.items())}: "
         f"{positive(list(ablation.values()))}.",
         "- R4, with augmented images and dropout the held-out denoising loss of the score network is within 10 % of "
-        f"that on training images at every σ: the largest mean ratio is {largest:.2f}: {verdict(largest <= 1.1)}; and "
-        f"direct SCORE with it is more robust than with the plain one: AutoAttack {signed(regular)}, clean "
+        f"that on training images at every σ: the largest mean ratio is {largest:.2f}: "
+        f"{verdict(largest <= 1.1, len(group))}; and direct SCORE with it is more robust than with the plain "
+        f"one: AutoAttack {signed(regular)}, clean "
         f"{signed(difference(group, REGULAR, 'direct:kl score', 'clean'))}: {positive([regular])}. This hypothesis was "
         "added after the others had been seen.",
     ]

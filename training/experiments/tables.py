@@ -66,12 +66,15 @@ def shown(value: Estimate, digits: int) -> str:
     return f"{value.mean:.{digits}f} ± {value.high - value.mean:.{digits}f}"
 
 
-# Of two seeds, half a 95 % interval is 9 standard deviations: that decides nothing.
-SEEDS_NEEDED = 3
-OPEN = "**open**, for want of a third seed"
+# Of two runs, half a 95 % interval is 9 standard deviations: that decides nothing.
+RUNS_NEEDED = 3
+OPEN = "**open**, for want of a third run"
 
 
-def verdict(holds: bool) -> str:
+def verdict(holds: bool, runs: int) -> str:
+    """Of a hypothesis, from so many seeds or folds."""
+    if runs < RUNS_NEEDED:
+        return OPEN
     return "**holds**" if holds else "**fails**"
 
 
