@@ -123,6 +123,48 @@ def cells_of(direct: list[dict[str, Any]], surrogates: list[dict[str, Any]]) -> 
     ]
 
 
+def test_a_sweep_with_more_seeds_for_some_counts(evidence: Path, tmp_path: Path) -> None:
+    """Three counts, of which one has a seed less; the commands make these cells and no others."""
+    cells = tables.read(evidence / "sweep")
+    more = [{**cell, "count": count} for count in (600, 7000) for cell in cells if count == 600 or cell["seed"] == 0]
+    section = sweep_page.section([*cells, *more], tmp_path)
+    assert "The same mixtures from 4 to 4 dimensions." in section
+    assert "--dimensions 4 --counts 60 600 --seeds 0 1 --out" in section
+    assert "--dimensions 4 --counts 7000 --seeds 0 --out" in section
+    assert "| 4 | 7,000 | 1 | " in section
+    assert "against all: **open**, for want of a third run, with 0 of 3 rows that hold." in section
+    assert (tmp_path / sweep_page.FIGURE).stat().st_size > 10_000
+
+
+def test_commands_are_those_of_the_cells() -> None:
+    planned = [(2, 500, 0), (2, 500, 1), (8, 500, 0), (8, 500, 1), (8, 2000, 0), (2, 2000, 0), (2, 2000, 1)]
+    cells = [dict(zip(("dimension", "count", "seed"), values, strict=True)) for values in planned]
+    options = {"dimensions": "dimension", "counts": "count", "seeds": "seed"}
+    found = tables.commands(cells, "sweep", options).splitlines()
+    made = []
+    for line in found:
+        words = line.split(" --")
+        lists = {w.split()[0]: list(map(int, w.split()[1:])) for w in words if w.split()[0] in options}
+        made += [(d, n, s) for d in lists["dimensions"] for n in lists["counts"] for s in lists["seeds"]]
+    assert sorted(made) == sorted(planned)
+    assert len(found) == 3
+
+
+def test_one_row_that_fails_decides_about_all_of_them() -> None:
+    holds, fails = "**holds**", "**fails** in KL"
+    assert sweep_page._as_a_whole([holds, holds]).startswith("**holds**, with 2 of 2")
+    assert sweep_page._as_a_whole([holds, fails, tables.OPEN]).startswith("**fails**, with 1 of 3")
+    assert sweep_page._as_a_whole([holds, tables.OPEN]).startswith("**open**")
+
+
+def test_a_problem_of_two_experiments_counts_once(evidence: Path, tmp_path: Path) -> None:
+    cells = tables.read(evidence / "mixtures")
+    count = len(cells) * len(comparisons.estimators_of(cells))
+    assert f" over {count} runs, and " in page.section_law(cells, [], tmp_path / "law.png")
+    swept = [{**cell, "problem": "sweep"} for cell in cells]
+    assert f" over {count} runs, and " in page.section_law(cells, swept, tmp_path / "law.png")
+
+
 def test_a_win_needs_every_measure() -> None:
     """Ahead in KL and in R_SCORE beyond the interval, and not clearly behind in an accuracy."""
     jitter = (-0.001, 0.0, 0.001)

@@ -10,7 +10,7 @@ import numpy as np
 from training.compare import Estimate, estimate
 from training.experiments import real_digits
 from training.experiments.real_digits import DIRECT, EPS, RADII, SURROGATES
-from training.experiments.tables import FAMILIES, label, seeds, shown, verdict
+from training.experiments.tables import FAMILIES, commands, label, shown, verdict
 from training.reports.plots import FAINT, plt
 
 FIGURE = "direct-real-digits.png"
@@ -45,18 +45,17 @@ def section(cells: Sequence[dict[str, Any]], figures: Path) -> str:
     for radius, group in sorted(by_radius.items()):
         lines += ["", f"### Trained at eps {radius:g}, {len(group)} runs of each", "", *table(group)]
         lines += ["", *hypotheses(group)]
-    radii = " ".join(f"{radius:g}" for radius in sorted(by_radius))
-    folds = " ".join(str(fold) for fold in sorted({cell["fold"] for cell in cells}))
-    options = f"--name real-digits --radii {radii} --folds {folds} --seeds {seeds(cells)}"
     return "\n".join(
         [
             *lines,
             "",
             f"![Clean accuracy against AutoAttack accuracy](figures/{FIGURE})",
             "",
+            "Standard training and the ablations are not in the picture.",
+            "",
             *memory(cells),
             "",
-            f"`python -m training.experiments {options} --out docs/evidence/real-digits`",
+            commands(cells, "real-digits", {"radii": "eps", "folds": "fold", "seeds": "seed"}),
         ]
     )
 
@@ -215,13 +214,17 @@ def draw(by_radius: Mapping[float, Sequence[dict[str, Any]]], path: Path) -> Non
             colour, marker = kinds[kind]
             x, y = (estimate([of(cell, form, measure) for cell in cells]) for measure in ("clean", "autoattack"))
             spread = [0.0 if v.high is None else v.high - v.mean for v in (x, y)]
-            face = colour if "drawn" in form else "white"
+            face = colour if "drawn" in form else "none"
             axis.errorbar(x.mean, y.mean, spread[1], spread[0], color=FAINT, lw=0.8, zorder=1)
             axis.scatter(x.mean, y.mean, s=40, marker=marker, edgecolor=colour, facecolor=face, zorder=2)
-            words = [word for word in form.partition(" ")[0].split(":")[2:] if word not in ("drawn",)]
-            note = " ".join(f"β {word}" if word.isdigit() else word for word in words)
-            note += f" eps {radius:g}" if len(by_radius) > 1 else ""
-            axis.annotate(note.strip(), (x.mean, y.mean), xytext=(5, 3), textcoords="offset points", fontsize=7)
+            _, divergence, *words = form.partition(" ")[0].split(":")
+            notes = [f"β {word}" if word.isdigit() else word for word in words if word != "drawn"]
+            notes += [divergence.upper()] if divergence != "kl" else []
+            notes += [f"eps {radius:g}"] if len(by_radius) > 1 else []
+            place, side = ((5, 3), "left") if kind == "TRADES" and divergence == "kl" else ((-5, 3), "right")
+            axis.annotate(
+                " ".join(notes), (x.mean, y.mean), xytext=place, textcoords="offset points", fontsize=7, ha=side
+            )
     for kind, (colour, marker) in kinds.items():
         axis.scatter([], [], s=40, marker=marker, edgecolor=colour, facecolor="white", label=kind)
     axis.scatter([], [], s=40, marker="o", color="#222222", label="filled: half of every batch drawn")

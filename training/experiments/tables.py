@@ -1,6 +1,7 @@
 """What the sections of the page share: reading results, and how numbers and verdicts are written."""
 
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -80,3 +81,24 @@ def verdict(holds: bool, runs: int) -> str:
 
 def seeds(cells: Sequence[dict[str, Any]]) -> str:
     return " ".join(str(seed) for seed in sorted({cell["seed"] for cell in cells}))
+
+
+def commands(cells: Sequence[dict[str, Any]], name: str, options: dict[str, str]) -> str:
+    """The commands that make these cells and no others, one for each set of values that go together.
+
+    Args:
+        cells: of one experiment.
+        name: of the experiment, and of its folder.
+        options: of the command line → what a cell calls it.
+    """
+    parts = sorted({tuple((cell[key],) for key in options.values()) for cell in cells})
+    for place in reversed(range(len(options))):
+        merged: dict[Any, list[Any]] = defaultdict(list)
+        for part in parts:
+            merged[part[:place], part[place + 1 :]] += part[place]
+        parts = [(*before, tuple(values), *after) for (before, after), values in merged.items()]
+    lines = []
+    for part in parts:
+        words = [f"--{option} {' '.join(map(str, values))}" for option, values in zip(options, part, strict=True)]
+        lines.append(f"    python -m training.experiments --name {name} {' '.join(words)} --out docs/evidence/{name}")
+    return "\n".join(lines)
