@@ -1,6 +1,7 @@
 """The experiments run, go on where they were, and the page says what the results say."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ import pytest
 import torch
 
 from scorematch.posteriors import FactorAnalysers
+from training.engine.claims import claimed
 from training.experiments import (
     comparisons,
+    estimators,
     gradients,
     mixtures,
     page,
@@ -22,6 +25,7 @@ from training.experiments import (
     sweep_page,
     tables,
 )
+from training.settings.errors import InputError
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -86,16 +90,20 @@ def test_an_experiment_goes_on_where_it_was(evidence: Path, tmp_path: Path, monk
         assert {**again[name], "seconds": 0} == {**entry, "seconds": 0}
 
 
+def read(evidence: Path, name: str) -> list[dict[str, Any]]:
+    return tables.read(evidence / name, "student direct:kl oracle")
+
+
 def test_the_page_is_made_of_the_results(evidence: Path, tmp_path: Path) -> None:
     page.main(["--evidence", str(evidence), "--docs", str(tmp_path)])
     text = (tmp_path / "direct-score.md").read_text()
     assert (tmp_path / "figures" / "direct-law.png").stat().st_size > 10_000
-    cells = tables.read(evidence / "mixtures")
+    cells = read(evidence, "mixtures")
     mean = sum(comparisons.of_direct(cell, "energy")["r_score"] for cell in cells) / 2
     rows = [line for line in text.splitlines() if line.startswith("| direct, joint energy |")]
     assert len(rows) == 2  # of the mixtures, then of the digits
     assert f"| {mean:.3f} ± " in rows[0]
-    swept = tables.read(evidence / "sweep")
+    swept = read(evidence, "sweep")
     best = comparisons.best_surrogate(swept, mixtures.SWEPT.surrogates, "r_score")
     differences = [sweep_page.learned(cell)["r_score"] - comparisons.of_rival(best, cell)["r_score"] for cell in swept]
     row = next(line for line in text.splitlines() if line.startswith("| 4 | 60 | ") and "**" in line)
@@ -125,7 +133,7 @@ def cells_of(direct: list[dict[str, Any]], surrogates: list[dict[str, Any]]) -> 
 
 def test_a_sweep_with_more_seeds_for_some_counts(evidence: Path, tmp_path: Path) -> None:
     """Three counts, of which one has a seed less; the commands make these cells and no others."""
-    cells = tables.read(evidence / "sweep")
+    cells = read(evidence, "sweep")
     more = [{**cell, "count": count} for count in (600, 7000) for cell in cells if count == 600 or cell["seed"] == 0]
     section = sweep_page.section([*cells, *more], tmp_path)
     assert "The same mixtures from 4 to 4 dimensions." in section
@@ -158,7 +166,7 @@ def test_one_row_that_fails_decides_about_all_of_them() -> None:
 
 
 def test_a_problem_of_two_experiments_counts_once(evidence: Path, tmp_path: Path) -> None:
-    cells = tables.read(evidence / "mixtures")
+    cells = read(evidence, "mixtures")
     count = len(cells) * len(comparisons.estimators_of(cells))
     assert f" over {count} runs, and " in page.section_law(cells, [], tmp_path / "law.png")
     swept = [{**cell, "problem": "sweep"} for cell in cells]
@@ -402,6 +410,125 @@ def test_a_notebook_computes_an_entry_once(tmp_path: Path) -> None:
         notebook = runner.Notebook(tmp_path / "deep" / "cell.json", {"seed": 3})
         assert notebook.once("one", compute)["value"] == 1
     assert json.loads((tmp_path / "deep" / "cell.json").read_text())["seed"] == 3
+
+
+def test_a_notebook_of_other_settings_is_refused(tmp_path: Path) -> None:
+    """``--quick`` and the whole, or two experiments, in one folder: nothing is computed, and the file stays."""
+    runner.Notebook(tmp_path / "cell.json", {"seed": 3, "grid": {"steps": 20, "ranks": (1,)}}).once("one", lambda: {})
+    before = (tmp_path / "cell.json").read_text()
+
+    def refused(**changes: Any) -> str:
+        with pytest.raises(InputError) as error:
+            runner.Notebook(tmp_path / "cell.json", {"seed": 3, "grid": {"steps": 20, "ranks": (1,)}, **changes})
+        return str(error.value)
+
+    assert "other settings (grid.steps 20, now 600), give another folder" in refused(grid={"steps": 600, "newer": 1})
+    assert "(seed 3, now 4)" in refused(seed=4)
+    for text in (before[:-20], "[]", '{"entries": 3}', '{"entries": {"one": 3}}'):
+        (tmp_path / "cell.json").write_text(text)
+        assert "cell.json is damaged" in refused()
+    assert (tmp_path / "cell.json").read_text() == text
+    (tmp_path / "cell.json").write_text(before)
+    # What only one of them has is of a newer version.
+    runner.Notebook(tmp_path / "cell.json", {"seed": 3, "grid": {"ranks": (1,), "newer": 1}, "problem": "mixture"})
+
+
+def test_nothing_runs_where_one_cell_has_other_settings(tmp_path: Path) -> None:
+    cells = [gradients.Cell(seed, tmp_path) for seed in range(2)]
+    (tmp_path / "seed1.json").write_text(json.dumps({**cells[1].about, "count": 200, "entries": {}}))
+    with pytest.raises(InputError, match=r"seed1.json holds results of other settings \(count 200, now 10000\)"):
+        runner.run_cells(gradients.run, cells, 1)
+    assert not (tmp_path / "seed0.json").exists()
+
+
+def test_stored_results_are_those_of_these_settings() -> None:
+    """What docs/evidence has can be gone on with."""
+    folder = Path(__file__).parents[2] / "docs" / "evidence"
+    kinds = {"mixtures": "mixture"}
+    cells: list[runner.Cell] = []
+    for name in ("mixtures", "sweep", "features", "images"):
+        for path in (folder / name).glob("*.json"):
+            about = json.loads(path.read_text())
+            dimension = about["dimension"] if name in ("mixtures", "sweep") else None
+            kind: Any = kinds.get(name, name)
+            cells.append(mixtures.Cell(kind, about["count"], about["seed"], folder / name, dimension=dimension))
+    cells += [gradients.Cell(seed, folder / "gradients") for seed in range(4)]
+    cells += [real_digits.Cell(fold, 0, real_digits.EPS, folder / "real-digits") for fold in range(5)]
+    for cell in cells:
+        assert cell.path.is_file()
+        runner.Notebook(cell.path, cell.about)
+
+
+def test_few_points_and_few_dimensions_have_a_form_that_can_be_fitted() -> None:
+    for dimension, count, seed in ((2, 40, 1), (5, 40, 1)):
+        bench = estimators.Bench(problems.gaussian_mixture(dimension, count, seed, test=20, choice=20), seed)
+        assert bench.estimated("factor_analysers").settings["form"].endswith("of rank 1")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda cell: cell["entries"].popitem(), "d4-n120-seed1.json is not finished, it lacks 1 entries such as"),
+        (lambda cell: cell["budget"].update(steps=9), "seed1.json has other settings than d4-n120-seed0.json (budget."),
+        (lambda cell: cell.update(seed=0), "seed1.json is the same problem and seed as d4-n120-seed0.json"),
+        (lambda cell: cell.update(problem="sweep"), "d4-n120-seed1.json is about sweep, expected mixture"),
+    ],
+)
+def test_cells_that_do_not_belong_together_make_no_page(
+    evidence: Path, tmp_path: Path, call: Any, change: Any, message: str
+) -> None:
+    shutil.copytree(evidence, tmp_path / "evidence")
+    path = tmp_path / "evidence" / "mixtures" / "d4-n120-seed1.json"
+    cell = json.loads(path.read_text())
+    change(cell)
+    path.write_text(json.dumps(cell))
+    ending = call("page", "--evidence", "evidence", "--docs", "docs")
+    assert (ending.status, message in ending.err) == (2, True), ending.err
+    assert not Path("docs").exists()
+
+
+def test_a_single_cell_that_is_not_finished_makes_no_page(evidence: Path, tmp_path: Path, call: Any) -> None:
+    for name in ("gradients", "mixtures", "sweep", "digits", "real-digits"):
+        shutil.rmtree("evidence", ignore_errors=True)
+        shutil.copytree(evidence, "evidence")
+        path, *others = sorted(Path("evidence", name).glob("*.json"))
+        for other in others:
+            other.unlink()
+        cell = json.loads(path.read_text())
+        count = len(cell["entries"]) // 2
+        cell["entries"] = dict(list(cell["entries"].items())[:count])
+        path.write_text(json.dumps(cell))
+        ending = call("page", "--evidence", "evidence", "--docs", "docs")
+        assert (ending.status, f"{path} is not finished, it lacks" in ending.err) == (2, True), ending.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--dimensions 2 2", "dimensions: (2, 2) is out of range, allowed: one or more different ones from 1"),
+        ("--counts 80 80", "counts: (80, 80) is out of range, allowed: one or more different ones from 40"),
+        ("--dimensions 1", "dimensions: (1,) is out of range, allowed for mixtures: from 2"),
+        ("--name digits --counts 40", "counts: (40,) is out of range, allowed for digits: from 100"),
+        ("--name images --counts 200", "counts: (200,) is out of range, allowed for images: from 256"),
+        ("--name digits --dimensions 3", "dimensions: is for mixtures, sweep, got digits"),
+        ("--name gradients --counts 900", "counts: is for mixtures, sweep, digits, features, images, got gradients"),
+        ("--name real-digits --radii 0.1 0.1", "radii: (0.1, 0.1) is out of range, allowed: one or more different"),
+        ("--name sweep --root .", "root: is for features, images, got sweep"),
+        ("--name images", "root: none given, cifar10 needs --root DIR or $SCOREMATCH_DATA"),
+        ("--name features --root x", "root: x holds no intact cifar10, expected the official files in x/cifar-10-"),
+    ],
+)
+def test_bad_input(call: Any, arguments: str, message: str) -> None:
+    ending = call("experiments", *arguments.split())
+    assert (ending.status, message in ending.err) == (2, True), ending.err
+    assert ending.err.count("\n") == 1
+    assert "--download" not in ending.err
+
+
+def test_a_second_experiment_in_a_folder_is_refused(call: Any, tmp_path: Path) -> None:
+    with claimed(tmp_path / "here"):
+        ending = call("experiments", "--quick", "--out", tmp_path / "here")
+    assert (ending.status, "another program is writing into" in ending.err) == (2, True)
 
 
 def test_the_program(call: Any) -> None:

@@ -1,12 +1,12 @@
 """What the sections of the page share: reading results, and how numbers and verdicts are written."""
 
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from training.compare import Estimate
+from training.experiments.runner import changes, read_cell
 from training.settings.errors import InputError
 
 # Of each posterior its name in words, colour and marker.
@@ -52,12 +52,43 @@ def label(form: str) -> str:
     return ", ".join([title, *notes, *(NOTES[word].format(family) for word in words)])
 
 
-def read(folder: Path) -> list[dict[str, Any]]:
-    """The finished cells of an experiment, in the order of their names."""
+# What the cells of an experiment say that they are about; audits of gradients say nothing.
+PROBLEMS = {"mixtures": "mixture", "real-digits": "real digits", "gradients": None}
+IDENTITY = ("dimension", "count", "seed", "fold", "eps")
+
+
+def read(folder: Path, last: str) -> list[dict[str, Any]]:
+    """The cells of an experiment, in the order of their names.
+
+    Args:
+        folder: of the experiment, whose name it has.
+        last: entry without which a cell is not finished.
+
+    Raises:
+        InputError: there are none, one is damaged or not finished, or they do not belong together.
+    """
     paths = sorted(folder.glob("*.json"))
     if not paths:
         raise InputError(f"evidence: {folder} holds no results, expected the JSON files of an experiment")
-    return [json.loads(path.read_text()) for path in paths]
+    cells = {path: read_cell(path) for path in paths}
+    first, whole = cells[paths[0]], {last}.union(*(cell["entries"] for cell in cells.values()))
+    seen: dict[tuple[Any, ...], Path] = {}
+    for path, cell in cells.items():
+        problem, expected = cell.get("problem"), PROBLEMS.get(folder.name, folder.name)
+        if problem != expected:
+            raise InputError(f"evidence: {path} is about {problem}, expected {expected}")
+        changed = [line for key in ("budget", "grid") for line in changes(first.get(key), cell.get(key), key)]
+        if changed:
+            raise InputError(f"evidence: {path} has other settings than {paths[0].name} ({'; '.join(sorted(changed))})")
+        if missing := sorted(whole - cell["entries"].keys()):
+            raise InputError(
+                f"evidence: {path} is not finished, it lacks {len(missing)} entries such as {missing[0]!r}; the "
+                "command of the experiment goes on with it"
+            )
+        other = seen.setdefault(tuple(cell.get(key) for key in IDENTITY), path)
+        if other != path:
+            raise InputError(f"evidence: {path} is the same problem and seed as {other.name}, expected it once")
+    return list(cells.values())
 
 
 def shown(value: Estimate, digits: int) -> str:
