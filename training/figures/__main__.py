@@ -65,6 +65,7 @@ RANGES: dict[str, config.Check] = {
     "images": (lambda v: v >= figure_4.SHOWN, f"at least {figure_4.SHOWN}, which are shown"),
     "eps": (lambda v: v is None or v > 0, "above 0"),
 }
+FEWER_SEEDS = {"fig4": figure_4.SEEDS, "certified": certified.SEEDS}
 USES = {
     "run": ("fig4", "fig7"),
     "model_from": ("fig4", "fig7"),
@@ -96,7 +97,7 @@ def main(arguments: list[str]) -> None:
         result = FIGURES[name](settings)
         about = {
             "command": shlex.join(["python", "-m", "training.figures", *arguments]),
-            "seeds": list(seeds_of(settings)),
+            "seeds": list(seeds_of(settings, name)),
             "quick": settings.quick,
             "torch": torch.__version__,
             "scorematch": scorematch.__version__,
@@ -130,18 +131,20 @@ def check(settings: FigureSettings) -> tuple[str, ...]:
     return names
 
 
-def seeds_of(settings: FigureSettings) -> tuple[int, ...]:
-    """The seeds that are used."""
-    return settings.seeds[:1] if settings.quick else settings.seeds
+def seeds_of(settings: FigureSettings, name: str) -> tuple[int, ...]:
+    """The seeds that a figure uses."""
+    if name == "fig4" and source_of(settings).given:
+        return ()
+    return settings.seeds[: 1 if settings.quick else FEWER_SEEDS.get(name)]
 
 
-def toy_figure(make: Callable[[tuple[int, ...], int, int], Result]) -> Callable[[FigureSettings], Result]:
+def toy_figure(name: str, make: Callable[[tuple[int, ...], int, int], Result]) -> Callable[[FigureSettings], Result]:
     """A figure on the toy from the settings."""
 
     def made(settings: FigureSettings) -> Result:
         steps = QUICK_STEPS if settings.quick else toy_fits.STEPS
         jobs = 1 if settings.quick else settings.jobs or len(os.sched_getaffinity(0))
-        return make(seeds_of(settings), steps, jobs)
+        return make(seeds_of(settings, name), steps, jobs)
 
     return made
 
@@ -150,7 +153,7 @@ def semantic_gradients(settings: FigureSettings) -> Result:
     """Fig. 4."""
     return figure_4.make(
         source_of(settings),
-        seeds_of(settings),
+        seeds_of(settings, "fig4"),
         score_from=settings.score_from,
         images=figure_4.SHOWN if settings.quick else settings.images,
         quick=settings.quick,
@@ -160,7 +163,7 @@ def semantic_gradients(settings: FigureSettings) -> Result:
 def certified_accuracy(settings: FigureSettings) -> Result:
     """Randomized smoothing, Eqs. (35) to (38)."""
     jobs = 1 if settings.quick else settings.jobs or len(os.sched_getaffinity(0))
-    return certified.make(seeds_of(settings), jobs=jobs, quick=settings.quick)
+    return certified.make(seeds_of(settings, "certified"), jobs=jobs, quick=settings.quick)
 
 
 def source_of(settings: FigureSettings) -> figure_4.Source:
@@ -191,11 +194,11 @@ def report(name: str, result: Result, out: Path, seconds: float) -> None:
 
 
 FIGURES: dict[str, Callable[[FigureSettings], Result]] = {
-    "fig1": toy_figure(figure_1.make),
-    "fig2": toy_figure(figure_2.make),
-    "fig3": toy_figure(figure_3.make),
+    "fig1": toy_figure("fig1", figure_1.make),
+    "fig2": toy_figure("fig2", figure_2.make),
+    "fig3": toy_figure("fig3", figure_3.make),
     "fig4": semantic_gradients,
-    "fig6": toy_figure(figure_6.make),
+    "fig6": toy_figure("fig6", figure_6.make),
     "certified": certified_accuracy,
 }
 FILES: dict[str, Callable[[FigureSettings], None]] = {"fig7": masked_gradients, "tables": write_tables}
