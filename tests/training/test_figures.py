@@ -338,6 +338,9 @@ def test_a_classifier_of_ones_own(call: Call, tmp_path: Path) -> None:
         (["fig4", "--run", "nowhere"], "run: nowhere holds no config.toml, expected the folder of a run"),
         (["fig4", "--data", "digits"], "data: digits is for --model-from, which is not given"),
         (["fig7"], "run, model_from: none given, fig7 needs a trained classifier by one of them"),
+        (["fig1", "fig7"], "run, model_from: none given, fig7 needs a trained classifier by one of them"),
+        (["--runs", "none"], "runs: none is not a folder, expected one with runs of training.run"),
+        (["fig4", "--score-from", "none.pt"], "none.pt"),
         (["fig7", "--model-from", "x"], "eps: none given, fig7 needs it with --model-from"),
         (["fig4", "--images", "2"], "images: 2 is out of range, allowed: at least 6, which are shown"),
         (["tables", "--runs", "."], "runs: . holds no finished run, expected config.toml and summary.json"),
@@ -347,5 +350,6 @@ def test_a_classifier_of_ones_own(call: Call, tmp_path: Path) -> None:
 def test_bad_input(call: Call, arguments: list[str], message: str) -> None:
     ending = call("figures", *arguments)
     assert ending.status == 2
+    assert not list(Path().glob("runs/figures/*")), "nothing is made before"
     assert message in ending.err
     assert ending.err.count("\n") == 1

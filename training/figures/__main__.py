@@ -111,7 +111,7 @@ def check(settings: FigureSettings) -> tuple[str, ...]:
     """The names of what is to be made.
 
     Raises:
-        InputError: an option is out of range, or belongs to nothing that is made.
+        InputError: an option is out of range, belongs to nothing that is made, or something is missing.
     """
     config.check_ranges(settings, RANGES)
     for name in settings.names:
@@ -126,8 +126,12 @@ def check(settings: FigureSettings) -> tuple[str, ...]:
     for option in ("model", "data", "image_size", "eps"):
         if getattr(settings, option) is not None and settings.model_from is None:
             raise InputError(f"{option}: {getattr(settings, option)} is for --model-from, which is not given")
+    if "fig7" in names and not source_of(settings).given:
+        raise InputError("run, model_from: none given, fig7 needs a trained classifier by one of them")
     if "fig7" in names and settings.model_from is not None and settings.eps is None:
         raise InputError("eps: none given, fig7 needs it with --model-from")
+    if "tables" in names:
+        tables.stored(settings.runs)  # they come last
     return names
 
 
