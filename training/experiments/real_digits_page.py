@@ -40,7 +40,8 @@ def section(cells: Sequence[dict[str, Any]], figures: Path) -> str:
         f"{cells[0]['budget']['attack_steps']} steps. Every training keeps the weights with the highest robust "
         "accuracy on 240 validation images. “Drawn” means that half of every batch was drawn from the score network, "
         "which was trained on the same images. AutoAttack is the standard version, on every test image. Mean ± half "
-        "the 95 % interval over folds and seeds.",
+        "the 95 % interval over folds and seeds. Folds share most of their training images, so such intervals are "
+        "somewhat too narrow.",
     ]
     for radius, group in sorted(by_radius.items()):
         lines += ["", f"### Trained at eps {radius:g}, {len(group)} runs of each", "", *table(group)]
