@@ -110,8 +110,19 @@ def hypotheses(group: Sequence[dict[str, Any]]) -> list[str]:
         points = [front(other) for other in SURROGATES]
         return any(c >= clean and r >= robust and (c, r) != (clean, robust) for c, r in points)
 
+    def lead(form: str) -> str:
+        """What it is ahead by, of the surrogate that comes closest to dominating it."""
+        titles = {"clean": "clean accuracy", "autoattack": "AutoAttack accuracy"}
+        leads = {
+            other: {measure: mean(group, form, measure) - mean(group, other, measure) for measure in titles}
+            for other in SURROGATES
+        }
+        rival = min(SURROGATES, key=lambda other: max(leads[other].values()))
+        measure = max(titles, key=leads[rival].__getitem__)
+        return f"{label(form)}, by {signed(difference(group, form, rival, measure))} points of {titles[measure]}"
+
     standing = [form for form in DIRECT if not dominated(form)]
-    told = "; ".join(label(form) for form in standing) or "each is dominated by a surrogate"
+    told = "; ".join(lead(form) for form in standing) or "each is dominated by a surrogate"
     best = {
         measure: estimate(
             [of(cell, chosen(cell, DIRECT), measure) - of(cell, chosen(cell, SURROGATES), measure) for cell in group]

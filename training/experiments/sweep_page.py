@@ -61,7 +61,7 @@ def section(cells: Sequence[Cell], figures: Path) -> str:
             "R_SCORE, in nats. “Best” is the surrogate with the lowest mean, its weights picked by the oracle if that "
             "helps.",
             "",
-            "| d | labels | seeds | Bayes accuracy, % | best surrogate as published | best, with soft targets | "
+            "| d | labels | seeds | Bayes accuracy, % | best surrogate as published | best, soft targets included | "
             "direct, chosen by evidence | direct, p_d itself |",
             "| --- | --- | --- | --- | --- | --- | --- | --- |",
             *(_scores(*key, group) for key, group in ordered.items()),
@@ -131,7 +131,7 @@ def draw(groups: dict[tuple[int, int], list[Cell]], path: Path) -> None:
         own = {dimension: group for (dimension, labels), group in groups.items() if labels == count}
         for title, colour, marker, of in (
             ("best surrogate as published", "#767676", "o", partial(_best, PUBLISHED)),
-            ("best surrogate with soft targets", "#e69f00", "s", partial(_best, SWEPT.surrogates)),
+            ("best surrogate, soft targets included", "#e69f00", "s", partial(_best, SWEPT.surrogates)),
             ("direct SCORE, chosen by evidence", "#005a41", "^", lambda group: _r_score(group, learned)),
             ("direct SCORE with p_d itself", "#56b4e9", "P", lambda group: _r_score(group, oracle)),
         ):
