@@ -525,6 +525,12 @@ def test_bad_input(call: Any, arguments: str, message: str) -> None:
     assert "--download" not in ending.err
 
 
+def test_a_page_that_has_no_place(evidence: Path, call: Any) -> None:
+    Path("file").write_text("")
+    ending = call("page", "--evidence", evidence, "--docs", "file")
+    assert (ending.status, "docs: file/figures cannot be made (" in ending.err) == (2, True), ending.err
+
+
 def test_a_second_experiment_in_a_folder_is_refused(call: Any, tmp_path: Path) -> None:
     with claimed(tmp_path / "here"):
         ending = call("experiments", "--quick", "--out", tmp_path / "here")

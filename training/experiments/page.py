@@ -36,7 +36,7 @@ from training.experiments.estimators import CROSS_FITTED, ESTIMATORS
 from training.experiments.mixtures import SURROGATES
 from training.experiments.tables import FAMILIES, label, read, seeds, shown, verdict
 from training.settings import command_line
-from training.settings.errors import run_program
+from training.settings.errors import InputError, run_program
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -86,7 +86,10 @@ def main(arguments: list[str]) -> None:
         for name in ("sweep", "digits", "features", "images", "real-digits")
     )
     known = [*of_mixtures, *of_digits, *of_features, *of_images]
-    (settings.docs / "figures").mkdir(parents=True, exist_ok=True)
+    try:
+        (settings.docs / "figures").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"docs: {settings.docs / 'figures'} cannot be made ({error.strerror})") from None
     sections = [
         INTRODUCTION,
         section_gradients(of_gradients),
