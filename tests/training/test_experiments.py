@@ -1,6 +1,7 @@
 """The experiments run, go on where they were, and the page says what the results say."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ import pytest
 import torch
 
 from scorematch.posteriors import FactorAnalysers
+from training.engine.claims import claimed
 from training.experiments import (
     comparisons,
+    estimators,
     gradients,
     mixtures,
     page,
@@ -22,6 +25,7 @@ from training.experiments import (
     sweep_page,
     tables,
 )
+from training.settings.errors import InputError
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -86,16 +90,20 @@ def test_an_experiment_goes_on_where_it_was(evidence: Path, tmp_path: Path, monk
         assert {**again[name], "seconds": 0} == {**entry, "seconds": 0}
 
 
+def read(evidence: Path, name: str) -> list[dict[str, Any]]:
+    return tables.read(evidence / name, "student direct:kl oracle")
+
+
 def test_the_page_is_made_of_the_results(evidence: Path, tmp_path: Path) -> None:
     page.main(["--evidence", str(evidence), "--docs", str(tmp_path)])
     text = (tmp_path / "direct-score.md").read_text()
     assert (tmp_path / "figures" / "direct-law.png").stat().st_size > 10_000
-    cells = tables.read(evidence / "mixtures")
+    cells = read(evidence, "mixtures")
     mean = sum(comparisons.of_direct(cell, "energy")["r_score"] for cell in cells) / 2
     rows = [line for line in text.splitlines() if line.startswith("| direct, joint energy |")]
     assert len(rows) == 2  # of the mixtures, then of the digits
     assert f"| {mean:.3f} ± " in rows[0]
-    swept = tables.read(evidence / "sweep")
+    swept = read(evidence, "sweep")
     best = comparisons.best_surrogate(swept, mixtures.SWEPT.surrogates, "r_score")
     differences = [sweep_page.learned(cell)["r_score"] - comparisons.of_rival(best, cell)["r_score"] for cell in swept]
     row = next(line for line in text.splitlines() if line.startswith("| 4 | 60 | ") and "**" in line)
@@ -123,6 +131,48 @@ def cells_of(direct: list[dict[str, Any]], surrogates: list[dict[str, Any]]) -> 
     ]
 
 
+def test_a_sweep_with_more_seeds_for_some_counts(evidence: Path, tmp_path: Path) -> None:
+    """Three counts, of which one has a seed less; the commands make these cells and no others."""
+    cells = read(evidence, "sweep")
+    more = [{**cell, "count": count} for count in (600, 7000) for cell in cells if count == 600 or cell["seed"] == 0]
+    section = sweep_page.section([*cells, *more], tmp_path)
+    assert "The same mixtures from 4 to 4 dimensions." in section
+    assert "--dimensions 4 --counts 60 600 --seeds 0 1 --out" in section
+    assert "--dimensions 4 --counts 7000 --seeds 0 --out" in section
+    assert "| 4 | 7,000 | 1 | " in section
+    assert "against all: **open**, for want of a third run, with 0 of 3 rows that hold." in section
+    assert (tmp_path / sweep_page.FIGURE).stat().st_size > 10_000
+
+
+def test_commands_are_those_of_the_cells() -> None:
+    planned = [(2, 500, 0), (2, 500, 1), (8, 500, 0), (8, 500, 1), (8, 2000, 0), (2, 2000, 0), (2, 2000, 1)]
+    cells = [dict(zip(("dimension", "count", "seed"), values, strict=True)) for values in planned]
+    options = {"dimensions": "dimension", "counts": "count", "seeds": "seed"}
+    found = tables.commands(cells, "sweep", options).splitlines()
+    made = []
+    for line in found:
+        words = line.split(" --")
+        lists = {w.split()[0]: list(map(int, w.split()[1:])) for w in words if w.split()[0] in options}
+        made += [(d, n, s) for d in lists["dimensions"] for n in lists["counts"] for s in lists["seeds"]]
+    assert sorted(made) == sorted(planned)
+    assert len(found) == 3
+
+
+def test_one_row_that_fails_decides_about_all_of_them() -> None:
+    holds, fails = "**holds**", "**fails** in KL"
+    assert sweep_page._as_a_whole([holds, holds]).startswith("**holds**, with 2 of 2")
+    assert sweep_page._as_a_whole([holds, fails, tables.OPEN]).startswith("**fails**, with 1 of 3")
+    assert sweep_page._as_a_whole([holds, tables.OPEN]).startswith("**open**")
+
+
+def test_a_problem_of_two_experiments_counts_once(evidence: Path, tmp_path: Path) -> None:
+    cells = read(evidence, "mixtures")
+    count = len(cells) * len(comparisons.estimators_of(cells))
+    assert f" over {count} runs, and " in page.section_law(cells, [], tmp_path / "law.png")
+    swept = [{**cell, "problem": "sweep"} for cell in cells]
+    assert f" over {count} runs, and " in page.section_law(cells, swept, tmp_path / "law.png")
+
+
 def test_a_win_needs_every_measure() -> None:
     """Ahead in KL and in R_SCORE beyond the interval, and not clearly behind in an accuracy."""
     jitter = (-0.001, 0.0, 0.001)
@@ -141,6 +191,41 @@ def test_a_win_needs_every_measure() -> None:
     assert failures(robust=61.0) == []
 
 
+def test_the_oracle_has_to_be_ahead_in_the_accuracies_too() -> None:
+    """H1 is about all four measures: behind or level in one of them is not ahead."""
+    jitter = (-0.001, 0.0, 0.001)
+    surrogates = [made_up(0.10 + j, 0.30 + j, 90.0 + j, 60.0 + j) for j in jitter]
+
+    def verdict(**changes: float) -> str:
+        values = {"kl": 0.05, "r_score": 0.20, "clean": 91.0, "robust": 61.0, **changes}
+        cells = cells_of([made_up(**values) for _ in jitter], surrogates)
+        for cell in cells:
+            cell["entries"]["student direct:kl kernel_density"] = cell["entries"]["student direct:kl oracle"]
+            cell["entries"]["posterior kernel_density"] = {"evidence": {"1.0": -0.3}}
+        return page._hypotheses(cells)[0]
+
+    assert "all four measures, each picked as suits it best, beyond the intervals: **holds**;" in verdict()
+    assert "**fails** in robust accuracy by label;" in verdict(robust=60.0)
+    assert "**fails** in clean accuracy and robust accuracy by label;" in verdict(clean=89.0, robust=59.9)
+    assert "**fails** in KL;" in verdict(kl=0.2)
+
+
+def test_a_tie_is_not_a_win() -> None:
+    cells = cells_of([made_up(0.05, 0.2, clean=90.0, robust=60.5)] * 3, [made_up(0.10, 0.3, clean=90.0)] * 3)
+
+    def oracle(cell: dict[str, Any]) -> dict[str, float]:
+        return comparisons.of_direct(cell, "oracle")
+
+    count = len(mixtures.SURROGATES)
+    assert comparisons.dominated(cells, oracle) == (
+        f"  - by the means it is better in all four than 0 of the {count} surrogates with their last weights"
+    )
+    lines = comparisons.against_all(cells, oracle)
+    assert lines[2].endswith(": level, within the interval")
+    assert lines[3].endswith(": ahead")
+    assert comparisons.against_all(cells[:1], oracle)[0].endswith(": ahead, one seed")
+
+
 def test_two_seeds_decide_nothing() -> None:
     assert comparisons.judged([], 2) == comparisons.judged(["kl"], 2) == tables.OPEN
     assert comparisons.judged([], 3) == "**holds**"
@@ -148,29 +233,63 @@ def test_two_seeds_decide_nothing() -> None:
 
 
 def of_real_digits(values: dict[str, tuple[float, float]], ratio: float = 1.05) -> list[dict[str, Any]]:
-    """Two runs with these clean and AutoAttack accuracies; every other objective is far below."""
+    """Three runs with these clean and AutoAttack accuracies; every other objective is far below."""
     forms = (*real_digits.SURROGATES, *real_digits.DIRECT, *real_digits.ABLATED)
     entries: dict[str, Any] = {}
     for form in forms:
         clean, robust = values.get(form, (10.0, 10.0))
         entries[f"student {form}"] = {"clean": clean, "autoattack": robust, "validation": robust, "nll_attacked": 1.0}
     entries["memory regular"] = {"held_out_over_training": {"0.25": ratio, "0.5": 1.0}}
-    return [{"entries": entries, "fold": 0}, {"entries": entries, "fold": 1}]
+    return [{"entries": entries, "fold": fold} for fold in range(3)]
 
 
 def test_a_direct_setting_stands_unless_a_surrogate_dominates_it() -> None:
     direct = "direct:kl score"
 
-    def standing(surrogate: tuple[float, float]) -> bool:
+    def standing(surrogate: tuple[float, float], lead: str = "") -> bool:
         first, *_ = real_digits_page.hypotheses(of_real_digits({direct: (99.0, 80.0), "trades:kl:4": surrogate}))
-        return "**holds**: direct, score network." in first
+        return f"**holds**: direct, score network, by {lead}" in first
 
-    assert standing((98.0, 90.0))
-    assert standing((99.5, 70.0))
+    assert standing((98.0, 90.0), "+1.0 [+1.0, +1.0] points of clean accuracy.")
+    assert standing((99.5, 70.0), "+10.0 [+10.0, +10.0] points of AutoAttack accuracy.")
     assert not standing((99.0, 80.5))
     assert not standing((99.5, 80.0))
     second = real_digits_page.hypotheses(of_real_digits({direct: (99.0, 80.0), "trades:kl:4": (98.0, 83.0)}))[1]
     assert "clean +1.0 [+1.0, +1.0], AutoAttack -3.0 [-3.0, -3.0] points" in second
+
+
+def test_two_folds_decide_nothing() -> None:
+    cells = of_real_digits({"direct:kl score": (99.0, 80.0)})
+    assert tables.OPEN not in "".join(real_digits_page.hypotheses(cells))
+    lines = real_digits_page.hypotheses(cells[:2])
+    assert [tables.OPEN in line for line in lines] == [True, False, True, True, True]
+    assert not any("**holds**" in line or "**fails**" in line for line in lines)
+
+
+def of_gradients(seed: int, errors: dict[str, float]) -> dict[str, Any]:
+    """A cell with these relative errors at every noise level; of all other estimators it is 5."""
+    entries = {
+        f"{name} at {sigma}": {"gradient": {"relative": errors.get(name, 5.0)}, "matching_error": errors.get(name, 5.0)}
+        for name in gradients.NAMES
+        for sigma in gradients.SIGMAS
+    }
+    return {"seed": seed, "dimension": 32, "count": 10_000, "entries": entries}
+
+
+def test_the_seed_on_which_settings_were_chosen_does_not_count() -> None:
+    section = page.section_gradients([of_gradients(0, {gradients.ADDED: 0.05})])
+    assert "On the other seeds they have not been run: **open**" in section
+    assert "**holds**" not in section
+    assert "**fails**" not in section
+    section = page.section_gradients([of_gradients(seed, {gradients.ADDED: 0.05}) for seed in range(4)])
+    assert "On the other seeds they have 0.050, 0.050, 0.050: **holds**" in section
+
+
+def test_the_ratio_says_which_networks_it_is_of() -> None:
+    errors = {"two networks, literal": 10.0, "one network, literal": 3.0, "one network, centred": 0.5}
+    section = page.section_gradients([of_gradients(seed, errors) for seed in range(3)])
+    assert "Eq. (34) of two networks at σ = 0.05: ratio 20.0, intervals apart: **holds**" in section
+    assert "Against Eq. (34) of one network the ratio is 6.0." in section
 
 
 def test_a_score_network_that_remembers_fails() -> None:
@@ -291,6 +410,131 @@ def test_a_notebook_computes_an_entry_once(tmp_path: Path) -> None:
         notebook = runner.Notebook(tmp_path / "deep" / "cell.json", {"seed": 3})
         assert notebook.once("one", compute)["value"] == 1
     assert json.loads((tmp_path / "deep" / "cell.json").read_text())["seed"] == 3
+
+
+def test_a_notebook_of_other_settings_is_refused(tmp_path: Path) -> None:
+    """``--quick`` and the whole, or two experiments, in one folder: nothing is computed, and the file stays."""
+    runner.Notebook(tmp_path / "cell.json", {"seed": 3, "grid": {"steps": 20, "ranks": (1,)}}).once("one", lambda: {})
+    before = (tmp_path / "cell.json").read_text()
+
+    def refused(**changes: Any) -> str:
+        with pytest.raises(InputError) as error:
+            runner.Notebook(tmp_path / "cell.json", {"seed": 3, "grid": {"steps": 20, "ranks": (1,)}, **changes})
+        return str(error.value)
+
+    assert "other settings (grid.steps 20, now 600), give another folder" in refused(grid={"steps": 600, "newer": 1})
+    assert "(seed 3, now 4)" in refused(seed=4)
+    for text in (before[:-20], "[]", '{"entries": 3}', '{"entries": {"one": 3}}'):
+        (tmp_path / "cell.json").write_text(text)
+        assert "cell.json is damaged" in refused()
+    assert (tmp_path / "cell.json").read_text() == text
+    (tmp_path / "cell.json").write_text(before)
+    # What only one of them has is of a newer version.
+    runner.Notebook(tmp_path / "cell.json", {"seed": 3, "grid": {"ranks": (1,), "newer": 1}, "problem": "mixture"})
+
+
+def test_nothing_runs_where_one_cell_has_other_settings(tmp_path: Path) -> None:
+    cells = [gradients.Cell(seed, tmp_path) for seed in range(2)]
+    (tmp_path / "seed1.json").write_text(json.dumps({**cells[1].about, "count": 200, "entries": {}}))
+    with pytest.raises(InputError, match=r"seed1.json holds results of other settings \(count 200, now 10000\)"):
+        runner.run_cells(gradients.run, cells, 1)
+    assert not (tmp_path / "seed0.json").exists()
+
+
+def test_stored_results_are_those_of_these_settings() -> None:
+    """What docs/evidence has can be gone on with."""
+    folder = Path(__file__).parents[2] / "docs" / "evidence"
+    kinds = {"mixtures": "mixture"}
+    cells: list[runner.Cell] = []
+    for name in ("mixtures", "sweep", "features", "images"):
+        for path in (folder / name).glob("*.json"):
+            about = json.loads(path.read_text())
+            dimension = about["dimension"] if name in ("mixtures", "sweep") else None
+            kind: Any = kinds.get(name, name)
+            cells.append(mixtures.Cell(kind, about["count"], about["seed"], folder / name, dimension=dimension))
+    cells += [gradients.Cell(seed, folder / "gradients") for seed in range(4)]
+    cells += [real_digits.Cell(fold, 0, real_digits.EPS, folder / "real-digits") for fold in range(5)]
+    for cell in cells:
+        assert cell.path.is_file()
+        runner.Notebook(cell.path, cell.about)
+
+
+def test_few_points_and_few_dimensions_have_a_form_that_can_be_fitted() -> None:
+    for dimension, count, seed in ((2, 40, 1), (5, 40, 1)):
+        bench = estimators.Bench(problems.gaussian_mixture(dimension, count, seed, test=20, choice=20), seed)
+        assert bench.estimated("factor_analysers").settings["form"].endswith("of rank 1")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda cell: cell["entries"].popitem(), "d4-n120-seed1.json is not finished, it lacks 1 entries such as"),
+        (lambda cell: cell["budget"].update(steps=9), "seed1.json has other settings than d4-n120-seed0.json (budget."),
+        (lambda cell: cell.update(seed=0), "seed1.json is the same problem and seed as d4-n120-seed0.json"),
+        (lambda cell: cell.update(problem="sweep"), "d4-n120-seed1.json is about sweep, expected mixture"),
+    ],
+)
+def test_cells_that_do_not_belong_together_make_no_page(
+    evidence: Path, tmp_path: Path, call: Any, change: Any, message: str
+) -> None:
+    shutil.copytree(evidence, tmp_path / "evidence")
+    path = tmp_path / "evidence" / "mixtures" / "d4-n120-seed1.json"
+    cell = json.loads(path.read_text())
+    change(cell)
+    path.write_text(json.dumps(cell))
+    ending = call("page", "--evidence", "evidence", "--docs", "docs")
+    assert (ending.status, message in ending.err) == (2, True), ending.err
+    assert not Path("docs").exists()
+
+
+def test_a_single_cell_that_is_not_finished_makes_no_page(evidence: Path, tmp_path: Path, call: Any) -> None:
+    for name in ("gradients", "mixtures", "sweep", "digits", "real-digits"):
+        shutil.rmtree("evidence", ignore_errors=True)
+        shutil.copytree(evidence, "evidence")
+        path, *others = sorted(Path("evidence", name).glob("*.json"))
+        for other in others:
+            other.unlink()
+        cell = json.loads(path.read_text())
+        count = len(cell["entries"]) // 2
+        cell["entries"] = dict(list(cell["entries"].items())[:count])
+        path.write_text(json.dumps(cell))
+        ending = call("page", "--evidence", "evidence", "--docs", "docs")
+        assert (ending.status, f"{path} is not finished, it lacks" in ending.err) == (2, True), ending.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--dimensions 2 2", "dimensions: (2, 2) is out of range, allowed: one or more different ones from 1"),
+        ("--counts 80 80", "counts: (80, 80) is out of range, allowed: one or more different ones from 40"),
+        ("--dimensions 1", "dimensions: (1,) is out of range, allowed for mixtures: from 2"),
+        ("--name digits --counts 40", "counts: (40,) is out of range, allowed for digits: from 100"),
+        ("--name images --counts 200", "counts: (200,) is out of range, allowed for images: from 256"),
+        ("--name digits --dimensions 3", "dimensions: is for mixtures, sweep, got digits"),
+        ("--name gradients --counts 900", "counts: is for mixtures, sweep, digits, features, images, got gradients"),
+        ("--name real-digits --radii 0.1 0.1", "radii: (0.1, 0.1) is out of range, allowed: one or more different"),
+        ("--name sweep --root .", "root: is for features, images, got sweep"),
+        ("--name images", "root: none given, cifar10 needs --root DIR or $SCOREMATCH_DATA"),
+        ("--name features --root x", "root: x holds no intact cifar10, expected the official files in x/cifar-10-"),
+    ],
+)
+def test_bad_input(call: Any, arguments: str, message: str) -> None:
+    ending = call("experiments", *arguments.split())
+    assert (ending.status, message in ending.err) == (2, True), ending.err
+    assert ending.err.count("\n") == 1
+    assert "--download" not in ending.err
+
+
+def test_a_page_that_has_no_place(evidence: Path, call: Any) -> None:
+    Path("file").write_text("")
+    ending = call("page", "--evidence", evidence, "--docs", "file")
+    assert (ending.status, "docs: file/figures cannot be made (" in ending.err) == (2, True), ending.err
+
+
+def test_a_second_experiment_in_a_folder_is_refused(call: Any, tmp_path: Path) -> None:
+    with claimed(tmp_path / "here"):
+        ending = call("experiments", "--quick", "--out", tmp_path / "here")
+    assert (ending.status, "another program is writing into" in ending.err) == (2, True)
 
 
 def test_the_program(call: Any) -> None:

@@ -1,5 +1,6 @@
 """The paper's figures: their files, what they are computed by, and what is refused."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -15,10 +16,12 @@ from scorematch.divergences import KINDS
 from scorematch.posteriors import KernelDensity
 from training import figures, models
 from training.data import toy
+from training.figures import __main__ as program
 from training.figures import certified, figure_4, overfitting, tables, toy_fits
 from training.figures.claims import rounded, table
 from training.settings import config
 from training.settings.config import RunSettings
+from training.settings.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -218,6 +221,35 @@ def test_tables_take_the_runs_that_are_theirs(tmp_path: Path) -> None:
     assert "few" not in page
 
 
+def test_runs_with_other_images_or_without_attack_do_not_count_for_a_table(tmp_path: Path) -> None:
+    table2 = ["--recipe", "table2", "--objective", "pgd_at", "--divergence", "se", "--lr", "0.05"]
+    stored(tmp_path / "more", [*table2, "--generated", "x.npz"], clean_acc=90.0, autoattack_acc=60.0)
+    stored(tmp_path / "a", table2, clean_acc=82.0, autoattack_acc=50.0)
+    stored(tmp_path / "b", table2, clean_acc=83.0)
+    page = tables.page(tmp_path)
+    assert "| 82.50 ± 0.71 | 49.41 ± 0.27 | 50.00 | 2, of which 1 attacked |" in page
+    assert "- PGD-AT SE, more: clean 90.00, robust 60.00, with generated images instead of none" in page
+
+
+@pytest.mark.parametrize("text", ['{"clean', "[]", "{}", '{"clean_acc": null}'])
+def test_a_damaged_summary_is_named(tmp_path: Path, text: str) -> None:
+    stored(tmp_path / "a", ["--objective", "standard"], clean_acc=82.0)
+    (tmp_path / "a" / "summary.json").write_text(text)
+    with pytest.raises(InputError, match=r"runs: .*a/summary.json is damaged \("):
+        tables.page(tmp_path)
+
+
+def test_a_file_names_the_seeds_that_were_used() -> None:
+    settings = program.FigureSettings()
+    assert program.seeds_of(settings, "fig1") == (0, 1, 2, 3, 4)
+    assert program.seeds_of(settings, "fig4") == program.seeds_of(settings, "certified") == (0, 1, 2)
+    assert program.seeds_of(dataclasses.replace(settings, quick=True), "fig4") == (0,)
+    assert program.seeds_of(dataclasses.replace(settings, run=Path("x")), "fig4") == ()
+    folder = Path(figures.__file__).parents[2] / "docs" / "figures" / "paper"
+    for name in program.FIGURES:
+        assert json.loads((folder / f"{name}.json").read_text())["seeds"] == list(program.seeds_of(settings, name))
+
+
 def test_every_row_of_the_tables_is_there() -> None:
     rows = tables.rows()
     assert [sum(row.table == table for row in rows) for table in (1, 2, 3, 4)] == [24, 6, 7, 10]
@@ -306,6 +338,9 @@ def test_a_classifier_of_ones_own(call: Call, tmp_path: Path) -> None:
         (["fig4", "--run", "nowhere"], "run: nowhere holds no config.toml, expected the folder of a run"),
         (["fig4", "--data", "digits"], "data: digits is for --model-from, which is not given"),
         (["fig7"], "run, model_from: none given, fig7 needs a trained classifier by one of them"),
+        (["fig1", "fig7"], "run, model_from: none given, fig7 needs a trained classifier by one of them"),
+        (["--runs", "none"], "runs: none is not a folder, expected one with runs of training.run"),
+        (["fig4", "--score-from", "none.pt"], "none.pt"),
         (["fig7", "--model-from", "x"], "eps: none given, fig7 needs it with --model-from"),
         (["fig4", "--images", "2"], "images: 2 is out of range, allowed: at least 6, which are shown"),
         (["tables", "--runs", "."], "runs: . holds no finished run, expected config.toml and summary.json"),
@@ -315,5 +350,6 @@ def test_a_classifier_of_ones_own(call: Call, tmp_path: Path) -> None:
 def test_bad_input(call: Call, arguments: list[str], message: str) -> None:
     ending = call("figures", *arguments)
     assert ending.status == 2
+    assert not list(Path().glob("runs/figures/*")), "nothing is made before"
     assert message in ending.err
     assert ending.err.count("\n") == 1

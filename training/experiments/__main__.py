@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from training.engine.claims import claimed
 from training.experiments import gradients, mixtures, problems, real_digits
 from training.experiments.runner import run_cells
 from training.settings import command_line, config
-from training.settings.errors import Interrupted, run_program
+from training.settings.errors import InputError, Interrupted, run_program
 
 
 @dataclass(frozen=True)
@@ -34,15 +35,27 @@ class ExperimentSettings:
 
 RANGES: dict[str, config.Check] = {
     "seeds": (lambda v: len(v) > 0 and len(set(v)) == len(v) and min(v) >= 0, "one or more different seeds from 0"),
-    "dimensions": (lambda v: len(v) > 0 and min(v) >= 1, "one or more, each at least 1"),
-    "counts": (lambda v: len(v) > 0 and min(v) >= 40, "one or more, each at least 40"),
+    "dimensions": (lambda v: len(v) > 0 and len(set(v)) == len(v) and min(v) >= 1, "one or more different ones from 1"),
+    "counts": (lambda v: len(v) > 0 and len(set(v)) == len(v) and min(v) >= 40, "one or more different ones from 40"),
     "folds": (
         lambda v: len(v) > 0 and len(set(v)) == len(v) and 0 <= min(v) <= max(v) < problems.REAL_FOLDS,
         f"one or more different folds from 0 to {problems.REAL_FOLDS - 1}",
     ),
-    "radii": (lambda v: len(v) > 0 and 0 < min(v) <= max(v) < 1, "one or more between 0 and 1"),
+    "radii": (
+        lambda v: len(v) > 0 and len(set(v)) == len(v) and 0 < min(v) <= max(v) < 1,
+        "one or more different ones between 0 and 1",
+    ),
     "jobs": config.RANGES["threads"],
 }
+USES = {
+    "dimensions": ("mixtures", "sweep"),
+    "counts": ("mixtures", "sweep", "digits", "features", "images"),
+    "folds": ("real-digits",),
+    "radii": ("real-digits",),
+    "root": ("features", "images"),
+}
+# The fewest points from which every class is drawn, and as many principal components as networks see.
+FEWEST = {"digits": 100, "features": 100, "images": 2 * problems.DIRECTIONS}
 
 
 def main(arguments: list[str]) -> None:
@@ -53,14 +66,28 @@ def main(arguments: list[str]) -> None:
         description="Compare direct SCORE with its surrogates, most of all where the truth is known.",
         default=ExperimentSettings(),
     )
-    config.check_ranges(settings, RANGES)
+    check(settings)
     out = settings.out or Path("runs") / "experiments" / settings.name
     jobs = settings.jobs or len(os.sched_getaffinity(0))
     try:
-        count = run(settings, out, jobs)
+        with claimed(out):
+            count = run(settings, out, jobs)
     except Interrupted as signal:
         raise Interrupted(f"{signal}, all finished entries are kept in {out}; the same command continues") from None
     print(f"{count} cells in {out}")
+
+
+def check(settings: ExperimentSettings) -> None:
+    """Refuse options out of range, and those that the experiment does not read, before any work."""
+    config.check_ranges(settings, RANGES)
+    for option, names in USES.items():
+        if getattr(settings, option) != getattr(ExperimentSettings, option) and settings.name not in names:
+            raise InputError(f"{option}: is for {', '.join(names)}, got {settings.name}")
+    if settings.name == "mixtures" and min(settings.dimensions) < 2:
+        raise InputError(f"dimensions: {settings.dimensions} is out of range, allowed for mixtures: from 2")
+    if settings.name in FEWEST and min(settings.counts) < FEWEST[settings.name]:
+        fewest = f"allowed for {settings.name}: from {FEWEST[settings.name]}"
+        raise InputError(f"counts: {settings.counts} is out of range, {fewest}")
 
 
 def run(settings: ExperimentSettings, out: Path, jobs: int) -> int:
@@ -87,7 +114,16 @@ def run(settings: ExperimentSettings, out: Path, jobs: int) -> int:
         for count in settings.counts
     ]
     if kind in ("images", "features"):
-        planned[0].analysers()  # before several processes ask for them at once
+        try:
+            planned[0].analysers()  # before several processes ask for them at once
+        except InputError as error:  # of the data set, whose options have other names elsewhere
+            told = (
+                str(error)
+                .replace("data_root:", "root:")
+                .replace("--data-root", "--root")
+                .replace(", or --download", "")
+            )
+            raise InputError(told) from None
     run_cells(mixtures.run, planned, jobs)
     return len(planned)
 

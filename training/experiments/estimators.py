@@ -278,7 +278,11 @@ def _factor_analysers(bench: Bench) -> Estimated:
 
         return build
 
-    tried = {f"{c} components of rank {r}": fitted(c, r) for c in bench.grid.components for r in bench.grid.ranks}
+    # In few dimensions, or of few points, not every form can be fitted.
+    smallest = int(problem.fold(0, bench.folds)[1].bincount(minlength=problem.num_classes).min())
+    components = [number for number in bench.grid.components if number < smallest]
+    ranks = [rank for rank in bench.grid.ranks if rank < problem.x[0].numel()]
+    tried = {f"{c} components of rank {r}": fitted(c, r) for c in components for r in ranks}
     name, evidence = bench.chosen(tried, range(1))
     return Estimated(tried[name](None), {"form": name}, evidence)
 

@@ -28,7 +28,7 @@ from scorematch.networks import Denoiser
 from scorematch.posteriors import Ensemble, KernelDensity, NoiseConditionalClassifier, Posterior, ScoreNetwork
 from scorematch.posteriors.base import PointwisePosterior
 from training.experiments import estimators, problems
-from training.experiments.estimators import Bench
+from training.experiments.estimators import Bench, Grid
 from training.experiments.problems import FOLDS
 from training.experiments.runner import Notebook
 
@@ -48,8 +48,20 @@ class Cell:
     quick: bool = False
 
     @property
-    def name(self) -> str:
-        return f"seed{self.seed}"
+    def path(self) -> Path:
+        return self.folder / f"seed{self.seed}.json"
+
+    @property
+    def count(self) -> int:
+        return 200 if self.quick else COUNT
+
+    @property
+    def grid(self) -> Grid:
+        return estimators.QUICK if self.quick else Grid(selection_sigma=0.2)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        return {"dimension": DIMENSION, "count": self.count, "seed": self.seed, "grid": asdict(self.grid)}
 
 
 class TwoNetworks(Denoiser):
@@ -105,13 +117,11 @@ def posteriors_of(bench: Bench, other: Bench, many: Bench, sigma: float) -> dict
 def run(cell: Cell) -> None:
     """Every estimator at every noise level, on one mixture."""
     sizes = problems.QUICK if cell.quick else {}
-    problem = problems.gaussian_mixture(DIMENSION, 200 if cell.quick else COUNT, cell.seed, **sizes)
-    grid = estimators.QUICK if cell.quick else estimators.Grid(selection_sigma=0.2)
+    problem, grid = problems.gaussian_mixture(DIMENSION, cell.count, cell.seed, **sizes), cell.grid
     # The audit's common score comes from a third network: that of an estimate would hide the estimate's own error.
     bench, other, third = (Bench(problem, cell.seed + offset, grid) for offset in (0, 500, 700))
     many = Bench(problem, cell.seed, replace(grid, energy_weight=HEAVIER), folds=MANY)
-    about = {"dimension": DIMENSION, "count": len(problem.x), "seed": cell.seed, "grid": asdict(grid)}
-    notebook = Notebook(cell.folder / f"{cell.name}.json", about)
+    notebook = Notebook(cell.path, cell.about)
 
     def measured(name: str, sigma: float) -> dict[str, Any]:
         estimate = posteriors_of(bench, other, many, sigma)[name]()

@@ -139,9 +139,27 @@ class Cell:
     root: Path | None = None  # of CIFAR-10, for images and features
 
     @property
-    def name(self) -> str:
+    def path(self) -> Path:
         kind = f"d{self.dimension}" if self.dimension is not None else self.kind
-        return f"{kind}-n{self.count}-seed{self.seed}"
+        return self.folder / f"{kind}-n{self.count}-seed{self.seed}.json"
+
+    @property
+    def budget(self) -> Budget:
+        return students.QUICK if self.quick else PLANS[self.kind].budget
+
+    @property
+    def grid(self) -> Grid:
+        return estimators.QUICK if self.quick else PLANS[self.kind].grid
+
+    @property
+    def about(self) -> dict[str, Any]:
+        return {
+            "problem": self.kind,
+            "count": self.count,
+            "seed": self.seed,
+            "budget": asdict(self.budget),
+            "grid": asdict(self.grid),
+        }
 
     def problem(self) -> Problem:
         sizes = problems.QUICK if self.quick else {}
@@ -161,19 +179,9 @@ class Cell:
 def run(cell: Cell) -> None:
     """Everything of one problem."""
     problem = cell.problem()
-    plan = PLANS[cell.kind]
-    budget = students.QUICK if cell.quick else plan.budget
-    grid = estimators.QUICK if cell.quick else plan.grid
-    bench = Bench(problem, cell.seed, grid)
-    about = {
-        "problem": cell.kind,
-        "dimension": problem.x[0].numel(),
-        "count": cell.count,
-        "seed": cell.seed,
-        "budget": asdict(budget),
-        "grid": asdict(grid),
-    }
-    notebook = Notebook(cell.folder / f"{cell.name}.json", about)
+    plan, budget = PLANS[cell.kind], cell.budget
+    bench = Bench(problem, cell.seed, cell.grid)
+    notebook = Notebook(cell.path, {**cell.about, "dimension": problem.x[0].numel()})
     notebook.once("problem", lambda: facts(problem))
     oracle = Estimated(problem.oracle, {}, {})
 

@@ -75,8 +75,27 @@ class Cell:
     quick: bool = False
 
     @property
-    def name(self) -> str:
-        return f"eps{self.eps:g}-fold{self.fold}-seed{self.seed}"
+    def path(self) -> Path:
+        return self.folder / f"eps{self.eps:g}-fold{self.fold}-seed{self.seed}.json"
+
+    @property
+    def budget(self) -> Budget:
+        return students.QUICK if self.quick else BUDGET
+
+    @property
+    def grid(self) -> Grid:
+        return estimators.QUICK if self.quick else GRID
+
+    @property
+    def about(self) -> dict[str, Any]:
+        return {
+            "problem": "real digits",
+            "fold": self.fold,
+            "seed": self.seed,
+            "eps": self.eps,
+            "budget": asdict(self.budget),
+            "grid": asdict(self.grid),
+        }
 
 
 def run(cell: Cell) -> None:
@@ -85,18 +104,8 @@ def run(cell: Cell) -> None:
     if cell.quick:
         parts = {name: getattr(task, name)[:40] for name in ("x_test", "y_test", "x_choice", "y_choice")}
         task = dataclasses.replace(task, **parts)
-    grid, budget = (estimators.QUICK, students.QUICK) if cell.quick else (GRID, BUDGET)
-    bench = Bench(task, cell.seed, grid)
-    about = {
-        "problem": "real digits",
-        "fold": cell.fold,
-        "seed": cell.seed,
-        "eps": cell.eps,
-        "count": len(task.x),
-        "budget": asdict(budget),
-        "grid": asdict(grid),
-    }
-    notebook = Notebook(cell.folder / f"{cell.name}.json", about)
+    bench, budget = Bench(task, cell.seed, cell.grid), cell.budget
+    notebook = Notebook(cell.path, {**cell.about, "count": len(task.x)})
 
     def student(form: str) -> dict[str, Any]:
         objective, _, name = form.partition(" ")

@@ -10,7 +10,7 @@ import numpy as np
 from training.compare import Estimate, estimate
 from training.experiments import real_digits
 from training.experiments.real_digits import DIRECT, EPS, RADII, SURROGATES
-from training.experiments.tables import FAMILIES, label, seeds, shown, verdict
+from training.experiments.tables import FAMILIES, commands, label, shown, verdict
 from training.reports.plots import FAINT, plt
 
 FIGURE = "direct-real-digits.png"
@@ -40,23 +40,23 @@ def section(cells: Sequence[dict[str, Any]], figures: Path) -> str:
         f"{cells[0]['budget']['attack_steps']} steps. Every training keeps the weights with the highest robust "
         "accuracy on 240 validation images. “Drawn” means that half of every batch was drawn from the score network, "
         "which was trained on the same images. AutoAttack is the standard version, on every test image. Mean ± half "
-        "the 95 % interval over folds and seeds.",
+        "the 95 % interval over folds and seeds. Folds share most of their training images, so such intervals are "
+        "somewhat too narrow.",
     ]
     for radius, group in sorted(by_radius.items()):
         lines += ["", f"### Trained at eps {radius:g}, {len(group)} runs of each", "", *table(group)]
         lines += ["", *hypotheses(group)]
-    radii = " ".join(f"{radius:g}" for radius in sorted(by_radius))
-    folds = " ".join(str(fold) for fold in sorted({cell["fold"] for cell in cells}))
-    options = f"--name real-digits --radii {radii} --folds {folds} --seeds {seeds(cells)}"
     return "\n".join(
         [
             *lines,
             "",
             f"![Clean accuracy against AutoAttack accuracy](figures/{FIGURE})",
             "",
+            "Standard training and the ablations are not in the picture.",
+            "",
             *memory(cells),
             "",
-            f"`python -m training.experiments {options} --out docs/evidence/real-digits`",
+            commands(cells, "real-digits", {"radii": "eps", "folds": "fold", "seeds": "seed"}),
         ]
     )
 
@@ -91,9 +91,9 @@ def difference(group: Sequence[dict[str, Any]], first: str, second: str, measure
     return estimate([of(cell, first, measure) - of(cell, second, measure) for cell in group])
 
 
-def signed(value: Estimate) -> str:
-    interval = "" if value.low is None else f" [{value.low:+.1f}, {value.high:+.1f}]"
-    return f"{value.mean:+.1f}{interval}"
+def signed(value: Estimate, digits: int = 1) -> str:
+    interval = "" if value.low is None else f" [{value.low:+.{digits}f}, {value.high:+.{digits}f}]"
+    return f"{value.mean:+.{digits}f}{interval}"
 
 
 def hypotheses(group: Sequence[dict[str, Any]]) -> list[str]:
@@ -110,8 +110,19 @@ def hypotheses(group: Sequence[dict[str, Any]]) -> list[str]:
         points = [front(other) for other in SURROGATES]
         return any(c >= clean and r >= robust and (c, r) != (clean, robust) for c, r in points)
 
+    def lead(form: str) -> str:
+        """What it is ahead by, of the surrogate that comes closest to dominating it."""
+        titles = {"clean": "clean accuracy", "autoattack": "AutoAttack accuracy"}
+        leads = {
+            other: {measure: mean(group, form, measure) - mean(group, other, measure) for measure in titles}
+            for other in SURROGATES
+        }
+        rival = min(SURROGATES, key=lambda other: max(leads[other].values()))
+        measure = max(titles, key=leads[rival].__getitem__)
+        return f"{label(form)}, by {signed(difference(group, form, rival, measure))} points of {titles[measure]}"
+
     standing = [form for form in DIRECT if not dominated(form)]
-    told = "; ".join(label(form) for form in standing) or "each is dominated by a surrogate"
+    told = "; ".join(lead(form) for form in standing) or "each is dominated by a surrogate"
     best = {
         measure: estimate(
             [of(cell, chosen(cell, DIRECT), measure) - of(cell, chosen(cell, SURROGATES), measure) for cell in group]
@@ -135,24 +146,25 @@ def hypotheses(group: Sequence[dict[str, Any]]) -> list[str]:
     regular = difference(group, REGULAR, "direct:kl score", "autoattack")
 
     def positive(values: Sequence[Estimate]) -> str:
-        return verdict(all(value.low is not None and value.low > 0 for value in values))
+        return verdict(all(value.low is not None and value.low > 0 for value in values), len(group))
 
     return [
         f"- R1, by the means of clean and AutoAttack accuracy some direct setting is not dominated by a surrogate: "
-        f"{verdict(bool(standing))}: {told}.",
+        f"{verdict(bool(standing), len(group))}: {told}.",
         "- The best direct setting of each run beside the best surrogate, both chosen on validation images: clean "
         f"{signed(best['clean'])}, AutoAttack {signed(best['autoattack'])} points, −log p under PGD "
-        f"{best['nll_attacked'].mean:+.2f} nats.",
+        f"{signed(best['nll_attacked'], 2)} nats.",
         "- R2, drawn samples raise the accuracy under AutoAttack: "
         f"{'; '.join(f'{label(plain)} {signed(value)}' for plain, value in drawn)}: "
-        f"{positive([value for _, value in drawn])} for all of them. In trainings of 3,600 steps with 20,000 "
+        f"{positive([value for _, value in drawn])} for all of them together. In trainings of 3,600 steps with 20,000 "
         "samples they [do](results.md#digits-with-generated-data).",
         "- R3, the ablation with the ensemble of joint energies, accuracy under AutoAttack: "
         f"{'; '.join(f'{name} {signed(value)}' for name, value in ablation.items())}: "
         f"{positive(list(ablation.values()))}.",
         "- R4, with augmented images and dropout the held-out denoising loss of the score network is within 10 % of "
-        f"that on training images at every σ: the largest mean ratio is {largest:.2f}: {verdict(largest <= 1.1)}; and "
-        f"direct SCORE with it is more robust than with the plain one: AutoAttack {signed(regular)}, clean "
+        f"that on training images at every σ: the largest mean ratio is {largest:.2f}: "
+        f"{verdict(largest <= 1.1, len(group))}; and direct SCORE with it is more robust than with the plain "
+        f"one: AutoAttack {signed(regular)}, clean "
         f"{signed(difference(group, REGULAR, 'direct:kl score', 'clean'))}: {positive([regular])}. This hypothesis was "
         "added after the others had been seen.",
     ]
@@ -214,13 +226,17 @@ def draw(by_radius: Mapping[float, Sequence[dict[str, Any]]], path: Path) -> Non
             colour, marker = kinds[kind]
             x, y = (estimate([of(cell, form, measure) for cell in cells]) for measure in ("clean", "autoattack"))
             spread = [0.0 if v.high is None else v.high - v.mean for v in (x, y)]
-            face = colour if "drawn" in form else "white"
+            face = colour if "drawn" in form else "none"
             axis.errorbar(x.mean, y.mean, spread[1], spread[0], color=FAINT, lw=0.8, zorder=1)
             axis.scatter(x.mean, y.mean, s=40, marker=marker, edgecolor=colour, facecolor=face, zorder=2)
-            words = [word for word in form.partition(" ")[0].split(":")[2:] if word not in ("drawn",)]
-            note = " ".join(f"β {word}" if word.isdigit() else word for word in words)
-            note += f" eps {radius:g}" if len(by_radius) > 1 else ""
-            axis.annotate(note.strip(), (x.mean, y.mean), xytext=(5, 3), textcoords="offset points", fontsize=7)
+            _, divergence, *words = form.partition(" ")[0].split(":")
+            notes = [f"β {word}" if word.isdigit() else word for word in words if word != "drawn"]
+            notes += [divergence.upper()] if divergence != "kl" else []
+            notes += [f"eps {radius:g}"] if len(by_radius) > 1 else []
+            place, side = ((5, 3), "left") if kind == "TRADES" and divergence == "kl" else ((-5, 3), "right")
+            axis.annotate(
+                " ".join(notes), (x.mean, y.mean), xytext=place, textcoords="offset points", fontsize=7, ha=side
+            )
     for kind, (colour, marker) in kinds.items():
         axis.scatter([], [], s=40, marker=marker, edgecolor=colour, facecolor="white", label=kind)
     axis.scatter([], [], s=40, marker="o", color="#222222", label="filled: half of every batch drawn")

@@ -1,11 +1,12 @@
 """What the sections of the page share: reading results, and how numbers and verdicts are written."""
 
-import json
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from training.compare import Estimate
+from training.experiments.runner import changes, read_cell
 from training.settings.errors import InputError
 
 # Of each posterior its name in words, colour and marker.
@@ -51,12 +52,43 @@ def label(form: str) -> str:
     return ", ".join([title, *notes, *(NOTES[word].format(family) for word in words)])
 
 
-def read(folder: Path) -> list[dict[str, Any]]:
-    """The finished cells of an experiment, in the order of their names."""
+# What the cells of an experiment say that they are about; audits of gradients say nothing.
+PROBLEMS = {"mixtures": "mixture", "real-digits": "real digits", "gradients": None}
+IDENTITY = ("dimension", "count", "seed", "fold", "eps")
+
+
+def read(folder: Path, last: str) -> list[dict[str, Any]]:
+    """The cells of an experiment, in the order of their names.
+
+    Args:
+        folder: of the experiment, whose name it has.
+        last: entry without which a cell is not finished.
+
+    Raises:
+        InputError: there are none, one is damaged or not finished, or they do not belong together.
+    """
     paths = sorted(folder.glob("*.json"))
     if not paths:
         raise InputError(f"evidence: {folder} holds no results, expected the JSON files of an experiment")
-    return [json.loads(path.read_text()) for path in paths]
+    cells = {path: read_cell(path) for path in paths}
+    first, whole = cells[paths[0]], {last}.union(*(cell["entries"] for cell in cells.values()))
+    seen: dict[tuple[Any, ...], Path] = {}
+    for path, cell in cells.items():
+        problem, expected = cell.get("problem"), PROBLEMS.get(folder.name, folder.name)
+        if problem != expected:
+            raise InputError(f"evidence: {path} is about {problem}, expected {expected}")
+        changed = [line for key in ("budget", "grid") for line in changes(first.get(key), cell.get(key), key)]
+        if changed:
+            raise InputError(f"evidence: {path} has other settings than {paths[0].name} ({'; '.join(sorted(changed))})")
+        if missing := sorted(whole - cell["entries"].keys()):
+            raise InputError(
+                f"evidence: {path} is not finished, it lacks {len(missing)} entries such as {missing[0]!r}; the "
+                "command of the experiment goes on with it"
+            )
+        other = seen.setdefault(tuple(cell.get(key) for key in IDENTITY), path)
+        if other != path:
+            raise InputError(f"evidence: {path} is the same problem and seed as {other.name}, expected it once")
+    return list(cells.values())
 
 
 def shown(value: Estimate, digits: int) -> str:
@@ -66,14 +98,38 @@ def shown(value: Estimate, digits: int) -> str:
     return f"{value.mean:.{digits}f} ± {value.high - value.mean:.{digits}f}"
 
 
-# Of two seeds, half a 95 % interval is 9 standard deviations: that decides nothing.
-SEEDS_NEEDED = 3
-OPEN = "**open**, for want of a third seed"
+# Of two runs, half a 95 % interval is 9 standard deviations: that decides nothing.
+RUNS_NEEDED = 3
+OPEN = "**open**, for want of a third run"
 
 
-def verdict(holds: bool) -> str:
+def verdict(holds: bool, runs: int) -> str:
+    """Of a hypothesis, from so many seeds or folds."""
+    if runs < RUNS_NEEDED:
+        return OPEN
     return "**holds**" if holds else "**fails**"
 
 
 def seeds(cells: Sequence[dict[str, Any]]) -> str:
     return " ".join(str(seed) for seed in sorted({cell["seed"] for cell in cells}))
+
+
+def commands(cells: Sequence[dict[str, Any]], name: str, options: dict[str, str]) -> str:
+    """The commands that make these cells and no others, one for each set of values that go together.
+
+    Args:
+        cells: of one experiment.
+        name: of the experiment, and of its folder.
+        options: of the command line → what a cell calls it.
+    """
+    parts = sorted({tuple((cell[key],) for key in options.values()) for cell in cells})
+    for place in reversed(range(len(options))):
+        merged: dict[Any, list[Any]] = defaultdict(list)
+        for part in parts:
+            merged[part[:place], part[place + 1 :]] += part[place]
+        parts = [(*before, tuple(values), *after) for (before, after), values in merged.items()]
+    lines = []
+    for part in parts:
+        words = [f"--{option} {' '.join(map(str, values))}" for option, values in zip(options, part, strict=True)]
+        lines.append(f"    python -m training.experiments --name {name} {' '.join(words)} --out docs/evidence/{name}")
+    return "\n".join(lines)

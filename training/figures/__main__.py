@@ -65,6 +65,7 @@ RANGES: dict[str, config.Check] = {
     "images": (lambda v: v >= figure_4.SHOWN, f"at least {figure_4.SHOWN}, which are shown"),
     "eps": (lambda v: v is None or v > 0, "above 0"),
 }
+FEWER_SEEDS = {"fig4": figure_4.SEEDS, "certified": certified.SEEDS}
 USES = {
     "run": ("fig4", "fig7"),
     "model_from": ("fig4", "fig7"),
@@ -96,7 +97,7 @@ def main(arguments: list[str]) -> None:
         result = FIGURES[name](settings)
         about = {
             "command": shlex.join(["python", "-m", "training.figures", *arguments]),
-            "seeds": list(seeds_of(settings)),
+            "seeds": list(seeds_of(settings, name)),
             "quick": settings.quick,
             "torch": torch.__version__,
             "scorematch": scorematch.__version__,
@@ -110,7 +111,7 @@ def check(settings: FigureSettings) -> tuple[str, ...]:
     """The names of what is to be made.
 
     Raises:
-        InputError: an option is out of range, or belongs to nothing that is made.
+        InputError: an option is out of range, belongs to nothing that is made, or something is missing.
     """
     config.check_ranges(settings, RANGES)
     for name in settings.names:
@@ -125,23 +126,29 @@ def check(settings: FigureSettings) -> tuple[str, ...]:
     for option in ("model", "data", "image_size", "eps"):
         if getattr(settings, option) is not None and settings.model_from is None:
             raise InputError(f"{option}: {getattr(settings, option)} is for --model-from, which is not given")
+    if "fig7" in names and not source_of(settings).given:
+        raise InputError("run, model_from: none given, fig7 needs a trained classifier by one of them")
     if "fig7" in names and settings.model_from is not None and settings.eps is None:
         raise InputError("eps: none given, fig7 needs it with --model-from")
+    if "tables" in names:
+        tables.stored(settings.runs)  # they come last
     return names
 
 
-def seeds_of(settings: FigureSettings) -> tuple[int, ...]:
-    """The seeds that are used."""
-    return settings.seeds[:1] if settings.quick else settings.seeds
+def seeds_of(settings: FigureSettings, name: str) -> tuple[int, ...]:
+    """The seeds that a figure uses."""
+    if name == "fig4" and source_of(settings).given:
+        return ()
+    return settings.seeds[: 1 if settings.quick else FEWER_SEEDS.get(name)]
 
 
-def toy_figure(make: Callable[[tuple[int, ...], int, int], Result]) -> Callable[[FigureSettings], Result]:
+def toy_figure(name: str, make: Callable[[tuple[int, ...], int, int], Result]) -> Callable[[FigureSettings], Result]:
     """A figure on the toy from the settings."""
 
     def made(settings: FigureSettings) -> Result:
         steps = QUICK_STEPS if settings.quick else toy_fits.STEPS
         jobs = 1 if settings.quick else settings.jobs or len(os.sched_getaffinity(0))
-        return make(seeds_of(settings), steps, jobs)
+        return make(seeds_of(settings, name), steps, jobs)
 
     return made
 
@@ -150,7 +157,7 @@ def semantic_gradients(settings: FigureSettings) -> Result:
     """Fig. 4."""
     return figure_4.make(
         source_of(settings),
-        seeds_of(settings),
+        seeds_of(settings, "fig4"),
         score_from=settings.score_from,
         images=figure_4.SHOWN if settings.quick else settings.images,
         quick=settings.quick,
@@ -160,7 +167,7 @@ def semantic_gradients(settings: FigureSettings) -> Result:
 def certified_accuracy(settings: FigureSettings) -> Result:
     """Randomized smoothing, Eqs. (35) to (38)."""
     jobs = 1 if settings.quick else settings.jobs or len(os.sched_getaffinity(0))
-    return certified.make(seeds_of(settings), jobs=jobs, quick=settings.quick)
+    return certified.make(seeds_of(settings, "certified"), jobs=jobs, quick=settings.quick)
 
 
 def source_of(settings: FigureSettings) -> figure_4.Source:
@@ -191,11 +198,11 @@ def report(name: str, result: Result, out: Path, seconds: float) -> None:
 
 
 FIGURES: dict[str, Callable[[FigureSettings], Result]] = {
-    "fig1": toy_figure(figure_1.make),
-    "fig2": toy_figure(figure_2.make),
-    "fig3": toy_figure(figure_3.make),
+    "fig1": toy_figure("fig1", figure_1.make),
+    "fig2": toy_figure("fig2", figure_2.make),
+    "fig3": toy_figure("fig3", figure_3.make),
     "fig4": semantic_gradients,
-    "fig6": toy_figure(figure_6.make),
+    "fig6": toy_figure("fig6", figure_6.make),
     "certified": certified_accuracy,
 }
 FILES: dict[str, Callable[[FigureSettings], None]] = {"fig7": masked_gradients, "tables": write_tables}

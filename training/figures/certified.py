@@ -101,11 +101,10 @@ def make(seeds: tuple[int, ...], *, jobs: int, quick: bool) -> Result:
     """The figure.
 
     Args:
-        seeds: of the trainings, of which the first SEEDS are taken.
+        seeds: of the trainings.
         jobs: models side by side.
         quick: train for a few steps only, to see that it runs.
     """
-    seeds = seeds[:SEEDS]
     fits = [Fit(method, seed, quick) for method in METHODS for seed in seeds]
     made = dict(zip(fits, mapped(certified, fits, jobs, "certified"), strict=True))
     by_method = {method: [made[Fit(method, seed, quick)] for seed in seeds] for method in METHODS}

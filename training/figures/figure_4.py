@@ -29,7 +29,7 @@ from scorematch.posteriors import KernelDensity, ScoreNetwork
 from training import evaluate
 from training import run as training_run
 from training.compare import estimate
-from training.data import Data, DataName
+from training.data import Data, DataName, DataSettings, load
 from training.engine import posteriors
 from training.figures.claims import Claim, Result, interval
 from training.reports.plots import picture
@@ -179,7 +179,7 @@ def make(source: Source, seeds: tuple[int, ...], *, score_from: Path | None, ima
     """The figure.
 
     Args:
-        source: the classifier; none given: two are trained for each of the first SEEDS seeds.
+        source: the classifier; none given: two are trained for each seed.
         seeds: of these.
         score_from: posterior.pt with a score network; None takes a kernel density.
         images: the first so many test images are measured, at least SHOWN.
@@ -192,7 +192,8 @@ def make(source: Source, seeds: tuple[int, ...], *, score_from: Path | None, ima
         subject = source.read()
         data, found = subject.data, {(Path(subject.name).parent.name or subject.name, 0): subject.model}
     else:
-        data, found = trained(seeds[:SEEDS], quick)
+        reference(load(DataSettings("digits")), score_from)  # before anything is trained
+        data, found = trained(seeds, quick)
     if len(data.input_shape) != 3:
         raise InputError(f"data: {data.name} has inputs {list(data.input_shape)}, allowed: images [C, H, W]")
     name, density = reference(data, score_from)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from training import evaluate
 from training.figures.figure_4 import Source
-from training.settings.errors import InputError
 
 QUICK = ["--limit", "20", "--steps", "2", "--restarts", "1"]
 
@@ -24,10 +23,8 @@ def make(source: Source, eps: float | None, out: Path, *, quick: bool) -> None:
         quick: attack with a few steps only, to see that it runs.
 
     Raises:
-        InputError: no classifier is given, or it cannot be read.
+        InputError: the classifier cannot be read.
     """
-    if not source.given:
-        raise InputError("run, model_from: none given, fig7 needs a trained classifier by one of them")
     options = {**vars(source), "eps": eps}
     arguments = ["--attack", "obfuscation", "--plot", str(out / "fig7.png"), "--out", str(out / "fig7.json")]
     for name, value in options.items():

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -130,10 +130,24 @@ def stored(folder: Path | None) -> list[Run]:
     for path in sorted(folder.rglob("summary.json")):
         settings = path.with_name("config.toml")
         if settings.exists():
-            found.append(Run(path.parent, config.read_toml(settings), json.loads(path.read_text())))
+            found.append(Run(path.parent, config.read_toml(settings), summary_of(path)))
     if not found:
         raise InputError(f"runs: {folder} holds no finished run, expected config.toml and summary.json in its folders")
     return found
+
+
+def summary_of(path: Path) -> dict[str, Any]:
+    """What a run found.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    try:
+        summary: dict[str, Any] = json.loads(path.read_text())
+        float(summary["clean_acc"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"runs: {path} is damaged ({error}), expected what training.run writes") from None
+    return summary
 
 
 def same(a: Any, b: Any) -> bool:
@@ -159,10 +173,14 @@ def belongs(run: Run, row: Row, recipe: dict[str, Any]) -> bool:
 def differences(run: Run, row: Row, recipe: dict[str, Any]) -> list[str]:
     """In which settings a run differs from its row, each as ``name value instead of value``."""
     wanted: dict[str, Any] = {**DEFAULTS, **recipe, **row.settings}
+    generated = run.settings.get("generated")
     return [
-        f"{key} {run.settings.get(key, DEFAULTS.get(key))} instead of {value}"
-        for key, value in wanted.items()
-        if key not in INDIFFERENT and not same(run.settings.get(key, DEFAULTS.get(key)), value)
+        *(["generated images instead of none"] if generated and row.table in (1, 2) else []),
+        *(
+            f"{key} {run.settings.get(key, DEFAULTS.get(key))} instead of {value}"
+            for key, value in wanted.items()
+            if key not in INDIFFERENT and not same(run.settings.get(key, DEFAULTS.get(key)), value)
+        ),
     ]
 
 
@@ -205,14 +223,15 @@ def page(folder: Path | None) -> str:
 def line(row: Row, runs: Sequence[Run]) -> str:
     """One row of a Markdown table."""
     clean, clean_spread, robust, robust_spread = row.paper
+    attacked = [run.summary[row.robust] for run in runs if run.summary.get(row.robust) is not None]
     cells = [
         row.title,
         row.recipe,
         shown(clean, clean_spread),
-        ours(run.summary["clean_acc"] for run in runs),
+        ours([run.summary["clean_acc"] for run in runs]),
         shown(robust, robust_spread),
-        ours(run.summary[row.robust] for run in runs if run.summary.get(row.robust) is not None),
-        str(len(runs)),
+        ours(attacked),
+        str(len(runs)) + (f", of which {len(attacked)} attacked" if len(attacked) < len(runs) else ""),
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -222,12 +241,11 @@ def shown(mean: float, spread: float | None) -> str:
     return f"{mean:.2f}" if spread is None else f"{mean:.2f} ± {spread:.2f}"
 
 
-def ours(values: Iterator[float] | Sequence[float]) -> str:
+def ours(values: Sequence[float]) -> str:
     """The mean of our runs."""
-    found = list(values)
-    if not found:
+    if not values:
         return "not run"
-    return shown(fmean(found), stdev(found) if len(found) > 1 else None)
+    return shown(fmean(values), stdev(values) if len(values) > 1 else None)
 
 
 def note(run: Run, row: Row, recipe: dict[str, Any]) -> str:
