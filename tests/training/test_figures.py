@@ -340,7 +340,7 @@ def test_a_classifier_of_ones_own(call: Call, tmp_path: Path) -> None:
         (["fig7"], "run, model_from: none given, fig7 needs a trained classifier by one of them"),
         (["fig1", "fig7"], "run, model_from: none given, fig7 needs a trained classifier by one of them"),
         (["--runs", "none"], "runs: none is not a folder, expected one with runs of training.run"),
-        (["fig4", "--score-from", "none.pt"], "none.pt"),
+        (["fig4", "--score-from", "none.pt"], "score_from: none.pt: no such file"),
         (["fig7", "--model-from", "x"], "eps: none given, fig7 needs it with --model-from"),
         (["fig4", "--images", "2"], "images: 2 is out of range, allowed: at least 6, which are shown"),
         (["tables", "--runs", "."], "runs: . holds no finished run, expected config.toml and summary.json"),

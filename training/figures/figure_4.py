@@ -151,7 +151,10 @@ def reference(data: Data, score_from: Path | None) -> tuple[str, KernelDensity |
         InputError: the score network cannot be read, or is not of such data.
     """
     if score_from is not None:
-        settings, network = posteriors.read(score_from, data)
+        try:
+            settings, network = posteriors.read(score_from, data)
+        except InputError as error:
+            raise InputError(f"score_from: {error}") from None
         return f"score network, σ = {settings.sigma:g}", network.eval()
     settings = posteriors.PosteriorSettings(name="kernel_density").resolved(data.name)
     assert settings.sigma is not None
