@@ -66,9 +66,11 @@ def test_the_number_of_workers_does_not_matter(norm: str) -> None:
     points, labels, report = results[0]
     assert 0 < report["robust_accuracy"] < report["clean_accuracy"]
     for other_points, other_labels, other_report in results[1:]:
+        # A matrix product rounds in its own way for each size of a batch; which ones differ depends on the processor.
         torch.testing.assert_close(other_points, points, rtol=0, atol=1e-9)
         assert torch.equal(other_labels, labels)
-        assert other_report == report
+        assert other_report.pop("nearest") == pytest.approx(report["nearest"], abs=1e-9, nan_ok=True)
+        assert other_report == {name: value for name, value in report.items() if name != "nearest"}
 
 
 @pytest.mark.parametrize("version", ["plus", "fast"])

@@ -178,17 +178,17 @@ def test_a_win_needs_every_measure() -> None:
     jitter = (-0.001, 0.0, 0.001)
     surrogates = [made_up(0.10 + j, 0.30) for j in jitter]
 
-    def failures(**changes: float) -> list[str]:
+    def failures(**changes: float) -> dict[str, str]:
         values = {"kl": 0.05, "r_score": 0.20, **changes}
         direct = [made_up(**{**values, "kl": values["kl"] + 2 * j}) for j in jitter]
         cells = cells_of(direct, surrogates)
         return comparisons.failures(cells, lambda cell: comparisons.of_direct(cell, "oracle"), mixtures.SURROGATES)
 
-    assert failures() == []
-    assert failures(kl=0.10) == ["kl"]
-    assert failures(r_score=0.31) == ["r_score"]
-    assert failures(clean=89.0, robust=59.0) == ["clean", "robust"]
-    assert failures(robust=61.0) == []
+    assert failures() == {}
+    assert list(failures(kl=0.10)) == ["kl"]
+    assert list(failures(r_score=0.31)) == ["r_score"]
+    assert list(failures(clean=89.0, robust=59.0)) == ["clean", "robust"]
+    assert failures(robust=61.0) == {}
 
 
 def test_the_oracle_has_to_be_ahead_in_the_accuracies_too() -> None:
@@ -205,9 +205,11 @@ def test_the_oracle_has_to_be_ahead_in_the_accuracies_too() -> None:
         return page._hypotheses(cells)[0]
 
     assert "all four measures, each picked as suits it best, beyond the intervals: **holds**;" in verdict()
-    assert "**fails** in robust accuracy by label;" in verdict(robust=60.0)
-    assert "**fails** in clean accuracy and robust accuracy by label;" in verdict(clean=89.0, robust=59.9)
-    assert "**fails** in KL;" in verdict(kl=0.2)
+    assert "**fails** in robust accuracy by label (32 of 32);" in verdict(robust=60.0)
+    assert "**fails** in clean accuracy (32 of 32) and robust accuracy by label (32 of 32);" in verdict(
+        clean=89.0, robust=59.9
+    )
+    assert "**fails** in KL (32 of 32);" in verdict(kl=0.2)
 
 
 def test_a_tie_is_not_a_win() -> None:
@@ -227,9 +229,12 @@ def test_a_tie_is_not_a_win() -> None:
 
 
 def test_two_seeds_decide_nothing() -> None:
-    assert comparisons.judged([], 2) == comparisons.judged(["kl"], 2) == tables.OPEN
-    assert comparisons.judged([], 3) == "**holds**"
-    assert comparisons.judged(["kl", "r_score"], 3) == "**fails** in KL and R_SCORE"
+    failed = {"kl": "1 of 8", "r_score": "8 of 8"}
+    assert comparisons.judged({}, 2) == comparisons.judged(failed, 2) == tables.OPEN
+    assert comparisons.judged({}, 3) == "**holds**"
+    assert comparisons.judged(failed, 3) == "**fails** in KL and R_SCORE"
+    told = "**fails** in KL (1 of 8) and R_SCORE (8 of 8)"
+    assert comparisons.judged(failed, 3, counted=True) == told
 
 
 def of_real_digits(values: dict[str, tuple[float, float]], ratio: float = 1.05) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Direct SCORE against its surrogates on a problem whose p_d is known: what the sections of the page compare."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -109,10 +109,11 @@ def failures(
     direct: Callable[[dict[str, Any]], dict[str, float]],
     surrogates: Sequence[str],
     ahead: Sequence[str] = LOWER_IS_BETTER,
-) -> list[str]:
-    """In which measures direct SCORE fails against some surrogate, with its last or its picked weights.
+) -> dict[str, str]:
+    """The measures in which direct SCORE fails against surrogates, and how many of them do not let it pass.
 
-    It has to be ahead by the interval in the measures ``ahead``, and not clearly behind in the others.
+    A surrogate counts twice, with its last and with its picked weights. Direct SCORE has to be ahead by the interval in
+    the measures ``ahead``, and not clearly behind in the others.
     """
 
     def passes(measure: str, rival: tuple[str, str]) -> bool:
@@ -123,10 +124,12 @@ def failures(
         return worst > 0 if measure in ahead else best >= 0
 
     rivals = [(name, weights) for name in surrogates for weights in ("last", "best")]
-    return [measure for measure in TITLES if not all(passes(measure, rival) for rival in rivals)]
+    failed = {measure: sum(not passes(measure, rival) for rival in rivals) for measure in TITLES}
+    return {measure: f"{count} of {len(rivals)}" for measure, count in failed.items() if count}
 
 
-def judged(failed: Sequence[str], seeds: int) -> str:
-    """The verdict with what it rests on."""
+def judged(failed: Mapping[str, str], seeds: int, *, counted: bool = False) -> str:
+    """The verdict with what it rests on, and if asked for with how many surrogates."""
     answer = verdict(not failed, seeds)
-    return answer if answer == OPEN or not failed else f"{answer} in {' and '.join(TITLES[m] for m in failed)}"
+    where = [TITLES[measure] + f" ({count})" * counted for measure, count in failed.items()]
+    return answer if answer == OPEN or not failed else f"{answer} in {' and '.join(where)}"

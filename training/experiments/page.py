@@ -224,7 +224,8 @@ def section_mixtures(cells: Sequence[dict[str, Any]]) -> str:
         "x + noise, with noise as long as the attack. “Picked by the oracle” means that a surrogate has the weights of "
         "that one of 8 checkpoints with the lowest R_SCORE, which nobody can find without knowing p_d. Direct SCORE "
         "always keeps its last weights. “Chosen by evidence” is, for each seed, the learned posterior with the highest "
-        "held-out likelihood.",
+        "held-out likelihood. “(1 of 32)” after a verdict: so many of the surrogates decide it, each counted with its "
+        "last and with its picked weights.",
     ]
     return "\n".join([*parts, *_tables(cells)])
 
@@ -354,9 +355,9 @@ def _hypotheses(group: Sequence[dict[str, Any]]) -> list[str]:
     fitted = present(group, CROSS_FITTED, "student direct:kl {}")
     how = f"chosen by evidence alone ({chosen})" if len(fitted) > 1 else f"the {chosen}, the only one fitted here"
     verdicts = {
-        "oracle": judged(failures(group, oracle, surrogates, ahead=tuple(TITLES)), len(group)),
-        "learned": judged(failures(group, learned, surrogates), len(group)),
-        "published": judged(failures(group, learned, published), len(group)),
+        "oracle": judged(failures(group, oracle, surrogates, ahead=tuple(TITLES)), len(group), counted=True),
+        "learned": judged(failures(group, learned, surrogates), len(group), counted=True),
+        "published": judged(failures(group, learned, published), len(group), counted=True),
     }
     lines = [
         "- H1, with p_d itself direct SCORE is ahead of every surrogate in all four measures, each picked as suits it "
