@@ -14,6 +14,9 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
+from .inputs import check_single, check_strided
+from .ops._checks import check_number
+
 
 def mirror(x: Tensor, generator: Generator) -> tuple[Tensor, None]:
     """Mirror each image left to right with probability 1/2; the network is not told.
@@ -27,6 +30,7 @@ def mirror(x: Tensor, generator: Generator) -> tuple[Tensor, None]:
     Returns:
         Images like x, and None.
     """
+    _check(x)
     flipped = torch.rand(len(x), generator=generator, device=x.device) < 0.5
     return torch.where(flipped[:, None, None, None], x.flip(3), x), None
 
@@ -45,12 +49,13 @@ class NonLeaking:
         mirrored: whether to mirror left to right.
 
     Raises:
-        ValueError: ``probability`` lies outside [0, 1].
+        TypeError, ValueError: ``probability`` is no number, or lies outside [0, 1].
     """
 
     conditions = 9
 
     def __init__(self, probability: float = 0.12, *, mirrored: bool = True) -> None:
+        check_number("probability", probability)
         if not 0.0 <= probability <= 1.0:
             raise ValueError(f"probability must lie in [0, 1], got {probability}")
         self.probability = probability
@@ -58,7 +63,11 @@ class NonLeaking:
 
     def __call__(self, x: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         """Augmented x [N, C, H, W] and conditions [N, 9], zero where nothing was done."""
+        _check(x)
+        check_single(x)
         count = len(x)
+        if not count:
+            return x, x.new_zeros(0, self.conditions)
         uniform = torch.rand(count, 10, generator=generator, device=x.device, dtype=x.dtype)
         normal = torch.empty(count, 4, device=x.device, dtype=x.dtype).normal_(generator=generator)
         chosen = (uniform[:, :5] < self.probability).to(x.dtype)
@@ -95,6 +104,12 @@ class NonLeaking:
         )
         untouched = (told == 0).all(1)
         return torch.where(untouched[:, None, None, None], x, resampled), told
+
+
+def _check(x: Tensor) -> None:
+    check_strided(x, "x")
+    if x.dim() != 4:
+        raise ValueError(f"x must be images [N, C, H, W], got {list(x.shape)}")
 
 
 def _diagonal(first: Tensor, second: Tensor) -> Tensor:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Iterable, Sequence
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .ops._checks import check_number
 from .threat_model import Perturbations
 
 SLACK = 1e-4  # of the width of the box, or of 1 where that is infinite, for rounding in the data pipeline of a training
@@ -63,15 +64,14 @@ def check_inputs(model: nn.Module, x: Tensor, y: Tensor, threat_model: Perturbat
 
 
 def check_tensor(name: str, value: Tensor) -> None:
-    """Refuse what is not a tensor, or has no dense values to look at.
+    """Refuse what is not a dense tensor, or has no values to look at.
 
     Raises:
         TypeError: as said; the message calls it ``name``.
     """
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if value.layout != torch.strided or value.is_meta:
-        raise TypeError(f"{name} must be a dense tensor with values, got {value.layout} on {value.device}")
+    check_strided(value, name)
+    if value.is_meta:
+        raise TypeError(f"{name} must have values, got a tensor on {value.device}")
 
 
 def check_posterior(name: str, value: object) -> None:
@@ -132,15 +132,25 @@ def check_count(name: str, value: int, least: int = 1) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
+def check_shape(name: str, value: Any) -> None:
+    """Refuse what is not a sequence of whole numbers, at least 0.
+
+    Raises:
+        TypeError, ValueError: as said; the message calls it ``name``.
+    """
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise TypeError(f"{name} must be a sequence of whole numbers, got {value!r}")
+    for size in value:
+        check_count(f"each of {name}", size, least=0)
+
+
 def check_length(name: str, value: float, *, zero: bool = False) -> None:
     """Refuse a length or a standard deviation that is infinite, NaN or negative, or 0 unless ``zero`` allows it.
 
     Raises:
-        TypeError: it is no number.
-        ValueError: as said; the message calls it ``name``.
+        TypeError, ValueError: as said, or it is no number; the message calls it ``name``.
     """
-    if not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    check_number(name, value)
     if not (value > 0.0 or (zero and value == 0.0)) or value == math.inf:
         raise ValueError(f"{name} must be finite and {'not negative' if zero else 'positive'}, got {value}")
 
@@ -155,46 +165,188 @@ def check_seed(seed: int) -> None:
         raise TypeError(f"seed must be a whole number, got {seed!r}")
 
 
-def check_share(name: str, value: float) -> None:
-    """Refuse a number that is not between 0 and 1, both exclusive.
+def check_share(name: str, value: float, *, zero: bool = True) -> None:
+    """Refuse a number outside [0, 1), or outside (0, 1) where ``zero`` is not allowed.
+
+    Raises:
+        TypeError, ValueError: as said, or it is no number; the message calls it ``name``.
+    """
+    check_number(name, value)
+    if not (0.0 < value < 1.0 or (zero and value == 0.0)):
+        raise ValueError(f"{name} must lie in {'[' if zero else '('}0, 1), got {value}")
+
+
+def check_real(x: Any, name: str = "x", batch: bool = True) -> None:
+    """Refuse what is not a dense floating-point tensor, with ``batch`` one of [N, …]; it reads no values.
 
     Raises:
         TypeError, ValueError: as said; the message calls it ``name``.
     """
-    if not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not 0.0 < value < 1.0:
-        raise ValueError(f"{name} must lie in (0, 1), got {value}")
+    check_strided(x, name)
+    check_floating(x, name)
+    if batch and x.dim() < 2:
+        raise ValueError(f"{name} must be [N, …], got {list(x.shape)}")
 
 
-def check_labels(x: Tensor, y: Tensor, num_classes: int, least: int = 0) -> None:
-    """Refuse other than finite x [N, …] with labels int64 [N] in [0, L); it reads them, so a GPU has to be waited for.
-
-    Args:
-        x: [N, …], float32 or float64.
-        y: int64 [N].
-        num_classes: L.
-        least: the fewest samples.
+def check_single(t: Tensor, name: str = "x") -> None:
+    """Refuse a dtype in which there is no linear algebra.
 
     Raises:
-        TypeError: x or y is not a tensor, or has another dtype.
-        ValueError: the shapes do not fit, a value is not finite, a label is not a class, or there are too few.
+        TypeError: as said; the message calls the tensor ``name``.
+    """
+    if t.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name} must be torch.float32 or torch.float64, got {t.dtype}")
+
+
+def check_strided(t: Any, name: str) -> None:
+    """Refuse what is not a dense tensor.
+
+    Raises:
+        TypeError: as said; the message calls it ``name``.
+    """
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    if t.layout != torch.strided:
+        raise TypeError(f"{name} is sparse ({t.layout}), expected a dense tensor")
+
+
+def check_like(name: str, t: Any, x: Tensor, shape: Sequence[int] | None = None, other: str = "x") -> None:
+    """Refuse what is not a dense tensor of the dtype and device of x, and of its shape or of ``shape``.
+
+    Raises:
+        TypeError, ValueError: as said; the message calls it ``name``, and x ``other``.
+    """
+    check_strided(t, name)
+    shape = x.shape if shape is None else shape
+    if t.dtype != x.dtype:
+        raise TypeError(f"{name} must be {x.dtype} as {other}, got {t.dtype}")
+    if t.device != x.device or list(t.shape) != list(shape):
+        where = f"{list(t.shape)} on {t.device}"
+        raise ValueError(f"{name} must be {list(shape)} on {x.device} for {other} {list(x.shape)}, got {where}")
+
+
+def check_finite(t: Any, name: str, *, batch: bool = False) -> None:
+    """Refuse what is not a dense tensor of finite numbers; it reads them, so a GPU has to be waited for.
+
+    Raises:
+        TypeError, ValueError: as said; the message calls it ``name``.
+    """
+    check_real(t, name, batch)
+    if t.is_meta:
+        raise ValueError(f"{name} must have values, got a tensor on {t.device}")
+    if wrong := int((~t.isfinite()).sum()):
+        raise ValueError(f"{name} must be finite, got {wrong} values that are NaN or infinite")
+
+
+def check_kind(name: str, value: Any, kind: type) -> None:
+    """Refuse what is not of this class.
+
+    Raises:
+        TypeError: as said; the message calls it ``name``.
+    """
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
+
+
+def check_center(center: Any, x: Tensor | None = None) -> None:
+    """Refuse a mean of data that is neither a finite number nor a tensor of them, on the device of x if that is given.
+
+    A tensor that is used with x is read where that waits for nothing.
+
+    Raises:
+        TypeError, ValueError: as said; the message calls it ``center``.
+    """
+    if not isinstance(center, Tensor):
+        if isinstance(center, bool):
+            raise TypeError(f"center must be a number or a tensor, got {center}")
+        check_number("center", center)
+        if not math.isfinite(center):
+            raise ValueError(f"center must be finite, got {center}")
+        return
+    check_real(center, "center", batch=False)
+    broadcasts = x is None or (
+        center.dim() <= x.dim() and all(a in (1, b) for a, b in zip(center.shape[::-1], x.shape[::-1], strict=False))
+    )
+    if x is not None and (center.device != x.device or not broadcasts):
+        where = f"{list(center.shape)} on {center.device}"
+        raise ValueError(f"center must be a number, or broadcast against x {list(x.shape)} on {x.device}, got {where}")
+    if x is None or readable(center):
+        check_finite(center, "center")
+
+
+def check_labels(x: Tensor, y: Tensor, num_classes: int | None = None) -> None:
+    """Refuse labels that are not int64 [N] in [0, L) for x [N, …]; it reads them, so a GPU has to be waited for.
+
+    Without L they only have to be at least 0.
+
+    Raises:
+        TypeError: x or y is no tensor, is sparse, or has another dtype.
+        ValueError: the shapes do not fit, or a label is not a class.
+    """
+    check_real(x, batch=False)
+    check_classes(y, x, num_classes)
+
+
+def check_samples(x: Tensor, y: Tensor, num_classes: int, least: int = 0) -> None:
+    """:func:`check_labels` where values of x count, too: float32 or float64, finite, and at least so many samples.
+
+    Raises:
+        TypeError, ValueError: as said; the message names x or y.
     """
     check_tensor("x", x)
     check_tensor("y", y)
     check_floating(x)
-    if x.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"x must be float32 or float64, got {x.dtype}")
-    if y.dtype != torch.int64:
-        raise TypeError(f"y must be int64 labels [N], got {y.dtype} {list(y.shape)}")
-    if x.dim() < 2 or y.shape != x.shape[:1]:
-        raise ValueError(f"x must be [N, …] and y [N], got x {list(x.shape)} and y {list(y.shape)}")
+    check_single(x)
+    check_labels(x, y, num_classes)
     if len(x) < least:
         raise ValueError(f"x and y must hold at least {least} samples, got {len(x)}")
-    if not bool(x.isfinite().all()):
-        raise ValueError(f"x must be finite, got {int((~x.isfinite()).sum())} of {x.numel()} values that are not")
-    if len(y) and not bool(((y >= 0) & (y < num_classes)).all()):
-        raise ValueError(f"y must lie in [0, {num_classes}), got values in [{int(y.min())}, {int(y.max())}]")
+    check_finite(x, "x")
+
+
+def check_classes(y: Any, x: Tensor, num_classes: int | None, name: str = "y", *, values: bool = True) -> None:
+    """:func:`check_labels` for an x that has been checked, with the values only where ``values`` says so.
+
+    Raises:
+        TypeError, ValueError: as there; the message calls the labels ``name``.
+    """
+    check_strided(y, name)
+    if y.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64 labels [N], got {y.dtype} {list(y.shape)}")
+    if y.device != x.device:
+        raise ValueError(f"{name} is on {y.device} but x is on {x.device}")
+    if x.dim() < 2 or y.shape != x.shape[:1]:
+        raise ValueError(f"x must be [N, …] and {name} [N], got x {list(x.shape)} and {name} {list(y.shape)}")
+    if not values or not len(y) or y.is_meta:
+        return
+    low, high = (int(value) for value in torch.aminmax(y))
+    if low < 0 or (num_classes is not None and high >= num_classes):
+        allowed = "be at least 0" if num_classes is None else f"lie in [0, {num_classes})"
+        raise ValueError(f"{name} must {allowed}, got values in [{low}, {high}]")
+
+
+def check_levels(sigma: Any, x: Tensor, *, numbers: bool = False) -> None:
+    """Refuse noise levels that are not positive and finite, [N] for x [N, …], or with ``numbers`` one number.
+
+    The values of a tensor are read where that waits for nothing, see :func:`readable`.
+
+    Raises:
+        TypeError, ValueError: as said; the message calls them ``sigma``.
+    """
+    if numbers and not isinstance(sigma, Tensor):
+        check_length("sigma", sigma)
+        return
+    check_real(sigma, "sigma", batch=False)
+    if sigma.device != x.device:
+        raise ValueError(f"sigma is on {sigma.device} but x is on {x.device}")
+    if sigma.shape != x.shape[:1] and not (numbers and sigma.numel() == 1):
+        raise ValueError(f"sigma must be [N] for x {list(x.shape)}, got {list(sigma.shape)}")
+    if readable(sigma) and not bool(((sigma > 0) & (sigma < math.inf)).all()):
+        raise ValueError(f"sigma must be positive and finite, got values in {torch.stack(sigma.aminmax()).tolist()}")
+
+
+def readable(t: Tensor) -> bool:
+    """Whether to read values of t costs nothing: it is on the CPU, and nothing is being compiled."""
+    return t.is_cpu and not torch.compiler.is_compiling()
 
 
 def check_points(x: Tensor, y: Tensor, threat_model: Perturbations) -> None:

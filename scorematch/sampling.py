@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from .inputs import check_count
+from .inputs import check_count, check_kind, check_shape, check_share, check_strided
 from .networks.denoiser import Denoiser
+from .ops._checks import check_number
 
 
 def noise_levels(sigma_max: float, sigma_min: float, count: int) -> list[float]:
@@ -19,6 +21,8 @@ def noise_levels(sigma_max: float, sigma_min: float, count: int) -> list[float]:
         TypeError: count is not a whole number.
         ValueError: an argument is outside its range.
     """
+    check_number("sigma_max", sigma_max)
+    check_number("sigma_min", sigma_min)
     if not 0.0 < sigma_min <= sigma_max < math.inf:
         raise ValueError(f"0 < sigma_min ≤ sigma_max is needed, both finite, got {sigma_min} and {sigma_max}")
     check_count("count", count)
@@ -58,8 +62,7 @@ def annealed_langevin(
     """
     _check(denoiser, shape, sigmas, class_labels)
     check_count("steps_per_level", steps_per_level)
-    if not 0.0 < step_ratio < 1.0:
-        raise ValueError(f"step_ratio must lie in (0, 1), got {step_ratio}")
+    check_share("step_ratio", step_ratio, zero=False)
     device, dtype = denoiser.center.device, denoiser.center.dtype
 
     def gaussian() -> Tensor:
@@ -102,11 +105,22 @@ def heun(
 
 
 def _check(denoiser: Denoiser, shape: tuple[int, ...], sigmas: list[float], class_labels: Tensor | None) -> None:
+    check_kind("denoiser", denoiser, Denoiser)
+    check_shape("shape", shape)
+    if len(shape) < 2:
+        raise ValueError(f"shape must be [N, …], got {list(shape)}")
+    if isinstance(sigmas, str) or not isinstance(sigmas, Sequence):
+        raise TypeError(f"sigmas must be a sequence of noise levels, got {type(sigmas).__name__}")
+    for sigma in sigmas:
+        check_number("each of sigmas", sigma)
     falls = all(later <= sigma for sigma, later in pairwise(sigmas))
     if not len(sigmas) or not falls or not all(0.0 < sigma < math.inf for sigma in sigmas):
         raise ValueError(f"sigmas must be one or more levels that fall, positive and finite, got {list(sigmas)}")
     if class_labels is None:
         return
+    check_strided(class_labels, "class_labels")
+    if class_labels.device != denoiser.center.device:
+        raise ValueError(f"class_labels is on {class_labels.device} but the denoiser is on {denoiser.center.device}")
     if class_labels.dtype != torch.int64:
         raise TypeError(f"class_labels must be int64 [N], got {class_labels.dtype} {list(class_labels.shape)}")
     if class_labels.shape != tuple(shape[:1]):

@@ -324,7 +324,7 @@ def lower_bound(hits: Tensor, count: int, alpha: float) -> Tensor:
     """
     check_tensor("hits", hits)
     check_count("count", count)
-    check_share("alpha", alpha)
+    check_share("alpha", alpha, zero=False)
     if hits.is_complex() or (hits.is_floating_point() and not bool((hits == hits.floor()).all())):
         raise TypeError(f"hits must be whole numbers, got {hits.dtype}")
     values = hits.cpu().numpy().astype(np.float64)
@@ -380,4 +380,4 @@ def _check(x: Tensor, alpha: float = 0.5, **counts: int) -> None:
         raise ValueError(f"x must be finite, got {int((~x.isfinite()).sum())} of {x.numel()} values that are not")
     for name, value in counts.items():
         check_count(name, value)
-    check_share("alpha", alpha)
+    check_share("alpha", alpha, zero=False)

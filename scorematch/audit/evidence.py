@@ -17,9 +17,9 @@ from ..inputs import (
     check_callable,
     check_count,
     check_floating,
-    check_labels,
     check_length,
     check_posterior,
+    check_samples,
     check_seed,
     check_share,
     check_tensor,
@@ -53,7 +53,7 @@ def log_likelihood(
         TypeError, ValueError: an argument is not what is said above; the message names it.
     """
     check_posterior("posterior", posterior)
-    check_labels(x, y, posterior.num_classes)
+    check_samples(x, y, posterior.num_classes)
     check_length("noise", noise, zero=True)
     check_count("repeats", repeats)
     check_seed(seed)
@@ -97,7 +97,7 @@ def matching_error(
     """
     check_posterior("posterior", posterior)
     check_callable("unconditional", unconditional)
-    check_labels(x, y, posterior.num_classes)
+    check_samples(x, y, posterior.num_classes)
     check_length("sigma", sigma)
     check_count("repeats", repeats)
     check_seed(seed)
@@ -144,7 +144,7 @@ def calibration(
         TypeError, ValueError: an argument is not what is said above; the message names it.
     """
     check_posterior("posterior", posterior)
-    check_labels(x, y, posterior.num_classes, least=1)
+    check_samples(x, y, posterior.num_classes, least=1)
     check_length("noise", noise, zero=True)
     check_count("bins", bins)
     check_seed(seed)
@@ -179,7 +179,7 @@ def spread(posteriors: Sequence[Posterior], x: Tensor, y: Tensor) -> tuple[float
         raise ValueError(f"posteriors must be at least two, got {given}")
     for posterior in posteriors:
         check_posterior("each of posteriors", posterior)
-    check_labels(x, y, posteriors[0].num_classes, least=1)
+    check_samples(x, y, posteriors[0].num_classes, least=1)
     values, gradients = zip(*(posterior_gradients(posterior, x, y) for posterior in posteriors), strict=True)
     log_p = torch.stack(values).double()
     mean_p = log_p.exp().mean(0)
@@ -209,7 +209,7 @@ def closed_loop(posterior: Posterior, x: Tensor, y: Tensor, *, length: float, se
         TypeError, ValueError: an argument is not what is said above; the message names it.
     """
     check_posterior("posterior", posterior)
-    check_labels(x, y, posterior.num_classes)
+    check_samples(x, y, posterior.num_classes)
     if x[0:1].numel() == 1:
         raise ValueError("x must have at least two features, a square needs two directions, got one")
     check_length("length", length)
@@ -249,7 +249,7 @@ def martingale(
     """
     check_posterior("finer", finer)
     check_posterior("coarser", coarser)
-    check_labels(x, y, finer.num_classes, least=2)
+    check_samples(x, y, finer.num_classes, least=2)
     if not isinstance(sigmas, Sequence) or len(sigmas) != 2:
         raise ValueError(f"sigmas must be two numbers, got {sigmas!r}")
     low, high = sigmas
@@ -321,10 +321,10 @@ def energy_identity(
     check_callable("at", at)
     check_length("sigma", sigma)
     check_count("repeats", repeats)
-    check_share("step", step)
+    check_share("step", step, zero=False)
     posterior = at(sigma)
     check_posterior("what at returns", posterior)
-    check_labels(x, y, posterior.num_classes, least=1)
+    check_samples(x, y, posterior.num_classes, least=1)
     check_seed(seed)
     generator = torch.Generator(x.device).manual_seed(seed)
     energy, slope = 0.0, 0.0

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..inputs import check_labels, check_posterior, check_tensor
+from ..inputs import check_posterior, check_samples, check_tensor
 from ..posteriors.base import Posterior
 
 
@@ -26,7 +26,7 @@ def posterior_gradients(posterior: Posterior, x: Tensor, y: Tensor) -> tuple[Ten
         TypeError, ValueError: an argument is not what is said above; the message names it.
     """
     check_posterior("posterior", posterior)
-    check_labels(x, y, posterior.num_classes, least=1)
+    check_samples(x, y, posterior.num_classes, least=1)
     trace = posterior.trace(x, y)
     one_hot = torch.eye(posterior.num_classes, dtype=x.dtype, device=x.device)
     rows = [trace.pull_back(row.expand(len(x), -1).contiguous(), torch.zeros_like(x)) for row in one_hot]
@@ -97,7 +97,7 @@ def kl_error(posterior: Posterior, oracle: Posterior, x: Tensor, y: Tensor, move
     """
     check_posterior("posterior", posterior)
     check_posterior("oracle", oracle)
-    check_labels(x, y, posterior.num_classes)
+    check_samples(x, y, posterior.num_classes)
     if moved is not None:
         check_tensor("moved", moved)
         if moved.shape != x.shape or moved.dtype != x.dtype:

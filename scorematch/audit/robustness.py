@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..attacks.pgd import ascend
-from ..inputs import check_attack, check_count, check_labels, check_posterior, check_tensor, clean_batch
+from ..inputs import check_attack, check_count, check_posterior, check_samples, check_tensor, clean_batch
 from ..posteriors import Posterior
 from ..threat_model import ThreatModel
 
@@ -53,7 +53,7 @@ def robust_accuracy(
     check_tensor("x", x)
     check_tensor("y", y)
     x, y = clean_batch(x, y, threat_model)
-    check_labels(x, y, posterior.num_classes, least=1)
+    check_samples(x, y, posterior.num_classes, least=1)
     clean = posterior.trace(x, y).log_p.argmax(1) == y
     robust = clean.clone()
     one_hot = torch.nn.functional.one_hot(y, posterior.num_classes).to(x.dtype)

@@ -22,10 +22,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ..averaging import WeightAverage
+from ..inputs import check_count, check_finite, check_kind, check_labels, check_length, check_share
 from ..networks.denoiser import Denoiser
 from ..noise import normal_like
+from ..ops._checks import check_number
 from .held_out import BestWeights, HeldOut
-from .losses import broadcast, denoising, denoising_likelihood, distillation, joint_energy
+from .losses import broadcast, check_logits, denoising, denoising_likelihood, distillation, joint_energy
 
 # Of a clean batch [N, …]: the augmented batch, and [N, K] what was done to it, or None where the network isn't told.
 Augment = Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor | None]]
@@ -58,7 +60,7 @@ class Fit:
         likelihood_weight: weight of denoising likelihood score matching beside cross-entropy (classifiers only), ≥ 0.
 
     Raises:
-        ValueError: a value is outside its range.
+        TypeError, ValueError: a value is not what is said above; the message names it.
     """
 
     steps: int = 3000
@@ -78,24 +80,24 @@ class Fit:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("lr", "noise_deviation"):
-            if not 0.0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+            check_count(name, getattr(self, name))
+        for name in ("lr", "noise_deviation", "sigma_min", "sigma_max"):
+            check_length(name, getattr(self, name))
         for name in ("warm_up", "averaging"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+            check_share(name, getattr(self, name))
         for name, allowed in (("schedule", ("cosine", "constant")), ("noise", ("log_uniform", "log_normal"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        if not 0.0 < self.sigma_min <= self.sigma_max:
+        if not self.sigma_min <= self.sigma_max:
             raise ValueError(f"0 < sigma_min ≤ sigma_max is needed, got {self.sigma_min} and {self.sigma_max}")
+        check_number("noise_mean", self.noise_mean)
         if not math.isfinite(self.noise_mean):
             raise ValueError(f"noise_mean must be finite, got {self.noise_mean}")
-        for name in ("half_life", "weight_decay", "likelihood_weight"):
-            if not getattr(self, name) >= 0.0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("weight_decay", "likelihood_weight"):
+            check_length(name, getattr(self, name), zero=True)
+        check_number("half_life", self.half_life)
+        if not self.half_life >= 0.0:
+            raise ValueError(f"half_life must not be negative, got {self.half_life}")
 
     def noise_levels(self, count: int, generator: torch.Generator, like: Tensor) -> Tensor:
         """``count`` noise levels [count], of the dtype and on the device of ``like``."""
@@ -150,6 +152,7 @@ class DenoisingLoss(MatchingLoss):
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__()
+        check_kind("denoiser", denoiser, Denoiser)
         self.denoiser = denoiser
 
     def loss(self, batch: Batch) -> Tensor:
@@ -161,6 +164,8 @@ class DistillationLoss(MatchingLoss):
 
     def __init__(self, denoiser: Denoiser, teacher: Denoiser) -> None:
         super().__init__()
+        check_kind("denoiser", denoiser, Denoiser)
+        check_kind("teacher", teacher, Denoiser)
         self.denoiser = denoiser
         self._teacher = (teacher.eval().requires_grad_(False),)  # in a tuple it is no submodule
 
@@ -186,7 +191,8 @@ class ClassificationLoss(MatchingLoss):
         energy: the network is a joint energy, see :func:`scorematch.matching.joint_energy`.
 
     Raises:
-        ValueError: a weight without a denoiser, or both losses on the gradients at once.
+        TypeError, ValueError: a weight without a denoiser, both losses on the gradients at once, or an argument that is
+            not what is said above.
     """
 
     def __init__(
@@ -197,6 +203,12 @@ class ClassificationLoss(MatchingLoss):
         energy: JointEnergy | None = None,
     ) -> None:
         super().__init__()
+        check_kind("network", network, nn.Module)
+        check_length("weight", weight, zero=True)
+        if denoiser is not None:
+            check_kind("denoiser", denoiser, Denoiser)
+        if energy is not None:
+            check_kind("energy", energy, JointEnergy)
         if weight > 0.0 and energy is not None:
             raise ValueError(f"weight is {weight} and energy is given, allowed: one of them")
         if weight > 0.0 and denoiser is None:
@@ -224,7 +236,9 @@ class ClassificationLoss(MatchingLoss):
             return cross_entropy(logits, batch.y, reduction="none") + self.energy.weight * matching
         (denoiser,) = self._denoiser
         if denoiser is None or self.weight == 0.0:
-            return cross_entropy(self.network(noisy, batch.sigma), batch.y, reduction="none")
+            logits = self.network(noisy, batch.sigma)
+            check_logits(logits, batch.y, noisy)
+            return cross_entropy(logits, batch.y, reduction="none")
         with torch.no_grad():
             unconditional = denoiser.score(noisy, batch.sigma)
         matching, logits = denoising_likelihood(self.network, unconditional, noisy, batch.y, batch.sigma, batch.noise)
@@ -239,9 +253,15 @@ class Fitting:
         loss: maps a :class:`Batch` to losses: a :class:`MatchingLoss` that calls the network, or a wrapper of one.
         fit: how to train.
         fused: whether the optimiser runs as one kernel.
+
+    Raises:
+        TypeError: an argument is not what is said above; the message names it.
     """
 
     def __init__(self, network: nn.Module, loss: nn.Module, fit: Fit, *, fused: bool = False) -> None:
+        check_kind("network", network, nn.Module)
+        check_kind("loss", loss, nn.Module)
+        check_kind("fit", fit, Fit)
         self.network, self.loss, self.fit = network, loss, fit
         self.optimizer = torch.optim.AdamW(
             network.parameters(), lr=fit.lr, weight_decay=fit.weight_decay, fused=True if fused else None
@@ -340,7 +360,8 @@ def fit_denoiser(
             to read it waits for the device.
 
     Raises:
-        ValueError: the teacher has another number of classes, or no held-out loss was finite.
+        TypeError, ValueError: an argument is not what is said above, the teacher has another number of classes, or no
+            held-out loss was finite.
     """
     loss = DenoisingLoss(denoiser) if teacher is None else DistillationLoss(denoiser, teacher)
     _run(Fitting(denoiser, loss, fit), x, y, generator, augment, held_out, progress)
@@ -369,8 +390,10 @@ def fit_classifier(
         energy: train the network as a joint energy, see :func:`scorematch.matching.joint_energy`.
 
     Raises:
-        ValueError: a likelihood weight without a denoiser, or beside ``energy``; or no held-out loss was finite.
+        TypeError, ValueError: an argument is not what is said above, a likelihood weight without a denoiser, or beside
+            ``energy``; or no held-out loss was finite.
     """
+    check_kind("fit", fit, Fit)
     loss = ClassificationLoss(network, fit.likelihood_weight, denoiser, energy)
     _run(Fitting(network, loss, fit), x, y, generator, augment, held_out, progress)
     return network
@@ -385,6 +408,15 @@ def _run(
     held_out: HeldOut | None,
     progress: Progress | None,
 ) -> None:
+    check_labels(x, y)
+    check_finite(x, "x", batch=True)
+    if len(x) == 0:
+        raise ValueError(f"x must be [M, …] with at least one sample, got {list(x.shape)}")
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+    for name, call in (("augment", augment), ("progress", progress)):
+        if call is not None and not callable(call):
+            raise TypeError(f"{name} must be a function, got {type(call).__name__}")
     steps = fitting.fit.steps
     best = None if held_out is None else BestWeights(held_out)
     interval = steps if held_out is None else held_out.interval or max(1, steps // 50)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from ..inputs import check_count, check_finite, check_kind, check_labels, check_length, check_strided
 from ..networks.denoiser import Denoiser
 from ..noise import normal_like
-from .losses import broadcast, denoising
+from .losses import broadcast, check_logits, denoising
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class HeldOut:
         seed: decides them.
 
     Raises:
-        ValueError: a value is outside its range.
+        TypeError, ValueError: a value is not what is said above; the message names it.
     """
 
     x: Tensor
@@ -43,14 +44,13 @@ class HeldOut:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if len(self.x) != len(self.y) or len(self.x) == 0:
-            raise ValueError(f"x and y must have as many samples, at least one, got {len(self.x)} and {len(self.y)}")
-        if not self.sigma > 0.0:
-            raise ValueError(f"sigma must be positive, got {self.sigma}")
+        _check_data(self.x, self.y)
+        check_length("sigma", self.sigma)
         for name in ("interval", "patience", "repeats"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            if value is not None or name == "repeats":
+                check_count(name, value)
+        check_count("seed", self.seed, least=0)
 
     def loss(self, network: nn.Module) -> float:
         """The mean loss of a network at ``sigma``, see :func:`losses_by_level`."""
@@ -64,6 +64,9 @@ class BestWeights:
     Args:
         held_out: by what weights are judged.
 
+    Raises:
+        TypeError: ``held_out`` is something else.
+
     Attributes:
         history: (step, loss) at every look.
         step: the step of the best weights; 0 before the first look.
@@ -71,6 +74,7 @@ class BestWeights:
     """
 
     def __init__(self, held_out: HeldOut) -> None:
+        check_kind("held_out", held_out, HeldOut)
         self.held_out = held_out
         self.history: list[tuple[int, float]] = []
         self.step = 0
@@ -129,10 +133,20 @@ def fit_temperature(
 
     Returns:
         The temperature.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is said above, or a logit is not finite.
     """
+    if not callable(logits):
+        raise TypeError(f"logits must map x [N, …] to logits [N, L], got {type(logits).__name__}")
+    _check_data(x, y)
+    check_length("noise", noise, zero=True)
+    _check_counts(seed, repeats, chunk)
     generator = torch.Generator(x.device).manual_seed(seed)
     omega = [normal_like(x, generator) for _ in range(repeats)]
     values = torch.cat([logits(part) for o in omega for part in (x + noise * o).split(chunk)]).double()
+    check_finite(values, "logits")
+    check_logits(values[: len(x)], y, x)
     one_hot = torch.nn.functional.one_hot(y.repeat(repeats), values.shape[1])
     low, high = math.log(0.05), math.log(20.0)  # of 1 / temperature; the slope rises through zero
     for _ in range(50):
@@ -169,7 +183,18 @@ def losses_by_level(
 
     Returns:
         The mean loss for each noise level.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is said above; the message names it.
     """
+    check_kind("network", network, nn.Module)
+    _check_data(x, y)
+    if not isinstance(sigmas, Iterable):
+        raise TypeError(f"sigmas must be a sequence of noise levels, got {type(sigmas).__name__}")
+    sigmas = tuple(sigmas)
+    for sigma in sigmas:
+        check_length("each of sigmas", sigma)
+    _check_counts(seed, repeats, chunk)
     was_training = network.training
     network.eval()
     means = {}
@@ -189,4 +214,22 @@ def losses_by_level(
 def _loss(network: nn.Module, x: Tensor, y: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
     if isinstance(network, Denoiser):
         return denoising(network, x, y, sigma, noise)
-    return cross_entropy(network(x + broadcast(sigma, x) * noise, sigma), y, reduction="none")
+    logits = network(x + broadcast(sigma, x) * noise, sigma)
+    check_logits(logits, y, x)
+    return cross_entropy(logits, y, reduction="none")
+
+
+def _check_data(x: Tensor, y: Tensor) -> None:
+    for name, t in (("x", x), ("y", y)):
+        check_strided(t, name)
+    counts = [t.shape[:1].numel() for t in (x, y)]
+    if counts[0] != counts[1] or not counts[0]:
+        raise ValueError(f"x and y must have as many samples, at least one, got {counts[0]} and {counts[1]}")
+    check_labels(x, y)
+    check_finite(x, "x", batch=True)
+
+
+def _check_counts(seed: int, repeats: int, chunk: int) -> None:
+    check_count("seed", seed, least=0)
+    check_count("repeats", repeats)
+    check_count("chunk", chunk)

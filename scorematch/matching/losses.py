@@ -22,6 +22,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from ..inputs import (
+    check_center,
+    check_classes,
+    check_kind,
+    check_length,
+    check_levels,
+    check_like,
+    check_real,
+    readable,
+)
 from ..networks.denoiser import Denoiser
 
 Score = Callable[[Tensor], Tensor]
@@ -45,7 +55,12 @@ def denoising(
 
     Returns:
         [N], dimensionless.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is said above; the message names it.
     """
+    check_kind("denoiser", denoiser, Denoiser)
+    _check(x, sigma, noise, conditions, y, denoiser.num_classes)
     both = denoiser.denoise_pair(x + broadcast(sigma, x) * noise, sigma, y, conditions)
     return _weight(denoiser, sigma) * (both - x[:, None]).flatten(1).square().mean(1)
 
@@ -75,8 +90,11 @@ def distillation(
         [N], dimensionless.
 
     Raises:
-        ValueError: the numbers of classes differ.
+        TypeError, ValueError: the numbers of classes differ, or an argument is not what is said above.
     """
+    check_kind("student", student, Denoiser)
+    check_kind("teacher", teacher, Denoiser)
+    _check(x, sigma, noise, conditions)
     if student.num_classes != teacher.num_classes:
         raise ValueError(f"the student has {student.num_classes} classes, the teacher {teacher.num_classes}")
     noisy = x + broadcast(sigma, x) * noise
@@ -89,6 +107,46 @@ def distillation(
 def broadcast(sigma: Tensor, x: Tensor) -> Tensor:
     """σ [N] shaped to broadcast against x [N, …]."""
     return sigma.reshape(-1, *[1] * (x.dim() - 1))
+
+
+def _check(
+    x: Tensor,
+    sigma: Tensor,
+    noise: Tensor,
+    conditions: Tensor | None = None,
+    y: Tensor | None = None,
+    num_classes: int | None = None,
+    name: str = "x",
+) -> None:
+    """Refuse a batch that does not fit; labels and levels are read on the CPU alone, so nothing waits for a device."""
+    check_real(x, name)
+    check_levels(sigma, x)
+    check_like("sigma", sigma, x, x.shape[:1], name)
+    check_like("noise", noise, x, other=name)
+    if conditions is not None:
+        check_real(conditions, "conditions")
+        check_like("conditions", conditions, x, [len(x), *conditions.shape[1:2]], name)
+    if num_classes is not None:
+        check_classes(y, x, num_classes, values=readable(x))
+
+
+def check_logits(logits: Tensor, y: Tensor, x: Tensor) -> None:
+    """Refuse logits that are not [N, L] and labels that are none of the L classes, for x [N, …].
+
+    Raises:
+        TypeError, ValueError: as said; the message names them.
+    """
+    check_real(logits, "logits")
+    if logits.dim() != 2 or len(logits) != len(x):
+        raise ValueError(f"logits must be [N, L] for x {list(x.shape)}, got {list(logits.shape)}")
+    check_classes(y, x, logits.shape[1], values=readable(x))
+
+
+def _check_direction(score: Score, x: Tensor, projection: Tensor) -> None:
+    if not callable(score):
+        raise TypeError(f"score must map x [N, …] to scores [N, …], got {type(score).__name__}")
+    check_real(x)
+    check_like("projection", projection, x)
 
 
 def _weight(denoiser: Denoiser, sigma: Tensor) -> Tensor:
@@ -106,7 +164,11 @@ def sliced(score: Score, x: Tensor, projection: Tensor) -> Tensor:
 
     Returns:
         [N]; equals ½ E‖s − ∇ log p‖² up to a constant of the data.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is said above; the message names it.
     """
+    _check_direction(score, x, projection)
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         slope = (score(x) * projection).flatten(1).sum(1)
@@ -130,10 +192,10 @@ def finite_difference(score: Score, x: Tensor, projection: Tensor, *, step: floa
         [N].
 
     Raises:
-        ValueError: ``step`` is not positive.
+        TypeError, ValueError: an argument is not what is said above; the message names it.
     """
-    if not step > 0.0:
-        raise ValueError(f"step must be positive, got {step}")
+    _check_direction(score, x, projection)
+    check_length("step", step)
     ahead = (score(x + step * projection) * projection).flatten(1).sum(1)
     behind = (score(x - step * projection) * projection).flatten(1).sum(1)
     return (ahead - behind) / (2 * step) + 0.125 * (ahead + behind).square()
@@ -156,10 +218,17 @@ def denoising_likelihood(
 
     Returns:
         the matching loss [N] and the logits [N, L], both with a graph to the parameters.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is said above; the message names it.
     """
+    check_kind("classifier", classifier, nn.Module)
+    _check(x_noisy, sigma, noise, name="x_noisy")
+    check_like("unconditional", unconditional, x_noisy, other="x_noisy")
     with torch.enable_grad():
         x_noisy = x_noisy.detach().requires_grad_()
         logits = classifier(x_noisy, sigma)
+        check_logits(logits, y, x_noisy)
         log_likelihood = -cross_entropy(logits, y, reduction="sum")
         (gradient,) = torch.autograd.grad(log_likelihood, x_noisy, create_graph=True)
     residual = broadcast(sigma, gradient) * (gradient + unconditional) + noise
@@ -194,10 +263,18 @@ def joint_energy(
 
     Returns:
         the matching loss [N] and the logits [N, L], both with a graph to the parameters.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is said above; the message names it.
     """
+    check_kind("classifier", classifier, nn.Module)
+    _check(x_noisy, sigma, noise, name="x_noisy")
+    check_length("sigma_data", sigma_data)
+    check_center(center, x_noisy)
     with torch.enable_grad():
         x_noisy = x_noisy.detach().requires_grad_()
         logits = classifier(x_noisy, sigma)
+        check_logits(logits, y, x_noisy)
         energy = logits.gather(1, y[:, None]).sum()
         (gradient,) = torch.autograd.grad(energy, x_noisy, create_graph=True)
     level = broadcast(sigma, gradient)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from .denoiser import NoiseEmbedding
+from .denoiser import NoiseEmbedding, check_backbone
 
 
 class ConvBackbone(nn.Module):
@@ -30,8 +30,8 @@ class ConvBackbone(nn.Module):
         conditions: K, if the network takes a third argument [N, K], such as how x was augmented; 0 if it does not.
 
     Raises:
-        ValueError: ``width`` is not a multiple of 8, or is 8. With 8, each group of the group norm has one channel, and
-            the norm takes the noise level out again.
+        TypeError, ValueError: an argument is not what is said above, or ``width`` is not a multiple of 8, or is 8. With
+            8, each group of the group norm has one channel, and the norm takes the noise level out again.
     """
 
     def __init__(
@@ -47,6 +47,15 @@ class ConvBackbone(nn.Module):
         conditions: int = 0,
     ) -> None:
         super().__init__()
+        check_backbone(
+            dropout=dropout,
+            conditions=conditions,
+            depth=depth,
+            channels=channels,
+            outputs=outputs,
+            width=width,
+            patch=patch,
+        )
         if width < 16 or width % 8:
             raise ValueError(f"width must be a multiple of 8 and at least 16, got {width}")
         self.patch = patch

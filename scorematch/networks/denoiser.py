@@ -9,6 +9,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..inputs import (
+    check_center,
+    check_classes,
+    check_count,
+    check_kind,
+    check_length,
+    check_levels,
+    check_real,
+    check_share,
+    readable,
+)
+
 
 class Denoiser(nn.Module):
     """Preconditioned denoiser with one head for each class and an unconditional head.
@@ -27,7 +39,7 @@ class Denoiser(nn.Module):
         sigma_data: standard deviation of the data about ``center``, in input units; > 0.
 
     Raises:
-        ValueError: an argument is outside its range.
+        TypeError, ValueError: an argument is not what is said above; the message names it.
     """
 
     center: Tensor
@@ -36,10 +48,10 @@ class Denoiser(nn.Module):
         self, backbone: nn.Module, *, num_classes: int, sigma_data: float, center: Tensor | float = 0.0
     ) -> None:
         super().__init__()
-        if num_classes < 2:
-            raise ValueError(f"num_classes must be at least 2, got {num_classes}")
-        if not sigma_data > 0.0:
-            raise ValueError(f"sigma_data must be positive, got {sigma_data}")
+        check_kind("backbone", backbone, nn.Module)
+        check_count("num_classes", num_classes, least=2)
+        check_length("sigma_data", sigma_data)
+        check_center(center)
         self.backbone = backbone
         self.num_classes = num_classes
         self.sigma_data = sigma_data
@@ -50,6 +62,7 @@ class Denoiser(nn.Module):
         heads = self.denoise_all(x, sigma)
         if class_labels is None:
             return heads[:, -1]
+        self._check_labels(class_labels, x)
         return heads[torch.arange(len(x), device=x.device), class_labels]
 
     def denoise_all(self, x: Tensor, sigma: Tensor | float, conditions: Tensor | None = None) -> Tensor:
@@ -62,6 +75,7 @@ class Denoiser(nn.Module):
     ) -> Tensor:
         """D_y and D_∅, [N, 2, …], for labels int64 [N]: what a training asks for."""
         heads = self.denoise_all(x, sigma, conditions)
+        self._check_labels(class_labels, x)
         return torch.stack([heads[torch.arange(len(x), device=x.device), class_labels], heads[:, -1]], 1)
 
     def all_scores(self, x: Tensor, sigma: Tensor | float) -> Tensor:
@@ -79,6 +93,7 @@ class Denoiser(nn.Module):
         scores = self.all_scores(x, sigma)
         if class_labels is None:
             return scores[:, -1]
+        self._check_labels(class_labels, x)
         return scores[torch.arange(len(x), device=x.device), class_labels]
 
     def with_backbone(self, backbone: nn.Module) -> Denoiser:
@@ -86,6 +101,10 @@ class Denoiser(nn.Module):
         other = copy.copy(self)
         other._modules = {**self._modules, "backbone": backbone}
         return other
+
+    def _check_labels(self, class_labels: Tensor, x: Tensor) -> None:
+        """Refuse labels that are no classes: the last head, which −1 would ask for, is the unconditional one."""
+        check_classes(class_labels, x, self.num_classes, "class_labels", values=readable(x))
 
     def _heads(self, scaled: Tensor, level: _Level, conditions: Tensor | None = None) -> Tensor:
         """F of every head, [N, L + 1, …], at inputs of unit scale."""
@@ -95,6 +114,8 @@ class Denoiser(nn.Module):
 
     def _scaled(self, x: Tensor, sigma: Tensor | float) -> tuple[Tensor, _Level]:
         """The input of the backbone, and what its output is put together with."""
+        check_real(x)
+        check_levels(sigma, x, numbers=True)
         # A tensor made of a number by as_tensor would be copied to a GPU, and waited for.
         noise = sigma.to(x) if isinstance(sigma, Tensor) else x.new_full((1,), sigma)
         noise = noise.expand(len(x))
@@ -151,17 +172,22 @@ class EmbeddedDenoiser(Denoiser):
         chunk: int = 512,
     ) -> None:
         super().__init__(backbone, num_classes=num_classes, sigma_data=sigma_data, center=center)
+        check_count("augmentations", augmentations, least=0)
+        check_count("chunk", chunk)
         self.augmentations = augmentations
         self.chunk = chunk
 
     def forward(self, x: Tensor, sigma: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
         scaled, level = self._scaled(x, sigma)
+        if class_labels is not None:
+            self._check_labels(class_labels, x)
         return self._denoised(level, self._head(scaled, level, class_labels)[:, None])[:, 0]
 
     def denoise_pair(
         self, x: Tensor, sigma: Tensor | float, class_labels: Tensor, conditions: Tensor | None = None
     ) -> Tensor:
         scaled, level = self._scaled(x, sigma)
+        self._check_labels(class_labels, x)
         twice = _Level(*(torch.cat([part, part]) for part in level))
         labels = torch.cat([class_labels, torch.full_like(class_labels, self.num_classes)])
         more = None if conditions is None else torch.cat([conditions, conditions])
@@ -170,6 +196,8 @@ class EmbeddedDenoiser(Denoiser):
 
     def score(self, x: Tensor, sigma: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
         scaled, level = self._scaled(x, sigma)
+        if class_labels is not None:
+            self._check_labels(class_labels, x)
         return self._scores(level, self._head(scaled, level, class_labels)[:, None])[:, 0]
 
     def class_scores(self, x: Tensor, sigma: Tensor | float, classes: Tensor | None = None) -> Tensor:
@@ -243,6 +271,19 @@ class NoiseEmbedding(nn.Module):
         if self.conditions is None or conditions is None:
             return embedding
         return embedding + self.conditions(conditions)
+
+
+def check_backbone(*, dropout: float, conditions: int, depth: int = 0, **counts: int) -> None:
+    """Refuse what no backbone is made with; ``counts`` are whole numbers, at least 1.
+
+    Raises:
+        TypeError, ValueError: as said; the message names the argument.
+    """
+    check_share("dropout", dropout)
+    check_count("conditions", conditions, least=0)
+    check_count("depth", depth, least=0)
+    for name, value in counts.items():
+        check_count(name, value)
 
 
 def feature_count(shape: Sequence[int]) -> int:

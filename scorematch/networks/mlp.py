@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from .denoiser import NoiseEmbedding, feature_count
+from ..inputs import check_shape
+from .denoiser import NoiseEmbedding, check_backbone, feature_count
 
 
 class MLPBackbone(nn.Module):
@@ -22,6 +23,9 @@ class MLPBackbone(nn.Module):
         depth: residual blocks.
         dropout: probability of dropping a hidden feature while training, in [0, 1).
         conditions: K, if the network takes a third argument [N, K], such as how x was augmented; 0 if it does not.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is said above; the message names it.
     """
 
     def __init__(
@@ -35,6 +39,8 @@ class MLPBackbone(nn.Module):
         conditions: int = 0,
     ) -> None:
         super().__init__()
+        check_shape("shape", shape)
+        check_backbone(dropout=dropout, conditions=conditions, depth=depth, outputs=outputs, width=width)
         self.inlet = nn.Linear(feature_count(shape), width)
         self.noise = NoiseEmbedding(width, conditions=conditions)
         self.blocks = nn.ModuleList(

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..inputs import check_shape
+from .denoiser import check_backbone
+
 NOISE_SCALE = 250.0  # c_noise = ln(σ)/4 lies within ±1.5; that U-Net embeds time steps from 0 to 1000
 
 
@@ -24,6 +27,9 @@ class UNetBackbone(nn.Module):
         dropout: probability of dropping a hidden feature while training, in [0, 1).
         conditions: K, if the network takes a third argument [N, K], such as how x was augmented: a linear function of
             it is added to the embedding of the noise level. 0 if it does not.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is said above; the message names it.
     """
 
     def __init__(
@@ -39,6 +45,10 @@ class UNetBackbone(nn.Module):
         conditions: int = 0,
     ) -> None:
         super().__init__()
+        check_backbone(dropout=dropout, conditions=conditions, channels=channels, outputs=outputs, width=width)
+        check_shape("multipliers", multipliers)
+        if not multipliers or 0 in multipliers:
+            raise ValueError(f"multipliers must be whole numbers, at least one and each at least 1, got {multipliers}")
         from denoising_diffusion_pytorch import Unet  # imports much; only image backbones pay for it
 
         self.unet: nn.Module = Unet(

@@ -8,11 +8,13 @@ w_y to Σ_y w_y ∇ₓ log p(y|x'). :class:`Trace` answers both, and remembers t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..inputs import check_finite, check_length, check_like, check_real, check_single, check_strided
 from ..ops.score_step import score_step
 
 
@@ -108,6 +110,7 @@ class ClassScorePosterior(PointwisePosterior):
         return _ClassScoreTrace(self, x)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_real(x)
         log_p: Tensor = _LogPosterior.apply(x, self)
         return log_p
 
@@ -118,10 +121,12 @@ class _ClassScoreTrace(Trace):
         self.move(x)
 
     def move(self, x: Tensor) -> None:
+        check_real(x)
         self.x = x.detach()
         self.log_p, self.scores = self.posterior.log_prob_and_scores(self.x)
 
     def pull_back(self, weights: Tensor, grad: Tensor) -> Tensor:
+        check_pull(weights, grad, self)
         return score_step(centred(weights, self.log_p), self.scores, grad)
 
 
@@ -142,6 +147,108 @@ class _LogPosterior(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         log_p, scores = ctx.saved_tensors
         return score_step(centred(grad, log_p), scores, torch.zeros_like(scores[:, 0])), None
+
+
+def check_point(x: Tensor, own: Tensor) -> None:
+    """Refuse points [N, …] at which a posterior with buffers like ``own`` [M, D] has no value; reads no values.
+
+    Raises:
+        TypeError, ValueError: x has other features, or is of a dtype or on a device that does not fit.
+    """
+    check_real(x)
+    if x.is_cpu and x.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"x is {x.dtype}; on the CPU it must be torch.float32 or torch.float64")
+    if x.device != own.device:
+        raise ValueError(f"x is on {x.device} but the posterior is on {own.device}")
+    features = x.shape[1:].numel()
+    if features != own.shape[-1]:
+        raise ValueError(f"x has {features} features a sample, the mixture {own.shape[-1]}")
+
+
+def check_pull(weights: Tensor, grad: Tensor, trace: Trace) -> None:
+    """Refuse weights [N, L] and a gradient [N, …] that do not fit the point of a trace.
+
+    Raises:
+        TypeError, ValueError: as said; the message names the argument.
+    """
+    check_like("weights", weights, trace.log_p, other="log_p")
+    check_strided(grad, "grad")
+    if grad.shape != trace.x.shape or grad.device != trace.x.device or not grad.is_floating_point():
+        given = f"{grad.dtype} {list(grad.shape)} on {grad.device}"
+        raise ValueError(f"grad must be like x, {list(trace.x.shape)} on {trace.x.device}, got {given}")
+
+
+def check_parameters(means: Tensor, **others: Tensor) -> None:
+    """Refuse parameters of a mixture that are not finite tensors of one dtype; means must be [L, K, D].
+
+    Raises:
+        TypeError, ValueError: as said; the message names the parameter.
+    """
+    for name, value in {"means": means, **others}.items():
+        check_finite(value, name)
+        check_single(value, name)
+        check_like(name, value, means, value.shape, "means")
+    if means.dim() != 3 or not means.numel():
+        raise ValueError(f"means must be [L, K, D], got {list(means.shape)}")
+
+
+def log_shares(weights: Tensor | None, means: Tensor) -> Tensor:
+    """The logarithms of the weights [L, K] of a mixture, normalised; None is equal weights.
+
+    Raises:
+        TypeError, ValueError: the weights are not what a mixture takes.
+    """
+    expected = list(means.shape[:2])
+    if weights is None:
+        weights = means.new_ones(expected)
+    check_strided(weights, "weights")
+    if weights.is_complex() or weights.device != means.device:
+        raise TypeError(f"weights must be real numbers on {means.device}, got {weights.dtype} on {weights.device}")
+    if weights.is_floating_point():
+        check_like("weights", weights, means, weights.shape, "means")
+    if list(weights.shape) != expected:
+        raise ValueError(f"weights must be [L, K] = {expected}, got {list(weights.shape)}")
+    shares = weights / weights.sum()
+    if not (weights >= 0).all() or not (shares.sum(1) > 0).all():
+        given = f"{int((weights < 0).sum())} negative values and the sums {weights.sum(1).tolist()}"
+        raise ValueError(f"weights must be non-negative with a positive sum for each class, got {given}")
+    return shares.log()
+
+
+def check_deviation(sigma: float, like: Tensor, *, zero: bool = False) -> None:
+    """Refuse a standard deviation whose square is no number of the dtype of ``like``.
+
+    Raises:
+        TypeError, ValueError: as said, or it is not positive; the message calls it ``sigma``.
+    """
+    check_length("sigma", sigma, zero=zero)
+    kind = torch.finfo(like.dtype)
+    if not (kind.tiny**0.5 <= sigma <= kind.max**0.5 or (zero and sigma == 0.0)):
+        raise ValueError(f"sigma must have a square that {like.dtype} holds, got {sigma}")
+
+
+def class_sizes(x: Tensor, y: Tensor, num_classes: int) -> Tensor:
+    """How many samples of each class [L] there are in labels y [M] of x [M, …], which are checked; it reads them.
+
+    Raises:
+        TypeError, ValueError: x or y do not fit; the message names it.
+    """
+    check_strided(x, "x")
+    check_strided(y, "y")
+    if y.dtype == torch.bool or y.is_floating_point() or y.is_complex():
+        raise TypeError(f"y must be int64 labels [M], got {y.dtype} {list(y.shape)}")
+    if x.dim() < 2 or y.dim() != 1 or y.device != x.device:
+        where = f"x {list(x.shape)} on {x.device} and y {list(y.shape)} on {y.device}"
+        raise ValueError(f"x must be [M, …] and y [M] on one device, got {where}")
+    if len(x) != len(y):
+        raise ValueError(f"x has {len(x)} samples but y has {len(y)}")
+    check_finite(x, "x", batch=True)
+    if isinstance(num_classes, bool) or not isinstance(num_classes, Integral) or num_classes < 1:
+        raise ValueError(f"num_classes must be a whole number, at least 1, got {num_classes!r}")
+    low, high = (int(value) for value in torch.aminmax(y)) if len(y) else (0, 0)
+    if low < 0 or high >= num_classes:
+        raise ValueError(f"labels must lie in [0, {num_classes}), got {low if low < 0 else high} in y")
+    return torch.bincount(y, minlength=num_classes)
 
 
 def centred(weights: Tensor, log_p: Tensor) -> Tensor:

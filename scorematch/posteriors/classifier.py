@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .base import PointwisePosterior, Trace
+from ..inputs import check_count, check_kind, check_length, check_real
+from .base import PointwisePosterior, Trace, check_pull
 
 
 class NoiseConditionalClassifier(PointwisePosterior):
@@ -30,10 +31,10 @@ class NoiseConditionalClassifier(PointwisePosterior):
 
     def __init__(self, network: nn.Module, *, num_classes: int, sigma: float, temperature: float = 1.0) -> None:
         super().__init__()
-        if not sigma > 0.0:
-            raise ValueError(f"sigma must be positive, got {sigma}")
-        if not temperature > 0.0:
-            raise ValueError(f"temperature must be positive, got {temperature}")
+        check_kind("network", network, nn.Module)
+        check_count("num_classes", num_classes)
+        check_length("sigma", sigma)
+        check_length("temperature", temperature)
         self.network = network.eval().requires_grad_(False)
         self.num_classes = num_classes
         self.sigma = sigma
@@ -45,6 +46,7 @@ class NoiseConditionalClassifier(PointwisePosterior):
         return super().train(False)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_real(x)
         logits = self.network(x, torch.full((len(x),), self.sigma, dtype=x.dtype, device=x.device))
         return torch.log_softmax(logits / self.temperature.to(logits.dtype), 1)
 
@@ -60,12 +62,14 @@ class _ClassifierTrace(Trace):
         self.move(x)
 
     def move(self, x: Tensor) -> None:
+        check_real(x)
         with torch.enable_grad():
             self.x = x.detach().requires_grad_()
             self._log_p = self.posterior(self.x)
         self.log_p = self._log_p.detach()
 
     def pull_back(self, weights: Tensor, grad: Tensor) -> Tensor:
+        check_pull(weights, grad, self)
         if self._log_p is None:
             self.move(self.x)
         assert self._log_p is not None

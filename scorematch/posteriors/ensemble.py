@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from .base import PointwisePosterior, Posterior, Trace
+from .base import PointwisePosterior, Posterior, Trace, check_pull
 
 
 class Ensemble(Posterior):
@@ -27,6 +27,10 @@ class Ensemble(Posterior):
 
     def __init__(self, members: Sequence[Posterior]) -> None:
         super().__init__()
+        listed = list(members) if isinstance(members, Iterable) else [members]
+        if not all(isinstance(member, Posterior) for member in listed):
+            raise TypeError(f"members must be posteriors, got {', '.join(type(member).__name__ for member in listed)}")
+        members = listed
         if not members:
             raise ValueError("members must be at least one posterior, got none")
         classes = {member.num_classes for member in members}
@@ -68,10 +72,12 @@ class _EnsembleTrace(Trace):
     def _vote(self) -> None:
         self.x = self.members[0].x
         values = torch.stack([member.log_p for member in self.members])  # [M, N, L]
-        self.responsibility = values.softmax(0)
+        # A class that has no probability with any member is equally that of all of them.
+        self.responsibility = values.clamp(min=torch.finfo(values.dtype).min).softmax(0)
         self.log_p = values.logsumexp(0).log_softmax(1)
 
     def pull_back(self, weights: Tensor, grad: Tensor) -> Tensor:
+        check_pull(weights, grad, self)
         for member, share in zip(self.members, self.responsibility, strict=True):
             grad = member.pull_back(weights * share, grad)
         return grad

@@ -8,7 +8,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .base import ClassScorePosterior
+from ..inputs import check_count, check_length, check_shape, check_single
+from .base import (
+    ClassScorePosterior,
+    check_deviation,
+    check_parameters,
+    check_point,
+    class_sizes,
+    log_shares,
+)
 
 NOISES = ("isotropic", "diagonal")
 
@@ -48,8 +56,7 @@ class FactorAnalysers(ClassScorePosterior):
 
     def __init__(self, means: Tensor, factors: Tensor, noise: Tensor, weights: Tensor | None = None) -> None:
         super().__init__()
-        if means.dim() != 3:
-            raise ValueError(f"means must be [L, K, D], got {list(means.shape)}")
+        check_parameters(means, factors=factors, noise=noise)
         classes, components, dimension = means.shape
         if factors.dim() != 4 or factors.shape[:3] != means.shape:
             raise ValueError(f"factors must be [L, K, D, R] with means {list(means.shape)}, got {list(factors.shape)}")
@@ -59,17 +66,12 @@ class FactorAnalysers(ClassScorePosterior):
             )
         if not (noise > 0).all():
             raise ValueError(f"noise must be positive variances, got {float(noise.min()):g}")
-        weights = means.new_ones(classes, components) if weights is None else weights
-        if list(weights.shape) != [classes, components]:
-            raise ValueError(f"weights must be [L, K] = [{classes}, {components}], got {list(weights.shape)}")
-        if not (weights >= 0).all() or not (weights.sum(1) > 0).all():
-            given = f"{int((weights < 0).sum())} negative values and the sums {weights.sum(1).tolist()}"
-            raise ValueError(f"weights must be non-negative with a positive sum for each class, got {given}")
+        log_weights = log_shares(weights, means)
         self.num_classes = classes
         self.register_buffer("means", means)
         self.register_buffer("factors", factors)
         self.register_buffer("noise", noise)
-        self.register_buffer("log_weights", (weights / weights.sum()).log())
+        self.register_buffer("log_weights", log_weights)
 
         # In float64, as all of log p(x, y, k) but the products with the rows: it is the difference of large numbers.
         precision, wide, centre = self._precision, factors.double(), means.mean((0, 1))
@@ -96,6 +98,7 @@ class FactorAnalysers(ClassScorePosterior):
 
     def smoothed(self, sigma: float) -> FactorAnalysers:
         """The mixture p_σ: this one convolved with N(0, σ² I)."""
+        check_deviation(sigma, self.means, zero=True)
         return FactorAnalysers(self.means, self.factors, self.noise + sigma**2, self.log_weights.exp())
 
     def log_joint_components(self, x: Tensor) -> Tensor:
@@ -129,7 +132,7 @@ class FactorAnalysers(ClassScorePosterior):
         """Draw ``count`` pairs.
 
         Args:
-            count: N.
+            count: N, at least 1.
             generator: source of randomness on the device of the mixture.
             shape: that of one sample, of D features; None is (D,).
 
@@ -137,10 +140,12 @@ class FactorAnalysers(ClassScorePosterior):
             x [N, *shape] and labels int64 [N], in random order.
 
         Raises:
-            ValueError: the shape does not have D features.
+            TypeError, ValueError: ``count`` is not what is said above, or the shape does not have D features.
         """
+        check_count("count", count)
         components, dimension, rank = self.factors.shape[1:]
-        shape = (dimension,) if shape is None else tuple(shape)
+        shape = (dimension,) if shape is None else shape
+        check_shape("shape", shape)
         if math.prod(shape) != dimension:
             raise ValueError(f"shape {list(shape)} has {math.prod(shape)} features, the mixture {dimension}")
         index = torch.multinomial(self.log_weights.exp().flatten(), count, replacement=True, generator=generator)
@@ -191,24 +196,19 @@ class FactorAnalysers(ClassScorePosterior):
         Raises:
             ValueError: an argument is outside its range.
         """
-        if len(x) != len(y):
-            raise ValueError(f"x has {len(x)} samples but y has {len(y)}")
+        counts = class_sizes(x, y, num_classes)
+        check_single(x, "x")
         if len(x) == 0:
             raise ValueError("x has no samples")
         dimension = x[0].numel()
-        if components < 1:
-            raise ValueError(f"components must be at least 1, got {components}")
-        if not 1 <= rank < dimension:
+        check_count("components", components)
+        check_count("rank", rank)
+        if rank >= dimension:
             raise ValueError(f"rank must lie between 1 and D - 1 = {dimension - 1}, got {rank}")
-        if iterations < 0:
-            raise ValueError(f"iterations must be at least 0, got {iterations}")
+        check_count("iterations", iterations, least=0)
         if noise not in NOISES:
             raise ValueError(f"noise must be one of {', '.join(NOISES)}, got {noise!r}")
-        if not floor > 0.0:
-            raise ValueError(f"floor must be positive, got {floor}")
-        counts = torch.bincount(y, minlength=num_classes)
-        if len(counts) > num_classes:
-            raise ValueError(f"labels must lie in [0, {num_classes}), got {int(y.max())}")
+        check_length("floor", floor)
         if not (counts > components).all():
             label = int((counts <= components).nonzero()[0])
             raise ValueError(f"class {label} has {int(counts[label])} samples, too few for {components} components")
@@ -228,10 +228,8 @@ class FactorAnalysers(ClassScorePosterior):
 
     def _features(self, x: Tensor) -> Tensor:
         """[N, D], relative to the centre."""
-        features = x.flatten(1)
-        if features.shape[1] != self.means.shape[-1]:
-            raise ValueError(f"x has {features.shape[1]} features a sample, the mixture {self.means.shape[-1]}")
-        return features - self._centre
+        check_point(x, self.means)
+        return x.flatten(1) - self._centre
 
     def _project(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """log p(x, y, k) [N, L, K], float64, and Bᵀ (x − mean) [N, L, K, R] for x [N, D] relative to the centre."""

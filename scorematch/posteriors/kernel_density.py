@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import ClassScorePosterior
+from .base import ClassScorePosterior, check_deviation, check_point, class_sizes
 
 
 class KernelDensity(ClassScorePosterior):
@@ -34,13 +34,8 @@ class KernelDensity(ClassScorePosterior):
 
     def __init__(self, x: Tensor, y: Tensor, *, num_classes: int, sigma: float) -> None:
         super().__init__()
-        if not sigma > 0.0:
-            raise ValueError(f"sigma must be positive, got {sigma}")
-        if len(x) != len(y):
-            raise ValueError(f"x has {len(x)} samples but y has {len(y)}")
-        counts = torch.bincount(y, minlength=num_classes)
-        if len(counts) > num_classes:
-            raise ValueError(f"labels must lie in [0, {num_classes}), got {int(y.max())}")
+        counts = class_sizes(x, y, num_classes)
+        check_deviation(sigma, x)
         if not (counts > 0).all():
             raise ValueError(f"class {int((counts == 0).nonzero()[0])} has no sample")
         self.num_classes = num_classes
@@ -54,6 +49,7 @@ class KernelDensity(ClassScorePosterior):
         self._sizes = self.class_sizes.tolist()
 
     def log_prob_and_scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        check_point(x, self.points)
         with torch.no_grad():
             flat = x.flatten(1)
             wide = flat.double()

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from .base import ClassScorePosterior
+from ..inputs import check_count
+from .base import ClassScorePosterior, check_deviation, check_parameters, check_point, log_shares
 
 
 class GaussianMixture(ClassScorePosterior):
@@ -30,15 +31,9 @@ class GaussianMixture(ClassScorePosterior):
 
     def __init__(self, means: Tensor, covariances: Tensor, weights: Tensor | None = None) -> None:
         super().__init__()
-        if means.dim() != 3:
-            raise ValueError(f"means must be [L, K, D], got {list(means.shape)}")
-        classes, components, dimension = means.shape
-        weights = means.new_ones(classes, components) if weights is None else weights
-        if list(weights.shape) != [classes, components]:
-            raise ValueError(f"weights must be [L, K] = [{classes}, {components}], got {list(weights.shape)}")
-        if not (weights >= 0).all() or not (weights.sum(1) > 0).all():
-            given = f"{int((weights < 0).sum())} negative values and the sums {weights.sum(1).tolist()}"
-            raise ValueError(f"weights must be non-negative with a positive sum for each class, got {given}")
+        check_parameters(means, covariances=covariances)
+        classes, _, dimension = means.shape
+        log_weights = log_shares(weights, means)
         full = _full_covariances(means, covariances)
         factor, failed = torch.linalg.cholesky_ex(full)
         if failed.any():
@@ -48,7 +43,7 @@ class GaussianMixture(ClassScorePosterior):
         self.num_classes = classes
         self.register_buffer("means", means)
         self.register_buffer("covariances", full)
-        self.register_buffer("log_weights", (weights / weights.sum()).log())
+        self.register_buffer("log_weights", log_weights)
         self.register_buffer(
             "_precision_factor", torch.linalg.solve_triangular(factor, identity.expand_as(full), upper=False)
         )
@@ -59,6 +54,7 @@ class GaussianMixture(ClassScorePosterior):
 
     def smoothed(self, sigma: float) -> GaussianMixture:
         """The mixture p_σ: this one convolved with N(0, σ² I)."""
+        check_deviation(sigma, self.means, zero=True)
         identity = torch.eye(self.means.shape[-1], dtype=self.means.dtype, device=self.means.device)
         return GaussianMixture(self.means, self.covariances + sigma**2 * identity, self.log_weights.exp())
 
@@ -83,7 +79,12 @@ class GaussianMixture(ClassScorePosterior):
         return log_p, scores.reshape(len(x), self.num_classes, *x.shape[1:])
 
     def sample(self, count: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Draw ``count`` pairs: x [count, D] and labels int64 [count]."""
+        """Draw ``count`` pairs, at least 1: x [count, D] and labels int64 [count].
+
+        Raises:
+            TypeError, ValueError: ``count`` is not what is said above.
+        """
+        check_count("count", count)
         weights = self.log_weights.exp().flatten()
         index = torch.multinomial(weights, count, replacement=True, generator=generator)
         noise = torch.randn(
@@ -94,10 +95,8 @@ class GaussianMixture(ClassScorePosterior):
         return x, index // self.means.shape[1]
 
     def _difference(self, x: Tensor) -> Tensor:
-        features = x.flatten(1)
-        if features.shape[1] != self.means.shape[-1]:
-            raise ValueError(f"x has {features.shape[1]} features a sample, the mixture {self.means.shape[-1]}")
-        return features[:, None, None, :] - self.means
+        check_point(x, self.means)
+        return x.flatten(1)[:, None, None, :] - self.means
 
 
 def _full_covariances(means: Tensor, covariances: Tensor) -> Tensor:

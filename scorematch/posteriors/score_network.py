@@ -5,10 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..inputs import (
+    check_classes,
+    check_count,
+    check_kind,
+    check_length,
+    check_like,
+    check_real,
+    check_share,
+    check_strided,
+    readable,
+)
 from ..networks.denoiser import Denoiser, EmbeddedDenoiser
 from ..ops.score_line_integral import score_line_integral
 from ..ops.score_step import score_step
-from .base import PointwisePosterior, Posterior, Trace, centred
+from .base import PointwisePosterior, Posterior, Trace, centred, check_pull
 
 CENTERINGS = ("posterior", "network")
 
@@ -55,20 +66,21 @@ class ScoreNetwork(Posterior):
         top_k: int | None = None,
     ) -> None:
         super().__init__()
-        if not sigma > 0.0:
-            raise ValueError(f"sigma must be positive, got {sigma}")
-        if not 0.0 < smoothing < 1.0:
-            raise ValueError(f"smoothing must lie in (0, 1), got {smoothing}")
+        check_kind("denoiser", denoiser, Denoiser)
+        if anchor is not None:
+            check_kind("anchor", anchor, PointwisePosterior)
+        check_length("sigma", sigma)
+        check_share("smoothing", smoothing, zero=False)
         if centering not in CENTERINGS:
             raise ValueError(f"centering must be one of {', '.join(CENTERINGS)}, got {centering!r}")
-        if nodes < 1:
-            raise ValueError(f"nodes must be at least 1, got {nodes}")
+        check_count("nodes", nodes)
         if linear and nodes > 1:
-            raise ValueError(f"nodes must be 1 where the scores are read at the clean point alone, got {nodes}")
+            raise ValueError(f"nodes must be 1 where linear reads the scores at the clean point alone, got {nodes}")
         if top_k is not None:
             if not isinstance(denoiser, EmbeddedDenoiser):
                 given = type(denoiser).__name__
                 raise ValueError(f"top_k needs an EmbeddedDenoiser, got {given}, which gives all classes at once")
+            check_count("top_k", top_k)
             if not 1 <= top_k <= denoiser.num_classes:
                 raise ValueError(f"top_k must lie between 1 and {denoiser.num_classes} classes, got {top_k}")
             if centering == "network":
@@ -91,6 +103,7 @@ class ScoreNetwork(Posterior):
         return super().train(False)
 
     def trace(self, x: Tensor, y: Tensor) -> Trace:
+        check_real(x)
         kind = _LinearTrace if self.linear else _PathTrace
         return kind(self, x.detach(), self.clean_log_prob(x, y))
 
@@ -109,14 +122,23 @@ class ScoreNetwork(Posterior):
 
     def clean_log_prob(self, x: Tensor, y: Tensor) -> Tensor:
         """log p(y|x) [N, L] of the anchor at clean inputs; the score network is not evaluated."""
+        check_real(x)
         with torch.no_grad():
             if self.anchor is not None:
                 return self.anchor.log_prob(x)
-            if y.dim() == 1:
+            if not isinstance(y, Tensor) or y.dim() != 2:
+                check_classes(y, x, self.num_classes, values=readable(x))
                 y = torch.nn.functional.one_hot(y, self.num_classes)
+            check_strided(y, "y")
+            if y.is_complex():
+                raise TypeError(f"y must be int64 labels [N] or probabilities [N, L], got {y.dtype} {list(y.shape)}")
             y = y.to(x.dtype)
+            check_like("y", y, x, [len(x), self.num_classes])
             others = (1.0 - y) / (self.num_classes - 1)
-            return ((1.0 - self.smoothing) * y + self.smoothing * others).log()
+            smoothed = (1.0 - self.smoothing) * y + self.smoothing * others
+            if readable(y) and not bool(((smoothed > 0.0) & (smoothed < 1.001)).all()):
+                raise ValueError(f"y must be probabilities [N, L], got values in {torch.stack(y.aminmax()).tolist()}")
+            return smoothed.log()
 
 
 class _PathTrace(Trace):
@@ -128,6 +150,7 @@ class _PathTrace(Trace):
         self.scores = posterior.scores(x, self.classes)  # [N, L, …], or [N, L + 1, …]
 
     def move(self, x: Tensor) -> None:
+        check_like("x", x, self.x, other="the points before")
         with torch.no_grad():
             start, move = self.x, (x.detach() - self.x) / self.posterior.nodes
             for node in range(1, self.posterior.nodes + 1):
@@ -138,6 +161,7 @@ class _PathTrace(Trace):
                 self.log_p = score_line_integral(self.log_p, before[:, :classes], self.scores[:, :classes], move)
 
     def pull_back(self, weights: Tensor, grad: Tensor) -> Tensor:
+        check_pull(weights, grad, self)
         if self.posterior.centering == "posterior":
             return score_step(centred(weights, self.log_p), self.scores, grad)
         unconditional = -weights.sum(1, keepdim=True)
@@ -150,6 +174,7 @@ class _LinearTrace(_PathTrace):
         self.clean, self.clean_log_p = x, log_p
 
     def move(self, x: Tensor) -> None:
+        check_like("x", x, self.x, other="the points before")
         self.x = x.detach()
         scores = self.scores[:, : self.posterior.num_classes]
         self.log_p = score_line_integral(self.clean_log_p, scores, scores, self.x - self.clean)

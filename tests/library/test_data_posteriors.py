@@ -11,6 +11,7 @@ from scorematch.audit import robust_accuracy
 from scorematch.networks import Denoiser, EmbeddedDenoiser, MLPBackbone
 from scorematch.posteriors import (
     ClassScorePosterior,
+    Ensemble,
     GaussianMixture,
     KernelDensity,
     NoiseConditionalClassifier,
@@ -320,12 +321,18 @@ def test_audit_finds_the_robust_accuracy_of_a_linear_posterior() -> None:
             "weights must be non-negative",
         ),
         (lambda: mixture()(torch.zeros(2, 4, dtype=torch.float64)), "x has 4 features a sample, the mixture 5"),
-        (lambda: KernelDensity(torch.zeros(2, 3), torch.tensor([0, 1]), num_classes=2, sigma=0.0), "sigma must be pos"),
+        (
+            lambda: KernelDensity(torch.zeros(2, 3), torch.tensor([0, 1]), num_classes=2, sigma=0.0),
+            "sigma must be finite and positive",
+        ),
         (lambda: KernelDensity(torch.zeros(2, 3), torch.tensor([0]), num_classes=2, sigma=1.0), "x has 2 samples but"),
         (lambda: KernelDensity(torch.zeros(2, 3), torch.tensor([0, 0]), num_classes=2, sigma=1.0), "class 1 has no"),
         (lambda: KernelDensity(torch.zeros(2, 3), torch.tensor([0, 2]), num_classes=2, sigma=1.0), "labels must lie"),
-        (lambda: NoiseConditionalClassifier(ToyClassifier(), num_classes=3, sigma=-1.0), "sigma must be positive"),
-        (lambda: ScoreNetwork(OracleDenoiser(mixture()), sigma=0.0), "sigma must be positive, got 0.0"),
+        (
+            lambda: NoiseConditionalClassifier(ToyClassifier(), num_classes=3, sigma=-1.0),
+            "sigma must be finite and positive",
+        ),
+        (lambda: ScoreNetwork(OracleDenoiser(mixture()), sigma=0.0), "sigma must be finite and positive, got 0.0"),
         (lambda: ScoreNetwork(OracleDenoiser(mixture()), sigma=1.0, smoothing=0.0), "smoothing must lie in"),
         (lambda: ScoreNetwork(OracleDenoiser(mixture()), sigma=1.0, centering="mean"), "centering must be one of"),
         (lambda: ScoreNetwork(OracleDenoiser(mixture()), sigma=1.0, nodes=0), "nodes must be at least 1, got 0"),
@@ -335,3 +342,19 @@ def test_audit_finds_the_robust_accuracy_of_a_linear_posterior() -> None:
 def test_bad_input(build, message: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_an_ensemble_has_a_gradient_where_a_class_is_out_of_reach() -> None:
+    """Its probability is below the range of float32 with each member."""
+    points, labels = torch.tensor([[0.0], [1e3]]), torch.tensor([0, 1])
+    members = [KernelDensity(points, labels, num_classes=2, sigma=sigma) for sigma in (1e-17, 2e-17)]
+    trace = Ensemble(members).trace(torch.ones(1, 1), labels[:1])
+    assert trace.log_p.tolist() == [[0.0, -math.inf]]
+    assert trace.pull_back(torch.ones(1, 2), torch.zeros(1, 1)).isfinite().all()
+
+
+def test_a_class_whose_weight_vanishes_is_refused() -> None:
+    """Rounding makes its share of all weights 0; its log-probabilities were −∞ and its scores NaN."""
+    weights = torch.tensor([[1e-30], [1e30]])
+    with pytest.raises(ValueError, match="weights must be non-negative with a positive sum for each class"):
+        GaussianMixture(torch.zeros(2, 1, 3), torch.ones(2, 1), weights)

@@ -273,7 +273,7 @@ def fit(x: Tensor = X, y: Tensor = Y, **settings) -> FactorAnalysers:  # type: i
         (lambda: fit(rank=3), "rank must lie between 1 and D - 1 = 2, got 3"),
         (lambda: fit(iterations=-1), "iterations must be at least 0, got -1"),
         (lambda: fit(noise="full"), "noise must be one of isotropic, diagonal, got 'full'"),
-        (lambda: fit(floor=0.0), "floor must be positive, got 0.0"),
+        (lambda: fit(floor=0.0), "floor must be finite and positive, got 0.0"),
         (lambda: fit(num_classes=1), r"labels must lie in \[0, 1\), got 1"),
         (lambda: fit(X[:0], Y[:0]), "x has no samples"),
         (lambda: fit(components=2), "class 0 has 2 samples, too few for 2 components"),

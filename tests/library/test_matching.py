@@ -271,7 +271,7 @@ def test_temperature_of_a_tempered_posterior() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sigma": 0.0}, "sigma must be positive"),
+        ({"sigma": 0.0}, "sigma must be finite and positive"),
         ({"interval": 0}, "interval must be at least 1"),
         ({"patience": 0}, "patience must be at least 1"),
         ({"repeats": 0}, "repeats must be at least 1"),
@@ -444,18 +444,19 @@ def test_likelihood_weight_needs_a_denoiser() -> None:
     [
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"lr": 0.0}, "lr must be positive and finite, got 0.0"),
-        ({"sigma_min": 0.0}, "0 < sigma_min ≤ sigma_max is needed"),
+        ({"lr": 0.0}, "lr must be finite and positive, got 0.0"),
+        ({"sigma_min": 0.0}, "sigma_min must be finite and positive, got 0.0"),
+        ({"sigma_max": math.inf}, "sigma_max must be finite and positive, got inf"),
         ({"sigma_min": 2.0, "sigma_max": 1.0}, "0 < sigma_min ≤ sigma_max is needed"),
         ({"averaging": 1.0}, r"averaging must lie in \[0, 1\)"),
         ({"warm_up": 1.0}, r"warm_up must lie in \[0, 1\)"),
         ({"schedule": "step"}, "schedule must be one of cosine, constant, got 'step'"),
         ({"noise": "uniform"}, "noise must be one of log_uniform, log_normal, got 'uniform'"),
-        ({"noise_deviation": 0.0}, "noise_deviation must be positive"),
+        ({"noise_deviation": 0.0}, "noise_deviation must be finite and positive"),
         ({"noise_mean": math.nan}, "noise_mean must be finite"),
         ({"half_life": -1.0}, "half_life must not be negative"),
-        ({"weight_decay": -1.0}, "weight_decay must not be negative"),
-        ({"likelihood_weight": math.nan}, "likelihood_weight must not be negative"),
+        ({"weight_decay": -1.0}, "weight_decay must be finite and not negative"),
+        ({"likelihood_weight": math.nan}, "likelihood_weight must be finite and not negative"),
     ],
 )
 def test_bad_settings(settings: dict, message: str) -> None:
@@ -464,5 +465,28 @@ def test_bad_settings(settings: dict, message: str) -> None:
 
 
 def test_finite_difference_needs_a_step() -> None:
-    with pytest.raises(ValueError, match=r"step must be positive, got 0\.0"):
+    with pytest.raises(ValueError, match=r"step must be finite and positive, got 0\.0"):
         matching.finite_difference(lambda z: z, torch.zeros(1, 2), torch.ones(1, 2), step=0.0)
+
+
+@pytest.mark.parametrize("label", [-100, -1, 2])
+@pytest.mark.parametrize("name", ["denoiser", "embedded", "classifier", "joint_energy"])
+def test_labels_that_are_no_classes(name: str, label: int) -> None:
+    """The last head is the unconditional one, which −1 asked for; cross-entropy counts −100 as nothing."""
+    x, y = toy(4)
+    batch = matching.Batch(x, torch.full_like(y, label), torch.ones(4), torch.zeros_like(x), None)
+    network = MLPBackbone((1,), 2, width=8, depth=1)
+    losses = {
+        "denoiser": lambda: DenoisingLoss(small_denoiser()),
+        "embedded": lambda: DenoisingLoss(embedded()),
+        "classifier": lambda: matching.ClassificationLoss(network),
+        "joint_energy": lambda: matching.ClassificationLoss(network, energy=matching.JointEnergy(1.0, 0.0, 1.0)),
+    }
+    with pytest.raises(ValueError, match=rf"y must lie in \[0, 2\), got values in \[{label}, {label}\]"):
+        losses[name]()(batch)
+
+
+def test_a_temperature_needs_finite_logits() -> None:
+    x, y = toy(4)
+    with pytest.raises(ValueError, match="logits must be finite, got 16 values that are NaN or infinite"):
+        matching.fit_temperature(lambda z: torch.tensor([0.0, -math.inf]).expand(len(z), 2), x, y)

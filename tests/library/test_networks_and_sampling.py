@@ -196,7 +196,10 @@ def test_noise_levels_fall_geometrically() -> None:
         (lambda: noise_levels(1.0, math.nan, 3), "both finite, got nan and 1.0"),
         (lambda: noise_levels(1.0, 0.1, 2.5), "count must be a whole number, got 2.5"),
         (lambda: Denoiser(nn.Identity(), num_classes=1, sigma_data=1.0), "num_classes must be at least 2, got 1"),
-        (lambda: Denoiser(nn.Identity(), num_classes=2, sigma_data=0.0), "sigma_data must be positive, got 0.0"),
+        (
+            lambda: Denoiser(nn.Identity(), num_classes=2, sigma_data=0.0),
+            "sigma_data must be finite and positive, got 0.0",
+        ),
     ],
 )
 def test_bad_input(build, message: str) -> None:  # type: ignore[no-untyped-def]
