@@ -268,6 +268,9 @@ class NoiseEmbedding(nn.Module):
     def forward(self, noise: Tensor, conditions: Tensor | None = None) -> Tensor:
         phase = noise[:, None] * self.frequencies.to(noise.dtype)
         embedding: Tensor = self.linear(torch.cat([noise[:, None], phase.sin(), phase.cos()], 1))
+        count = 0 if self.conditions is None else self.conditions.in_features
+        if conditions is not None and list(conditions.shape) != [len(noise), count]:
+            raise ValueError(f"conditions must be [N, K] = [{len(noise)}, {count}], got {list(conditions.shape)}")
         if self.conditions is None or conditions is None:
             return embedding
         return embedding + self.conditions(conditions)

@@ -238,3 +238,10 @@ def test_bad_input_of_the_samplers(sampler, options: dict, message: str) -> None
 def test_bad_steps_of_langevin_dynamics(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         annealed_langevin(ExactDenoiser(), (4, 1), sigmas=[1.0, 0.1], **options)
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_conditions_that_a_network_was_not_made_for(count: int) -> None:
+    network = MLPBackbone((4,), 3, width=8, depth=1, conditions=count)
+    with pytest.raises(ValueError, match=rf"conditions must be \[N, K\] = \[5, {count}\], got \[5, 3\]"):
+        network(torch.zeros(5, 4), torch.zeros(5), torch.zeros(5, 3))
