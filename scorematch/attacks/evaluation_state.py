@@ -223,6 +223,10 @@ def _read(path: Path) -> dict[str, Any]:
     """
     unreadable = f"state_path: {path} is not a readable state of an evaluation"
     try:
+        with open(path, "rb") as file:
+            # Anything else torch would take for its format before 1.6, a pickle, which may ask for any memory.
+            if file.read(4) != b"PK\3\4":
+                raise ValueError("it does not begin as files of torch.save do")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes raise whatever they happen to stand for
         raise ValueError(f"{unreadable} ({type(error).__name__}: {error})") from None
