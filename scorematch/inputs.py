@@ -238,7 +238,7 @@ def check_finite(t: Any, name: str, *, batch: bool = False) -> None:
         raise ValueError(f"{name} must be finite, got {wrong} values that are NaN or infinite")
 
 
-def check_kind(name: str, value: Any, kind: type) -> None:
+def check_instance(name: str, value: Any, kind: type) -> None:
     """Refuse what is not of this class.
 
     Raises:
@@ -293,14 +293,12 @@ def check_samples(x: Tensor, y: Tensor, num_classes: int, least: int = 0) -> Non
     Raises:
         TypeError, ValueError: as said; the message names x or y.
     """
-    check_tensor("x", x)
-    check_tensor("y", y)
-    check_floating(x)
+    check_finite(x, "x")
     check_single(x)
+    check_tensor("y", y)
     check_labels(x, y, num_classes)
     if len(x) < least:
         raise ValueError(f"x and y must hold at least {least} samples, got {len(x)}")
-    check_finite(x, "x")
 
 
 def check_classes(y: Any, x: Tensor, num_classes: int | None, name: str = "y", *, values: bool = True) -> None:

@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .inputs import check_count, check_kind, check_shape, check_share, check_strided
+from .inputs import check_count, check_instance, check_shape, check_share, check_strided
 from .networks.denoiser import Denoiser
 from .ops._checks import check_number
 
@@ -105,7 +105,7 @@ def heun(
 
 
 def _check(denoiser: Denoiser, shape: tuple[int, ...], sigmas: list[float], class_labels: Tensor | None) -> None:
-    check_kind("denoiser", denoiser, Denoiser)
+    check_instance("denoiser", denoiser, Denoiser)
     check_shape("shape", shape)
     if len(shape) < 2:
         raise ValueError(f"shape must be [N, …], got {list(shape)}")

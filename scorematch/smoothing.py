@@ -24,7 +24,7 @@ import torch
 from scipy.special import betainc, betaincinv, ndtri
 from torch import Tensor, nn
 
-from .inputs import check_callable, check_count, check_floating, check_length, check_share, check_tensor
+from .inputs import check_callable, check_count, check_finite, check_length, check_share, check_tensor
 from .intervals import wilson
 from .model_state import borrowed
 
@@ -372,12 +372,7 @@ def certified_accuracy(certificates: Certificates, y: Tensor, radii: Sequence[fl
 
 
 def _check(x: Tensor, alpha: float = 0.5, **counts: int) -> None:
-    check_tensor("x", x)
-    check_floating(x)
-    if x.dim() < 2:
-        raise ValueError(f"x must be [N, …], got {list(x.shape)}")
-    if not bool(x.isfinite().all()):
-        raise ValueError(f"x must be finite, got {int((~x.isfinite()).sum())} of {x.numel()} values that are not")
+    check_finite(x, "x", batch=True)
     for name, value in counts.items():
         check_count(name, value)
     check_share("alpha", alpha, zero=False)

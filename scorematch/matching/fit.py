@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ..averaging import WeightAverage
-from ..inputs import check_count, check_finite, check_kind, check_labels, check_length, check_share
+from ..inputs import check_count, check_finite, check_instance, check_labels, check_length, check_share
 from ..networks.denoiser import Denoiser
 from ..noise import normal_like
 from ..ops._checks import check_number
@@ -152,7 +152,7 @@ class DenoisingLoss(MatchingLoss):
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__()
-        check_kind("denoiser", denoiser, Denoiser)
+        check_instance("denoiser", denoiser, Denoiser)
         self.denoiser = denoiser
 
     def loss(self, batch: Batch) -> Tensor:
@@ -164,8 +164,8 @@ class DistillationLoss(MatchingLoss):
 
     def __init__(self, denoiser: Denoiser, teacher: Denoiser) -> None:
         super().__init__()
-        check_kind("denoiser", denoiser, Denoiser)
-        check_kind("teacher", teacher, Denoiser)
+        check_instance("denoiser", denoiser, Denoiser)
+        check_instance("teacher", teacher, Denoiser)
         self.denoiser = denoiser
         self._teacher = (teacher.eval().requires_grad_(False),)  # in a tuple it is no submodule
 
@@ -203,12 +203,12 @@ class ClassificationLoss(MatchingLoss):
         energy: JointEnergy | None = None,
     ) -> None:
         super().__init__()
-        check_kind("network", network, nn.Module)
+        check_instance("network", network, nn.Module)
         check_length("weight", weight, zero=True)
         if denoiser is not None:
-            check_kind("denoiser", denoiser, Denoiser)
+            check_instance("denoiser", denoiser, Denoiser)
         if energy is not None:
-            check_kind("energy", energy, JointEnergy)
+            check_instance("energy", energy, JointEnergy)
         if weight > 0.0 and energy is not None:
             raise ValueError(f"weight is {weight} and energy is given, allowed: one of them")
         if weight > 0.0 and denoiser is None:
@@ -259,9 +259,9 @@ class Fitting:
     """
 
     def __init__(self, network: nn.Module, loss: nn.Module, fit: Fit, *, fused: bool = False) -> None:
-        check_kind("network", network, nn.Module)
-        check_kind("loss", loss, nn.Module)
-        check_kind("fit", fit, Fit)
+        check_instance("network", network, nn.Module)
+        check_instance("loss", loss, nn.Module)
+        check_instance("fit", fit, Fit)
         self.network, self.loss, self.fit = network, loss, fit
         self.optimizer = torch.optim.AdamW(
             network.parameters(), lr=fit.lr, weight_decay=fit.weight_decay, fused=True if fused else None
@@ -393,7 +393,7 @@ def fit_classifier(
         TypeError, ValueError: an argument is not what is said above, a likelihood weight without a denoiser, or beside
             ``energy``; or no held-out loss was finite.
     """
-    check_kind("fit", fit, Fit)
+    check_instance("fit", fit, Fit)
     loss = ClassificationLoss(network, fit.likelihood_weight, denoiser, energy)
     _run(Fitting(network, loss, fit), x, y, generator, augment, held_out, progress)
     return network

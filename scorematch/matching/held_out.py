@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ..inputs import check_count, check_finite, check_kind, check_labels, check_length, check_strided
+from ..inputs import check_count, check_finite, check_instance, check_labels, check_length, check_strided
 from ..networks.denoiser import Denoiser
 from ..noise import normal_like
 from .losses import broadcast, check_logits, denoising
@@ -74,7 +74,7 @@ class BestWeights:
     """
 
     def __init__(self, held_out: HeldOut) -> None:
-        check_kind("held_out", held_out, HeldOut)
+        check_instance("held_out", held_out, HeldOut)
         self.held_out = held_out
         self.history: list[tuple[int, float]] = []
         self.step = 0
@@ -187,7 +187,7 @@ def losses_by_level(
     Raises:
         TypeError, ValueError: an argument is not what is said above; the message names it.
     """
-    check_kind("network", network, nn.Module)
+    check_instance("network", network, nn.Module)
     _check_data(x, y)
     if not isinstance(sigmas, Iterable):
         raise TypeError(f"sigmas must be a sequence of noise levels, got {type(sigmas).__name__}")

@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy
 from ..inputs import (
     check_center,
     check_classes,
-    check_kind,
+    check_instance,
     check_length,
     check_levels,
     check_like,
@@ -59,7 +59,7 @@ def denoising(
     Raises:
         TypeError, ValueError: an argument is not what is said above; the message names it.
     """
-    check_kind("denoiser", denoiser, Denoiser)
+    check_instance("denoiser", denoiser, Denoiser)
     _check(x, sigma, noise, conditions, y, denoiser.num_classes)
     both = denoiser.denoise_pair(x + broadcast(sigma, x) * noise, sigma, y, conditions)
     return _weight(denoiser, sigma) * (both - x[:, None]).flatten(1).square().mean(1)
@@ -92,8 +92,8 @@ def distillation(
     Raises:
         TypeError, ValueError: the numbers of classes differ, or an argument is not what is said above.
     """
-    check_kind("student", student, Denoiser)
-    check_kind("teacher", teacher, Denoiser)
+    check_instance("student", student, Denoiser)
+    check_instance("teacher", teacher, Denoiser)
     _check(x, sigma, noise, conditions)
     if student.num_classes != teacher.num_classes:
         raise ValueError(f"the student has {student.num_classes} classes, the teacher {teacher.num_classes}")
@@ -222,7 +222,7 @@ def denoising_likelihood(
     Raises:
         TypeError, ValueError: an argument is not what is said above; the message names it.
     """
-    check_kind("classifier", classifier, nn.Module)
+    check_instance("classifier", classifier, nn.Module)
     _check(x_noisy, sigma, noise, name="x_noisy")
     check_like("unconditional", unconditional, x_noisy, other="x_noisy")
     with torch.enable_grad():
@@ -267,7 +267,7 @@ def joint_energy(
     Raises:
         TypeError, ValueError: an argument is not what is said above; the message names it.
     """
-    check_kind("classifier", classifier, nn.Module)
+    check_instance("classifier", classifier, nn.Module)
     _check(x_noisy, sigma, noise, name="x_noisy")
     check_length("sigma_data", sigma_data)
     check_center(center, x_noisy)

@@ -13,7 +13,7 @@ from ..inputs import (
     check_center,
     check_classes,
     check_count,
-    check_kind,
+    check_instance,
     check_length,
     check_levels,
     check_real,
@@ -48,7 +48,7 @@ class Denoiser(nn.Module):
         self, backbone: nn.Module, *, num_classes: int, sigma_data: float, center: Tensor | float = 0.0
     ) -> None:
         super().__init__()
-        check_kind("backbone", backbone, nn.Module)
+        check_instance("backbone", backbone, nn.Module)
         check_count("num_classes", num_classes, least=2)
         check_length("sigma_data", sigma_data)
         check_center(center)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..inputs import check_count, check_kind, check_length, check_real
+from ..inputs import check_count, check_instance, check_length, check_real
 from .base import PointwisePosterior, Trace, check_pull
 
 
@@ -31,7 +31,7 @@ class NoiseConditionalClassifier(PointwisePosterior):
 
     def __init__(self, network: nn.Module, *, num_classes: int, sigma: float, temperature: float = 1.0) -> None:
         super().__init__()
-        check_kind("network", network, nn.Module)
+        check_instance("network", network, nn.Module)
         check_count("num_classes", num_classes)
         check_length("sigma", sigma)
         check_length("temperature", temperature)

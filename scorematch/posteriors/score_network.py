@@ -8,7 +8,7 @@ from torch import Tensor
 from ..inputs import (
     check_classes,
     check_count,
-    check_kind,
+    check_instance,
     check_length,
     check_like,
     check_real,
@@ -66,9 +66,9 @@ class ScoreNetwork(Posterior):
         top_k: int | None = None,
     ) -> None:
         super().__init__()
-        check_kind("denoiser", denoiser, Denoiser)
+        check_instance("denoiser", denoiser, Denoiser)
         if anchor is not None:
-            check_kind("anchor", anchor, PointwisePosterior)
+            check_instance("anchor", anchor, PointwisePosterior)
         check_length("sigma", sigma)
         check_share("smoothing", smoothing, zero=False)
         if centering not in CENTERINGS:
