@@ -431,7 +431,7 @@ def test_a_notebook_of_other_settings_is_refused(tmp_path: Path) -> None:
     assert "(seed 3, now 4)" in refused(seed=4)
     for text in (before[:-20], "[]", '{"entries": 3}', '{"entries": {"one": 3}}'):
         (tmp_path / "cell.json").write_text(text)
-        assert "cell.json is damaged" in refused()
+        assert "cell.json: is damaged" in refused()
     assert (tmp_path / "cell.json").read_text() == text
     (tmp_path / "cell.json").write_text(before)
     # What only one of them has is of a newer version.

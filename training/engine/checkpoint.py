@@ -250,5 +250,5 @@ def _parsed(text: str, kind: type, where: str) -> Any:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: is damaged ({error}), expected JSON") from None
     if not isinstance(value, kind):
-        raise InputError(f"{where}: holds a {type(value).__name__}, expected a {kind.__name__}")
+        raise InputError(f"{where}: is damaged (a {type(value).__name__} in the place of a {kind.__name__})")
     return value

@@ -42,13 +42,12 @@ def read_cell(path: Path) -> dict[str, Any]:
         InputError: it is damaged.
     """
     try:
-        content = json.loads(path.read_text())
-        if not isinstance(content, dict) or not all(isinstance(e, dict) for e in content["entries"].values()):
-            raise ValueError("no entries")
-    except (ValueError, KeyError, AttributeError) as error:
-        raise InputError(
-            f"{path} is damaged ({error}), expected the results of an experiment; without it they are computed again"
-        ) from None
+        content: dict[str, Any] = checkpoint.read_json(path)
+    except InputError as error:
+        raise InputError(f"{error}; without this file its results are computed again") from None
+    entries = content.get("entries")
+    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+        raise InputError(f"{path}: is damaged (no entries), expected the results of an experiment")
     return content
 
 
