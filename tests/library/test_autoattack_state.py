@@ -65,6 +65,20 @@ def test_rounding_does_not_make_another_model(batches: int, path: Path) -> None:
     assert outcome(lambda images: torch.cat([model(some) for some in images.split(batches)]), x, y, path) == expected
 
 
+def test_classes_without_a_finite_logit_are_compared_by_their_kind(path: Path) -> None:
+    model, x, y = data()
+
+    def masked(images: Tensor, value: float = -torch.inf, scale: float = 1.0) -> Tensor:
+        return torch.cat([scale * model(images), images.new_full((len(images), 1), value)], dim=1)
+
+    expected = outcome(masked, x, y, path)
+    assert outcome(masked, x, y, path) == expected
+    with pytest.raises(ValueError, match="is of another model: at 40 of 40 samples its clean logits are others"):
+        outcome(lambda images: masked(images, -1e30), x, y, path)
+    with pytest.raises(ValueError, match="is of another model: at 40 of 40 samples its clean logits are others"):
+        outcome(lambda images: masked(images, scale=1.01), x, y, path)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounding_in_half_precision_does_not_make_another_model(dtype: torch.dtype, path: Path) -> None:
     """Two kernels of one layer differ by the last bits of their precision."""
