@@ -1,5 +1,6 @@
 """AutoAttack on several threads: the same verdicts, points, counts and states with any number of workers."""
 
+import copy
 import functools
 import math
 import os
@@ -396,6 +397,7 @@ def test_automatic_workers_are_those_of_torch() -> None:
         with torch_threads(threads):
             assert automatic(model, x) == min(threads, MOST)
             assert automatic(model.forward, x) == 1
+            assert automatic(copy.deepcopy(model).to("meta"), x.to("meta")) == 1, "threads of the CPU are of no use"
 
 
 @pytest.fixture

@@ -104,6 +104,31 @@ def test_a_checkpoint_decides_on_sparsity_and_step_size() -> None:
     assert state.grad.flatten(1)[:, 0].tolist() == [2, 1, 1]
 
 
+@pytest.mark.parametrize("norm", ["l1", "linf"])
+def test_what_fools_the_model_leaves_the_search_unless_chance_may_have_decided(norm: str) -> None:
+    model, x, _ = data()
+    run, y = APGD(ThreatModel(norm, 1e-6), n_iter=11), (model(x).argmax(1) + 1) % 10
+    for passes, (forwards, backwards) in {1: (1, 1), 2: (2 * 12, 12)}.items():
+        classifier = Classifier(model, verdict_passes=passes)
+        assert run.run_part(classifier, batch_of(x, y))[1].all()
+        assert (classifier.forwards, classifier.backwards) == (forwards * len(x), backwards * len(x))
+
+
+def test_checkpoints_are_a_twenty_fifth_of_the_steps_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[str] = []
+    for name in ("step", "adapt"):
+        original = getattr(_State, name)
+        monkeypatch.setattr(
+            _State, name, lambda *given, call=original, name=name: (taken.append(name), call(*given))[1]
+        )
+    model, x, y = data(count=4)
+    for steps, distance in ((100, 4), (60, 2), (20, 1), (3, 1)):
+        taken.clear()
+        APGD(ThreatModel("l1", 1e-6), n_iter=steps).run_part(Classifier(model), batch_of(x[2:], y[2:]))
+        turn = ["step"] * distance + ["adapt"]
+        assert taken == (turn * steps)[: steps + steps // distance]
+
+
 @pytest.mark.parametrize(("larger", "draws"), [(False, 1), (True, 4)])
 def test_the_reference_stream_moves_on_as_the_official_one(larger: bool, draws: int) -> None:
     """It draws a start for each radius that it then does not use."""
