@@ -1,5 +1,6 @@
 """Programs that a signal hits at a chosen point of their work: the same point on a slow machine and on a fast one."""
 
+import json
 import os
 import resource
 import signal
@@ -93,8 +94,9 @@ def status(process: ForkServerProcess) -> int | None:
     return process.exitcode
 
 
-if __name__ == "__main__":  # under torchrun: killing.py RANK STEP, then the options of training.run
-    rank, step, *options = sys.argv[1:]
-    if os.environ["RANK"] == rank and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        arm(Hit("step", int(step)))
-    sys.exit(run_program(run.main, options))
+if __name__ == "__main__":  # under torchrun: killing.py HITS, then the options of training.run
+    hits = json.loads(sys.argv[1])  # a process and its Hit for each start by torchrun; none is hit after the last
+    restart = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    if restart < len(hits) and hits[restart][0] == int(os.environ["RANK"]):
+        arm(Hit(*hits[restart][1]))
+    sys.exit(run_program(run.main, sys.argv[2:]))

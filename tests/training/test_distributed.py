@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 import time
@@ -10,11 +11,15 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from killing import Hit, without_times
 from torch import nn
 
 from training import run
 from training.engine import checkpoint, distributed
 from training.settings.errors import run_program
+
+SOAKING = "SCOREMATCH_SOAK" in os.environ
+DICE = random.SystemRandom() if SOAKING else random.Random(0)
 
 OPTIONS = (
     "--objective {objective} --model digits_cnn_bn --epochs 2 --limit 90 --batch-size 30 --steps 2 "
@@ -48,7 +53,9 @@ CASES = {
     "direct": ("score_direct", ["--posterior", "kernel_density", "--data-gradient", "noise"]),
     "awp": ("pgd_at", ["--awp", "0.01", "--awp-warmup", "1"]),
 }
-LONGER = [*OPTIONS.format(objective="pgd_at").split(), "--epochs", "5"]  # killed below, and here not
+# killed below, and here not
+LONGER = [*OPTIONS.format(objective="pgd_at").split(), "--epochs", "5", "--autoattack", "fast"]
+LONGER += ["--autoattack-samples", "40"]
 
 
 def options_of(case: str) -> list[str]:
@@ -128,19 +135,33 @@ def test_a_signal_stops_all_processes_at_the_same_step(limit: int, step: int, tm
     assert saved["epoch"] < 400
 
 
-def test_torchrun_restarts_a_run_where_it_was(by_two: Runs, tmp_path: Path) -> None:
+@pytest.mark.soak
+@pytest.mark.parametrize("number", range(10 if SOAKING else 1))
+def test_torchrun_restarts_a_run_where_it_was(number: int, by_two: Runs, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    # The second process is killed before its eighth step, in the third epoch.
-    killed = [str(Path(__file__).with_name("killing.py")), "1", "8", *LONGER, "--out", str(out)]
+    # The second process is killed before its eighth step, in the third epoch, then the first one within AutoAttack.
+    hits = [(1, Hit("step", 8)), (0, Hit("pass", 5))]
+    if SOAKING:
+        points = [
+            DICE.choice([("step", 15), ("validation", 5), ("pass", 50), ("log", 5), ("save", 5)]) for _ in range(5)
+        ]
+        hits = [(DICE.randrange(2), Hit(point, DICE.randint(1, most))) for point, most in points]
+    killed = [str(Path(__file__).with_name("killing.py")), json.dumps(hits), *LONGER, "--out", str(out)]
     command = torchrun(2, *killed)
-    command[3:3] = ["--max-restarts", "1", "--monitor-interval", "0.1"]
+    command[3:3] = ["--max-restarts", str(len(hits)), "--monitor-interval", "0.1"]
     ended = finished(command)
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("pgd_at (kl) on digits") == 2, "it was killed, and started again"
+    assert ended.returncode == 0, f"{hits}\n{ended.stderr}"
+    if not SOAKING:
+        assert ended.stdout.count("pgd_at (kl) on digits") == 3, "it was killed twice, and started again"
+        assert "another process has ended, its own message says why; what was saved is kept" in ended.stderr
     expected, actual = (checkpoint.load(folder / "checkpoint.pt") for folder in (by_two.folder / "longer", out))
     for name, value in expected["training"]["model"].items():
-        assert torch.equal(actual["training"]["model"][name], value), name
+        assert torch.equal(actual["training"]["model"][name], value), (hits, name)
     assert [entry["epoch"] for entry in checkpoint.read_metrics(out / "metrics.jsonl")] == list(range(1, 6))
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (by_two.folder / "longer", out)]
+    for summary in summaries:
+        del summary["commit"]  # somebody may commit while this goes on
+    assert without_times(summaries[0]) == without_times(summaries[1]), hits
 
 
 def test_a_batch_too_small_for_the_processes_is_refused(tmp_path: Path) -> None:

@@ -66,6 +66,14 @@ def out_of_memory(error: BaseException) -> str | None:
     return text[text.find("DefaultCPUAllocator") :] if "DefaultCPUAllocator" in text else text or "MemoryError"
 
 
+def lost_process(error: BaseException) -> str | None:
+    """What the backend of ``torch.distributed`` says, if ``error`` means that it no longer reaches another process."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if "DistError" not in kinds and not (isinstance(error, RuntimeError) and "gloo" in str(error)):
+        return None
+    return str(error).partition("\n")[0]
+
+
 def run_program(program: Callable[[list[str]], None], arguments: Sequence[str] | None = None) -> int:
     """Run ``program`` on the command line's arguments and return its exit status."""
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -84,8 +92,12 @@ def run_program(program: Callable[[list[str]], None], arguments: Sequence[str] |
         print(f"stopped: {error}", file=sys.stderr)
         return 1
     except Exception as error:
-        if (told := out_of_memory(error)) is None:
+        if (told := out_of_memory(error)) is not None:
+            message = f"out of memory ({told}); what was saved is kept; smaller batches need less"
+        elif (told := lost_process(error)) is not None:
+            message = f"another process has ended, its own message says why; what was saved is kept ({told})"
+        else:
             raise
-        print(f"stopped: out of memory ({told}); what was saved is kept; smaller batches need less", file=sys.stderr)
+        print(f"stopped: {message}", file=sys.stderr)
         return 1
     return 0
