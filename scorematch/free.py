@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .divergences import check_kind
 from .inputs import check_count, check_inputs
-from .objectives import Outcome, accuracy
+from .objectives import Outcome, accuracy, training_logits
 from .ops.divergence import divergence as divergence_of
 from .ops.pgd_step import pgd_step
 from .threat_model import ThreatModel
@@ -84,7 +84,7 @@ class FreeAttack:
         check_inputs(model, x, y, self.threat_model)
         point = self.threat_model.project(x + self._held(x), x).requires_grad_()
         point.register_hook(self._advance)
-        logits = model(point)
+        logits = training_logits(model, point)
         loss = divergence_of(logits, y, kind=self.divergence)
         return Outcome(loss, point.detach(), {"accuracy": accuracy(logits, y)})
 

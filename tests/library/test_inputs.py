@@ -107,3 +107,8 @@ def test_a_radius_in_pixel_values_stops_attacks_too() -> None:
         AutoAttack(model(), "L2", 128, verbose=False).run_standard_evaluation(X, Y)
     with pytest.raises(ValueError, match="for 8-bit pixels write 128/255"):
         PGD(ThreatModel("l2", 128))(model(), X, Y)
+
+
+def test_labels_that_are_no_tensor_are_named() -> None:
+    with pytest.raises(TypeError, match="y must be a tensor, got ndarray"):
+        PGD(BALL, steps=1)(model(), X, Y.numpy())
