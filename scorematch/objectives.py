@@ -96,7 +96,7 @@ def soft_targets(posterior: Posterior, x: Tensor, y: Tensor) -> Tensor:
     Returns:
         [N, L] probabilities, without a graph.
     """
-    with torch.no_grad(), _own_precision(x):
+    with torch.no_grad(), own_precision(x):
         return posterior.clean_log_prob(x, y).exp()
 
 
@@ -121,7 +121,7 @@ def _clipping(clip: float, form: str, kind: str, num_classes: int) -> _Clip:
     return _Clip(bound, 0.0) if form == "total" else _Clip(0.0, bound)
 
 
-def training_logits(model: nn.Module, x: Tensor) -> Tensor:
+def training_logits(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """What a model returns for x [N, …]: [N, L], no narrower than x, since autocast gives logits in half precision.
 
     Raises:
@@ -132,14 +132,18 @@ def training_logits(model: nn.Module, x: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, x.dtype))
 
 
-def _own_precision(x: Tensor) -> AbstractContextManager[object]:
+def own_precision(x: Tensor) -> AbstractContextManager[object]:
     """No autocast, for a posterior: log-densities of thousands of nats differ by less than half precision resolves."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
-def _check_comparable(logits: Tensor, target: Tensor) -> None:
-    """Refuse a posterior whose log p [N, L] cannot be compared with the logits of the model."""
+def check_comparable(logits: Tensor, target: Tensor) -> None:
+    """Refuse a posterior whose log p [N, L] cannot be compared with the logits of the model.
+
+    Raises:
+        ValueError: as said.
+    """
     if target.shape != logits.shape or target.dtype != logits.dtype:
         given = f"{target.dtype} {list(target.shape)} for logits {logits.dtype} {list(logits.shape)}"
         raise ValueError(f"posterior must give log p of the shape and dtype of the model's logits, got {given}")
@@ -510,7 +514,7 @@ def trades(
             return {"x_adv": _attacked(x, gradient, threat_model, attack, steps, first), **gradient.metrics()}
 
     def search_with(posterior: Posterior, x: Tensor, y: Tensor, first: Tensor) -> dict[str, Tensor]:
-        with _own_precision(x):
+        with own_precision(x):
             trace = posterior.trace(x, y)
         with borrowed(model, attack_mode):
             with torch.no_grad():
@@ -604,7 +608,7 @@ def score_direct(
         raise ValueError(f"target_mix must be 1 for a posterior with centering 'network', got {target_mix}")
 
     def search(x: Tensor, y: Tensor, first: Tensor, *noise: Tensor) -> dict[str, Tensor]:
-        with _own_precision(x):
+        with own_precision(x):
             trace = posterior.trace(x, y)
         target = _Target(trace) if target_mix == 1.0 else _Target(trace, trace.log_p, target_mix)
         ascent = _DirectAscent(model, target, divergence, literal=literal, scores=scores, noise=noise)
@@ -621,7 +625,7 @@ def score_direct(
 
     def outcome() -> Outcome:
         logits = training_logits(model, x_adv)
-        _check_comparable(logits, log_p)
+        check_comparable(logits, log_p)
         bounds = _clipping(clip, clip_form, divergence, logits.shape[1])
         clip_at = bounds.of_total + bounds.of_robust
         loss = logit_divergence(logits, log_p, kind=divergence, clip=clip_at)
@@ -653,13 +657,13 @@ class _Target:
 
     def __init__(self, trace: Trace, base: Tensor | None = None, share: float = 1.0) -> None:
         if base is not None:
-            _check_comparable(base, trace.log_p)
+            check_comparable(base, trace.log_p)
         self.trace, self.base, self.share = trace, base, share
         self.clean = trace.log_p if base is None else trace.log_p.clamp(min=LOWEST)
 
     def move(self, x: Tensor) -> None:
         if self.share:
-            with _own_precision(x):
+            with own_precision(x):
                 self.trace.move(x)
 
     def shift(self) -> Tensor:
@@ -672,7 +676,7 @@ class _Target:
 
     def pull_back(self, weights: Tensor, grad: Tensor) -> Tensor:
         """grad + Σ_y c_y ∇ₓ logits_y for the weights c [N, L], up to what all classes have in common."""
-        with _own_precision(grad):
+        with own_precision(grad):
             return self.trace.pull_back(weights if self.share == 1.0 else self.share * weights, grad)
 
 
@@ -716,7 +720,7 @@ class _DirectAscent:
             x = x.detach().requires_grad_()
             logits = training_logits(self.model, x)
         target = self.target.logits()
-        _check_comparable(logits, target)
+        check_comparable(logits, target)
         weights, grad_logits = direct_weights(logits.detach(), target, self.kind, literal=self.literal)
         (model_gradient,) = torch.autograd.grad(logits, x, grad_logits)
         total = self._with_data(weights, model_gradient)
