@@ -22,6 +22,17 @@ DUAL_ORDERS = {"linf": 1.0, "l2": 2.0, "l1": math.inf}  # of the norm that says 
 NORMS = tuple(ORDERS)
 
 
+def largest_radius(norm: str, features: int, width: float) -> float:
+    """The radius at which a ball around any point of a box holds all of the box, in the units of the input.
+
+    Args:
+        norm: ``"linf"``, ``"l2"`` or ``"l1"``.
+        features: number of features of one sample.
+        width: of the box.
+    """
+    return width * {"linf": 1.0, "l2": math.sqrt(features), "l1": features}[norm]
+
+
 @runtime_checkable
 class Perturbations(Protocol):
     """What :class:`scorematch.PGD` and the objectives ask of B(x): a class of your own needs these and nothing else.
@@ -118,9 +129,7 @@ class ThreatModel:
         if self.norm == "linf":  # refused when made
             return
         width = self.upper - self.lower
-        name, longest = (
-            ("diagonal", math.sqrt(features) * width) if self.norm == "l2" else ("L1 width", features * width)
-        )
+        name, longest = {"l2": "diagonal", "l1": "L1 width"}[self.norm], largest_radius(self.norm, features, width)
         if self.eps > longest * (1 + 1e-6):
             hint = "" if width != 1.0 else f"; for 8-bit pixels write {self.eps:g}/255"
             raise ValueError(

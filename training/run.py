@@ -309,6 +309,7 @@ def measure(
     threat_model = settings.threat_model(loaded.lower, loaded.upper)
     half = settings.curve_points // 2
     radii = [settings.eps * (i / half) for i in range(1, settings.curve_points + 1)] if half else [settings.eps]
+    radii = [eps for eps in radii if eps <= max(settings.eps, loaded.format.largest_radius(settings.norm))]
 
     clean = measures.correct(network, x, y)
     curve = [{"eps": 0.0, "acc": measures.per_cent(clean)}]

@@ -62,11 +62,16 @@ def build(
     model = builder(input_shape, num_classes)
     if not isinstance(model, nn.Module):
         raise InputError(f"model: {name} returned {type(model).__name__}, it must return a torch.nn.Module")
-    if ":" in name and not name.startswith(from_timm.PREFIX):
+    if is_own(name):
         _try(model, name, input_shape, num_classes)
     if isinstance(model, ImageClassifier) and model.normalises and statistics is not None:
         model.set_statistics(statistics)
     return model
+
+
+def is_own(name: str) -> bool:
+    """Whether a name is ``module:function``."""
+    return ":" in name and not name.startswith(from_timm.PREFIX)
 
 
 def _try(model: nn.Module, name: str, input_shape: tuple[int, ...], num_classes: int) -> None:
