@@ -48,6 +48,12 @@ BAD = {
     "model for other data": ("run", "--objective standard --model toy_mlp", "vectors [D]"),
     "unknown divergence": ("run", "--objective standard --divergence chi2", "kl, se"),
     "eps": ("run", "--objective standard --eps -1", "above 0"),
+    "no file of generated images": ("run", "--objective standard --generated no.npz", "no.npz is not a file"),
+    "a batch of one with batch norm": (
+        "run",
+        "--objective standard --model digits_cnn_bn --batch-size 1149 --out here",
+        "leaves a batch of 1, allowed: at least two samples each",
+    ),
     "eps in pixel values": (
         "run",
         "--objective standard --eps 8",
