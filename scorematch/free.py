@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .divergences import check_kind
-from .inputs import check_count, check_inputs
-from .objectives import Outcome, accuracy
+from .inputs import check_count, check_inputs, check_instance
+from .objectives import Outcome, accuracy, training_logits
 from .ops.divergence import divergence as divergence_of
 from .ops.pgd_step import pgd_step
 from .threat_model import ThreatModel
@@ -45,7 +45,7 @@ class FreeAttack:
         step_size: length of one step, in the units of the input; None is eps, as published.
 
     Raises:
-        TypeError: replays is not a whole number.
+        TypeError: threat_model is none, or replays is not a whole number.
         ValueError: an argument is outside its range.
     """
 
@@ -53,6 +53,7 @@ class FreeAttack:
         self, threat_model: ThreatModel, replays: int = 4, divergence: str = "kl", *, step_size: float | None = None
     ) -> None:
         check_kind(divergence)
+        check_instance("threat_model", threat_model, ThreatModel)
         if threat_model.norm not in FREE_NORMS:
             raise ValueError(
                 f"threat_model must have norm {' or '.join(FREE_NORMS)} for free training, got {threat_model.norm}"
@@ -84,7 +85,7 @@ class FreeAttack:
         check_inputs(model, x, y, self.threat_model)
         point = self.threat_model.project(x + self._held(x), x).requires_grad_()
         point.register_hook(self._advance)
-        logits = model(point)
+        logits = training_logits(model, point)
         loss = divergence_of(logits, y, kind=self.divergence)
         return Outcome(loss, point.detach(), {"accuracy": accuracy(logits, y)})
 

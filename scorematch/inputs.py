@@ -36,9 +36,10 @@ def check_inputs(model: nn.Module, x: Tensor, y: Tensor, threat_model: Perturbat
             infinite; None checks no values.
 
     Raises:
-        TypeError: x or y is not a tensor, is sparse, or has a dtype that no objective takes.
+        TypeError: the model is not a module; x or y is not a tensor, is sparse, or has a dtype that no objective takes.
         ValueError: shapes or devices do not fit, x leaves the box or is not finite, or eps is larger than the box.
     """
+    check_instance("model", model, nn.Module)
     if not isinstance(x, Tensor) or not isinstance(y, Tensor):
         raise TypeError(f"x and y must be tensors, got {type(x).__name__} and {type(y).__name__}")
     check_floating(x)
@@ -392,11 +393,13 @@ def clean_batch(
         x [N, …] in the box, without a graph, and y int64 [N]. The tensors given are not written to.
 
     Raises:
-        TypeError: x is not floating point.
+        TypeError: x or y is not a dense tensor, or x is not floating point.
         ValueError: shapes do not fit, labels are not class indices, x leaves the box or is not finite, or eps is larger
             than the box.
     """
     x_name, label_name = names
+    for name, tensor in ((x_name, x), (label_name, y)):
+        check_strided(tensor, name)
     check_floating(x, x_name)
     labels = y.squeeze(1) if y.dim() == 2 and y.shape[1] == 1 else y
     if y.dim() == 2 and labels is y and len(x) == len(y):

@@ -36,8 +36,8 @@ def borrowed(model: nn.Module, attack_mode: str = "eval") -> Iterator[None]:
             ``"eval"``: running statistics are used (TRADES, and evaluation);
             ``"train"``: batch statistics are used and the running ones updated (PGD-AT as published);
             ``"frozen"``: batch statistics are used, the running ones stay untouched (the generated-data pipeline).
-            With the last two a model in training mode stays as it is: a batch norm that you have put into eval mode
-            goes on with its running statistics. A model in eval mode is put into training mode as a whole.
+            The last two leave the mode of every module as it is: a batch norm, or a model, that you have put into eval
+            mode goes on with its running statistics.
 
     Raises:
         ValueError: ``attack_mode`` is none of these.
@@ -49,9 +49,8 @@ def borrowed(model: nn.Module, attack_mode: str = "eval") -> Iterator[None]:
     try:
         for parameter in trainable:
             parameter.requires_grad_(False)
-        trains = attack_mode != "eval"
-        if training and not (trains and model.training):
-            model.train(trains)
+        if training and attack_mode == "eval":
+            model.eval()
         with frozen_statistics(model) if attack_mode == "frozen" else nullcontext():
             yield
     finally:

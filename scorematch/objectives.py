@@ -25,17 +25,19 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .attacks.classifier import check_logits
 from .attacks.pgd import ascend, input_gradient
 from .attacks.single_step import SINGLE_STEP, single_step, single_step_start
 from .divergences import check_kind, clip_bound
 from .graphs import Attack, AttackGraphs
-from .inputs import check_attack, check_inputs
+from .inputs import check_attack, check_inputs, check_posterior
 from .model_state import borrowed
 from .noise import normal_like
 from .ops._checks import check_number
@@ -86,7 +88,7 @@ def soft_targets(posterior: Posterior, x: Tensor, y: Tensor) -> Tensor:
     """The class probabilities p(·|x) of a posterior at clean inputs, for use as y of an objective.
 
     Args:
-        posterior: estimate of p_d(y|x), fixed.
+        posterior: estimate of p_d(y|x), fixed; read outside of autocast.
         x: [N, …] clean inputs.
         y: int64 [N] labels, or probabilities [N, L]; read only by posteriors that are anchored at labels, whose p(·|x)
             is the smoothed label.
@@ -94,7 +96,7 @@ def soft_targets(posterior: Posterior, x: Tensor, y: Tensor) -> Tensor:
     Returns:
         [N, L] probabilities, without a graph.
     """
-    with torch.no_grad():
+    with torch.no_grad(), own_precision(x):
         return posterior.clean_log_prob(x, y).exp()
 
 
@@ -119,6 +121,34 @@ def _clipping(clip: float, form: str, kind: str, num_classes: int) -> _Clip:
     return _Clip(bound, 0.0) if form == "total" else _Clip(0.0, bound)
 
 
+def training_logits(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """What a model returns for x [N, …]: [N, L], no narrower than x, since autocast gives logits in half precision.
+
+    Raises:
+        ValueError: they are not logits.
+    """
+    logits = model(x)
+    check_logits(logits, x)
+    return logits.to(torch.promote_types(logits.dtype, x.dtype))
+
+
+def own_precision(x: Tensor) -> AbstractContextManager[object]:
+    """No autocast, for a posterior: log-densities of thousands of nats differ by less than half precision resolves."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def check_comparable(logits: Tensor, target: Tensor) -> None:
+    """Refuse a posterior whose log p [N, L] cannot be compared with the logits of the model.
+
+    Raises:
+        ValueError: as said.
+    """
+    if target.shape != logits.shape or target.dtype != logits.dtype:
+        given = f"{target.dtype} {list(target.shape)} for logits {logits.dtype} {list(logits.shape)}"
+        raise ValueError(f"posterior must give log p of the shape and dtype of the model's logits, got {given}")
+
+
 def standard(model: nn.Module, x: Tensor, y: Tensor, *, divergence: str = "kl") -> Outcome:
     """Standard training, Eq. (1): D(y ‖ q(x)).
 
@@ -136,7 +166,7 @@ def standard(model: nn.Module, x: Tensor, y: Tensor, *, divergence: str = "kl") 
     """
     check_kind(divergence)
     check_inputs(model, x, y, None)
-    logits = model(x)
+    logits = training_logits(model, x)
     return Outcome(divergence_of(logits, y, kind=divergence), x, {"accuracy": accuracy(logits, y)})
 
 
@@ -225,14 +255,14 @@ def gaussian(
         )
     shift = levels.view(-1, *[1] * (x.dim() - 1)) * noise.detach()
     noisy_x = (x + shift).detach()
-    logits = model(noisy_x)
+    logits = training_logits(model, noisy_x)
     noisy = divergence_of(logits, y, kind=divergence)
     if antithetic:
-        noisy = 0.5 * (noisy + divergence_of(model((x - shift).detach()), y, kind=divergence))
+        noisy = 0.5 * (noisy + divergence_of(training_logits(model, (x - shift).detach()), y, kind=divergence))
     metrics = {"accuracy": accuracy(logits, y)}
     if alignment is None and gamma == 0.0:
         return Outcome(noisy, noisy_x, metrics)
-    natural = divergence_of(model(x), y, kind=divergence)
+    natural = divergence_of(training_logits(model, x), y, kind=divergence)
     magnified = 1.0 / (1.0 - gamma) if alignment is None else 2.0 * alignment / levels.square()
     metrics |= {"natural": natural.detach().mean(), "noisy": noisy.detach().mean()}
     return Outcome(natural + magnified * (noisy - natural), noisy_x, metrics)
@@ -399,14 +429,16 @@ def pgd_at(
 
     def search(x: Tensor, y: Tensor, first: Tensor) -> dict[str, Tensor]:
         with borrowed(model, attack_mode):
-            gradient = _Watched(input_gradient(lambda x_adv: divergence_of(model(x_adv), y, kind=divergence)))
+            gradient = _Watched(
+                input_gradient(lambda x_adv: divergence_of(training_logits(model, x_adv), y, kind=divergence))
+            )
             return {"x_adv": _attacked(x, gradient, threat_model, attack, steps, first), **gradient.metrics()}
 
     metrics = _found(graphs, search, [model], x, y, _start(x, threat_model, start, generator, attack))
     x_adv = metrics.pop("x_adv")
 
     def outcome() -> Outcome:
-        logits = model(x_adv)
+        logits = training_logits(model, x_adv)
         bounds = _clipping(clip, clip_form, divergence, logits.shape[1])
         clip_at = bounds.of_total + bounds.of_robust
         loss = divergence_of(logits, y, kind=divergence, clip=clip_at)
@@ -445,7 +477,7 @@ def trades(
 
     Args:
         beta: weight of the robust term, ≥ 0.
-        posterior: estimate of p_d(y|x'), fixed; None leaves the target at q(x).
+        posterior: estimate of p_d(y|x'), fixed and read outside of autocast; None leaves the target at q(x).
         transport: κ, how far the target moves with the posterior, finite and ≥ 0; 0 is TRADES itself.
         clip_form: ``"total"`` clips the sum of both terms, relu(total − bound); ``"robust"`` the robust term,
             relu(D − bound); ``"threshold"`` the robust term, relu(D − c).
@@ -469,19 +501,24 @@ def trades(
         raise ValueError(f"beta must not be negative, got {beta}")
     if not 0.0 <= transport < math.inf:
         raise ValueError(f"transport must be finite and not negative, got {transport}")
+    if posterior is not None:
+        check_posterior("posterior", posterior)
 
     def search(x: Tensor, first: Tensor) -> dict[str, Tensor]:
         with borrowed(model, attack_mode):
             with torch.no_grad():
-                clean = model(x)
-            gradient = _Watched(input_gradient(lambda x_adv: logit_divergence(model(x_adv), clean, kind=divergence)))
+                clean = training_logits(model, x)
+            gradient = _Watched(
+                input_gradient(lambda x_adv: logit_divergence(training_logits(model, x_adv), clean, kind=divergence))
+            )
             return {"x_adv": _attacked(x, gradient, threat_model, attack, steps, first), **gradient.metrics()}
 
     def search_with(posterior: Posterior, x: Tensor, y: Tensor, first: Tensor) -> dict[str, Tensor]:
-        trace = posterior.trace(x, y)
+        with own_precision(x):
+            trace = posterior.trace(x, y)
         with borrowed(model, attack_mode):
             with torch.no_grad():
-                clean = model(x)
+                clean = training_logits(model, x)
             target = _Target(trace, clean, transport)
             ascent = _DirectAscent(model, target, divergence)
             x_adv = _attacked(x, ascent.gradient, threat_model, attack, steps, first)
@@ -496,10 +533,10 @@ def trades(
     x_adv, shift = found.pop("x_adv"), found.pop("shift", None)
 
     def outcome() -> Outcome:
-        logits = model(x)
+        logits = training_logits(model, x)
         bounds = _clipping(clip, clip_form, divergence, logits.shape[1])
         natural = divergence_of(logits, y, kind=divergence)
-        attacked = model(x_adv)
+        attacked = training_logits(model, x_adv)
         target = logits if shift is None else logits + shift
         robust = logit_divergence(attacked, target, kind=divergence, clip=bounds.of_robust)
         loss = natural + beta * robust
@@ -538,7 +575,7 @@ def score_direct(
     The outer gradient holds p(·|x') constant.
 
     Args:
-        posterior: estimate of p_d(y|x'), fixed.
+        posterior: estimate of p_d(y|x'), fixed and read outside of autocast.
         y: int64 [N] labels, or probabilities [N, L]; read only by posteriors that are anchored at labels.
         target_mix: m in [0, 1], how far the target follows x': it is p(·|x)^(1−m) p(·|x')^m, normalised. 1 is SCORE;
             0 keeps the posterior of clean x, PGD-AT with :func:`soft_targets`, and the data gradient is 0.
@@ -565,12 +602,14 @@ def score_direct(
     check_number("target_mix", target_mix)
     if not 0.0 <= target_mix <= 1.0:
         raise ValueError(f"target_mix must lie in [0, 1], got {target_mix}")
-    literal = posterior.centering == "network"
+    check_posterior("posterior", posterior)
+    literal = getattr(posterior, "centering", "posterior") == "network"
     if literal and target_mix != 1.0:
         raise ValueError(f"target_mix must be 1 for a posterior with centering 'network', got {target_mix}")
 
     def search(x: Tensor, y: Tensor, first: Tensor, *noise: Tensor) -> dict[str, Tensor]:
-        trace = posterior.trace(x, y)
+        with own_precision(x):
+            trace = posterior.trace(x, y)
         target = _Target(trace) if target_mix == 1.0 else _Target(trace, trace.log_p, target_mix)
         ascent = _DirectAscent(model, target, divergence, literal=literal, scores=scores, noise=noise)
         with borrowed(model, attack_mode):
@@ -585,7 +624,8 @@ def score_direct(
     x_adv, log_p = metrics.pop("x_adv"), metrics.pop("log_p")
 
     def outcome() -> Outcome:
-        logits = model(x_adv)
+        logits = training_logits(model, x_adv)
+        check_comparable(logits, log_p)
         bounds = _clipping(clip, clip_form, divergence, logits.shape[1])
         clip_at = bounds.of_total + bounds.of_robust
         loss = logit_divergence(logits, log_p, kind=divergence, clip=clip_at)
@@ -616,12 +656,15 @@ class _Target:
     """
 
     def __init__(self, trace: Trace, base: Tensor | None = None, share: float = 1.0) -> None:
+        if base is not None:
+            check_comparable(base, trace.log_p)
         self.trace, self.base, self.share = trace, base, share
         self.clean = trace.log_p if base is None else trace.log_p.clamp(min=LOWEST)
 
     def move(self, x: Tensor) -> None:
         if self.share:
-            self.trace.move(x)
+            with own_precision(x):
+                self.trace.move(x)
 
     def shift(self) -> Tensor:
         """share (log p(·|x') − log p(·|x)) [N, L], finite."""
@@ -633,7 +676,8 @@ class _Target:
 
     def pull_back(self, weights: Tensor, grad: Tensor) -> Tensor:
         """grad + Σ_y c_y ∇ₓ logits_y for the weights c [N, L], up to what all classes have in common."""
-        return self.trace.pull_back(weights if self.share == 1.0 else self.share * weights, grad)
+        with own_precision(grad):
+            return self.trace.pull_back(weights if self.share == 1.0 else self.share * weights, grad)
 
 
 class _DirectAscent:
@@ -674,8 +718,10 @@ class _DirectAscent:
         self.target.move(x)
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            logits = self.model(x)
-        weights, grad_logits = direct_weights(logits.detach(), self.target.logits(), self.kind, literal=self.literal)
+            logits = training_logits(self.model, x)
+        target = self.target.logits()
+        check_comparable(logits, target)
+        weights, grad_logits = direct_weights(logits.detach(), target, self.kind, literal=self.literal)
         (model_gradient,) = torch.autograd.grad(logits, x, grad_logits)
         total = self._with_data(weights, model_gradient)
         self._measure(model_gradient, total)

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from .attacks.pgd import ascend
 from .divergences import check_kind
+from .inference import outside_inference_mode
 from .inputs import check_callable, check_count, check_points, check_posterior
-from .objectives import direct_weights
+from .model_state import as_found
+from .objectives import check_comparable, direct_weights, own_precision, training_logits
 from .ops.logit_divergence import logit_divergence
 from .posteriors.base import Posterior, Trace
 from .threat_model import ThreatModel
@@ -42,6 +44,7 @@ class Consistency(NamedTuple):
     x_score: Tensor
 
 
+@outside_inference_mode
 def consistency(
     model: Callable[[Tensor], Tensor],
     posterior: Posterior,
@@ -60,7 +63,7 @@ def consistency(
     at the worst point so far; every iterate is judged. What it finds is a lower bound of the maximum.
 
     Args:
-        model: maps [N, …] to logits [N, L], in eval mode.
+        model: maps [N, …] to logits [N, L]; used in eval mode, outside of autocast, and left as found.
         posterior: p_d, in closed form; an estimate gives the distance to that estimate.
         x: [N, …] clean inputs inside the box.
         y: int64 [N] labels; read only by posteriors that are anchored at labels.
@@ -82,6 +85,23 @@ def consistency(
     check_points(x, y, threat_model)
     check_count("steps", steps)
     check_count("restarts", restarts, least=0)
+    x, y = (t.clone() if t.is_inference() else t for t in (x, y))  # those take no gradients
+    with as_found(model), own_precision(x):
+        return _searched(model, posterior, x, y, threat_model, divergence, steps, restarts, generator)
+
+
+def _searched(
+    model: Callable[[Tensor], Tensor],
+    posterior: Posterior,
+    x: Tensor,
+    y: Tensor,
+    threat_model: ThreatModel,
+    divergence: str,
+    steps: int,
+    restarts: int,
+    generator: torch.Generator | None,
+) -> Consistency:
+    """:func:`consistency` of arguments that are checked."""
     judge = _Judge(model, divergence, x)
     judge.look(posterior.trace(x, y), x)
     clean = judge.worst.clone()
@@ -117,7 +137,8 @@ class _Judge:
         """Judge x [N, …], where the trace is; the gradient there of D in x."""
         with torch.enable_grad():
             point = x.detach().requires_grad_()
-            logits = self.model(point)
+            logits = training_logits(self.model, point)
+        check_comparable(logits, trace.log_p)
         weights, grad_logits = direct_weights(logits.detach(), trace.log_p, self.kind)
         (model_gradient,) = torch.autograd.grad(logits, point, grad_logits)
         values = logit_divergence(logits.detach(), trace.log_p, kind=self.kind)

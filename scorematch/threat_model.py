@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from numbers import Real
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from . import l1_ball
 from .noise import normal_like, uniform_like
+from .ops._checks import check_number
 from .ops.l1_step import l1_project
 from .ops.pgd_step import pgd_step, project
 from .ops.random_start import random_start
@@ -20,6 +20,17 @@ from .ops.random_start import random_start
 ORDERS = {"linf": math.inf, "l2": 2.0, "l1": 1.0}
 DUAL_ORDERS = {"linf": 1.0, "l2": 2.0, "l1": math.inf}  # of the norm that says how much a gradient can raise a loss
 NORMS = tuple(ORDERS)
+
+
+def largest_radius(norm: str, features: int, width: float) -> float:
+    """The radius at which a ball around any point of a box holds all of the box, in the units of the input.
+
+    Args:
+        norm: ``"linf"``, ``"l2"`` or ``"l1"``.
+        features: number of features of one sample.
+        width: of the box.
+    """
+    return width * {"linf": 1.0, "l2": math.sqrt(features), "l1": features}[norm]
 
 
 @runtime_checkable
@@ -75,6 +86,7 @@ class ThreatModel:
             :func:`scorematch.l1_ball.sparse_step`.
 
     Raises:
+        TypeError: eps, a length or a bound is not a number.
         ValueError: an argument is outside its range, or an Linf ball is larger than the box; the message names it.
     """
 
@@ -88,6 +100,10 @@ class ThreatModel:
     def __post_init__(self) -> None:
         if self.norm not in NORMS:
             raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {self.norm!r}")
+        for name in ("eps", "step_size", "lower", "upper", "share"):
+            if (value := getattr(self, name)) is not None or name != "step_size":
+                check_number(name, value)
+                object.__setattr__(self, name, float(value))  # of NumPy's numbers and fractions, too
         if not (self.eps > 0.0 and math.isfinite(self.eps)):
             raise ValueError(f"eps must be positive and finite, got {self.eps}")
         if self.step_size is not None and not (self.step_size > 0.0 and math.isfinite(self.step_size)):
@@ -100,9 +116,6 @@ class ThreatModel:
             hint = "" if self.upper - self.lower != 1.0 else f"; for 8-bit pixels write {self.eps:g}/255"
             box = f"[{self.lower:g}, {self.upper:g}]"
             raise ValueError(f"eps must not be larger than the box {box} is wide, got {self.eps:g}{hint}")
-        for name in ("eps", "step_size", "lower", "upper", "share"):
-            if isinstance(value := getattr(self, name), Real):  # NumPy's and fractions among them
-                object.__setattr__(self, name, float(value))
 
     def check_radius(self, features: int) -> None:
         """Refuse an L2 or L1 radius that is larger than the box of inputs of this size.
@@ -116,9 +129,7 @@ class ThreatModel:
         if self.norm == "linf":  # refused when made
             return
         width = self.upper - self.lower
-        name, longest = (
-            ("diagonal", math.sqrt(features) * width) if self.norm == "l2" else ("L1 width", features * width)
-        )
+        name, longest = {"l2": "diagonal", "l1": "L1 width"}[self.norm], largest_radius(self.norm, features, width)
         if self.eps > longest * (1 + 1e-6):
             hint = "" if width != 1.0 else f"; for 8-bit pixels write {self.eps:g}/255"
             raise ValueError(

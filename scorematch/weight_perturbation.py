@@ -9,6 +9,7 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
+from .inputs import check_instance
 from .model_state import frozen_statistics
 
 
@@ -35,12 +36,14 @@ class WeightPerturbation:
             distributed training; without it every process perturbs by its own samples.
 
     Raises:
+        TypeError: model is not a module.
         ValueError: gamma is not positive and finite.
     """
 
     def __init__(
         self, model: nn.Module, gamma: float = 5e-3, *, reduce: Callable[[Sequence[Tensor]], object] | None = None
     ) -> None:
+        check_instance("model", model, nn.Module)
         if not (gamma > 0.0 and math.isfinite(gamma)):
             raise ValueError(f"gamma must be positive and finite, got {gamma}")
         self.model = model
@@ -59,6 +62,7 @@ class WeightPerturbation:
 
         Raises:
             RuntimeError: outside a ``with`` block, or called twice in one.
+            ValueError: the loss is that of another model.
         """
         if not self._entered:
             raise RuntimeError(
@@ -69,6 +73,8 @@ class WeightPerturbation:
         weights = [p for p in self.model.parameters() if p.requires_grad and p.dim() > 1]
         with frozen_statistics(self.model), torch.enable_grad():
             gradients = torch.autograd.grad(loss(), weights, allow_unused=True)
+        if weights and all(gradient is None for gradient in gradients):
+            raise ValueError("model must be the one whose loss is taken: the loss depends on none of its weights")
         moved = [(w, g) for w, g in zip(weights, gradients, strict=True) if g is not None]
         if self.reduce is not None:
             self.reduce([g for _, g in moved])

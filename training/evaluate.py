@@ -447,6 +447,7 @@ def _threat_model(settings: EvaluateSettings, subject: Subject) -> ThreatModel |
         eps = run.eps if run else None
     if eps is None:
         return None
+    subject.data.format.check_radius(norm, eps, "radii" if settings.radii else "eps")
     return ThreatModel(norm, eps, settings.step_size, subject.data.lower, subject.data.upper)
 
 

@@ -114,8 +114,11 @@ def plan(run: RunSettings, train_images: int, settings: PlanSettings) -> Plan:
     speed = speed_of(run, device, run.epochs * steps, settings.gpus)
     form = data_sets.format_of(run.data_settings)
     shape, num_classes, lower, upper = form.input_shape, form.num_classes, form.lower, form.upper
-    with FakeTensorMode():
-        model = models.build(run.model, shape, num_classes, pretrained=run.pretrained, weights=False)
+    own = models.build(run.model, shape, num_classes) if models.is_own(run.model) else None  # lazy layers need values
+    with FakeTensorMode(allow_non_fake_inputs=own is not None):
+        model = own
+        if model is None:
+            model = models.build(run.model, shape, num_classes, pretrained=run.pretrained, weights=False)
         parameters = sum(p.numel() for p in model.parameters())
         forward = Forward(model, speed.precision)
         kept = []

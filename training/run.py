@@ -33,6 +33,7 @@ from scorematch.posteriors import Posterior
 from training import data, measures, models
 from training.data import Data, toy
 from training.data.batches import fewer_steps
+from training.data.generated import EXPECTED
 from training.engine import checkpoint, distributed, hardware, posteriors
 from training.engine.claims import claimed
 from training.engine.hardware import Hardware, Speed
@@ -74,6 +75,9 @@ def run(settings: RunSettings, device: torch.device) -> None:
             f"autoattack_samples: {settings.autoattack_samples} is out of range, allowed: 0 (all) or up to "
             f"{len(loaded.x_test)} test samples"
         )
+    for path in settings.generated:
+        if not path.is_file():  # what is in it is looked at after the posterior
+            raise InputError(f"generated: {path} is not a file, expected {EXPECTED}")
     torch.manual_seed(settings.seed)
     # A run that goes on has weights of its own.
     fresh = settings.resume is None or not (settings.resume / "checkpoint.pt").exists()
@@ -99,6 +103,10 @@ def run(settings: RunSettings, device: torch.device) -> None:
             return
         try:
             train_and_evaluate(settings, loaded, model, given, out)
+        except InputError:
+            if distributed.rank() == 0 and settings.resume is None:
+                leave_if_empty(out)
+            raise
         except Interrupted as signal:
             raise Interrupted(f"{signal}, {saved(settings, out)}") from None
         except Exception as error:
@@ -107,6 +115,13 @@ def run(settings: RunSettings, device: torch.device) -> None:
             raise StopError(
                 f"out of memory ({told}); --accumulate 2 in a new run needs about half of it; {saved(settings, out)}"
             ) from None
+
+
+def leave_if_empty(out: Path) -> None:
+    """Remove the folder of a run in which nothing is but its settings, so that the corrected command can have it."""
+    if [path.name for path in out.iterdir()] == ["config.toml"]:
+        (out / "config.toml").unlink()
+        out.rmdir()
 
 
 def saved(settings: RunSettings, out: Path) -> str:
@@ -309,6 +324,7 @@ def measure(
     threat_model = settings.threat_model(loaded.lower, loaded.upper)
     half = settings.curve_points // 2
     radii = [settings.eps * (i / half) for i in range(1, settings.curve_points + 1)] if half else [settings.eps]
+    radii = [eps for eps in radii if eps <= max(settings.eps, loaded.format.largest_radius(settings.norm))]
 
     clean = measures.correct(network, x, y)
     curve = [{"eps": 0.0, "acc": measures.per_cent(clean)}]

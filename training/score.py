@@ -194,6 +194,8 @@ def run(settings: ScoreSettings, device: torch.device) -> None:
             raise InputError(f"{name}: is for --audit, which is not given")
     if settings.audit and not len(loaded.x_validation):
         raise InputError(f"audit: {settings.data} has no validation points, by which it judges")
+    if settings.audit:
+        _threat_model(settings, loaded)  # refuses a radius before the training
     if len(loaded.input_shape) != 3 and settings.data != "toy":
         raise InputError(
             f"data: {settings.data} has inputs {list(loaded.input_shape)}, allowed: images, and the toy; training.run "
@@ -283,12 +285,17 @@ def trained(
     return posterior, time.perf_counter() - begin
 
 
+def _threat_model(settings: ScoreSettings, loaded: Data) -> ThreatModel:
+    """What the audit attacks with."""
+    recipe = config.from_recipes(settings.data, None, root=settings.data_root, image_size=settings.image_size)
+    norm, eps = settings.norm or recipe.norm, settings.eps or recipe.eps
+    loaded.format.check_radius(norm, eps)
+    return ThreatModel(norm, eps, lower=loaded.lower, upper=loaded.upper)
+
+
 def audited(settings: ScoreSettings, loaded: Data, posterior: ScoreNetwork, people: Tensor | None, out: Path) -> None:
     """The audit, printed."""
-    recipe = config.from_recipes(settings.data, None, root=settings.data_root, image_size=settings.image_size)
-    threat_model = ThreatModel(
-        settings.norm or recipe.norm, settings.eps or recipe.eps, lower=loaded.lower, upper=loaded.upper
-    )
+    threat_model = _threat_model(settings, loaded)
     print(f"audit under {threat_model.norm}, eps {threat_model.eps:g}")
     temperature = settings.posterior_settings.temperature
     print(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -170,6 +171,8 @@ class AutoAttack:
         self.norm = norm
         self.is_tf_model = False
         self.threat_model = ThreatModel(NORMS[norm], eps, lower=lower, upper=upper)
+        if not (math.isfinite(lower) and math.isfinite(upper)):
+            raise ValueError(f"lower and upper must be finite, got {lower} and {upper}")
         self.logger = Logger(log_path)
         self._report: dict[str, Any] = {}
         self.model = model
@@ -202,7 +205,8 @@ class AutoAttack:
         if version not in VERSIONS:
             raise ValueError(f"version must be one of {', '.join(VERSIONS)}, got {version!r}")
         object.__setattr__(self, "version", version)
-        self.attacks_to_run = list(VERSIONS[version] or attacks_to_run)
+        chosen = VERSIONS[version] or attacks_to_run
+        self.attacks_to_run = chosen if isinstance(chosen, str) else list(chosen)
         in_l1 = self.threat_model.norm == "l1" and version in ("standard", "fast")  # as in the official package
         self.fab.n_restarts = 5 if version == "plus" else 1
         self.apgd.n_restarts = 5 if version == "plus" or in_l1 else 1
@@ -221,6 +225,8 @@ class AutoAttack:
 
     def _check_settings(self) -> None:
         """Raise ValueError or TypeError for what was given or assigned and is outside its range."""
+        if isinstance(self.attacks_to_run, str):
+            raise TypeError(f"attacks_to_run must be a list of attacks, got {self.attacks_to_run!r}")
         seed = self.seed
         if seed is not None and not (isinstance(seed, Real) and 0 <= seed < 2**63):
             raise ValueError(f"seed must be a number from 0 to 2^63 - 1, or None, got {seed!r}")

@@ -22,6 +22,16 @@ def logits_of(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         ValueError: the model returns anything but a tensor [N, L] of floating-point numbers with L ≥ 2.
     """
     logits = model(x)
+    check_logits(logits, x)
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def check_logits(logits: Any, x: Tensor) -> None:
+    """Refuse what a model returned for x [N, …] if it is anything but floating-point logits [N, L] with L ≥ 2.
+
+    Raises:
+        ValueError: as said.
+    """
     if not isinstance(logits, Tensor):
         raise ValueError(f"the model must return a tensor of logits [N, L], got {type(logits).__name__}")
     if logits.dim() != 2 or len(logits) != len(x) or logits.shape[1] < 2:
@@ -30,7 +40,6 @@ def logits_of(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         )
     if not logits.is_floating_point():
         raise ValueError(f"the model must return floating-point logits, got {logits.dtype}")
-    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def check_unwritten(x: Tensor, model: Any) -> None:

@@ -121,9 +121,12 @@ def ascending(radii: Iterable[float]) -> tuple[float, ...]:
     """Radii in their order, each once.
 
     Raises:
+        TypeError: they are not several.
         ValueError: there are none, or some are not positive and finite numbers.
     """
-    given = list(radii)
+    if not isinstance(radii, Iterable):
+        raise TypeError(f"radii must be a list of numbers, got {radii!r}")
+    given: list[float] = radii.tolist() if isinstance(radii, Tensor) else list(radii)
     if not given or not all(isinstance(r, Real) and not isinstance(r, bool) and 0 < r < math.inf for r in given):
         raise ValueError(f"radii must be positive and finite numbers, at least one, got {given!r}")
     return tuple(sorted({float(radius) for radius in given}))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..divergences import KINDS
 from ..inference import outside_inference_mode
-from ..inputs import clean_batch
+from ..inputs import check_count, check_threat_model, clean_batch
 from ..model_state import as_found
 from ..ops.divergence import divergence
 from ..threat_model import Perturbations
@@ -77,7 +77,7 @@ class PGD:
         random_start: start at a uniform point of B(x) (else at x).
 
     Raises:
-        ValueError: an argument is outside its range.
+        TypeError, ValueError: an argument is not what it must be; the message names it.
     """
 
     def __init__(
@@ -89,10 +89,9 @@ class PGD:
         losses: Sequence[str] = ("ce",),
         random_start: bool = True,
     ) -> None:
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, got {steps}")
-        if restarts < 1:
-            raise ValueError(f"restarts must be at least 1, got {restarts}")
+        check_threat_model(threat_model)
+        check_count("steps", steps)
+        check_count("restarts", restarts)
         if isinstance(losses, str):
             losses = (losses,)
         for loss in losses:

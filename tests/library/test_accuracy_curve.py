@@ -213,6 +213,14 @@ def test_points_that_rounding_puts_beyond_the_radius_count() -> None:
     assert curve.robust_accuracy[0.03] == adversary.report["0.03"]["robust_accuracy"] < 1
 
 
+def test_radii_may_be_a_tensor_but_are_several() -> None:
+    model, x, y = data()
+    radii = torch.tensor([0.01, 0.03], dtype=torch.float64)
+    assert attack(model).accuracy_curve(x, y, radii=radii).radii == (0.01, 0.03)
+    with pytest.raises(TypeError, match=r"radii must be a list of numbers, got 0\.01"):
+        attack(model).accuracy_curve(x, y, radii=0.01)
+
+
 @pytest.mark.parametrize("radii", [[], [0.0], [-0.1, 0.1], [math.inf], [math.nan], ["0.1"], [True]])
 def test_radii_that_are_none_are_refused(radii: list) -> None:
     model, x, y = data()

@@ -1,5 +1,6 @@
 """Audits of a posterior, and the judge of self-consistency, against closed forms in float64."""
 
+import copy
 import math
 from collections.abc import Callable
 from functools import partial
@@ -8,7 +9,7 @@ import pytest
 import torch
 from library_models import mixture, smooth_mlp
 from scipy.stats import spearmanr
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from scorematch import ThreatModel, audit
@@ -531,3 +532,26 @@ def test_kernel_density_is_right_about_itself() -> None:
     density = KernelDensity(x, y, num_classes=3, sigma=0.05)
     assert float(audit.log_likelihood(density, x, y, noise=0.0).exp().mean()) > 0.99
     assert float(cross_entropy(density(x), y)) < 0.01
+
+
+def test_consistency_borrows_the_model_as_attacks_do() -> None:
+    """In eval mode, left as found, and within whatever gradient mode evaluation code is in."""
+    truth = mixture(4, 1, 64).float()
+    x, y = torch.rand(16, 1, 8, 8), torch.arange(16) % 4
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Dropout(), nn.LazyLinear(4))
+    model(x)
+    state = copy.deepcopy(model.state_dict())
+    settings = {"threat_model": ThreatModel("linf", 0.1), "steps": 2, "restarts": 0}
+    expected = consistency(copy.deepcopy(model).eval(), truth, x, y, **settings)
+    with torch.inference_mode():
+        found = consistency(model, truth, x.clone(), y, **settings)
+    torch.testing.assert_close(found.r_score, expected.r_score)
+    assert all(module.training for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(consistency(model, truth, x, y, **settings).r_score, found.r_score)
+    with pytest.raises(ValueError, match=r"the model must return a tensor of logits \[N, L\], got tuple"):
+        consistency(lambda x: (model(x), x), truth, x, y, **settings)
+    with pytest.raises(ValueError, match=r"posterior must give log p .* \[16, 4\] for logits torch.float32 \[16, 3\]"):
+        consistency(lambda x: model(x)[:, :3], truth, x, y, **settings)

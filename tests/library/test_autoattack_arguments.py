@@ -102,6 +102,17 @@ def test_settings_that_autoattack_has_not_are_refused() -> None:
     assert (adversary.norm, adversary.eps, adversary.version) == ("Linf", EPS["Linf"], "standard")
 
 
+def test_a_single_name_is_no_list_of_attacks() -> None:
+    model, x, y = data()
+    message = "attacks_to_run must be a list of attacks, got 'apgd-ce'"
+    with pytest.raises(TypeError, match=message):
+        AutoAttack(model, version="custom", attacks_to_run="apgd-ce")
+    adversary = attack(model)
+    adversary.attacks_to_run = "apgd-ce"
+    with pytest.raises(TypeError, match=message):
+        adversary.run_standard_evaluation(x, y)
+
+
 @pytest.mark.parametrize(("name", "value"), [("alpha_max", 0.0), ("eta", 1.3), ("beta", 0.5)])
 @pytest.mark.parametrize("run", ["fab", "fab-t"])
 def test_settings_of_fab_are_honoured(run: str, name: str, value: float) -> None:

@@ -111,7 +111,7 @@ def test_the_box_is_checked_and_fixed(tmp_path: Path) -> None:
     cases = [
         ({"lower": 1.0}, "box is empty"),
         ({"eps": 3.0, "lower": -1.0}, r"eps must not be larger than the box \[-1, 1\] is wide, got 3"),
-        ({"lower": float("-inf")}, "FAB needs a finite box"),
+        ({"lower": float("-inf"), "version": "fast"}, "lower and upper must be finite, got -inf and 1.0"),
     ]
     for options, message in cases:
         with pytest.raises(ValueError, match=message):

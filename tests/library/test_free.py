@@ -119,6 +119,8 @@ def test_bad_arguments_are_named() -> None:
         FreeAttack(threat_model, replays=0)
     with pytest.raises(TypeError, match=r"replays must be a whole number, got 2\.5"):
         FreeAttack(threat_model, replays=2.5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="threat_model must be a ThreatModel, got float"):
+        FreeAttack(0.1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="step_size must be positive and finite, or None for eps, got -1"):
         FreeAttack(threat_model, step_size=-1.0)
     free = FreeAttack(threat_model)

@@ -107,3 +107,16 @@ def test_a_radius_in_pixel_values_stops_attacks_too() -> None:
         AutoAttack(model(), "L2", 128, verbose=False).run_standard_evaluation(X, Y)
     with pytest.raises(ValueError, match="for 8-bit pixels write 128/255"):
         PGD(ThreatModel("l2", 128))(model(), X, Y)
+
+
+def test_labels_that_are_no_tensor_are_named() -> None:
+    with pytest.raises(TypeError, match="y must be a tensor, got ndarray"):
+        PGD(BALL, steps=1)(model(), X, Y.numpy())
+
+
+def test_attacks_made_for_a_model_are_told_what_they_take() -> None:
+    for given in (model(), 0.1):
+        with pytest.raises(TypeError, match="threat_model must be a ThreatModel, or have the methods of"):
+            PGD(given)
+    with pytest.raises(TypeError, match=r"steps must be a whole number, got 2\.5"):
+        PGD(BALL, steps=2.5)

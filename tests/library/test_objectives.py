@@ -8,7 +8,7 @@ from library_models import UNBOUNDED, climbed, log_posterior, mixture, plain_div
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from scorematch import ThreatModel, objectives
+from scorematch import FreeAttack, ThreatModel, objectives
 from scorematch.divergences import KINDS, clip_bound
 from scorematch.objectives import _DirectAscent, _Target, direct_weights
 from scorematch.ops.score_step import score_step
@@ -362,3 +362,68 @@ def test_bad_input(name: str, settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         objectives.OBJECTIVES[name](model, x, y, **settings)
     assert all(p.requires_grad for p in model.parameters())
+
+
+class Pair(nn.Module):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x.flatten(1), x
+
+
+@pytest.mark.parametrize("name", ["standard", "gaussian", "pgd_at", "trades", "score_direct"])
+def test_models_and_posteriors_that_cannot_be_used_are_named(name: str) -> None:
+    x, y, network = torch.rand(12, 1, 8, 8), torch.arange(12) % 10, small_cnn()
+    ball = {"threat_model": ThreatModel("linf", 0.1)}
+    settings: dict = {"standard": {}, "gaussian": {"sigma": 0.1}}.get(name, ball)
+    if name == "score_direct":
+        settings = {**ball, "posterior": KernelDensity(x, y, num_classes=10, sigma=1.0)}
+    objective = objectives.OBJECTIVES[name]
+    with pytest.raises(TypeError, match="model must be a Module, got function"):
+        objective(lambda x: network(x.clamp(0, 1)), x, y, **settings)
+    with pytest.raises(ValueError, match=r"the model must return a tensor of logits \[N, L\], got tuple"):
+        objective(Pair(), x, y, **settings)
+    if name in ("trades", "score_direct"):
+        for posterior, kind in ((network, "Sequential"), (KernelDensity, "ABCMeta"), (3, "int")):
+            with pytest.raises(TypeError, match=f"posterior must be a posterior.*, got {kind}"):
+                objective(network, x, y, **{**settings, "posterior": posterior})
+        other = KernelDensity(x, y % 5, num_classes=5, sigma=1.0)
+        with pytest.raises(ValueError, match=r"posterior must give log p .* got torch.float32 \[12, 5\] for logits"):
+            objective(network, x, y, **{**settings, "posterior": other})
+
+
+@pytest.mark.parametrize("name", ["standard", "gaussian", "pgd_at", "trades", "score_direct"])
+def test_the_whole_step_may_run_under_autocast(name: str) -> None:
+    model, x, y = small_cnn(), torch.rand(16, 1, 8, 8), torch.arange(16) % 10
+    attacked = {"threat_model": ThreatModel("linf", 0.1), "start": x}
+    moving = {**attacked, "posterior": KernelDensity(x, y, num_classes=10, sigma=1.0)}
+    noisy = {"sigma": 0.1, "gamma": 0.5, "noise": torch.randn_like(x)}
+    settings: dict = {"standard": {}, "gaussian": noisy, "pgd_at": attacked}.get(name, moving)
+    still = {"steps": 0} if "threat_model" in settings else {}
+    expected = objectives.OBJECTIVES[name](model, x, y, **settings, **still).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = objectives.OBJECTIVES[name](model, x, y, **settings, **still).loss
+        objectives.OBJECTIVES[name](model, x, y, **settings).loss.mean().backward()  # with a search
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, rtol=0.03, atol=0.03)
+
+
+def test_free_training_may_run_under_autocast() -> None:
+    model, x, y = small_cnn(), torch.rand(16, 1, 8, 8), torch.arange(16) % 10
+    free = FreeAttack(ThreatModel("linf", 0.1))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = free.step(model, x, y).loss
+    loss.mean().backward()
+    assert loss.dtype == torch.float32
+    assert free.perturbation is not None
+    assert free.perturbation.abs().max() > 0
+
+
+def test_a_posterior_is_read_outside_of_autocast() -> None:
+    """In half precision its log-densities would be far from the truth."""
+    oracle, x, y = mixture(10, 2, 64).float(), torch.rand(16, 64), torch.arange(16) % 10
+    model, ball = nn.Linear(64, 10), ThreatModel("linf", 0.1)
+    expected = objectives.soft_targets(oracle, x, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(objectives.soft_targets(oracle, x, y), expected)
+        found = objectives.score_direct(model, x, y, threat_model=ball, posterior=oracle, steps=0, start=x)
+    divergence = (expected * (expected.log() - model(x).log_softmax(1))).sum(1)
+    torch.testing.assert_close(found.loss, divergence, rtol=0.02, atol=0.02)

@@ -11,6 +11,7 @@ from scorematch import PGD, AutoAttack, ThreatModel
 from scorematch.attacks.losses import margin_loss
 from scorematch.attacks.pgd import LOSSES, misclassified
 from scorematch.model_state import borrowed
+from scorematch.objectives import pgd_at
 from scorematch.threat_model import DUAL_ORDERS, NORMS
 
 
@@ -102,13 +103,15 @@ def test_a_batch_norm_in_eval_mode_stays_in_it(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["eval", "train", "frozen"])
-def test_a_model_in_eval_mode_is_switched_as_a_whole(mode: str) -> None:
+def test_a_model_in_eval_mode_stays_in_it(mode: str) -> None:
+    """Such as for the adversarial loss on held-out data, which must not move the running statistics."""
     model = small_cnn(batch_norm=True).eval()
-    model[1].train()
-    modes = [module.training for module in model.modules()]
-    with borrowed(model, mode):
-        assert all(module.training == (mode != "eval") for module in model.modules())
-    assert [module.training for module in model.modules()] == modes
+    state = copy.deepcopy(model.state_dict())
+    pgd_at(
+        model, torch.rand(16, 1, 8, 8), torch.arange(16) % 10, threat_model=ThreatModel("linf", 0.1), attack_mode=mode
+    )
+    assert not any(module.training for module in model.modules())
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_restarts_and_losses_only_add() -> None:

@@ -110,6 +110,12 @@ def test_bad_input(arguments: dict, message: str) -> None:
         ThreatModel(**arguments)
 
 
+@pytest.mark.parametrize(("name", "value"), [("eps", torch.tensor(0.1)), ("step_size", "0.1"), ("upper", None)])
+def test_what_is_no_number_is_refused(name: str, value: object) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be a number, got {type(value).__name__}"):
+        ThreatModel(**{"norm": "linf", "eps": 0.1, name: value})
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_random_starts_do_not_depend_on_the_memory_format(norm: str) -> None:
     x = torch.rand(4, 3, 5, 6)

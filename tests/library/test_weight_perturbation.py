@@ -158,6 +158,8 @@ def test_misuse_is_named() -> None:
     x, y = samples()
     with pytest.raises(ValueError, match=r"gamma must be positive and finite, got 0\.0"):
         WeightPerturbation(model, 0.0)
+    with pytest.raises(TypeError, match="model must be a Module, got function"):
+        WeightPerturbation(samples)
     outside = WeightPerturbation(model)
     with pytest.raises(RuntimeError, match="inside `with WeightPerturbation"):
         outside.perturb(lambda: cross_entropy(model(x), y))
@@ -165,5 +167,7 @@ def test_misuse_is_named() -> None:
         weights.perturb(lambda: cross_entropy(model(x), y))
         with pytest.raises(RuntimeError, match="called twice in one `with` block"):
             weights.perturb(lambda: cross_entropy(model(x), y))
+    with outside as weights, pytest.raises(ValueError, match="the loss depends on none of its weights"):
+        weights.perturb(lambda: cross_entropy(small_cnn()(x), y))
     with outside as weights:  # and again
         weights.perturb(lambda: cross_entropy(model(x), y))

@@ -200,6 +200,14 @@ def test_a_function_as_the_source(call: Any, mine: None) -> None:
     ("arguments", "told"),
     [
         ("--model-from mine_to_evaluate:linear --data digits", "eps: none given, needed with --model-from"),
+        (
+            "--model-from mine_to_evaluate:linear --data digits --eps 8",
+            "eps: 8 in linf is out of range, allowed: at most 1",
+        ),
+        (
+            "--model-from mine_to_evaluate:linear --data digits --attack autoattack --radii 0.1 8",
+            "radii: 8 in linf is out of range",
+        ),
         ("--model-from mine_to_evaluate:five_classes --data digits", "returned [1, 5], digits needs logits [1, 10]"),
         ("--model-from mine_to_evaluate:for_colours --data digits", "takes no inputs [1, 1, 8, 8] of digits"),
         ("--model-from mine_to_evaluate:pair --data digits", "returned tuple, digits needs logits [1, 10]"),

@@ -1,5 +1,6 @@
 """The classifiers for images: the keys of published weights, initialisation, normalisation, names."""
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -413,3 +414,63 @@ def test_gradients_reach_every_parameter_and_the_input(name: str) -> None:
 @pytest.mark.parametrize("name", SMALL)
 def test_threads_may_share_a_network(name: str) -> None:
     assert can_be_shared(build(name).eval(), torch.rand(2, *IMAGE_SHAPE))
+
+
+OWN_NETWORKS = """
+from torch import nn
+
+class Pair(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.flatten(1)), x
+
+def lazy(shape, classes):
+    network = nn.Sequential(nn.Flatten(), nn.LazyLinear(5), nn.LazyBatchNorm1d(), nn.Linear(5, classes))
+    network[2].eval()
+    return network
+
+def pair(shape, classes):
+    return Pair(64, classes)
+
+def seven(shape, classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 7))
+
+def for_colours(shape, classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, classes))
+
+def wide(shape, classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, classes)).double()
+"""
+
+
+@pytest.fixture
+def own_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine_to_try.py").write_text(OWN_NETWORKS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine_to_try", raising=False)
+
+
+def test_lazy_layers_have_their_sizes(own_networks: None) -> None:
+    network = models.build("mine_to_try:lazy", (1, 8, 8), 10)
+    assert network[1].weight.shape == (5, 64)
+    assert int(network[2].num_batches_tracked) == 0
+    assert [module.training for module in network] == [True, True, False, True]
+    network.load_state_dict(models.build("mine_to_try:lazy", (1, 8, 8), 10).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("pair", "gives tuple for inputs [2, 1, 8, 8], it must give logits [2, 10]"),
+        ("seven", "gives [2, 7] for inputs [2, 1, 8, 8], it must give logits [2, 10]"),
+        ("for_colours", "takes no float32 inputs [2, 1, 8, 8] (mat1 and mat2 shapes cannot be multiplied"),
+        ("wide", "takes no float32 inputs [2, 1, 8, 8] (mat1 and mat2 must have the same dtype"),
+    ],
+)
+def test_networks_that_are_no_classifiers_of_the_data(name: str, told: str, own_networks: None) -> None:
+    with pytest.raises(InputError, match="^" + re.escape(f"model: mine_to_try:{name} {told}")):
+        models.build(f"mine_to_try:{name}", (1, 8, 8), 10)
+
+
+def test_images_without_a_channel_get_a_hint() -> None:
+    with pytest.raises(InputError, match=r"inputs of shape \[8, 8\]; grey images have a channel, \[1, 8, 8\]"):
+        models.build("toy_mlp", (8, 8), 10)

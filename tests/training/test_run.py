@@ -77,6 +77,17 @@ def test_surrogates_on_the_digits(call: Any, tiny: list[str], tmp_path: Path, op
     assert low < evaluation["clean_acc"] < high
 
 
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.6), ("l2", 5.0)])
+def test_the_curve_of_a_large_radius_ends_with_the_box(
+    call: Any, tiny: list[str], tmp_path: Path, norm: str, eps: float
+) -> None:
+    options = ["--objective", "standard", "--norm", norm, "--eps", str(eps)]
+    ending = call("run", *options, *tiny, "--out", "here")
+    assert ending.status == 0, ending
+    curve = json.loads((tmp_path / "here" / "curve.json").read_text())
+    assert [point["eps"] for point in curve] == [0.0, eps]
+
+
 def test_what_fools_a_classifier() -> None:
     """A linear classifier of one feature in [0, 1]: class 1 above .5. Within .2 the points next to .5 are fooled."""
     model = nn.Linear(1, 2)
@@ -326,11 +337,14 @@ def test_a_model_of_ones_own(call: Any, tiny: list[str], tmp_path: Path, monkeyp
     (tmp_path / "mine.py").write_text(
         "from torch import nn\n"
         "def linear(input_shape, num_classes):\n"
-        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))\n"
+        "    return nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     ending = call("run", "--objective", "standard", "--model", "mine:linear", *tiny, "--out", "here")
     assert ending.status == 0, ending
+    assert call("evaluate", "--run", "here", "--attack", "clean").status == 0
+    planned = call("plan", "--objective", "standard", "--model", "mine:linear")
+    assert planned.status == 0, planned
 
 
 def test_a_ratio_that_is_not_finite(

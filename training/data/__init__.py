@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from scorematch.posteriors import Posterior
+from scorematch.threat_model import largest_radius
 from training.data import own_data, toy
 from training.settings.errors import InputError, unknown_name
 
@@ -79,6 +80,24 @@ class Format(NamedTuple):
     train: int | None = None  # number of training points; None: not known without the files
     validation: int | None = None
     soft: bool = False  # whether its targets are p_d(y|x)
+
+    def largest_radius(self, norm: str) -> float:
+        """The radius of a ball that holds all allowed values of an input."""
+        return largest_radius(norm, math.prod(self.input_shape), self.upper - self.lower)
+
+    def check_radius(self, norm: str, eps: float, name: str = "eps") -> None:
+        """Refuse a radius that is larger; the message calls it ``name``.
+
+        Raises:
+            InputError: as said.
+        """
+        largest = self.largest_radius(norm)
+        if eps > largest:
+            hint = f"; {eps:g}/255 is {eps / 255:.4g}" if self.upper - self.lower == 1.0 else ""
+            raise InputError(
+                f"{name}: {eps:g} in {norm} is out of range, allowed: at most {largest:.4g}, since values lie in "
+                f"[{self.lower:g}, {self.upper:g}]{hint}"
+            )
 
 
 @dataclass(frozen=True)

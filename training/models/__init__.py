@@ -8,7 +8,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from training.data import Statistics, own_data
 from training.models import from_timm, wide_resnet
@@ -61,9 +62,38 @@ def build(
     model = builder(input_shape, num_classes)
     if not isinstance(model, nn.Module):
         raise InputError(f"model: {name} returned {type(model).__name__}, it must return a torch.nn.Module")
+    if is_own(name):
+        _try(model, name, input_shape, num_classes)
     if isinstance(model, ImageClassifier) and model.normalises and statistics is not None:
         model.set_statistics(statistics)
     return model
+
+
+def is_own(name: str) -> bool:
+    """Whether a name is ``module:function``."""
+    return ":" in name and not name.startswith(from_timm.PREFIX)
+
+
+def _try(model: nn.Module, name: str, input_shape: tuple[int, ...], num_classes: int) -> None:
+    """One pass of a network of one's own, which also gives lazy layers their sizes.
+
+    Raises:
+        InputError: it fails, or returns anything but logits of the classes.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with torch.no_grad():
+            logits = model.eval()(torch.zeros(2, *input_shape))
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"model: {name} takes no float32 inputs {[2, *input_shape]} ({reason})") from None
+    for module, training in modes:
+        module.training = training
+    given = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if given != [2, num_classes]:
+        raise InputError(
+            f"model: {name} gives {given} for inputs {[2, *input_shape]}, it must give logits {[2, num_classes]}"
+        )
 
 
 def _builder(name: str, pretrained: bool, weights: bool) -> Builder | None:

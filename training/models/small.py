@@ -34,7 +34,8 @@ def digits_cnn_bn(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
 def toy_mlp(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
     """Two hidden layers of 100 tanh units; with two classes the softmax is the paper's sigmoid output."""
     if len(input_shape) != 1:
-        raise InputError(f"model: toy_mlp takes vectors [D], the data has inputs of shape {list(input_shape)}")
+        hint = f"; grey images have a channel, {[1, *input_shape]}" if len(input_shape) == 2 else ""
+        raise InputError(f"model: toy_mlp takes vectors [D], the data has inputs of shape {list(input_shape)}{hint}")
     return nn.Sequential(
         nn.Linear(input_shape[0], 100), nn.Tanh(), nn.Linear(100, 100), nn.Tanh(), nn.Linear(100, num_classes)
     )

@@ -153,7 +153,7 @@ class RunSettings:
     eval_steps: int = 40  # PGD steps of the final evaluation, per restart
     eval_restarts: int = 2  # random starts of the final evaluation, per loss
     eval_losses: tuple[str, ...] = ("ce", "margin")  # losses of the final PGD; a robust sample withstands all
-    curve_points: int = 6  # perturbation sizes in (0, 2 eps] of the accuracy curve; 0 leaves it out
+    curve_points: int = 6  # perturbation sizes in (0, 2 eps] of the accuracy curve, up to all of the box; 0: none
     autoattack: AutoAttackVersion = "standard"  # AutoAttack at eps, on images: fast leaves FAB and Square out
     autoattack_samples: int = 0  # the first so many test samples go through AutoAttack; 0 is all
     autoattack_compile: bool = False  # AutoAttack searches with torch.compile(model)
@@ -350,6 +350,7 @@ def validate_machine(settings: RunSettings) -> None:
 
 def validate_for(settings: RunSettings, form: Format) -> None:
     """Refuse settings that the data do not allow; for the user's own data this is known only once they are read."""
+    form.check_radius(settings.norm, settings.eps)
     if not data_sets.is_own(settings.data):
         return
     shape, name = list(form.input_shape), settings.data
@@ -545,7 +546,7 @@ def parse(arguments: Sequence[str]) -> RunSettings:
     validate(settings)
     validate_machine(settings)
     settings = with_posterior(settings)
-    if data_sets.is_own(settings.data):
+    if settings.data != data_sets.FOLDER:
         validate_for(settings, data_sets.format_of(settings.data_settings))
     return settings
 
