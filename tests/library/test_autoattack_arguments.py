@@ -145,9 +145,10 @@ def test_attacks_of_another_threat_model_are_refused() -> None:
     adversary.square = Square(ThreatModel("l2", 0.01), n_queries=10)
     with pytest.raises(ValueError, match=r"square must have norm .* and box .* as the evaluation, got "):
         adversary.run_standard_evaluation(x, y)
-    adversary.square = APGD(adversary.threat_model)
-    with pytest.raises(TypeError, match="square must be a Square, got APGD"):
-        adversary.run_standard_evaluation(x, y)
+    for wrong in (APGD(adversary.threat_model), 300):
+        adversary.square = wrong
+        with pytest.raises(TypeError, match=f"square must be a Square, got {type(wrong).__name__}"):
+            adversary.run_standard_evaluation(x, y)
 
 
 @pytest.mark.parametrize(
