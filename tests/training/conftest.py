@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from killing import Hit, Start, program
+from killing import FROM_FORK_SERVER, Hit, Start, program
 from scipy.io import savemat
 
 from training import compare, data, demo, evaluate, generate, plan, run, score
@@ -82,10 +82,17 @@ def call(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.
 
 @pytest.fixture(scope="session")
 def processes() -> ForkServerContext:
-    """Fresh processes that need not import torch again."""
+    """Fresh processes that need not import torch again, nor what a run imports when it comes to need it."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training.run", "training.score", "killing"])
+    later = ["torch._dynamo", "torch.utils.tensorboard", "sklearn.datasets"]
+    context.set_forkserver_preload(["training.run", "training.score", "killing", *later])
     return context
+
+
+@pytest.fixture
+def quick_runs(processes: ForkServerContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runs of a comparison are such processes."""
+    monkeypatch.setattr(compare, "subprocess", FROM_FORK_SERVER)
 
 
 @pytest.fixture

@@ -1,15 +1,18 @@
 """Programs that a signal hits at a chosen point of their work: the same point on a slow machine and on a fast one."""
 
 import json
+import multiprocessing
 import os
 import resource
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple, TextIO
 
 import torch
 
@@ -71,14 +74,52 @@ def arm(hit: Hit) -> None:
     setattr(owner, name, counted)
 
 
-def program(arguments: list[str], log: Path, hit: Hit | None, name: str = "run") -> None:
-    """``training.NAME`` in this process, which writes into ``log``."""
+def writing_into(log: Path) -> None:
+    """From now on this process does."""
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+
+
+def program(arguments: list[str], log: Path, hit: Hit | None, name: str = "run") -> None:
+    """``training.NAME`` in this process, which writes into ``log``."""
+    writing_into(log)
+    compare.subprocess = FROM_FORK_SERVER
     if hit is not None:
         arm(hit)
     sys.exit(run_program(PROGRAMS[name].main, arguments))
+
+
+def _run(arguments: list[str], log: Path, environment: Mapping[str, str]) -> None:
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(environment)
+    program(arguments, log, None)
+
+
+class Started:
+    """A run of ``training.compare``, as a process that need not import torch again."""
+
+    def __init__(self, command: list[str], *, stdout: TextIO, env: Mapping[str, str], **others: Any) -> None:
+        assert command[:3] == [sys.executable, "-m", "training.run"]
+        context = multiprocessing.get_context("forkserver")
+        self.process = context.Process(target=_run, args=(command[3:], Path(stdout.name).absolute(), env))
+        self.process.start()
+        self.terminate = self.process.terminate
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self) -> int | None:
+        return status(self.process)
+
+
+# In the place of the module ``subprocess`` in training.compare.
+FROM_FORK_SERVER: Any = SimpleNamespace(Popen=Started, DEVNULL=subprocess.DEVNULL, STDOUT=subprocess.STDOUT)
 
 
 def without_times(value: Any) -> Any:

@@ -17,6 +17,7 @@ from training.settings.errors import InputError
 RUNS = ["--objectives", "pgd_at:se", "score_direct:kernel_density", "--seeds", "0", "1", "--out", "here"]
 
 
+@pytest.mark.usefixtures("quick_runs")
 def test_a_comparison_of_two_objectives(call: Any, tiny: list[str], tmp_path: Path) -> None:
     tiny += ["--autoattack", "fast", "--autoattack-samples", "20"]
     ending = call("compare", *RUNS, "--jobs", "2", "--figures", "figures", "--", *tiny)
@@ -63,6 +64,7 @@ def autoattack_cells(table: Path) -> tuple[str, list[str]]:
     return rows[0][4], [row[4] for row in rows[2:]]
 
 
+@pytest.mark.usefixtures("quick_runs")
 def test_runs_from_before_autoattack(call: Any, tiny: list[str], tmp_path: Path) -> None:
     """They are finished: neither run again nor refused."""
     runs = ["--objectives", "pgd_at", "trades", "--seeds", "0", "--out", "here"]
@@ -82,6 +84,7 @@ def test_runs_from_before_autoattack(call: Any, tiny: list[str], tmp_path: Path)
     assert "AutoAttack:" not in (tmp_path / "here" / "report.html").read_text()
 
 
+@pytest.mark.usefixtures("quick_runs")
 def test_with_generated_images_and_without(call: Any, tiny: list[str], tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 1), np.uint8)
     generated.save(tmp_path / "more.npz", images, np.arange(60) % 10)
@@ -108,6 +111,7 @@ def test_the_usual_objectives_with_generated_images() -> None:
 
 
 def test_a_comparison_on_the_toy(call: Any, tiny: list[str], tmp_path: Path) -> None:
+    """Its run is started as a user's is."""
     ending = call("compare", "--data", "toy", "--objectives", "standard", "--seeds", "0", "--out", "here", "--", *tiny)
     assert ending.status == 0, ending
     page = (tmp_path / "here" / "report.html").read_text()
@@ -137,6 +141,7 @@ def test_options_of_every_run_do_not_change_which_runs_there_are(
     assert not list(tmp_path.iterdir()), "nothing is made"
 
 
+@pytest.mark.usefixtures("quick_runs")
 def test_a_failed_run_is_reported_with_the_end_of_its_log(call: Any, tiny: list[str]) -> None:
     diverging = ["--lr", "1e30", "--optimizer", "sgd"]
     ending = call("compare", "--objectives", "standard", "--seeds", "0", "--out", "here", "--", *tiny, *diverging)
@@ -193,6 +198,7 @@ def test_surrogates_with_a_posterior(name: str, label: str, options: list[str], 
     assert job.arguments[start : start + len(options)] == options
 
 
+@pytest.mark.usefixtures("quick_runs")
 def test_a_comparison_with_surrogates_that_have_a_posterior(call: Any, tiny: list[str], tmp_path: Path) -> None:
     names = ["pgd_at:kl", "pgd_at:kl:kernel_density:soft", "trades:kl:kernel_density"]
     ending = call("compare", "--objectives", *names, "--seeds", "0", "--out", "here", "--", *tiny)

@@ -1,4 +1,7 @@
-"""Several processes compute what one does; batch normalisation over processes; signals reach all of them."""
+"""Several processes compute what one does; batch normalisation over processes; signals reach all of them.
+
+Two tests have torchrun itself. The others start the processes as it does, without new imports.
+"""
 
 import json
 import os
@@ -6,12 +9,14 @@ import random
 import subprocess
 import sys
 import time
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from killing import Hit, without_times
+from pairs import pair
 from torch import nn
 
 from training import run
@@ -31,10 +36,6 @@ OPTIONS = (
 def torchrun(processes: int, *arguments: str) -> list[str]:
     rendezvous = ["--standalone", "--nproc-per-node", str(processes)]
     return [sys.executable, "-m", "torch.distributed.run", *rendezvous, *arguments]
-
-
-def torchrun_of(processes: int, program: str, arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    return finished(torchrun(processes, "-m", program, *arguments))
 
 
 def finished(command: list[str]) -> subprocess.CompletedProcess[str]:
@@ -66,23 +67,22 @@ def options_of(case: str) -> list[str]:
 class Runs(NamedTuple):
     folder: Path
     output: str
-    errors: str
 
 
 @pytest.fixture(scope="module")
-def by_two(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """A run of each case by two processes, and a longer one. They are started once for all: that takes the longest."""
+def by_two(processes: ForkServerContext, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """A run of each case by two processes, and a longer one."""
     folder = tmp_path_factory.mktemp("by_two")
     runs = {**{case: options_of(case) for case in CASES}, "longer": LONGER}
-    (folder / "runs.json").write_text(json.dumps([[*runs[name], "--out", str(folder / name)] for name in runs]))
-    ended = finished(torchrun(2, str(Path(__file__).with_name("in_turn.py")), str(folder / "runs.json")))
-    assert ended.returncode == 0, ended.stderr
-    return Runs(folder, ended.stdout, ended.stderr)
+    log = folder / "log.txt"
+    started = pair(processes, log, [[*options, "--out", str(folder / name)] for name, options in runs.items()])
+    assert started.statuses() == [0, 0], log.read_text()
+    return Runs(folder, log.read_text())
 
 
 def test_one_process_speaks(by_two: Runs) -> None:
     assert by_two.output.count("everything is in") == len(CASES) + 1
-    assert by_two.errors.count("evaluate: 100%") == len(CASES) + 1
+    assert by_two.output.count("evaluate: 100%") == len(CASES) + 1
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -108,31 +108,51 @@ def test_two_processes_equal_one(case: str, by_two: Runs, tmp_path: Path) -> Non
     assert run_program(run.main, ["--resume", str(two)]) == 0
 
 
-@pytest.mark.parametrize(
-    ("limit", "step"),
-    [(300, 20), (50, 0)],
-    ids=["after every twentieth step of an epoch of thirty", "after an epoch of five"],
-)
-def test_a_signal_stops_all_processes_at_the_same_step(limit: int, step: int, tmp_path: Path) -> None:
+def long_run(limit: int, out: Path) -> list[str]:
+    options = [*OPTIONS.format(objective="pgd_at").split(), "--epochs", "400", "--validate-every", "400"]
+    return [*options, "--batch-size", "10", "--limit", str(limit), "--out", str(out)]
+
+
+def wait_for_an_epoch(out: Path) -> None:
+    deadline = time.monotonic() + 120
+    while len(checkpoint.read_metrics(out / "metrics.jsonl")) < 1 and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def all_stopped(out: Path, said: str, step: int) -> None:
+    assert "continue with" in said
+    saved = checkpoint.load(out / "checkpoint.pt")
+    assert saved["training"]["step"] in (0, step)
+    assert saved["epoch"] < 400
+
+
+def test_a_signal_stops_all_processes_after_the_same_twentieth_step(tmp_path: Path) -> None:
+    """Of an epoch of thirty steps."""
     out = tmp_path / "run"
-    arguments = [*OPTIONS.format(objective="pgd_at").split(), "--epochs", "400", "--batch-size", "10"]
-    arguments += ["--limit", str(limit)]
     process = subprocess.Popen(
-        torchrun(2, "-m", "training.run", *arguments, "--validate-every", "400", "--out", str(out)),
+        torchrun(2, "-m", "training.run", *long_run(300, out)),
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 120
-    while len(checkpoint.read_metrics(out / "metrics.jsonl")) < 1 and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_for_an_epoch(out)
     process.terminate()
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert "continue with" in errors
-    saved = checkpoint.load(out / "checkpoint.pt")
-    assert saved["training"]["step"] in (0, step)
-    assert saved["epoch"] < 400
+    all_stopped(out, errors, 20)
+
+
+def test_a_signal_stops_all_processes_after_the_same_short_epoch(
+    processes: ForkServerContext, log: Path, tmp_path: Path
+) -> None:
+    """Of five steps."""
+    out = tmp_path / "run"
+    started = pair(processes, log, [long_run(50, out)])
+    wait_for_an_epoch(out)
+    for process in started.processes:
+        process.terminate()
+    assert started.statuses() == [1, 1], log.read_text()
+    all_stopped(out, log.read_text(), 0)
 
 
 @pytest.mark.soak
@@ -164,11 +184,13 @@ def test_torchrun_restarts_a_run_where_it_was(number: int, by_two: Runs, tmp_pat
     assert without_times(summaries[0]) == without_times(summaries[1]), hits
 
 
-def test_a_batch_too_small_for_the_processes_is_refused(tmp_path: Path) -> None:
+def test_a_batch_too_small_for_the_processes_is_refused(
+    processes: ForkServerContext, log: Path, tmp_path: Path
+) -> None:
     arguments = OPTIONS.format(objective="pgd_at").replace("--limit 90", "--limit 91")
-    ended = torchrun_of(2, "training.run", [*arguments.split(), "--out", str(tmp_path / "run")])
-    assert ended.returncode != 0
-    assert "batch_size: 30 of 91 samples leaves a batch of 1 for 2 processes" in ended.stderr
+    started = pair(processes, log, [[*arguments.split(), "--out", str(tmp_path / "run")]])
+    assert started.statuses() == [2, 2], log.read_text()
+    assert "batch_size: 30 of 91 samples leaves a batch of 1 for 2 processes" in log.read_text()
 
 
 def _batchnorm_of_a_share(rank: int, world: int, folder: Path, x: torch.Tensor, layer: nn.Module) -> None:
@@ -183,12 +205,13 @@ def _batchnorm_of_a_share(rank: int, world: int, folder: Path, x: torch.Tensor, 
 
 
 @pytest.mark.parametrize("shape", [(7, 3), (7, 3, 4, 2)])
-def test_batchnorm_over_processes(shape: tuple[int, ...], tmp_path: Path) -> None:
+def test_batchnorm_over_processes(shape: tuple[int, ...], processes: ForkServerContext, tmp_path: Path) -> None:
     torch.manual_seed(0)
     x = torch.randn(shape, dtype=torch.float64) + 2
     layer = (nn.BatchNorm1d(3) if len(shape) == 2 else nn.BatchNorm2d(3)).double()
     nn.init.normal_(layer.weight)
-    torch.multiprocessing.spawn(_batchnorm_of_a_share, (2, tmp_path, x, layer), nprocs=2)
+    arguments = (2, tmp_path, x, layer)
+    torch.multiprocessing.start_processes(_batchnorm_of_a_share, arguments, nprocs=2, start_method="forkserver")
 
     whole = x.clone().requires_grad_()
     y = layer(whole)

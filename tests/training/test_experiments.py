@@ -1,5 +1,6 @@
 """The experiments run, go on where they were, and the page says what the results say."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import torch
 
 from scorematch.posteriors import FactorAnalysers
 from training.engine.claims import claimed
+from training.experiments import __main__ as experiments
 from training.experiments import (
     comparisons,
     estimators,
@@ -29,16 +31,22 @@ from training.settings.errors import InputError
 
 
 @pytest.fixture(scope="module", autouse=True)
-def short_searches() -> Iterator[None]:
-    """Shorter than those of ``--quick``."""
+def small_cells() -> Iterator[None]:
+    """Less of everything than with ``--quick``."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(students, "LOOKS", 2)
-        patch.setattr(students, "SEARCH_STEPS", 4)
+        patch.setattr(students, "SEARCH_STEPS", 2)
+        patch.setattr(students, "QUICK", dataclasses.replace(students.QUICK, steps=4))
+        few = {"steps": 4, "steps_to_the_last": 4, "interval": 2, "sigmas": (0.3, 0.5)}
+        patch.setattr(estimators, "QUICK", dataclasses.replace(estimators.QUICK, **few))
+        patch.setattr(problems, "QUICK", {"test": 60, "choice": 20})
+        patch.setattr(gradients, "MANY", 5)
+        patch.setattr(gradients, "REPEATS", 2)
         yield
 
 
 @pytest.fixture(scope="module")
-def evidence(short_searches: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def evidence(small_cells: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Quick results: two seeds of the mixtures, one of the others, which has no intervals."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -542,9 +550,30 @@ def test_a_second_experiment_in_a_folder_is_refused(call: Any, tmp_path: Path) -
     assert (ending.status, "another program is writing into" in ending.err) == (2, True)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "cells"),
+    [
+        ("--seeds 1 --dimensions 2 --counts 80", [mixtures.Cell("mixture", 80, 1, Path("here"), dimension=2)]),
+        (
+            "--name sweep --quick --seeds 0 --dimensions 2 3 --counts 80",
+            [mixtures.Cell("sweep", 80, 0, Path("here"), quick=True, dimension=d) for d in (2, 3)],
+        ),
+        ("--name digits --seeds 0 --counts 200", [mixtures.Cell("digits", 200, 0, Path("here"))]),
+        ("--name gradients --seeds 3 --quick", [gradients.Cell(3, Path("here"), quick=True)]),
+        ("--name real-digits --seeds 0 --folds 1 4", [real_digits.Cell(f, 0, 0.15, Path("here")) for f in (1, 4)]),
+    ],
+)
+def test_the_cells_of_each_name(call: Any, monkeypatch: pytest.MonkeyPatch, arguments: str, cells: list[Any]) -> None:
+    planned: list[Any] = []
+    monkeypatch.setattr(experiments, "run_cells", lambda run, given, jobs: planned.extend(given))
+    ending = call("experiments", *arguments.split(), "--out", "here")
+    assert (ending.status, planned) == (0, cells), ending
+    assert f"{len(cells)} cells in here" in ending.out
+
+
 def test_the_program(call: Any) -> None:
-    options = ["--quick", "--seeds", "0", "--dimensions", "2", "--counts", "80", "--jobs", "1", "--out", "here"]
-    ending = call("experiments", *options)
+    options = ["--name", "sweep", "--quick", "--seeds", "0", "--dimensions", "2", "--counts", "80", "--jobs", "1"]
+    ending = call("experiments", *options, "--out", "here")
     assert ending.status == 0, ending
     assert "1 cells in here" in ending.out
     assert Path("here/d2-n80-seed0.json").is_file()

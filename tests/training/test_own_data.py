@@ -419,6 +419,7 @@ def test_data_that_are_sorted_by_class(tmp_path: Path, monkeypatch: pytest.Monke
     assert seen[0].bincount().tolist() == [10, 10, 10]
 
 
+@pytest.mark.usefixtures("quick_runs")
 def test_a_comparison_on_a_function(mine: Path, call: Any, tiny: list[str]) -> None:
     ending = call("compare", "--data", "my_data:points", "--objectives", "pgd_at:se", "--seeds", 0, "--", *tiny)
     assert ending.status == 0, ending
@@ -642,6 +643,7 @@ def test_a_run_on_a_folder_and_its_evaluation_from_elsewhere(
     assert "classes ['cat', 'dog', 'eel'], now ['cat', 'dog', 'fox']" in ending.err
 
 
+@pytest.mark.usefixtures("quick_runs")
 def test_the_other_programs_on_a_folder(make: Make, call: Any, tiny: list[str]) -> None:
     make(size=(8, 8))
     tiny[tiny.index("--limit") + 1] = "30"
@@ -678,6 +680,7 @@ def commands() -> list[list[str]]:
     return [line.split()[1:] for line in section.splitlines() if line.startswith("    python -m training")]
 
 
+@pytest.mark.usefixtures("quick_runs")
 def test_the_commands_of_the_page(call: Any, tiny: list[str]) -> None:
     first, second, third = commands()
     ending = call("run", *first[2:], *tiny, "--limit", 90)

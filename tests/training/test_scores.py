@@ -4,6 +4,7 @@ import json
 import re
 import signal
 import tempfile
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from killing import Hit, Start, status
-from test_distributed import torchrun_of
+from pairs import pair
 
 from scorematch.augmentation import NonLeaking
 from scorematch.matching import fit_classifier, fit_denoiser, losses_by_level
@@ -210,13 +211,12 @@ def test_runs_resume_inside_the_training_of_their_posterior(tmp_path: Path, star
         assert all(torch.equal(value, actual[key]) for key, value in expected.items()), name
 
 
-def test_two_processes_equal_one(tmp_path: Path) -> None:
+def test_two_processes_equal_one(processes: ForkServerContext, log: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     options = [*OPTIONS.split(), "--posterior-settings.dropout", "0", "--posterior-settings.batch-size", "7"]
     score.main([*options, "--out", str(one)])
-    finished = torchrun_of(2, "training.score", [*options, "--out", str(two)])
-    assert finished.returncode == 0, finished.stderr
-    assert finished.stdout.count("trained in") == 1, "one process speaks"
+    assert pair(processes, log, [[*options, "--out", str(two)]], "score").statuses() == [0, 0], log.read_text()
+    assert log.read_text().count("trained in") == 1, "one process speaks"
     expected, actual = (checkpoint.load(folder / "posterior.pt")["network"] for folder in (one, two))
     for name, value in expected.items():
         torch.testing.assert_close(
