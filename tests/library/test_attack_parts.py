@@ -113,6 +113,31 @@ def test_a_sample_draws_the_same_numbers_in_any_batch(norm: str, attack: str) ->
     assert not torch.allclose(other, whole)
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_draws_of_a_search_are_independent(norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No two of them have the same number, so none repeats another one's randomness."""
+    original, numbers = KeyedNoise._uniform, []
+
+    def noted(self: KeyedNoise, samples: Tensor, count: int, draw: int) -> Tensor:
+        numbers.append(draw)
+        return original(self, samples, count, draw)
+
+    monkeypatch.setattr(KeyedNoise, "_uniform", noted)
+    noise, samples = KeyedNoise(0, "square", 0), torch.arange(2)
+    if norm == "linf":
+        noise.stripes(samples, 3, 8)
+    else:
+        noise.start(samples, torch.zeros(2, 3, 8, 8), norm)
+    for number in range(5):
+        if norm == "linf":
+            noise.window(samples, 3, (5, 5), number)
+        else:
+            noise.tile(samples, 3, number)
+            noise.windows(samples, 3, (5, 5), number)
+    assert len(numbers) == (6 if norm == "linf" else 11)
+    assert len(set(numbers)) == len(numbers)
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_square_resumes_where_it_paused(norm: str) -> None:
     model, x, y = batch()

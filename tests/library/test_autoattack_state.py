@@ -200,15 +200,19 @@ def test_lines_of_finished_attacks_are_right_after_a_resume(path: Path, capsys: 
 
     def lines(adversary) -> list[str]:
         adversary.run_standard_evaluation(x, y, state_path=path)
-        printed = capsys.readouterr().out.splitlines()
+        printed.extend(capsys.readouterr().out.splitlines())
         return [line.split("),")[0] for line in printed if line.startswith("robust accuracy after")]
 
+    printed: list[str] = []
     first = attack(model, verbose=True, eps=0.02)
     expected = lines(first)
+    printed.clear()
     accuracies = [100 * found["accuracy"] for found in first.report["attacks"].values()]
     assert len(set(accuracies)) > 1, "the attacks must differ"
     assert lines(attack(model, verbose=True, eps=0.02)) == expected
     assert [float(line.split(": ")[1].split(" %")[0]) for line in expected] == accuracies
+    standing = round(COUNT * first.report["robust_accuracy"])  # two samples are misclassified without an attack
+    assert f"resumed from {path}: {standing} samples are still robust, {COUNT - 2} were attacked" in printed
 
 
 @pytest.mark.parametrize("rng", ["keyed", "reference"])

@@ -102,6 +102,21 @@ def run(attacks: list[Any], **options: Any) -> tuple[Tensor, dict[str, Any]]:
     return found, adversary.report
 
 
+def test_a_part_costs_its_search_and_one_pass_that_confirms() -> None:
+    model, x, y = problem()
+    y[:5] = (y[:5] + 1) % 4
+    passes: list[int] = []
+    model.register_forward_hook(lambda module, inputs, logits: passes.append(len(logits)))
+    adversary = sm.AutoAttack(
+        model, eps=0.1, seed=0, version="custom", attacks_to_run=[RandomPoints(BALL, 2)], verbose=False, workers=1
+    )
+    adversary.run_standard_evaluation(x, y)
+    first, again, second, last = passes[-4:]
+    assert first == again == 55
+    assert second == last < 55, "what has fallen is not attacked again"
+    assert adversary.report["attacks"]["random points"]["forwards"] == sum(passes[-4:])
+
+
 def test_a_loss_of_ones_own_is_ascended() -> None:
     """Cross-entropy written by hand finds what APGD's own finds from the same starts."""
     model, x, y = problem()
