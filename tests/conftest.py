@@ -4,9 +4,11 @@
 interrupted goes on with the tests that had not passed yet; one that passes starts anew next time.
 """
 
+import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
@@ -70,6 +72,15 @@ def untouched_process() -> Iterator[None]:
         signal.signal(number, handler)
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def processes() -> ForkServerContext:
+    """Fresh processes that need not import torch again, nor what a run imports when it comes to need it."""
+    context = multiprocessing.get_context("forkserver")
+    later = ["torch._dynamo", "torch.utils.tensorboard", "sklearn.datasets"]
+    context.set_forkserver_preload(["training.run", "training.score", "killing", *later])
+    return context
 
 
 @pytest.hookimpl(trylast=True)  # after hypothesis has marked the tests that draw

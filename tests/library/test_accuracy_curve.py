@@ -2,12 +2,15 @@
 
 import json
 import math
+from functools import cache
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
 import torch
 from library_autoattack import COUNT, alone, attack, data, verdict
 from torch import Tensor, nn
+from torch.multiprocessing import start_processes
 
 from scorematch import AutoAttack, ThreatModel
 from scorematch.attacks import APGD, FAB
@@ -19,6 +22,13 @@ RADII = {"Linf": (0.01, 0.03, 0.02), "L2": (0.1, 0.2, 0.3), "L1": (0.5, 1.0, 1.5
 
 def lengths(x_adv: Tensor, x: Tensor, norm: str) -> Tensor:
     return (x_adv - x).flatten(1).norm(dim=1, p=ORDERS[norm.lower()])
+
+
+@cache
+def whole(norm: str) -> AccuracyCurve:
+    """Of the standard version, of all samples at once by one worker."""
+    model, x, y = data()
+    return attack(model, norm, workers=1).accuracy_curve(x, y, radii=RADII[norm], bs=COUNT)
 
 
 def direct(
@@ -62,7 +72,7 @@ def test_a_curve_is_what_evaluations_find_together(norm: str, version: str) -> N
 @pytest.mark.parametrize("norm", list(RADII))
 def test_every_verdict_has_its_point(norm: str) -> None:
     model, x, y = data()
-    curve = attack(model, norm).accuracy_curve(x, y, radii=RADII[norm])
+    curve = whole(norm)
     within = curve.nearest <= curve.radii[-1]
     assert torch.equal(verdict(model, curve.adversarial, y), ~within)
     assert torch.equal(curve.adversarial[~within], x[~within])
@@ -124,10 +134,9 @@ def test_the_report_tells_minimal_norms() -> None:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_batches_and_workers_do_not_matter(workers: int) -> None:
     model, x, y = data()
-    whole = attack(model, workers=1).accuracy_curve(x, y, radii=RADII["Linf"], bs=COUNT)
     small = attack(model, workers=workers).accuracy_curve(x, y, radii=RADII["Linf"], bs=7)
-    torch.testing.assert_close(small.nearest, whole.nearest, rtol=0, atol=1e-9)
-    torch.testing.assert_close(small.adversarial, whole.adversarial, rtol=0, atol=1e-9)
+    torch.testing.assert_close(small.nearest, whole("Linf").nearest, rtol=0, atol=1e-9)
+    torch.testing.assert_close(small.adversarial, whole("Linf").adversarial, rtol=0, atol=1e-9)
 
 
 class Killed(BaseException):
@@ -273,10 +282,9 @@ def _curve_of_a_share(rank: int, world: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_find_the_curve_of_one(tmp_path: Path) -> None:
-    model, x, y = data()
-    expected = attack(model).accuracy_curve(x, y, radii=RADII["Linf"])
-    torch.multiprocessing.spawn(_curve_of_a_share, args=(2, str(tmp_path)), nprocs=2)
+def test_two_processes_find_the_curve_of_one(processes: ForkServerContext, tmp_path: Path) -> None:
+    expected = whole("Linf")
+    start_processes(_curve_of_a_share, (2, str(tmp_path)), nprocs=2, start_method="forkserver")
     for rank in range(2):
         nearest, adversarial = torch.load(tmp_path / f"result{rank}.pt")
         torch.testing.assert_close(nearest, expected.nearest, rtol=0, atol=1e-9)

@@ -6,14 +6,15 @@ import math
 import random
 import warnings
 from contextlib import nullcontext
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing
 from library_autoattack import COUNT, EPS, attack, data, verdict
 from library_models import small_cnn
 from torch import Tensor, nn
+from torch.multiprocessing import start_processes
 
 from scorematch import PGD, AutoAttack
 from scorematch.attacks import APGD, AutoAttackWarning, EvaluationState, inspection
@@ -520,11 +521,11 @@ def _evaluate_share(rank: int, world: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_give_the_result_of_one(tmp_path: Path) -> None:
+def test_two_processes_give_the_result_of_one(processes: ForkServerContext, tmp_path: Path) -> None:
     model, x, y = data()
     adversary = attack(model)
     expected, labels = adversary.run_standard_evaluation(x, y, return_labels=True)
-    torch.multiprocessing.spawn(_evaluate_share, args=(2, str(tmp_path)), nprocs=2)
+    start_processes(_evaluate_share, (2, str(tmp_path)), nprocs=2, start_method="forkserver")
     for rank in range(2):
         x_adv, predicted, robust_accuracy = torch.load(tmp_path / f"result{rank}.pt")
         torch.testing.assert_close(x_adv, expected, rtol=0, atol=1e-9)

@@ -1,11 +1,12 @@
 """Seeds of AutoAttack under torch.distributed, where each process has a state file of its own."""
 
 from datetime import timedelta
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import torch
-import torch.multiprocessing
 from library_autoattack import alone, data
+from torch.multiprocessing import start_processes
 
 from scorematch.attacks import EvaluationState
 
@@ -40,8 +41,8 @@ def _resume_with_files_that_differ(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_a_process_without_a_file_takes_the_seed_of_the_others(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_resume_with_files_that_differ, args=(str(tmp_path),), nprocs=2)
+def test_a_process_without_a_file_takes_the_seed_of_the_others(processes: ForkServerContext, tmp_path: Path) -> None:
+    start_processes(_resume_with_files_that_differ, (str(tmp_path),), nprocs=2, start_method="forkserver")
     outcomes = [torch.load(tmp_path / f"result{rank}.pt") for rank in range(2)]
     assert outcomes[0] == outcomes[1]
     assert outcomes[0]["rank 0 new"] == outcomes[0]["rank 1 new"] == outcomes[0]["both new"]

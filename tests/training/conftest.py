@@ -1,7 +1,6 @@
 """What the tests of the programs share: calls in this process, and settings that make a run take a second."""
 
 import hashlib
-import multiprocessing
 import os
 import pickle
 from collections.abc import Callable
@@ -78,15 +77,6 @@ def call(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.
         return Ending(status, *capfd.readouterr())
 
     return ending
-
-
-@pytest.fixture(scope="session")
-def processes() -> ForkServerContext:
-    """Fresh processes that need not import torch again, nor what a run imports when it comes to need it."""
-    context = multiprocessing.get_context("forkserver")
-    later = ["torch._dynamo", "torch.utils.tensorboard", "sklearn.datasets"]
-    context.set_forkserver_preload(["training.run", "training.score", "killing", *later])
-    return context
 
 
 @pytest.fixture

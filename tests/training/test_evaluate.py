@@ -2,13 +2,13 @@
 
 import contextlib
 import json
-import multiprocessing
 import os
 import shutil
 import socket
 import sys
 import warnings
 from collections.abc import Iterator
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -304,32 +304,32 @@ def _rank(number: int, world: int, port: int, arguments: list[str], log: Path) -
     sys.exit(run_program(evaluate.main, arguments))
 
 
-def by_processes(world: int, arguments: list[str], folder: Path) -> list[str]:
+def by_processes(context: ForkServerContext, world: int, arguments: list[str], folder: Path) -> list[str]:
     """Evaluate in ``world`` processes, as under torchrun; what each of them printed."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training.run"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     logs = [folder / f"log{number}.txt" for number in range(world)]
-    processes = [context.Process(target=_rank, args=(n, world, port, arguments, logs[n])) for n in range(world)]
-    for process in processes:
+    ranks = [context.Process(target=_rank, args=(n, world, port, arguments, logs[n])) for n in range(world)]
+    for process in ranks:
         process.start()
-    for process, log in zip(processes, logs, strict=True):
+    for process, log in zip(ranks, logs, strict=True):
         process.join(180)
         assert process.exitcode == 0, log.read_text()
     return [log.read_text() for log in logs]
 
 
 @pytest.mark.parametrize("attack", ["autoattack", "pgd", "certify"])
-def test_two_processes_say_what_one_says(call: Any, trained: Path, tmp_path: Path, attack: str) -> None:
+def test_two_processes_say_what_one_says(
+    call: Any, processes: ForkServerContext, trained: Path, tmp_path: Path, attack: str
+) -> None:
     options = [*FAST, "--threads", "1"]
     if attack == "pgd":  # both steps reach the border of so small a ball: random starts do not matter
         options = ["--limit", "41", "--steps", "8", "--restarts", "1", "--threads", "1"]
     if attack == "certify":
         options = ["--attack", "certify", "--limit", "11", "--n", "100", "--threads", "1"]
     assert call("evaluate", "--run", trained, *options, "--out", "one.json").status == 0
-    told = by_processes(2, ["--run", str(trained), *options, "--out", str(tmp_path / "two.json")], tmp_path)
+    told = by_processes(processes, 2, ["--run", str(trained), *options, "--out", str(tmp_path / "two.json")], tmp_path)
     one, two = read(tmp_path / "one.json"), read(tmp_path / "two.json")
     found = ("classes", "radii") if attack == "certify" else (f"{attack}_acc",)
     for key in ("clean_acc", "samples", *found):
@@ -339,9 +339,9 @@ def test_two_processes_say_what_one_says(call: Any, trained: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("attack", ["autoattack --version fast", "obfuscation --steps 2", "certify"])
-def test_processes_without_a_sample(trained: Path, tmp_path: Path, attack: str) -> None:
+def test_processes_without_a_sample(processes: ForkServerContext, trained: Path, tmp_path: Path, attack: str) -> None:
     options = ["--run", str(trained), "--attack", *attack.split(), "--limit", "1", "--threads", "1"]
-    told = by_processes(3, [*options, "--out", str(tmp_path / "report.json")], tmp_path)
+    told = by_processes(processes, 3, [*options, "--out", str(tmp_path / "report.json")], tmp_path)
     assert ["95 % interval" in printed for printed in told] == [True, False, False]
     assert read(tmp_path / "report.json")["samples"] == 1
 
