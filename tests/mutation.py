@@ -5,9 +5,9 @@
 
 A *mutant* is the code with one small mistake: a sign, a bound, a number, a condition. Cosmic Ray makes them, and a
 seed draws some. The tests of ``tests/library`` run once under coverage, so that each mutant meets only the tests that
-execute its line, those first that execute little else. It is *killed* by the first one that fails or hangs. It
-*survives* when none does. Each mutant has a process of its own, forked after torch was imported, which sees the
-mutant in the place of the file. The file itself is never written.
+execute its line, those first that are short and execute little else. It is *killed* by the first one that fails or
+hangs. It *survives* when none does. Each mutant has a process of its own, forked after torch was imported, which sees
+the mutant in the place of the file. The file itself is never written.
 
 An interrupted run goes on where it was. Results are kept, a line of JSON each, as long as neither the module nor the
 tests that they rest on change. SURVIVORS says why some survivors do no harm. Needs Python 3.11.
@@ -96,11 +96,11 @@ class Coverage:
         self.breadth = collections.Counter(test for by in lines.values() for tests in by.values() for test in tests)
 
     def tests(self, file: str, statement: int) -> list[str]:
-        """Those that execute least else first. What an import executes concerns every test that uses the file."""
+        """Short ones that execute little else come first. What an import executes concerns all that use the file."""
         found = set(self.lines[file].get(statement, ()))
         if "" in found:
             found = found.union(*self.lines[file].values())
-        return sorted(found - {""}, key=lambda test: (self.breadth[test], test))
+        return sorted(found - {""}, key=lambda test: (self.breadth[test] * self.seconds[test], test))
 
 
 # ----------------------------------------------------------------------------------------------------------- mutants
