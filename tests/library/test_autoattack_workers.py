@@ -282,6 +282,14 @@ def test_the_first_failure_is_the_one_that_is_raised() -> None:
         Team(2).run(range(2), work)
 
 
+@pytest.mark.parametrize(("threads", "share"), [(2, 1), (4, 1), (5, 1), (12, 2)])
+def test_more_workers_than_threads_have_one_each(threads: int, share: int) -> None:
+    seen: set[int] = set()
+    with torch_threads(threads):
+        Team(5).run(range(10), lambda worker, job: seen.add(torch.get_num_threads()))
+    assert seen == {share}
+
+
 @pytest.mark.parametrize("workers", [1, 2, 5])
 def test_every_job_is_done_once(workers: int) -> None:
     done: list[int] = []
