@@ -6,12 +6,14 @@ from itertools import pairwise
 
 import pytest
 import torch
+from library_autoattack import data
 from library_models import small_cnn
 from torch import Tensor, fx, nn
 
 from scorematch import ThreatModel
 from scorematch.attacks import APGD, FAB, Square
 from scorematch.attacks.classifier import Classifier, cache_chunk, channels_last_works, folded_copy
+from scorematch.attacks.fab import distance
 from scorematch.attacks.losses import dlr_loss, margin_loss, ranked_targets, targeted_dlr_loss
 from scorematch.attacks.parts import Batch, Search
 from scorematch.attacks.randomness import KeyedNoise, ReferenceNoise
@@ -111,6 +113,24 @@ def test_a_sample_draws_the_same_numbers_in_any_batch(norm: str, attack: str) ->
     torch.testing.assert_close(whole[some], part, rtol=0, atol=1e-9)
     other, _ = run.run_part(Classifier(model), Batch(x, y, samples, 0, KeyedNoise(6, run.name, 0)))
     assert not torch.allclose(other, whole)
+
+
+@pytest.mark.parametrize("iterations", [4, 10])  # without a look in between, and with some
+@pytest.mark.parametrize("norm", NORMS)
+def test_fab_counts_a_point_at_exactly_eps(norm: str, iterations: int) -> None:
+    model, x, y = data()
+    x, y = x[2:], y[2:]
+
+    def found(eps: float) -> tuple[Tensor, Tensor]:
+        batch = Batch(x, y, torch.arange(len(x)), 0, KeyedNoise(0, "fab", 0))
+        points, fooled = FAB(ThreatModel(norm, eps), n_iter=iterations, targeted=False).run_part(
+            Classifier(model), batch
+        )
+        return distance(points, x, norm), fooled
+
+    distances, fooled = found({"linf": 1.0, "l2": 8.0, "l1": 64.0}[norm])
+    nearest = float(distances[fooled].median())
+    assert torch.equal(found(nearest)[1], fooled & (distances <= nearest))
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
