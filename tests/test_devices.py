@@ -161,7 +161,8 @@ SWITCHES = {
 def test_runs(objective: str, kind: str, switches: str, tmp_path: Path) -> None:
     """From start to end, with every switch for speed, to a network that has learned."""
     options = f"--objective {objective} --model digits_cnn_bn --epochs 6 --steps 2 --validation-steps 2 --eval-steps 2"
-    quick = "--eval-restarts 1 --curve-points 2 --autoattack fast --autoattack-samples 8 --threads 1"
+    quick = "--limit 600 --validate-every 3 --eval-restarts 1 --curve-points 2 --autoattack fast --threads 1"
+    quick += " --autoattack-samples 8"
     arguments = f"{options} {quick} --device {kind} {switches} --out {tmp_path / 'run'}"
     assert run_program(run.main, arguments.split()) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
