@@ -26,7 +26,8 @@ TRAINING = (
     "--objective pgd_at --eps 0.05 --epochs 8 --limit 300 --steps 2 --validate-every 8 --validation-steps 1 "
     "--eval-steps 1 --eval-restarts 1 --curve-points 0 --autoattack none --threads 1"
 )
-FAST = ["--attack", "autoattack", "--version", "fast", "--limit", "40", "--seed", "2"]
+SAMPLES = 20
+FAST = ["--attack", "autoattack", "--version", "fast", "--limit", str(SAMPLES), "--seed", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def subject(trained: Path) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     model, loaded = evaluate.restore(trained / "best.pt", torch.device("cpu"))[1:3]
-    return model, loaded.x_test[:40], loaded.y_test[:40]
+    return model, loaded.x_test[:SAMPLES], loaded.y_test[:SAMPLES]
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -84,9 +85,9 @@ def test_autoattack_says_what_the_library_says(call: Any, trained: Path, tmp_pat
     stands = measures.correct(model, x_adv, y)
     assert 0 < stands.sum() < measures.correct(model, x, y).sum(), "the test needs survivors and fallen"
     assert results["autoattack_acc"] == measures.per_cent(stands)
-    assert results["autoattack_interval"] == pytest.approx(measures.wilson(int(stands.sum()), 40))
+    assert results["autoattack_interval"] == pytest.approx(measures.wilson(int(stands.sum()), SAMPLES))
     assert results["autoattack"]["attacks"].keys() == {"apgd-ce", "apgd-t"}
-    assert results["samples"] == results["autoattack"]["samples"] == 40
+    assert results["samples"] == results["autoattack"]["samples"] == SAMPLES
     assert results["threat_model"] == {"norm": "linf", "eps": 0.05}
 
 
@@ -264,12 +265,12 @@ def test_the_official_engine_gets_the_same_task(
             return torch.cat([torch.zeros_like(x[:10]), x[10:]])
 
     monkeypatch.setitem(sys.modules, "autoattack", SimpleNamespace(AutoAttack=Official))
-    options = [*FAST, "--version", version, "--engine", "official", "--batch", "20", "--out", "report.json"]
+    options = [*FAST, "--version", version, "--engine", "official", "--batch", "10", "--out", "report.json"]
     ending = call("evaluate", "--run", trained, *options)
     assert ending.status == 0, ending
     own = {"standard": {"version": "standard"}, "fast": {"version": "custom", "attacks_to_run": ["apgd-ce", "apgd-t"]}}
     common = {"norm": "Linf", "eps": 0.05, "seed": 2, "verbose": True, "device": torch.device("cpu")}
-    assert calls == [{**common, **own[version]}, (40, 20)]
+    assert calls == [{**common, **own[version]}, (SAMPLES, 10)]
     model, x, y = subject(trained)
     results = read(tmp_path / "report.json")
     moved = torch.cat([torch.zeros_like(x[:10]), x[10:]])
