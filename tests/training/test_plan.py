@@ -153,13 +153,14 @@ def test_steps_of_an_epoch_are_those_of_the_run(
 
 
 def test_the_plan_is_of_the_run_that_would_be_launched() -> None:
-    run = parsed("--recipe table2 --objective pgd_at --epochs 50")
+    small = "--recipe table2 --objective pgd_at --model wrn-10-1"
+    run = parsed(f"{small} --epochs 50")
     on_gpus = plan.plan(run, 48_976, PlanSettings(gpus=8)).speed
     assert (on_gpus.precision, on_gpus.compile, on_gpus.graph) == ("bfloat16", True, True)
     here = plan.plan(run, 48_976, PlanSettings(hardware="cpu")).speed
     assert here.precision == hardware.precision_of("auto", hardware.hardware_of(torch.device("cpu")))
     assert not here.graph
-    as_told = parsed("--recipe table2 --objective pgd_at --precision float32 --compile off --graph off")
+    as_told = parsed(f"{small} --precision float32 --compile off --graph off")
     told = plan.plan(as_told, 48_976, PlanSettings(gpus=8)).speed
     assert (told.precision, told.compile, told.graph) == ("float32", False, False)
     assert plan.plan(as_told, 48_976, PlanSettings()).activations > plan.plan(run, 48_976, PlanSettings()).activations

@@ -72,7 +72,7 @@ def test_killed_runs_end_with_the_same_bits(tmp_path: Path, start: Start, log: P
 
 def test_autoattack_goes_on_inside_itself(tmp_path: Path, start: Start, log: Path) -> None:
     options = [*OPTIONS.split(), "--epochs", "3", "--eps", "0.03", "--autoattack", "standard"]
-    options += ["--autoattack-samples", "100"]
+    options += ["--autoattack-samples", "20"]
     whole, out = tmp_path / "whole", tmp_path / "parts"
     assert status(start([*options, "--out", str(whole)])) == 0, log.read_text()
 
