@@ -77,8 +77,8 @@ def section(cells: Sequence[Cell], figures: Path) -> str:
             "",
             "H6: direct SCORE with a posterior chosen by evidence is ahead of every surrogate in KL and R_SCORE and "
             "not clearly behind in the accuracies, in every dimension and with few labels too. Clearly behind means "
-            "that the whole interval is below 0; of three seeds it is about twice as wide as of five. H6 as a whole, "
-            f"against the surrogates as published: {_as_a_whole(published)}; against all: {_as_a_whole(everything)}.",
+            "that the whole interval is below 0. H6 as a whole, against the surrogates "
+            f"as published: {_as_a_whole(published)}; against all: {_as_a_whole(everything)}.",
             "",
             commands(cells, "sweep", {"dimensions": "dimension", "counts": "count", "seeds": "seed"}),
         ]
