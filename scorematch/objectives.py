@@ -135,7 +135,9 @@ def training_logits(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 def own_precision(x: Tensor) -> AbstractContextManager[object]:
     """No autocast, for a posterior: log-densities of thousands of nats differ by less than half precision resolves."""
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def check_comparable(logits: Tensor, target: Tensor) -> None:
