@@ -24,7 +24,7 @@ from training.engine import checkpoint, distributed
 from training.settings.errors import run_program
 
 SOAKING = "SCOREMATCH_SOAK" in os.environ
-DICE = random.SystemRandom() if SOAKING else random.Random(0)
+DICE = random.SystemRandom()  # of a soak
 
 OPTIONS = (
     "--objective {objective} --model digits_cnn_bn --epochs 2 --limit 90 --batch-size 30 --steps 2 "
