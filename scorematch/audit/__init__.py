@@ -15,6 +15,7 @@ from .evidence import (
     log_likelihood,
     martingale,
     matching_error,
+    reliability,
     spread,
 )
 from .oracle import GradientError, gradient_error, kl_error, posterior_gradients
@@ -35,6 +36,7 @@ __all__ = [
     "martingale",
     "matching_error",
     "posterior_gradients",
+    "reliability",
     "robust_accuracy",
     "spread",
 ]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..inputs import (
     check_callable,
+    check_classes,
     check_count,
     check_floating,
     check_length,
@@ -151,11 +152,29 @@ def calibration(
     generator = torch.Generator(x.device).manual_seed(seed)
     trace = posterior.trace(x, y)
     trace.move(x + noise * normal_like(x, generator))
-    confidence, predicted = trace.log_p.double().exp().max(1)
+    return reliability(trace.log_p, y, bins=bins)
+
+
+def reliability(log_p: Tensor, y: Tensor, *, bins: int = 15) -> Calibration:
+    """The expected calibration error (Guo et al., ICML 2017) of stated probabilities, such as those of a model.
+
+    Args:
+        log_p: [N, K] log-probabilities, in nats: ``logits.log_softmax(1)`` of a model.
+        y: int64 [N] labels.
+        bins: how many, of equal width; ≥ 1.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is said above; the message names it.
+    """
+    _check_log_p(log_p)
+    check_tensor("y", y)
+    check_classes(y, log_p, log_p.shape[1])
+    check_count("bins", bins)
+    confidence, predicted = log_p.double().exp().max(1)
     hit = (predicted == y).double()
     index = (confidence * bins).long().clamp(max=bins - 1)
-    gap = torch.zeros(bins, dtype=torch.float64, device=x.device).index_add_(0, index, confidence - hit)
-    return Calibration(float(gap.abs().sum() / len(x)), float(confidence.mean()), float(hit.mean()))
+    gap = torch.zeros(bins, dtype=torch.float64, device=log_p.device).index_add_(0, index, confidence - hit)
+    return Calibration(float(gap.abs().sum() / len(y)), float(confidence.mean()), float(hit.mean()))
 
 
 def spread(posteriors: Sequence[Posterior], x: Tensor, y: Tensor) -> tuple[float, float]:
@@ -364,19 +383,26 @@ def agreement(log_p: Tensor, people: Tensor) -> Agreement:
     Raises:
         TypeError, ValueError: the shapes differ or are empty, or a value is no log probability or no probability.
     """
-    for name, values in (("log_p", log_p), ("people", people)):
-        check_tensor(name, values)
-        check_floating(values, name)
-    if log_p.shape != people.shape or log_p.dim() != 2 or not log_p.numel():
+    _check_log_p(log_p)
+    check_tensor("people", people)
+    check_floating(people, "people")
+    if log_p.shape != people.shape:
         raise ValueError(f"log_p and people must both be [N, L], got {list(log_p.shape)}, {list(people.shape)}")
-    if not bool((log_p <= 1e-3).all()):
-        raise ValueError(f"log_p must be log probabilities, at most 0, got values up to {float(log_p.max())}")
     if not bool(((people >= 0) & (people <= 1 + 1e-3)).all()):
         raise ValueError("people must be probabilities, got values outside [0, 1]")
     q, p = log_p.double(), people.double()
     kl = (torch.special.entr(p).sum(1).neg() - (p * q.clamp(min=-1e30)).sum(1)).mean()
     ranks = torch.stack([_ranks(torch.special.entr(values).sum(1)) for values in (p, q.exp())])
     return Agreement(float(kl), float(torch.corrcoef(ranks)[0, 1].nan_to_num()))
+
+
+def _check_log_p(log_p: Tensor) -> None:
+    check_tensor("log_p", log_p)
+    check_floating(log_p, "log_p")
+    if log_p.dim() != 2 or not log_p.numel():
+        raise ValueError(f"log_p must be [N, L] and not empty, got {list(log_p.shape)}")
+    if not bool((log_p <= 1e-3).all()):
+        raise ValueError(f"log_p must be log probabilities, at most 0, got values up to {float(log_p.max())}")
 
 
 def _ranks(values: Tensor) -> Tensor:

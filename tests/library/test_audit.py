@@ -135,6 +135,33 @@ def test_calibration() -> None:
     assert sure.confidence > sure.accuracy
 
 
+def test_reliability_of_stated_probabilities() -> None:
+    # Three of four at .55 are right, and one of two at .95: |.75 - .55| · 4/6 + |.5 - .95| · 2/6.
+    p = torch.tensor([[0.55, 0.45]] * 4 + [[0.05, 0.95]] * 2, dtype=torch.float64)
+    found = audit.reliability(p.log(), torch.tensor([0, 0, 1, 0, 1, 0]), bins=10)
+    assert found == pytest.approx((0.2 * 4 / 6 + 0.45 * 2 / 6, (4 * 0.55 + 2 * 0.95) / 6, 4 / 6))
+    one = audit.reliability(p.log(), torch.tensor([0, 0, 1, 0, 1, 0]), bins=1)
+    assert one.error == pytest.approx(abs(4 / 6 - (4 * 0.55 + 2 * 0.95) / 6))
+    certain = audit.reliability(torch.tensor([[0.0, -math.inf]]), torch.tensor([0]))
+    assert certain == (0.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("log_p", "y", "bins", "message"),
+    [
+        (torch.tensor([[0.5, 0.5]]), torch.tensor([0]), 5, "log_p must be log probabilities, at most 0"),
+        (torch.zeros(3), torch.tensor([0, 0, 0]), 5, r"log_p must be \[N, L\] and not empty, got \[3\]"),
+        (torch.zeros(1, 2).long(), torch.tensor([0]), 5, "log_p must be floating point"),
+        (torch.zeros(2, 2), torch.tensor([0]), 5, r"and y \[N\]|y must be"),
+        (torch.zeros(1, 2), torch.tensor([2]), 5, r"y must lie in \[0, 2\)"),
+        (torch.zeros(1, 2), torch.tensor([0]), 0, "bins must be at least 1, got 0"),
+    ],
+)
+def test_bad_input_of_the_reliability(log_p: Tensor, y: Tensor, bins: int, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        audit.reliability(log_p, y, bins=bins)
+
+
 def test_spread_over_trainings() -> None:
     truth = mixture()
     x, y = sample(truth, 100)

@@ -201,6 +201,10 @@ REFUSALS: dict[str, tuple[Callable, Callable[[Arguments], Arguments]]] = {
         audit.agreement,
         lambda d: {"log_p": d["posterior"].log_prob(d["x"]), "people": torch.full((len(d["x"]), CLASSES), 1 / 3)},
     ),
+    "reliability": (
+        audit.reliability,
+        lambda d: {"log_p": d["posterior"].log_prob(d["x"]), "y": d["y"].clone(), "bins": 5},
+    ),
     "gradient_error": (audit.gradient_error, lambda d: _closed(d, *POINTS, oracle=d["posterior"])),
     "kl_error": (audit.kl_error, lambda d: _closed(d, *POINTS, oracle=d["posterior"], moved=d["x"].flip(0))),
     "posterior_gradients": (audit.posterior_gradients, lambda d: _closed(d, *POINTS)),

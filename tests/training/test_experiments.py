@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from scorematch.posteriors import FactorAnalysers
+from training.compare import estimate
 from training.engine.claims import claimed
 from training.experiments import __main__ as experiments
 from training.experiments import (
@@ -271,6 +272,30 @@ def test_a_direct_setting_stands_unless_a_surrogate_dominates_it() -> None:
     assert "clean +1.0 [+1.0, +1.0], AutoAttack -3.0 [-3.0, -3.0] points" in second
 
 
+def test_intervals_over_folds_know_that_they_share_images() -> None:
+    found, plain = (f([1.0, 2.0, 4.0, 3.0, 5.0]) for f in (real_digits_page.over_folds, estimate))
+    # Nadeau and Bengio: s² (1/5 + 1/4), t with four degrees of freedom.
+    assert found.mean == plain.mean == 3.0
+    assert found.high is not None
+    assert found.high - 3.0 == pytest.approx(2.776445 * (2.5 * (1 / 5 + 1 / 4)) ** 0.5)
+    assert found.low == pytest.approx(6.0 - found.high)
+    assert real_digits_page.over_folds([2.0]) == estimate([2.0])
+
+
+def test_a_stronger_attack_without_gradients_is_told() -> None:
+    cells = of_real_digits({"direct:kl score": (99.0, 80.0)})
+    for cell in cells:
+        for entry in cell["entries"].values():
+            entry |= {"pgd": 50.0, "square": 60.0, "transfer": 50.0, "ece": 1.0, "ece_attacked": 2.0}
+    told = real_digits_page.masking(cells)
+    assert "In no run was one of the two stronger than PGD." in told[1]
+    assert "| direct, score network | 50.0 ± 0.0 | 60.0 ± 0.0 | 50.0 ± 0.0 | 1.0 ± 0.0 | 2.0 ± 0.0 |" in told
+    cells[1]["entries"]["student direct:kl score"]["square"] = 46.0
+    told = real_digits_page.masking(cells)
+    assert "was stronger than PGD in a run: 4.0 points (direct, score network, Square)." in told[1]
+    assert real_digits_page.masking([]) == []
+
+
 def test_two_folds_decide_nothing() -> None:
     cells = of_real_digits({"direct:kl score": (99.0, 80.0)})
     assert tables.OPEN not in "".join(real_digits_page.hypotheses(cells))
@@ -481,6 +506,10 @@ def test_few_points_and_few_dimensions_have_a_form_that_can_be_fitted() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (
+            lambda cell: cell["entries"]["student trades:kl:1"]["last"].update(kl=None),
+            "d4-n120-seed1.json has a measure that is not finite (student trades:kl:1: last: kl)",
+        ),
         (lambda cell: cell["entries"].popitem(), "d4-n120-seed1.json is not finished, it lacks 1 entries such as"),
         (lambda cell: cell["budget"].update(steps=9), "seed1.json has other settings than d4-n120-seed0.json (budget."),
         (lambda cell: cell.update(seed=0), "seed1.json is the same problem and seed as d4-n120-seed0.json"),

@@ -11,14 +11,16 @@ R4  A score network that is trained on augmented images, of which it is told, wi
     held-out denoising loss is within 10 % of that on training images at every noise level, and direct SCORE with it is
     more robust than with the plain one. Both settings were chosen by held-out loss and likelihood on fold 0, seed 0.
 
-Comparisons are paired over folds and seeds. A cell is a fold, a seed and the radius of the training.
+Comparisons are paired over folds and seeds. A cell is a fold, a seed and the radius of the training. Two more attacks
+look for masked gradients: Square alone, and points that were found on another network. Either of them would have to do
+better than PGD for that.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,8 @@ from training.experiments.students import Budget, accuracy
 
 EPS = 0.15  # at which all are compared, whatever the radius of the training
 RADII = (0.1, 0.2, 0.3)  # of further attacks by PGD
+QUERIES = 1000  # of Square where it is alone
+OTHER_NETWORK = 1000  # added to the seed of the network on which points are found that are shown to the others
 POSTERIORS = ("energy_ensemble", "score", "kernel_density_drawn", "score_regular")
 # An objective, after a colon how it differs, and after a space the posterior that it asks.
 SURROGATES = (
@@ -116,7 +120,16 @@ def run(cell: Cell) -> None:
         made = students.train(seen, trains, cell.seed, budget, judge=partial(validation_error, task))
         assert made.best is not None
         measured = measure(task, made.best, cell.seed, quick=cell.quick)
+        measured |= masking(task, made.best, transferred(), cell.seed, quick=cell.quick)
         return {**measured, "data_gradient_ratio": made.data_gradient_ratio}
+
+    @cache
+    def transferred() -> Tensor:
+        """Points that fool a network trained with PGD-AT KL, of an initialisation that no other one has."""
+        trains = students.objective_of("pgd_at:kl", task, None, budget)
+        made = students.train(task, trains, cell.seed + OTHER_NETWORK, budget, judge=partial(validation_error, task))
+        assert made.best is not None
+        return attacked(made.best, task.x_test, task.y_test, EPS, cell.seed, quick=cell.quick)
 
     def recorded(name: str) -> dict[str, Any]:
         return posterior_record(task, bench.estimated(name))
@@ -144,34 +157,43 @@ def validation_error(task: Task, model: nn.Module) -> float:
     return 100 - robust + 1e-3 * (100 - clean)
 
 
+def attacked(model: nn.Module, x: Tensor, y: Tensor, eps: float, seed: int, *, quick: bool) -> Tensor:
+    attack = PGD(ThreatModel("linf", eps), steps=5 if quick else 40, restarts=2, losses=("ce", "margin"))
+    return attack(model, x, y, generator=Generator().manual_seed(seed))
+
+
 def measure(task: Task, model: nn.Module, seed: int, *, quick: bool = False) -> dict[str, float]:
-    """Accuracies in per cent; ``nll`` and ``nll_attacked``, the mean −log p of the label, in nats.
+    """Accuracies in per cent; ``nll``, the mean −log p of the label, in nats; ``ece``, the expected calibration error.
 
     ``validation`` is the robust accuracy under PGD on the validation images, by which objectives are chosen.
     """
-
-    def attacked(x: Tensor, y: Tensor, eps: float) -> Tensor:
-        attack = PGD(ThreatModel("linf", eps), steps=5 if quick else 40, restarts=2, losses=("ce", "margin"))
-        return attack(model, x, y, generator=Generator().manual_seed(seed))
-
     x, y = task.x_test, task.y_test
+    found = partial(attacked, model, seed=seed, quick=quick)
     strong = AutoAttack(model, "Linf", EPS, seed=seed, verbose=False)
     if quick:
         strong = AutoAttack(model, "Linf", EPS, verbose=False, version="custom", attacks_to_run=["apgd-ce"])
         strong.apgd.n_iter = 3
     strong.run_standard_evaluation(x, y, bs=500)
-    moved = attacked(x, y, EPS)
-    with torch.no_grad():
-        nll, nll_attacked = (cross_entropy(model(points), y).item() for points in (x, moved))
-    return {
-        "clean": accuracy(model, x, y),
-        "pgd": accuracy(model, moved, y),
-        "autoattack": 100 * strong.report["robust_accuracy"],
-        **{f"pgd_{eps:g}": accuracy(model, attacked(x, y, eps), y) for eps in RADII},
-        "nll": nll,
-        "nll_attacked": nll_attacked,
-        "validation": accuracy(model, attacked(task.x_choice, task.y_choice, EPS), task.y_choice),
-    }
+    moved = found(x, y, EPS)
+    measured = {"clean": accuracy(model, x, y), "pgd": accuracy(model, moved, y)}
+    measured["autoattack"] = 100 * strong.report["robust_accuracy"]
+    measured |= {f"pgd_{eps:g}": accuracy(model, found(x, y, eps), y) for eps in RADII}
+    measured["validation"] = accuracy(model, found(task.x_choice, task.y_choice, EPS), task.y_choice)
+    for points, name in ((x, ""), (moved, "_attacked")):
+        with torch.no_grad():
+            logits = model(points)
+        measured[f"nll{name}"] = cross_entropy(logits, y).item()
+        measured[f"ece{name}"] = 100 * audit.reliability(logits.log_softmax(1), y).error
+    return measured
+
+
+def masking(task: Task, model: nn.Module, transferred: Tensor, seed: int, *, quick: bool = False) -> dict[str, float]:
+    """Accuracies, in per cent, under attacks that need no gradient of this model."""
+    x, y = task.x_test, task.y_test
+    search = AutoAttack(model, "Linf", EPS, seed=seed, verbose=False, version="custom", attacks_to_run=["square"])
+    search.square.n_queries = 3 if quick else QUERIES
+    search.run_standard_evaluation(x, y, bs=500)
+    return {"square": 100 * search.report["robust_accuracy"], "transfer": accuracy(model, transferred, y)}
 
 
 def posterior_record(task: Task, estimated: Estimated) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What the sections of the page share: reading results, and how numbers and verdicts are written."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,8 @@ def read(folder: Path, last: str) -> list[dict[str, Any]]:
         last: entry without which a cell is not finished.
 
     Raises:
-        InputError: there are none, one is damaged or not finished, or they do not belong together.
+        InputError: there are none, one is damaged or not finished, a measure is not finite, or they do not belong
+            together.
     """
     paths = sorted(folder.glob("*.json"))
     if not paths:
@@ -80,6 +81,11 @@ def read(folder: Path, last: str) -> list[dict[str, Any]]:
         changed = [line for key in ("budget", "grid") for line in changes(first.get(key), cell.get(key), key)]
         if changed:
             raise InputError(f"evidence: {path} has other settings than {paths[0].name} ({'; '.join(sorted(changed))})")
+        if gaps := list(undefined(cell["entries"])):
+            raise InputError(
+                f"evidence: {path} has a measure that is not finite ({gaps[0]}): a training or a fit diverged, and a "
+                "mean with it would say nothing"
+            )
         if missing := sorted(whole - cell["entries"].keys()):
             raise InputError(
                 f"evidence: {path} is not finished, it lacks {len(missing)} entries such as {missing[0]!r}; the "
@@ -89,6 +95,16 @@ def read(folder: Path, last: str) -> list[dict[str, Any]]:
         if other != path:
             raise InputError(f"evidence: {path} is the same problem and seed as {other.name}, expected it once")
     return list(cells.values())
+
+
+def undefined(value: Any, name: str = "") -> Iterator[str]:
+    """Where a stored measure is null, as one that is not finite is; but the data gradient is direct SCORE's alone."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if key != "data_gradient_ratio":
+                yield from undefined(inner, f"{name}: {key}" if name else key)
+    elif value is None:
+        yield name
 
 
 def shown(value: Estimate, digits: int) -> str:
