@@ -282,6 +282,21 @@ def test_js_has_all_its_digits_where_a_series_stands_for_logarithms(gap, device)
     torch.testing.assert_close(loss.cpu(), expected, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 6e-7), (torch.float64, 1e-14)])
+@pytest.mark.parametrize("classes", [3, 40])
+def test_js_has_all_its_digits_however_far_apart_the_distributions_are(classes, dtype, rounding, device):
+    """dJS/dp = ½ log(p/m) tells the logarithm of 1 + t for t = |p - q| / (p + q) in [0, 1)."""
+    t = torch.linspace(-0.99, 0.99, 400, dtype=torch.float64)
+    p = (1 + t) / (1 - t) / classes
+    p = p[p < 1, None]
+    target = torch.cat([p, ((1 - p) / (classes - 1)).expand(-1, classes - 1)], 1).to(device, dtype).requires_grad_()
+    loss = divergence(torch.zeros_like(target), target, kind="js")
+    gradient = torch.autograd.grad(loss.sum(), target)[0]
+    exact = target.detach().double()
+    expected = 0.5 * (2 * exact / (exact + 1 / classes)).log()
+    torch.testing.assert_close(gradient.double(), expected, rtol=0, atol=rounding)
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "kl"])
 @pytest.mark.parametrize("form", ["probabilities", "logits"])
 @pytest.mark.parametrize("classes", [6, 40])
