@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 from killing import Hit, Start, status, without_times
 
-from training import run, score
+from training import compare, run, score
 from training.engine import checkpoint
 from training.settings.errors import run_program
 
@@ -102,6 +102,11 @@ CASES = {
 }
 
 
+def finished(out: Path) -> set[tuple[Path, int]]:
+    """The runs of a comparison that are through, and when."""
+    return {(path, path.stat().st_mtime_ns) for path in out.glob("runs/*/summary.json")}
+
+
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> Given:
     """A trained classifier and a trained score network."""
@@ -126,7 +131,7 @@ def test_kills_at_random_points_lose_nothing(name: str, given: Given, tmp_path: 
         arguments = case.resume(out) if begun and case.resume else case.arguments(given, out)
         return status(start(arguments.split(), hit, name=name))
 
-    kills, hits = 0, []
+    kills, hits, done = 0, list[Hit](), set[tuple[Path, int]]()
     while kills < KILLS:
         out.parent.mkdir(exist_ok=True)
         point = dice.choice(list(case.points))
@@ -134,12 +139,29 @@ def test_kills_at_random_points_lose_nothing(name: str, given: Given, tmp_path: 
         ended = go_on(hits[-1])
         if ended == -signal.SIGKILL:
             kills += 1
+            assert finished(out) >= done, (SEED, hits)
+            done = finished(out)
             continue
         assert ended == 0, (SEED, hits, log.read_text())  # it was through before it came there
         assert case.result(out) == expected, (SEED, hits)
+        assert finished(out) >= done, (SEED, hits)
         shutil.rmtree(out.parent)
         hits.clear()
+        done.clear()
     out.parent.mkdir(exist_ok=True)
     assert go_on() == 0, (SEED, hits, log.read_text())
     assert case.result(out) == expected, (SEED, hits)
+    assert finished(out) >= done, (SEED, hits)
     assert not [path for path in out.parent.rglob("*") if path.name.endswith((".part", ".parts"))]
+
+
+def test_a_comparison_goes_on_with_a_run_that_was_killed(start: Start, log: Path, tmp_path: Path) -> None:
+    options = [*RUN.replace("--epochs 3", "--epochs 4").split(), "--autoattack", "none"]
+    settings = compare.CompareSettings(objectives=("standard",), seeds=(0,), jobs=1, out=tmp_path / "here")
+    (job,) = compare.plan(settings, options, tmp_path / "here", 1)
+    assert status(start(job.arguments, Hit("step", 20))) == -signal.SIGKILL  # of 24, after three epochs
+    first, *_ = checkpoint.read_metrics(job.out / "metrics.jsonl")
+    arguments = ["--objectives", "standard", "--seeds", "0", "--jobs", "1", "--out", str(tmp_path / "here"), "--"]
+    assert status(start([*arguments, *options], name="compare")) == 0, log.read_text()
+    found = checkpoint.read_metrics(job.out / "metrics.jsonl")
+    assert (len(found), found[0]) == (4, first)  # with its seconds; at most two checkpoints wait to be written
