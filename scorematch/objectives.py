@@ -43,7 +43,7 @@ from .noise import normal_like
 from .ops._checks import check_number
 from .ops.divergence import divergence as divergence_of
 from .ops.logit_divergence import logit_divergence
-from .posteriors import Posterior, Trace
+from .posteriors.base import Posterior, Trace, begin_trace, check_values
 from .threat_model import Perturbations, ThreatModel
 from .weight_perturbation import WeightPerturbation
 
@@ -95,9 +95,14 @@ def soft_targets(posterior: Posterior, x: Tensor, y: Tensor) -> Tensor:
 
     Returns:
         [N, L] probabilities, without a graph.
+
+    Raises:
+        ValueError: the posterior does not give log-probabilities.
     """
     with torch.no_grad(), own_precision(x):
-        return posterior.clean_log_prob(x, y).exp()
+        log_p = posterior.clean_log_prob(x, y)
+        check_values(posterior, log_p)
+        return log_p.exp()
 
 
 class _Clip(NamedTuple):
@@ -517,7 +522,7 @@ def trades(
 
     def search_with(posterior: Posterior, x: Tensor, y: Tensor, first: Tensor) -> dict[str, Tensor]:
         with own_precision(x):
-            trace = posterior.trace(x, y)
+            trace = begin_trace(posterior, x, y)
         with borrowed(model, attack_mode):
             with torch.no_grad():
                 clean = training_logits(model, x)
@@ -611,7 +616,7 @@ def score_direct(
 
     def search(x: Tensor, y: Tensor, first: Tensor, *noise: Tensor) -> dict[str, Tensor]:
         with own_precision(x):
-            trace = posterior.trace(x, y)
+            trace = begin_trace(posterior, x, y)
         target = _Target(trace) if target_mix == 1.0 else _Target(trace, trace.log_p, target_mix)
         ascent = _DirectAscent(model, target, divergence, literal=literal, scores=scores, noise=noise)
         with borrowed(model, attack_mode):

@@ -19,7 +19,7 @@ from .inputs import check_callable, check_count, check_points, check_posterior
 from .model_state import as_found
 from .objectives import check_comparable, direct_weights, own_precision, training_logits
 from .ops.logit_divergence import logit_divergence
-from .posteriors.base import Posterior, Trace
+from .posteriors.base import Posterior, Trace, begin_trace
 from .threat_model import ThreatModel
 
 
@@ -103,10 +103,10 @@ def _searched(
 ) -> Consistency:
     """:func:`consistency` of arguments that are checked."""
     judge = _Judge(model, divergence, x)
-    judge.look(posterior.trace(x, y), x)
+    judge.look(begin_trace(posterior, x, y), x)
     clean = judge.worst.clone()
     for search in range(restarts + 2):
-        trace = posterior.trace(x, y)
+        trace = begin_trace(posterior, x, y)
 
         def gradient(point: Tensor, trace: Trace = trace) -> Tensor:
             trace.move(point)

@@ -26,7 +26,7 @@ from ..inputs import (
     check_tensor,
 )
 from ..noise import normal_like
-from ..posteriors.base import Posterior
+from ..posteriors.base import Posterior, begin_trace
 from .oracle import posterior_gradients, ratio
 
 
@@ -62,7 +62,7 @@ def log_likelihood(
     total = x.new_zeros(len(x))
     for _ in range(repeats):
         moved = x + noise * normal_like(x, generator)
-        trace = posterior.trace(moved + noise * normal_like(x, of_starts), y)
+        trace = begin_trace(posterior, moved + noise * normal_like(x, of_starts), y)
         trace.move(moved)
         total = total + trace.log_p.gather(1, y[:, None])[:, 0]
     return total / repeats
@@ -150,7 +150,7 @@ def calibration(
     check_count("bins", bins)
     check_seed(seed)
     generator = torch.Generator(x.device).manual_seed(seed)
-    trace = posterior.trace(x, y)
+    trace = begin_trace(posterior, x, y)
     trace.move(x + noise * normal_like(x, generator))
     return reliability(trace.log_p, y, bins=bins)
 
@@ -238,7 +238,7 @@ def closed_loop(posterior: Posterior, x: Tensor, y: Tensor, *, length: float, se
     a = a / a.norm(dim=1, keepdim=True)
     b = b - (a * b).sum(1, keepdim=True) * a
     first, second = (length * a).reshape(x.shape), (length * b / b.norm(dim=1, keepdim=True)).reshape(x.shape)
-    trace = posterior.trace(x, y)
+    trace = begin_trace(posterior, x, y)
     before = trace.log_p
     for corner in (x + first, x + first + second, x + second, x):
         trace.move(corner)
@@ -280,8 +280,8 @@ def martingale(
     generator = torch.Generator(x.device).manual_seed(seed)
     first = x + low * normal_like(x, generator)
     second = first + (high**2 - low**2) ** 0.5 * normal_like(x, generator)
-    p = finer.trace(first, y).log_p.double().exp()
-    q = coarser.trace(second, y).log_p.double().exp()
+    p = begin_trace(finer, first, y).log_p.double().exp()
+    q = begin_trace(coarser, second, y).log_p.double().exp()
     values = ((p - q) * q).sum(1)
     return float(values.mean()), float(values.std() / len(values) ** 0.5)
 
@@ -354,7 +354,7 @@ def energy_identity(
             energy += float((log_p.double().exp() * gradients.double().flatten(2).square().sum(2)).sum(1).mean())
             ends = []
             for level in (sigma * (1 - step), sigma * (1 + step)):
-                values = at(level).trace(x + level * noise, y).log_p
+                values = begin_trace(at(level), x + level * noise, y).log_p
                 ends.append(-float(values.double().gather(1, y[:, None]).mean()))
             slope += (ends[1] - ends[0]) / (2 * step * sigma)
     return energy / (2 * repeats), slope / (2 * repeats * sigma)

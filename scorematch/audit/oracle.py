@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..inputs import check_posterior, check_samples, check_tensor
-from ..posteriors.base import Posterior
+from ..posteriors.base import Posterior, begin_trace
 
 
 def posterior_gradients(posterior: Posterior, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -27,7 +27,7 @@ def posterior_gradients(posterior: Posterior, x: Tensor, y: Tensor) -> tuple[Ten
     """
     check_posterior("posterior", posterior)
     check_samples(x, y, posterior.num_classes, least=1)
-    trace = posterior.trace(x, y)
+    trace = begin_trace(posterior, x, y)
     one_hot = torch.eye(posterior.num_classes, dtype=x.dtype, device=x.device)
     rows = [trace.pull_back(row.expand(len(x), -1).contiguous(), torch.zeros_like(x)) for row in one_hot]
     return trace.log_p, torch.stack(rows, 1)
@@ -107,7 +107,7 @@ def kl_error(posterior: Posterior, oracle: Posterior, x: Tensor, y: Tensor, move
             raise ValueError("moved must be finite")
     values = []
     for one in (oracle, posterior):
-        trace = one.trace(x, y)
+        trace = begin_trace(one, x, y)
         if moved is not None:
             trace.move(moved)
         values.append(trace.log_p)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..attacks.pgd import ascend
 from ..inputs import check_attack, check_count, check_posterior, check_samples, check_tensor, clean_batch
-from ..posteriors import Posterior
+from ..posteriors.base import Posterior, begin_trace
 from ..threat_model import ThreatModel
 
 LARGE = 1e30  # takes a class out of a softmax; smaller than the largest float32 and bfloat16
@@ -54,11 +54,11 @@ def robust_accuracy(
     check_tensor("y", y)
     x, y = clean_batch(x, y, threat_model)
     check_samples(x, y, posterior.num_classes, least=1)
-    clean = posterior.trace(x, y).log_p.argmax(1) == y
+    clean = begin_trace(posterior, x, y).log_p.argmax(1) == y
     robust = clean.clone()
     one_hot = torch.nn.functional.one_hot(y, posterior.num_classes).to(x.dtype)
     for _ in range(restarts):
-        trace = posterior.trace(x, y)
+        trace = begin_trace(posterior, x, y)
 
         def gradient(x_adv: Tensor, trace=trace) -> Tensor:  # type: ignore[no-untyped-def]
             trace.move(x_adv)

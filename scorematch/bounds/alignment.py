@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..noise import normal_like
 from ..ops.logit_divergence import logit_divergence
-from ..posteriors.base import Posterior
+from ..posteriors.base import Posterior, begin_trace
 from ..threat_model import DUAL_ORDERS, ThreatModel
 from .estimates import Estimate, estimate
 from .search import Ascent, Problem, clean_values, explore
@@ -126,7 +126,7 @@ def _difference_gradient(problem: Problem, coefficients: Tensor) -> Tensor:
         by_model = torch.zeros_like(problem.x)
         if value.requires_grad:
             (by_model,) = torch.autograd.grad(value, point, allow_unused=True, materialize_grads=True)
-    trace = problem.posterior.trace(problem.x, problem.y)
+    trace = begin_trace(problem.posterior, problem.x, problem.y)
     return trace.pull_back((coefficients * trace.log_p.exp()).contiguous(), -by_model)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..attacks.pgd import ascend
 from ..inputs import check_callable, check_count, check_points, check_posterior, check_tensor
 from ..posteriors import Ensemble
-from ..posteriors.base import PointwisePosterior, Posterior
+from ..posteriors.base import PointwisePosterior, Posterior, begin_trace
 from ..threat_model import ORDERS, ThreatModel
 
 ROWS = 2**15  # candidates that are evaluated at a time
@@ -60,7 +60,7 @@ def clean_values(problem: Problem) -> tuple[Tensor, Tensor]:
     check_callable("model", problem.model)
     check_posterior("posterior", problem.posterior)
     check_points(problem.x, problem.y, problem.threat_model)
-    log_p = problem.posterior.trace(problem.x, problem.y).log_p
+    log_p = begin_trace(problem.posterior, problem.x, problem.y).log_p
     with torch.no_grad():
         logits = problem.model(problem.x)
     if logits.shape != log_p.shape:
@@ -105,7 +105,7 @@ def _climb(
     x_best = x.detach().clone()
 
     def search(start: Tensor, moves: ThreatModel) -> None:
-        trace = posterior.trace(x, y)
+        trace = begin_trace(posterior, x, y)
 
         def gradient(at: Tensor) -> Tensor:
             trace.move(at)

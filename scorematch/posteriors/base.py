@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from numbers import Integral
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,43 @@ class Posterior(nn.Module, ABC):
     def clean_log_prob(self, x: Tensor, y: Tensor) -> Tensor:
         """log p(y|x) [N, L] at clean inputs, without a graph: where :meth:`trace`, of the same arguments, begins."""
         return self.trace(x, y).log_p
+
+
+_LOOKED_AT: WeakSet[nn.Module] = WeakSet()
+NORMALISED = 1e-2  # how far the logarithm of the sum of all classes may be from 0
+
+
+def begin_trace(posterior: Posterior, x: Tensor, y: Tensor) -> Trace:
+    """``posterior.trace(x, y)``, whose first values are looked at.
+
+    Raises:
+        ValueError: they are no log-probabilities.
+    """
+    trace = posterior.trace(x, y)
+    check_values(posterior, trace.log_p)
+    return trace
+
+
+def check_values(posterior: Posterior, log_p: Tensor) -> None:
+    """Refuse a posterior whose log p [N, L] is something else: probabilities would train a model without a word.
+
+    A GPU has to be waited for, so there is one look at each posterior, and none while a CUDA graph is recorded.
+
+    Raises:
+        ValueError: as said.
+    """
+    known = isinstance(posterior, nn.Module)
+    if (known and posterior in _LOOKED_AT) or (log_p.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return
+    total = log_p.detach().double().logsumexp(1)
+    if (total.abs() > NORMALISED).any():  # NaN is told by what meets it
+        given = total[total.nan_to_num().abs().argmax()].exp().item()
+        raise ValueError(
+            "posterior must give log p(y|x), whose exponentials sum to 1 over the classes, got a sum of "
+            f"{given:.4g} (logits need .log_softmax(1), probabilities .log())"
+        )
+    if known and len(log_p):
+        _LOOKED_AT.add(posterior)
 
 
 class PointwisePosterior(Posterior):

@@ -204,7 +204,7 @@ class Extreme(ClassScorePosterior):
         log_p[:, 2] = torch.where(right, -math.inf, -1.0)
         log_p[:, 3] = torch.where(right, -1e5, -0.5)
         log_p[:, 4] = -3.0
-        return log_p, torch.ones(len(x), 5, *x.shape[1:])
+        return log_p.log_softmax(1), torch.ones(len(x), 5, *x.shape[1:])
 
 
 @pytest.mark.parametrize("kind", ["kl", "se", "js"])

@@ -1,18 +1,19 @@
 """The objectives: Eq. (33) against automatic differentiation, clipping, batch-norm modes, and what they call."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from library_models import UNBOUNDED, climbed, log_posterior, mixture, plain_divergence, small_cnn, smooth_mlp
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from scorematch import FreeAttack, ThreatModel, objectives
+from scorematch import FreeAttack, ThreatModel, audit, consistency, objectives
 from scorematch.divergences import KINDS, clip_bound
 from scorematch.objectives import _DirectAscent, _Target, direct_weights
 from scorematch.ops.score_step import score_step
-from scorematch.posteriors import ClassScorePosterior, GaussianMixture, KernelDensity
+from scorematch.posteriors import ClassScorePosterior, GaussianMixture, KernelDensity, Trace
 from scorematch.posteriors.base import PointwisePosterior
 
 
@@ -427,3 +428,66 @@ def test_a_posterior_is_read_outside_of_autocast() -> None:
         found = objectives.score_direct(model, x, y, threat_model=ball, posterior=oracle, steps=0, start=x)
     divergence = (expected * (expected.log() - model(x).log_softmax(1))).sum(1)
     torch.testing.assert_close(found.loss, divergence, rtol=0.02, atol=0.02)
+
+
+class Stating(PointwisePosterior):
+    """A posterior that states what ``values`` makes of its logits."""
+
+    num_classes = 4
+
+    def __init__(self, values: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.values, self.calls = values, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.values(x[:, :4])
+
+    def _trace_at(self, x: Tensor) -> Trace:
+        return _Stated(self, x)
+
+
+class _Stated(Trace):
+    def __init__(self, posterior: Stating, x: Tensor) -> None:
+        self.posterior = posterior
+        self.move(x)
+
+    def move(self, x: Tensor) -> None:
+        self.x, self.log_p = x, self.posterior(x)
+
+    def pull_back(self, weights: Tensor, grad: Tensor) -> Tensor:
+        return grad
+
+
+@pytest.mark.parametrize(
+    ("values", "given"),
+    [(lambda z: z.softmax(1), "5.1"), (lambda z: z + 10, r"[1-9.]+e\+05"), (lambda z: z.log_softmax(0), "[0-9.]+")],
+    ids=["probabilities", "logits", "over samples"],
+)
+def test_a_posterior_that_states_no_log_probabilities(values: Callable[[Tensor], Tensor], given: str) -> None:
+    x, y, ball = torch.rand(8, 6), torch.zeros(8, dtype=torch.int64), ThreatModel("linf", 0.1)
+    posterior, model = Stating(values), torch.nn.Linear(6, 4)
+    uses: list[Callable[[], object]] = [
+        lambda: objectives.score_direct(model, x, y, threat_model=ball, posterior=posterior),
+        lambda: objectives.trades(model, x, y, threat_model=ball, posterior=posterior),
+        lambda: objectives.soft_targets(posterior, x, y),
+        lambda: consistency(model, posterior, x, y, ball),
+        lambda: audit.log_likelihood(posterior, x, y, noise=0.1),
+        lambda: audit.kl_error(posterior, posterior, x, y),
+        lambda: audit.robust_accuracy(posterior, x, y, ball),
+    ]
+    for use in uses:
+        with pytest.raises(ValueError, match=rf"posterior must give log p.*, got a sum of {given}.*log_softmax"):
+            use()
+
+
+def test_one_look_at_each_posterior() -> None:
+    """A look waits for the GPU."""
+    x, y, ball = torch.rand(8, 6), torch.zeros(8, dtype=torch.int64), ThreatModel("linf", 0.1)
+    posterior, model = Stating(lambda z: z.log_softmax(1)), torch.nn.Linear(6, 4)
+    objectives.score_direct(model, x, y, threat_model=ball, posterior=posterior)
+    posterior.values = lambda z: z
+    objectives.score_direct(model, x, y, threat_model=ball, posterior=posterior)
+    posterior.values = lambda z: torch.full_like(z, math.nan)
+    other = Stating(posterior.values)
+    assert objectives.soft_targets(other, x, y).isnan().all()
