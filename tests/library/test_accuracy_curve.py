@@ -15,6 +15,7 @@ from torch.multiprocessing import start_processes
 from scorematch import AutoAttack, ThreatModel
 from scorematch.attacks import APGD, FAB
 from scorematch.attacks.curve import AccuracyCurve
+from scorematch.intervals import wilson
 from scorematch.threat_model import ORDERS
 
 RADII = {"Linf": (0.01, 0.03, 0.02), "L2": (0.1, 0.2, 0.3), "L1": (0.5, 1.0, 1.5)}
@@ -210,6 +211,10 @@ def test_tables_and_json() -> None:
     assert low < curve.robust_accuracy[0.03] < high
     with pytest.raises(ValueError, match=r"radius must lie in \[0, 0.03\], the largest attacked, got 0.04"):
         curve.accuracy_at(0.04)
+    with pytest.raises(ValueError, match=r"radius must lie in \[0, 0.03\], the largest attacked, got -0.5"):
+        curve.accuracy_at(-0.5)
+    for radius, interval in curve.intervals.items():
+        assert interval == wilson(round(COUNT * curve.robust_accuracy[radius]), COUNT)
 
 
 def test_points_that_rounding_puts_beyond_the_radius_count() -> None:

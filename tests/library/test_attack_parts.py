@@ -216,6 +216,35 @@ def test_square_asks_no_query_for_a_proposal_that_changes_nothing() -> None:
     assert every.forwards > asked.forwards
 
 
+def test_square_asks_nothing_when_all_samples_have_fallen() -> None:
+    model, x, y = batch()
+    asked = []
+
+    def recorded(points: Tensor) -> Tensor:
+        asked.append(len(points))
+        return model(points)
+
+    run = Square(ThreatModel("linf", 0.5), n_queries=2000)
+    _, fallen = run.run_part(Classifier(recorded), Batch(x, y, torch.arange(len(x)), 0, KeyedNoise(0, "square", 0)))
+    assert fallen.all()
+    assert 1 < len(asked) < 2000
+    assert min(asked) > 0
+
+
+@pytest.mark.parametrize(("height", "width"), [(10, 10), (5, 15), (8, 8), (4, 3)])
+def test_the_tiles_of_square_begin_where_five_fit(height: int, width: int) -> None:
+    """In l2 tiles of a fifth of the height, from the border that centres five of them in the height."""
+    x = torch.full((3, 2, height, width), 0.5)
+    first = Square(ThreatModel("l2", 1.0))._first(x, torch.arange(3), KeyedNoise(0, "square", 0))
+    side = max(height // 5, 1)
+    border = max((height - 5 * side) // 2, 0)
+    rows, columns = (torch.arange(size) - border for size in (height, width))
+    tiled = ((rows >= 0) & (rows < height // side * side))[:, None] & (
+        (columns >= 0) & (columns < width // side * side)
+    )
+    assert torch.equal((first != x).all(dim=1).all(dim=0), tiled)
+
+
 def test_windows_shrink_by_the_schedule() -> None:
     """p = .8, .4, .2, .1, .05, .025, .0125, .00625: sides of the published schedule for 32×32 images."""
     linf, l2, l1 = (Square(ThreatModel(norm, 1.0)) for norm in NORMS)

@@ -442,6 +442,7 @@ def test_callables_and_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         ({"attacks_to_run": ["square"]}, "attacks_to_run is for version=\"custom\", got version='standard'"),
         ({"is_tf_model": True}, "is_tf_model: TensorFlow models are not supported"),
         ({"seed": -1}, "seed must be a number from 0"),
+        ({"seed": 2**63}, "seed must be a number from 0"),
         ({"rng": "official"}, "rng must be one of keyed, reference, got 'official'"),
         ({"search_dtype": torch.float64}, "search_dtype must be None, torch.bfloat16 or torch.float16"),
     ],

@@ -88,6 +88,12 @@ def test_curves_and_other_calls_take_devices() -> None:
     torch.testing.assert_close(adversary.apgd.perturb(x, y), single.apgd.perturb(x, y))
 
 
+def test_one_attack_alone_runs_on_the_first_device() -> None:
+    model, x, y = data()
+    points = attack(model, device=["cpu", "meta"]).apgd.perturb(x, y)
+    torch.testing.assert_close(points, attack(model, workers=1).apgd.perturb(x, y))
+
+
 def test_a_failure_on_one_device_ends_all() -> None:
     model, x, y = data()
 

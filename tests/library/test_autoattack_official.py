@@ -147,6 +147,7 @@ def test_what_robustbench_does(tmp_path: Path) -> None:
     x_adv = adversary.run_standard_evaluation(x, y, bs=32, state_path=path)
     state = EvaluationState.from_disk(path)
     assert state.robust_flags is not None
+    assert EvaluationState.new({}, x, y).robust_flags is None
     assert torch.equal(state.robust_flags, verdict(model, x_adv, y))
     assert state.robust_accuracy == adversary.report["robust_accuracy"] < 1
     assert state.clean_accuracy == adversary.report["clean_accuracy"]

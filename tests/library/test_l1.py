@@ -10,8 +10,9 @@ from torch import Tensor
 
 from scorematch import PGD, AutoAttack, FreeAttack, ThreatModel, bounds, logit_divergence, objectives
 from scorematch.attacks import APGD, FAB, Square
-from scorematch.attacks.apgd_l1 import _State
+from scorematch.attacks.apgd_l1 import _State, ascend_sparsely
 from scorematch.attacks.classifier import Classifier
+from scorematch.attacks.losses import dlr_loss, margin_loss, targeted_dlr_loss
 from scorematch.attacks.parts import Batch
 from scorematch.attacks.randomness import KeyedNoise, ReferenceNoise
 from scorematch.attacks.single_step import single_step, single_step_start
@@ -53,7 +54,7 @@ def test_steps_are_shared_out_to_three_radii(steps: int, expected: list[int]) ->
 def test_cost_is_what_a_survivor_costs(larger: bool) -> None:
     model, x, y = data()
     x, y = x[2:], y[2:]
-    run = APGD(ThreatModel("l1", 1e-6), n_iter=11, use_largereps=larger)
+    run = APGD(ThreatModel("l1", 1e-6), n_iter=11, use_largereps=larger, eot_iter=2)
     classifier = Classifier(model)
     _, fooled = run.run_part(classifier, batch_of(x, y))
     assert not fooled.any()
@@ -178,6 +179,30 @@ def test_a_proposal_of_square(side: int) -> None:
     torch.testing.assert_close(found, BALL.replace(eps=WITHIN).project(x0 + expected, x0))
     assert (lengths(found - x0) <= 1).all()
     assert (lengths(found - best) > 1e-3).all()
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+def test_of_the_points_that_fool_the_clearest_is_kept(targeted: bool) -> None:
+    """Of a randomised model, whose verdicts differ: the one with the largest margin over the label."""
+    model, x, y = data()
+    seen = []
+
+    def watched(points: Tensor) -> Tensor:
+        seen.append(points.detach().clone())
+        return model(points)
+
+    goals, loss = ((y, (y + 1) % 10), targeted_dlr_loss) if targeted else ((y,), dlr_loss)
+    ball, start = ThreatModel("l1", 3.0), x.clone()
+    options = {"ball": ball, "steps": 8, "eot_iter": 1, "random_start": False, "counts": True}
+    _, found, fooled = ascend_sparsely(Classifier(watched, verdict_passes=2), x, loss, goals, start, **options)
+    points = torch.stack(seen)
+    with torch.no_grad():
+        logits = torch.stack([model(point) for point in points])
+    margin = torch.stack([margin_loss(at, y) for at in logits]).masked_fill(logits.argmax(2) == y, -math.inf)
+    assert torch.equal(fooled, margin.amax(0) > -math.inf)
+    assert fooled.sum() > 10
+    best = points[margin.argmax(0), torch.arange(len(x))]
+    assert torch.equal(found[fooled], best[fooled])
 
 
 def test_square_in_l1_starts_and_ends_inside() -> None:
