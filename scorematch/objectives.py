@@ -25,7 +25,6 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -43,7 +42,7 @@ from .noise import normal_like
 from .ops._checks import check_number
 from .ops.divergence import divergence as divergence_of
 from .ops.logit_divergence import logit_divergence
-from .posteriors.base import Posterior, Trace, begin_trace, check_values
+from .posteriors.base import Posterior, Trace, begin_trace, check_values, own_precision
 from .threat_model import Perturbations, ThreatModel
 from .weight_perturbation import WeightPerturbation
 
@@ -135,14 +134,6 @@ def training_logits(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     logits = model(x)
     check_logits(logits, x)
     return logits.to(torch.promote_types(logits.dtype, x.dtype))
-
-
-def own_precision(x: Tensor) -> AbstractContextManager[object]:
-    """No autocast, for a posterior: log-densities of thousands of nats differ by less than half precision resolves."""
-    device = x.device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)
 
 
 def check_comparable(logits: Tensor, target: Tensor) -> None:

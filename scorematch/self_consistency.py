@@ -17,9 +17,9 @@ from .divergences import check_kind
 from .inference import outside_inference_mode
 from .inputs import check_callable, check_count, check_points, check_posterior
 from .model_state import as_found
-from .objectives import check_comparable, direct_weights, own_precision, training_logits
+from .objectives import check_comparable, direct_weights, training_logits
 from .ops.logit_divergence import logit_divergence
-from .posteriors.base import Posterior, Trace, begin_trace
+from .posteriors.base import Posterior, Trace, begin_trace, own_precision
 from .threat_model import ThreatModel
 
 

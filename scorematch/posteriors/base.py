@@ -8,6 +8,7 @@ w_y to Σ_y w_y ∇ₓ log p(y|x'). :class:`Trace` answers both, and remembers t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral
 from typing import Any
 from weakref import WeakSet
@@ -161,7 +162,8 @@ class _ClassScoreTrace(Trace):
     def move(self, x: Tensor) -> None:
         check_real(x)
         self.x = x.detach()
-        self.log_p, self.scores = self.posterior.log_prob_and_scores(self.x)
+        with own_precision(x):
+            self.log_p, self.scores = self.posterior.log_prob_and_scores(self.x)
 
     def pull_back(self, weights: Tensor, grad: Tensor) -> Tensor:
         check_pull(weights, grad, self)
@@ -176,7 +178,8 @@ class _LogPosterior(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, posterior: ClassScorePosterior) -> Tensor:
-        log_p, scores = posterior.log_prob_and_scores(x.detach())
+        with own_precision(x):
+            log_p, scores = posterior.log_prob_and_scores(x.detach())
         ctx.save_for_backward(log_p, scores)
         return log_p
 
@@ -185,6 +188,14 @@ class _LogPosterior(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         log_p, scores = ctx.saved_tensors
         return score_step(centred(grad, log_p), scores, torch.zeros_like(scores[:, 0])), None
+
+
+def own_precision(x: Tensor) -> AbstractContextManager[object]:
+    """No autocast, for a posterior: log-densities of thousands of nats differ by less than half precision resolves."""
+    device = x.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def check_point(x: Tensor, own: Tensor) -> None:

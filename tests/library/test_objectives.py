@@ -424,6 +424,8 @@ def test_a_posterior_is_read_outside_of_autocast() -> None:
     model, ball = nn.Linear(64, 10), ThreatModel("linf", 0.1)
     expected = objectives.soft_targets(oracle, x, y)
     with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(oracle(x).exp(), expected)
+        assert torch.equal(oracle.trace(x, y).log_p.exp(), expected)
         assert torch.equal(objectives.soft_targets(oracle, x, y), expected)
         found = objectives.score_direct(model, x, y, threat_model=ball, posterior=oracle, steps=0, start=x)
     divergence = (expected * (expected.log() - model(x).log_softmax(1))).sum(1)
