@@ -18,8 +18,10 @@ from torch.multiprocessing import start_processes
 
 from scorematch import PGD, AutoAttack
 from scorematch.attacks import APGD, AutoAttackWarning, EvaluationState, inspection
+from scorematch.attacks.accounting import Cost
 from scorematch.attacks.classifier import Classifier
 from scorematch.attacks.losses import dlr_loss
+from scorematch.attacks.report import stage_line
 from scorematch.intervals import wilson
 from scorematch.threat_model import ORDERS
 
@@ -419,6 +421,18 @@ def test_only_confirmed_successes_of_a_search_in_low_precision_count() -> None:
     exact = attack(model)
     exact.run_standard_evaluation(x, y)
     assert abs(exact.report["robust_accuracy"] - honest.report["robust_accuracy"]) <= 0.05
+
+
+@pytest.mark.parametrize(
+    ("mine", "told"), [(range(COUNT), ""), (range(COUNT // 2), f" (rank 0's {COUNT // 2} samples)")]
+)
+def test_a_line_says_of_which_samples_it_is(mine: range, told: str) -> None:
+    _, x, y = data()
+    state = EvaluationState.new({}, x, y)
+    state.costs["apgd-ce"] = Cost(seconds=2.0)
+    line = stage_line(state, 0, "apgd-ce", torch.tensor(mine))
+    assert line.startswith("robust accuracy after apgd-ce: 100.00 %")
+    assert line.partition(", 2.0 s")[2] == told
 
 
 def test_callables_and_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
