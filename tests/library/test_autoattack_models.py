@@ -124,6 +124,14 @@ class Blind(nn.Module):
         return logits
 
 
+def test_the_first_class_is_none_of_nan() -> None:
+    x, y = torch.rand(6, 1, 4, 4), torch.zeros(6, dtype=torch.int64)
+    adversary = alone(lambda points: 1e3 * torch.eye(3)[0] + points.flatten(1)[:, :3], "apgd-ce")
+    adversary.run_standard_evaluation(x, y)
+    assert adversary.report["robust_accuracy"] == 1.0
+    assert adversary.report["nan_samples"] == {"clean": [], "attacked": []}
+
+
 @pytest.mark.parametrize("column", [3, slice(None)])
 @pytest.mark.parametrize("norm", NORMS)
 def test_nan_counts_as_misclassified_and_is_listed(norm: str, column) -> None:
