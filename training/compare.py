@@ -372,6 +372,8 @@ MEASURES = (
     "clean_acc",
     "pgd_acc",
     "autoattack_acc",
+    "nll",
+    "calibration_error",
     "r_standard",
     "r_score",
     "r_madry",

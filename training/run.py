@@ -331,6 +331,7 @@ def measure(
     results: dict[str, Any] = {
         "clean_acc": curve[0]["acc"],
         "clean_interval": measures.wilson(int(clean.sum()), len(x)),
+        **measures.calibration(network, x, y),
     }
     interval = 0.1 if sys.stderr.isatty() else 30.0
     hidden = distributed.rank() > 0

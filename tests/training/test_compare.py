@@ -37,6 +37,9 @@ def test_a_comparison_of_two_objectives(call: Any, tiny: list[str], tmp_path: Pa
 
     page = (tmp_path / "here" / "report.html").read_text()
     assert "PGD-AT SE" in page
+    errors = [[run["calibration_error"] for run in runs] for runs in comparison["runs"].values()]
+    assert all(0 < error < 100 for runs in errors for error in runs)
+    assert f"{sum(errors[0]) / 2:.1f} ±" in (tmp_path / "here" / "table.md").read_text().splitlines()[2]
     assert "AutoAttack: fast, 20 test samples." in page
     assert "; under AutoAttack, " in page
     column, cells = autoattack_cells(tmp_path / "here" / "table.md")

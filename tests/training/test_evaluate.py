@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import socket
@@ -17,7 +18,7 @@ import pytest
 import torch
 from torch import nn
 
-from scorematch import PGD, AutoAttack, ThreatModel
+from scorematch import PGD, AutoAttack, ThreatModel, audit
 from scorematch.attacks import AutoAttackWarning
 from training import evaluate, measures, models, run
 from training.settings.errors import Interrupted, run_program
@@ -396,6 +397,20 @@ def test_verdicts_are_given_without_tf32(monkeypatch: pytest.MonkeyPatch) -> Non
     x = torch.rand(5, 3)
     measures.robust(model, x, model(x).argmax(1), attack, torch.Generator().manual_seed(0), search=search)
     assert (set(model.seen[1:]), set(search.seen)) == ({True}, {False})
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_calibration_is_that_of_the_model_in_eval_mode(training: bool) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Dropout(0.5)).train(training)
+    x, y = torch.rand(30, 4), torch.arange(30) % 3
+    found = measures.calibration(model, x, y, batch=7)
+    assert model.training == training
+    log_p = model[0](x).double().log_softmax(1).detach()
+    assert found["nll"] == pytest.approx(torch.nn.functional.nll_loss(log_p, y).item())
+    assert found["calibration_error"] == pytest.approx(100 * audit.reliability(log_p, y).error)
+    model[0].bias.data[1] = math.nan
+    assert measures.calibration(model, x, y) == {"nll": None, "calibration_error": None}
 
 
 def test_autoattack_at_several_radii(call: Any, trained: Path, tmp_path: Path) -> None:

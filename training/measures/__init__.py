@@ -12,7 +12,7 @@ import torch
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
-from scorematch import PGD, AutoAttack, ThreatModel, consistency, intervals
+from scorematch import PGD, AutoAttack, ThreatModel, audit, consistency, intervals
 from scorematch.attacks import AccuracyCurve, AutoAttackWarning
 from scorematch.attacks.precision import full_precision
 from scorematch.posteriors import Posterior
@@ -39,6 +39,27 @@ def _classified(model: nn.Module, x: Tensor, y: Tensor, batch: int) -> Tensor:
     parts = [model(xs).argmax(dim=1) == ys for xs, ys in zip(x.split(batch), y.split(batch), strict=True)]
     model.train(training_mode)
     return torch.cat(parts)
+
+
+@torch.no_grad()
+def calibration(model: nn.Module, x: Tensor, y: Tensor, batch: int = BATCH) -> dict[str, float | None]:
+    """How good the probabilities of a classifier are at x [N, ...] with labels y [N], without TF32.
+
+    ``nll`` is the mean −log p of the label, in nats; ``calibration_error`` the expected calibration error, in
+    percentage points, see :func:`scorematch.audit.reliability`. Both are None where a logit is not finite.
+    """
+    training_mode = model.training
+    model.eval()
+    with full_precision(x.device):
+        logits = torch.cat([model(xs).double() for xs in x.split(batch)])
+    model.train(training_mode)
+    if not logits.isfinite().all():
+        return {"nll": None, "calibration_error": None}
+    log_p = logits.log_softmax(1)
+    return {
+        "nll": -log_p.gather(1, y[:, None]).mean().item(),
+        "calibration_error": 100.0 * audit.reliability(log_p, y).error,
+    }
 
 
 def robust(

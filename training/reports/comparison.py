@@ -74,7 +74,7 @@ def table_rows(comparison: Comparison) -> list[list[str]]:
     header = ["objective", "clean, %", f"PGD, {eps}, %"]
     gaps = ["difference from the best surrogate, PGD", "the same, AutoAttack"]
     header += ["R_Standard, nat", "R_SCORE, nat", "R_Madry, nat"] if on_toy else ["AutoAttack, %", *gaps]
-    header += ["data / model gradient, %", "step signs changed, %", "training, s"]
+    header += ["calibration error, points", "data / model gradient, %", "step signs changed, %", "training, s"]
     rows = [header]
     paired = comparison["paired"]
     for name, entry in comparison["aggregate"].items():
@@ -88,6 +88,7 @@ def table_rows(comparison: Comparison) -> list[list[str]]:
             best = name == paired.get("against")
             row += [interval(entry.get("autoattack_acc")), *(["(the best surrogate)", "–"] if best else gaps)]
         row += [
+            interval(entry.get("calibration_error"), ".1f"),
             interval(entry.get("data_gradient_ratio"), ".1f", 100),
             interval(entry.get("sign_change_share"), ".1f", 100),
         ]
