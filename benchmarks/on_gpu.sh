@@ -42,8 +42,12 @@ build)
   python setup.py build_ext --inplace
   ;;
 checks)
+  # Without those that build for the CPU alone, which come first and take longer than all others.
+  build=tests/ops/test_build.py
   python -m pytest -q tests/ops tests/test_devices.py tests/library/test_graphs.py tests/training/test_waits.py \
-    tests/training/test_hardware.py "$@" 2>&1 | tee "$results/$device-tests.txt"
+    tests/training/test_hardware.py --ignore tests/ops/test_emulated_device.py --ignore tests/ops/test_sanitizers.py \
+    --deselect "$build::test_cuda_compiles_without_spills" --deselect "$build::test_every_instruction_set" \
+    "$@" 2>&1 | tee "$results/$device-tests.txt"
   ;;
 kernels)
   python -m benchmarks.kernels --device "$device" "$@" | tee "$results/$device-table.txt"

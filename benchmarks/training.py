@@ -184,6 +184,8 @@ def run_of(settings: BenchmarkSettings, objective: str, variant: str, loaded: da
 def time_of(trainer: Trainer, index: torch.Tensor, steps: int) -> float:
     """Seconds a step."""
     device = index.device
+    # Of the process: it is as the run that was made last has left it.
+    hardware.prepare(device, trainer.speed.precision, deterministic=trainer.settings.deterministic)
     begin = time.perf_counter()
     for _ in range(steps):
         trainer._step(index)

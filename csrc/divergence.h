@@ -10,12 +10,13 @@
 namespace scorematch {
 
 // log softmax(z)_j = (z_j - largest) - log_sum. A probability is the same number whether its exponential was kept or is
-// computed again, so that distributions that coincide do so to the last bit.
+// computed again, and is rounded before another one is subtracted, so that distributions that coincide do so to the last
+// bit.
 template <typename A>
 struct LogSoftmax {
   A largest, log_sum, inverse_sum;
   SCOREMATCH_INLINE A operator()(A z) const { return (z - largest) - log_sum; }
-  SCOREMATCH_INLINE A from_exponential(A e) const { return e * inverse_sum; }
+  SCOREMATCH_INLINE A from_exponential(A e) const { return rounded_product(e, inverse_sum); }
   SCOREMATCH_INLINE A probability(A z) const { return from_exponential(exponential(z - largest)); }
 };
 

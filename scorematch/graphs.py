@@ -128,8 +128,11 @@ class _Recording:
     def __init__(self, attack: Attack, inputs: tuple[Tensor, ...]) -> None:
         self.inputs = [value.detach().clone() for value in inputs]
         self.graph = torch.cuda.CUDAGraph()
+        # torch's own stream for recordings is on the device that was the current one when it first recorded. And by
+        # default no other thread may take or give back pinned memory meanwhile.
+        stream = torch.cuda.Stream(self.inputs[0].device if self.inputs else None)
         try:
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
                 self.outputs = attack(*self.inputs)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:300]

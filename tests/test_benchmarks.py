@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import endurance, floor, kernels, overhead, training
-from scorematch.attacks import classifier
+from scorematch.attacks import classifier, precision
 
 PEAK = floor.Peak(operations=1e9, exponentials=1e8)
 
@@ -235,6 +235,25 @@ def test_a_cycle_is_interrupted_and_repeats_itself(tmp_path):
     first, second = (endurance.cycle(settings, "pgd_at", tmp_path / "cycle", random.Random(seed)) for seed in (0, 1))
     assert first == second
     assert len(first[1]) == 4
+
+
+@pytest.mark.usefixtures("untouched_process")
+def test_each_variant_is_timed_with_the_arithmetic_that_it_asks_for(tmp_path, monkeypatch):
+    """Whether TF32 is allowed holds for the process; runs are made first, and then take turns."""
+    found = []
+
+    def look(trainer, index):
+        found.append((trainer.speed.precision, torch.get_float32_matmul_precision()))
+
+    monkeypatch.setattr(training.config, "validate_machine", lambda settings: None)  # TF32 on a CPU
+    monkeypatch.setattr(training.Trainer, "_step", look)
+    before = torch.get_float32_matmul_precision()
+    options = ["--data", "toy", "--model", "toy_mlp", "--batch", "8", "--steps", "1", "--attack-steps", "1"]
+    try:
+        training.main([*options, "--variants", "tf32", "plain", "--rounds", "1", "--threads", "1"])
+    finally:
+        precision.allow_tf32(before != "highest")
+    assert set(found) == {("tf32", "high"), ("float32", "highest")}
 
 
 def test_shares_of_a_step(tmp_path, monkeypatch):

@@ -126,7 +126,7 @@ def test_autoattack(norm: str, eps: float, device: torch.device) -> None:
     fooled = [model.cpu()(found).argmax(1) != y for found in points]
     assert 0 < int(fooled[0].sum()) < 30
     assert torch.equal(*fooled)
-    torch.testing.assert_close(points[1], points[0], rtol=0, atol=1e-8)
+    torch.testing.assert_close(points[1], points[0], rtol=0, atol=1e-6)  # normal starts are drawn in float32
 
 
 @pytest.mark.parametrize("name", ["wrn-10-1-silu", "preact-resnet-18", "resnet-18", "preact-resnet-18-plain"])

@@ -272,6 +272,7 @@ def get_posterior(settings: RunSettings, loaded: Data, given: dict[str, Any] | N
         about["validation_size"] = settings.validation_size
     device = loaded.x_train.device
     speed = speed_of_posterior(settings, hardware.hardware_of(device))
+    hardware.prepare(device, speed.precision, deterministic=settings.deterministic)  # it may have to be trained
     try:
         posterior = posteriors.build(
             settings.posterior_settings,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -120,7 +121,13 @@ def _signs(draws: Tensor) -> Tensor:
 
 def _corners(draws: Tensor, room: tuple[int, ...]) -> Tensor:
     """Whole numbers from 0 to ``room`` inclusive, so that a window reaches both edges of the image."""
-    return (draws * (torch.tensor(room, device=draws.device) + 1)).long()
+    return (draws * _places(room, draws.device)).long()
+
+
+@cache
+def _places(room: tuple[int, ...], device: torch.device) -> Tensor:
+    """``room`` + 1 on a device, kept there: a GPU that is sent numbers is waited for, at every query of Square."""
+    return torch.tensor(room, device=device) + 1
 
 
 class ReferenceNoise:

@@ -164,7 +164,7 @@ class Square(AttackSettings):
             return (x + model.eps * stripes).clamp(model.lower, model.upper)
         side = max(height // 5, 1)
         margin = (height - side * 5) // 2
-        pattern = PATTERNS[model.norm](side).to(x)
+        pattern = pattern_on(model.norm, side, x.dtype, x.device)
         delta = torch.zeros_like(x)
         tile = 0
         for i in range(height // side):
@@ -192,8 +192,8 @@ class Square(AttackSettings):
             return square_linf(best, x, corner, sign.to(x), side=side, **box)
         corners, transpose, sign = noise.windows(samples, channels, room, query)
         if model.norm == "l1":
-            return square_l1(best, x, corners, sign.to(x), l1_pattern(side).to(x), transpose, model)
-        return square_l2(best, x, corners, sign.to(x), l2_pattern(side).to(x), transpose, **box)
+            return square_l1(best, x, corners, sign.to(x), pattern_on("l1", side, x.dtype, x.device), transpose, model)
+        return square_l2(best, x, corners, sign.to(x), pattern_on("l2", side, x.dtype, x.device), transpose, **box)
 
 
 def _margin_of_truth(logits: Tensor, labels: Tensor) -> Tensor:
@@ -255,6 +255,12 @@ def l1_pattern(side: int) -> Tensor:
 
 
 PATTERNS = {"l2": l2_pattern, "l1": l1_pattern}
+
+
+@cache
+def pattern_on(norm: str, side: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The pattern of a norm on a device, kept there: a GPU that is sent numbers is waited for."""
+    return PATTERNS[norm](side).to(device, dtype)
 
 
 def _pattern(side: int, p: int, falloff: int) -> Tensor:

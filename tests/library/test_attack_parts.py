@@ -3,14 +3,16 @@
 import math
 import threading
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from library_autoattack import data
 from library_models import small_cnn
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 
-from scorematch import ThreatModel
+from scorematch import ThreatModel, _extension
 from scorematch.attacks import APGD, FAB, Square
 from scorematch.attacks.classifier import Classifier, cache_chunk, channels_last_works, folded_copy
 from scorematch.attacks.fab import distance
@@ -18,6 +20,7 @@ from scorematch.attacks.losses import dlr_loss, margin_loss, ranked_targets, tar
 from scorematch.attacks.parts import Batch, Search
 from scorematch.attacks.randomness import KeyedNoise, ReferenceNoise
 from scorematch.attacks.square import l1_pattern, l2_pattern
+from scorematch.ops import _checks
 from scorematch.threat_model import DUAL_ORDERS, ORDERS
 
 NORMS = ["linf", "l2", "l1"]
@@ -243,6 +246,34 @@ def test_the_tiles_of_square_begin_where_five_fit(height: int, width: int) -> No
         (columns >= 0) & (columns < width // side * side)
     )
     assert torch.equal((first != x).all(dim=1).all(dim=0), tiled)
+
+
+class Sent(TorchFunctionMode):
+    """Records what goes from the CPU to the device: a GPU that is sent something is waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        from_cpu = not isinstance(args[0], Tensor) or args[0].is_cpu if func in (torch.tensor, Tensor.to) else False
+        if from_cpu and out.is_meta:
+            self.found.append(f"{func.__name__} {list(out.shape)}")
+        return out
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_queries_of_square_send_nothing_to_the_device(norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which meta plays; the first query of a size of windows may send what is kept there."""
+    monkeypatch.setattr(_checks, "_refuse_device", lambda name, t: None)
+    monkeypatch.setattr(_extension, "missing_kernel_message", lambda device: None)
+    attack, noise = Square(ThreatModel(norm, 1.0)), KeyedNoise(0, "square", 0)
+    x, samples = torch.rand(2, 3, 8, 8, device="meta"), torch.arange(2, device="meta")
+    attack._propose(x, x, samples, noise, 0)
+    with Sent() as sent:
+        attack._propose(x, x, samples, noise, 1)
+    assert sent.found == []
 
 
 def test_windows_shrink_by_the_schedule() -> None:

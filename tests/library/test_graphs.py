@@ -172,18 +172,41 @@ def test_casts_that_autocast_keeps_are_refused(monkeypatch: pytest.MonkeyPatch) 
     assert Replayed.made == 1
 
 
-def test_a_recording_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def captured_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
+    """Recordings call the attack and nothing else; what torch is told of each is in the list that is returned."""
+    told: list[dict[str, object]] = []
+
     class Capture:
-        def __init__(self, graph: object) -> None:
-            del graph
+        def __init__(self, graph: object, **options: object) -> None:
+            told.append(options)
 
         def __enter__(self) -> None: ...
 
         def __exit__(self, *exception: object) -> None: ...
 
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    class Graph:
+        def replay(self) -> None: ...
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"a stream of {device}")
     monkeypatch.setattr(torch.cuda, "graph", Capture)
     monkeypatch.setattr(AttackGraphs, "_check", staticmethod(lambda inputs: None))
+    return told
+
+
+def test_a_recording_is_made_on_the_device_of_its_inputs_and_leaves_other_threads_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Which need not be the current device; other threads read generated images and write checkpoints."""
+    told = captured_on_the_cpu(monkeypatch)
+    attack_graphs = AttackGraphs(warmup=1)
+    for _ in range(3):
+        attack_graphs(lambda x: {"x": x + 1}, torch.zeros(1))
+    assert told == [{"stream": "a stream of cpu", "capture_error_mode": "thread_local"}]
+
+
+def test_a_recording_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    captured_on_the_cpu(monkeypatch)
 
     def reads(x: Tensor) -> dict[str, Tensor]:
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing")

@@ -80,6 +80,27 @@ def test_cuda_compiles_without_spills(source, architecture, nvcc, tmp_path):
     assert f"for '{architecture}'" in report
 
 
+def test_a_probability_is_rounded_before_another_one_is_subtracted(nvcc, tmp_path):
+    """Where a product is fused with the difference, distributions that coincide differ, as the compiler pleases."""
+    source = tmp_path / "difference.cu"
+    source.write_text(
+        f"""#include "{ROOT}/csrc/divergence.h"
+        template <typename A>
+        __device__ void difference(scorematch::LogSoftmax<A> q, scorematch::LogSoftmax<A> p, A* out) {{
+          out[0] = q.from_exponential(out[1]) - p.from_exponential(out[2]);
+        }}
+        __global__ void in_float(scorematch::LogSoftmax<float> q, float* out) {{ difference(q, q, out); }}
+        __global__ void in_double(scorematch::LogSoftmax<double> q, double* out) {{ difference(q, q, out); }}
+        """
+    )
+    ptx = tmp_path / "difference.ptx"
+    flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr"]
+    result = run([nvcc, "-ptx", "-arch=sm_90", *flags, str(source), "-o", str(ptx)])
+    assert result.returncode == 0, result.stderr
+    products = re.findall(r"(?:mul|fma|mad)\S*\.f(?:32|64)", ptx.read_text())
+    assert products == ["mul.rn.f32"] * 2 + ["mul.rn.f64"] * 2, "rn: not to be fused with anything"
+
+
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_kernels_are_registered(operator):
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key

@@ -129,6 +129,58 @@ def test_a_writer_saves_what_it_was_given_whatever_happens_to_it_afterwards(tmp_
     assert (tmp_path / "epoch-0001.pt").read_bytes() == (tmp_path / "a.pt").read_bytes()
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_copy_is_complete_on_a_device_that_is_not_the_current_one():
+    value = torch.zeros(1, device="cuda:1")
+    torch.cuda.synchronize(1)
+    with torch.cuda.device(1):
+        torch.cuda._sleep(1_000_000_000)
+    value += 1
+    copied, ready = checkpoint.copied_to_host({"a": value})
+    ready()
+    assert copied["a"].tolist() == [1]
+
+
+def test_a_copy_is_waited_for_on_the_device_of_each_tensor(monkeypatch):
+    """The streams and the tensors of two devices are played here."""
+
+    class Played(torch.Tensor):
+        is_cuda = True
+
+        @property
+        def device(self):
+            return self.on
+
+        def detach(self):
+            return torch.Tensor(self)
+
+    class Stream:
+        def __init__(self, device):
+            self.device = device
+
+        def record_event(self):
+            recorded.append(self.device)
+            return self
+
+        def synchronize(self):
+            waited.append(self.device)
+
+    recorded, waited = [], []
+    one, two = (torch.device("cuda", number) for number in (1, 2))
+    state = {}
+    for name, device in (("a", one), ("b", two), ("c", one)):
+        state[name] = torch.ones(2).as_subclass(Played)
+        state[name].on = device
+    monkeypatch.setattr(torch, "empty_like", lambda value, **options: torch.zeros(2))
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    copied, ready = checkpoint.copied_to_host(state)
+    assert [value.tolist() for value in copied.values()] == [[1, 1]] * 3
+    assert set(recorded) == {one, two}
+    assert waited == []
+    ready()
+    assert set(waited) == {one, two}
+
+
 def test_a_writer_reports_a_file_that_cannot_be_written(tmp_path):
     writer = checkpoint.Writer()
     writer.save(tmp_path / "missing" / "a.pt", epoch=1, settings={}, network={})

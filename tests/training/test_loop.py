@@ -96,6 +96,26 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, optimizer: str, s
     assert last.best == whole.best
 
 
+@pytest.mark.parametrize("options", ["--objective trades", "--objective pgd_at --free-replays 2 --averaging 0"])
+def test_a_state_is_read_on_the_cpu_and_goes_where_it_belongs(options: str, tmp_path: Path) -> None:
+    """Adam's counts of its steps stay there; the device, which weights that are copied never see, is played by meta."""
+    first = trainer(tmp_path, *options.split(), "--optimizer", "adam")
+    first.save()
+    interrupted_after(first, 2)
+    first.save()
+    first.written()
+    second = trainer(tmp_path, *options.split(), "--optimizer", "adam")
+    second.device = torch.device("meta")
+    second.resume()
+    assert {total.device.type for total in second.sums.values()} == {"meta"}
+    assert {state["step"].device.type for state in second.optimizer.state.values()} == {"cpu"}
+    for name, value in first.model.state_dict().items():
+        assert torch.equal(value, second.model.state_dict()[name]), name
+    if second.free is not None:
+        assert second.free.perturbation is not None
+        assert second.free.perturbation.device.type == "meta"
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_epoch(tmp_path: Path) -> None:
     run = trainer(tmp_path)
     run.save()

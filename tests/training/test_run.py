@@ -14,6 +14,7 @@ from torch import nn
 
 from scorematch import PGD, ThreatModel
 from scorematch.attacks import AutoAttackWarning
+from scorematch.attacks.precision import allow_tf32
 from training import measures, run
 from training.engine import checkpoint, scores
 from training.engine.loop import Trainer
@@ -428,6 +429,22 @@ def test_the_audit_of_a_posterior_takes_few_samples(
     assert summary["posterior_samples"] == 20
     assert 100 * summary["posterior_robust_acc"] % 500 == 0, "of twenty"
     assert "% clean, " in ending.out
+
+
+def test_a_posterior_is_trained_with_the_arithmetic_of_its_run(
+    call: Any, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, train = [], scores.train
+
+    def look(trainer: scores.ScoreTrainer) -> None:
+        found.append(torch.get_float32_matmul_precision())
+        train(trainer)
+
+    monkeypatch.setattr(scores, "train", look)
+    allow_tf32(True)
+    options = ["--posterior-settings.steps", "4", "--precision", "float32"]
+    assert call("run", *tiny, "--objective", "score_direct", *options, "--out", tmp_path / "run").status == 0
+    assert set(found) == {"highest"}
 
 
 def test_the_time_of_a_posterior_counts_what_earlier_processes_spent(

@@ -117,7 +117,8 @@ class Engine(ABC):
 
     def resume(self) -> None:
         """Go back to the last checkpoint, bit for bit."""
-        state = checkpoint.load(self.out / "checkpoint.pt", self.device)
+        # On the CPU, where Adam counts its steps: of a count on a GPU it would wait for the value in every step.
+        state = checkpoint.load(self.out / "checkpoint.pt")
         saved = state["training"]
         try:
             self.load_state(saved)
@@ -127,7 +128,8 @@ class Engine(ABC):
         torch.set_rng_state(saved["torch_rng"].cpu())
         self.epoch, self.best = state["epoch"], saved["best"]
         # Checkpoints from before there were any within an epoch do not have these.
-        self.step, self.sums, self.seconds = (saved.get(k, v) for k, v in (("step", 0), ("sums", {}), ("seconds", 0.0)))
+        self.step, sums, self.seconds = (saved.get(k, v) for k, v in (("step", 0), ("sums", {}), ("seconds", 0.0)))
+        self.sums = {name: total.to(self.device) for name, total in sums.items()}
         self._saved_epoch = self.epoch
 
     def save(self) -> None:

@@ -126,24 +126,27 @@ def copied_to_host(state: Any) -> tuple[Any, Callable[[], None]]:
 
     Tensors of a GPU go to pinned memory behind the work that is queued there, and nothing waits for it meanwhile.
     """
-    event: torch.cuda.Event | None = None
+    devices: set[torch.device] = set()
 
     def copied(value: Any) -> Any:
-        nonlocal event
         if not isinstance(value, Tensor):
             return value
         if not value.is_cuda:
             return value.detach().clone()
         target = torch.empty_like(value, device="cpu", pin_memory=True)
         target.copy_(value.detach(), non_blocking=True)
-        event = event or torch.cuda.Event()
+        devices.add(value.device)
         return target
 
     copies = pytree.tree_map(copied, state)
-    if event is None:
-        return copies, lambda: None
-    event.record()
-    return copies, event.synchronize
+    # Of the device of the tensors, which need not be the current one.
+    events = [torch.cuda.current_stream(device).record_event() for device in devices]
+
+    def wait() -> None:
+        for event in events:
+            event.synchronize()
+
+    return copies, wait
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:

@@ -333,7 +333,8 @@ class Trainer(Engine):
             self.generators[purpose].set_state(generator_state.cpu())
         if self.free is not None:
             held = saved["free"]["perturbation"]  # of the whole batch: the number of processes may have changed
-            self.free.load_state_dict({"perturbation": None if held is None else held[self.rank :: self.world]})
+            mine = None if held is None else held[self.rank :: self.world].to(self.device)
+            self.free.load_state_dict({"perturbation": mine})
         self.start_of_epoch = saved.get("start_of_epoch", saved["generators"]["order"]).cpu()
         self.lr = saved.get("lr", self.lr)
 
