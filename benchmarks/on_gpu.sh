@@ -6,7 +6,8 @@
 #   build       the kernels, for the GPU at hand
 #   checks      every test that is parametrised over the device, graphs and waits among them
 #   kernels     each operator beside eager PyTorch and torch.compile; OPTIONS of benchmarks.kernels
-#   training    seconds a step of ResNet-18 with PGD-10, every switch by itself
+#   training    seconds a step of ResNet-18 with PGD-10, every switch by itself; three of them compile, so one of
+#               OBJECTIVES (default "pgd_at trades") a call may be as much as fits
 #   large       the same for WRN-28-10 and WRN-70-16, bfloat16 alone
 #   autoattack  beside the official package where it is installed; MODEL and EPS name the network
 #   table2      a row of Table 2, for SECONDS_TO_TRAIN (default 400); the next call goes on
@@ -21,7 +22,7 @@ shift || true
 results=benchmarks/results
 mkdir -p "$results"
 usage() {
-  sed -n '2,17s/^# \{0,1\}//p' "$0"
+  sed -n '2,18s/^# \{0,1\}//p' "$0"
   exit 2
 }
 case "$part" in
@@ -59,7 +60,7 @@ training)
     network=preact-resnet-18-plain steps=20 rounds=3
     variants=(plain channels_last tf32 bfloat16 graph "bfloat16, graph" "bfloat16, compiled" "bfloat16, compiled, graph" auto)
   fi
-  python -m benchmarks.training "${on_device[@]}" --model "$network" --objectives pgd_at trades --steps "$steps" \
+  python -m benchmarks.training "${on_device[@]}" --model "$network" --objectives ${OBJECTIVES:-pgd_at trades} --steps "$steps" \
     --rounds "$rounds" --variants "${variants[@]}" --out "$results/$device-training-$network.json" "$@"
   ;;
 large)

@@ -125,7 +125,8 @@ def test_what_fools_the_fast_network_alone_does_not_count() -> None:
 
 def test_a_run_in_bfloat16_learns_what_one_in_float32_learns(call: Any, tmp_path: Path) -> None:
     accuracies, logs = {}, {}
-    options = "--objective pgd_at --model digits_cnn_bn --epochs 5 --steps 3 --validation-steps 1 --eval-steps 5 --eval-restarts 1 --curve-points 0"
+    options = "--objective pgd_at --model digits_cnn_bn --epochs 5 --steps 3 --validation-steps 1"
+    options += " --eval-steps 5 --eval-restarts 1 --curve-points 0"
     for precision in ("float32", "bfloat16"):
         out = tmp_path / precision
         arguments = [*options.split(), "--precision", precision, "--autoattack", "none", "--threads", "1"]
