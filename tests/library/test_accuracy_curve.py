@@ -74,6 +74,8 @@ def test_a_curve_is_what_evaluations_find_together(norm: str, version: str) -> N
 def test_every_verdict_has_its_point(norm: str) -> None:
     model, x, y = data()
     curve = whole(norm)
+    with pytest.raises(ValueError, match=rf"radius must lie in \[0, {max(RADII[norm]):g}\], the largest attacked"):
+        curve.accuracy_at(2 * max(RADII[norm]))
     within = curve.nearest <= curve.radii[-1]
     assert torch.equal(verdict(model, curve.adversarial, y), ~within)
     assert torch.equal(curve.adversarial[~within], x[~within])
