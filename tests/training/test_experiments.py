@@ -5,7 +5,7 @@ import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -529,6 +529,53 @@ def test_stored_results_are_those_of_these_settings() -> None:
     for cell in cells:
         assert cell.path.is_file()
         runner.Notebook(cell.path, cell.about)
+
+
+def test_numbers_written_by_hand_follow_from_the_stored_results() -> None:
+    """Those of the README and of docs/scores.md; page.py writes the others."""
+    root = Path(__file__).parents[2]
+    readme, scores = (
+        " ".join((root / name).read_text().split()).replace(" nats", "") for name in ("README.md", "docs/scores.md")
+    )
+
+    def stored(name: str) -> list[dict[str, Any]]:
+        return tables.read(root / "docs/evidence" / name, page.LAST.get(name, "student direct:kl energy_ensemble"))
+
+    def mean(group: list[dict[str, Any]], measures: Callable[[dict[str, Any]], dict[str, float]], name: str) -> float:
+        return sum(measures(cell)[name] for cell in group) / len(group)
+
+    def best(group: list[dict[str, Any]], name: str, *, published: bool) -> float:
+        forms = [form for form in comparisons.present(group, mixtures.SURROGATES) if not published or " " not in form]
+        rival = comparisons.best_surrogate(group, forms, name)
+        return mean(group, lambda cell: comparisons.of_rival(rival, cell), name)
+
+    def informed(cell: dict[str, Any]) -> dict[str, float]:
+        return comparisons.of_surrogate(cell, f"{mixtures.ABLATION['A']} oracle", "last")
+
+    few, many, features, images = page.groups(stored("mixtures") + stored("features") + stored("images")).values()
+    for group, digits in ((many, ".3f"), (few, ".2f"), (features, ".2f")):
+        own, other = mean(group, sweep_page.oracle, "r_score"), best(group, "r_score", published=False)
+        assert f"{own:{'.2f' if group is features else '.3f'}} instead of {other:{digits}}" in readme
+        own, other = mean(group, sweep_page.learned, "r_score"), best(group, "r_score", published=True)
+        assert f"{own:.3f} against {other:.3f}" in readme
+    told = "has {:.3f}, {:.2f} and {:.2f}.".format(*(mean(g, informed, "r_score") for g in (many, few, features)))
+    assert told in readme
+    own, other = mean(images, sweep_page.learned, "kl"), best(images, "kl", published=True)
+    assert f"({own:.2f} against {other:.2f})" in readme
+
+    lines = real_digits_page.hypotheses(stored("real-digits"))
+    clean, robust = (
+        re.search(name + r" ([-+.\d]+) \[([-+.\d]+), ([-+.\d]+)\]", lines[1]) for name in ("clean", "AutoAttack")
+    )
+    assert clean is not None
+    assert robust is not None
+    found, low, high = map(float, clean.groups())
+    assert f"({found:+.1f} [{low:.1f}, {high:.1f}] points)".replace("-", "−") in readme
+    found, low, high = map(float, robust.groups())
+    assert f"by {-found:.1f} [{-high:.1f}, {-low:.1f}] points".replace("-", "−") in readme
+    regular = re.search(r"AutoAttack ([^\]]+\])", lines[-1])
+    assert regular is not None
+    assert regular[1].replace("-", "−") in scores
 
 
 def test_few_points_and_few_dimensions_have_a_form_that_can_be_fitted() -> None:
