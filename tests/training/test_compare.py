@@ -253,7 +253,7 @@ def test_a_data_gradient_below_one_per_cent_is_called_distillation() -> None:
 @pytest.mark.parametrize(
     ("low", "high", "told"),
     [
-        (1.0, 3.0, "Direct SCORE is ahead of its best surrogate (+2.0 ± 1.0 points under AutoAttack"),
+        (1.0, 3.0, "Direct SCORE is ahead of its best surrogate under PGD (+2.0 ± 1.0 points under AutoAttack"),
         (-5.0, -1.0, "The best surrogate is ahead of direct SCORE (-3.0 ± 2.0 points under AutoAttack"),
         (-2.0, 4.0, "These seeds do not tell direct SCORE and its best surrogate apart (+1.0 ± 3.0 points"),
         (None, None, "One seed cannot tell direct SCORE and its surrogates apart (+1.5 points under AutoAttack"),
@@ -265,7 +265,7 @@ def test_a_report_opens_with_its_conclusion(low: float | None, high: float | Non
         return {"name": name, "label": name, "objective": objective, "posterior": None, **values}
 
     gap = {"mean": 1.5 if low is None or high is None else (low + high) / 2, "low": low, "high": high}
-    comparison = {
+    comparison: dict[str, Any] = {
         "data": "digits",
         "seeds": [0, 1],
         "eps": 0.15,
@@ -277,3 +277,5 @@ def test_a_report_opens_with_its_conclusion(low: float | None, high: float | Non
         "paired": {"against": "strong", "differences": {"score_direct": {"autoattack_acc": gap}}},
     }
     assert report._headline(comparison).startswith(told)
+    comparison["aggregate"]["weak"]["autoattack_acc"]["mean"] = 81.0
+    assert (low == 1.0) == ("under AutoAttack, paired by seed), but not of weak. Under" in report._headline(comparison))

@@ -1,9 +1,11 @@
 """The experiments run, go on where they were, and the page says what the results say."""
 
+import copy
 import dataclasses
 import json
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +119,8 @@ def test_the_page_is_made_of_the_results(evidence: Path, tmp_path: Path) -> None
     differences = [sweep_page.learned(cell)["r_score"] - comparisons.of_rival(best, cell)["r_score"] for cell in swept]
     row = next(line for line in text.splitlines() if line.startswith("| 4 | 60 | ") and "**" in line)
     assert f" | {sum(differences) / 2:+.3f} [" in row
+    assert "**Fails** means that these runs do not show it" in text
+    assert re.search(r"took \d+ times as long as one of PGD-AT, measuring included", text)
     for hypothesis in ("H1", "H2", "H3", "H4", "H5", "H6", "G1", "G2", "G3", "R1", "R2", "R3", "R4"):
         assert hypothesis in text
     page.main(["--evidence", str(evidence), "--docs", str(tmp_path)])
@@ -180,6 +184,26 @@ def test_a_problem_of_two_experiments_counts_once(evidence: Path, tmp_path: Path
     assert f" over {count} runs, and " in page.section_law(cells, [], tmp_path / "law.png")
     swept = [{**cell, "problem": "sweep"} for cell in cells]
     assert f" over {count} runs, and " in page.section_law(cells, swept, tmp_path / "law.png")
+
+
+def test_the_law_says_how_far_runs_are_from_it(evidence: Path, tmp_path: Path) -> None:
+    """The line with its spread; what p_d itself brings, which no line reaches; the posterior as a classifier."""
+    cells = copy.deepcopy(read(evidence, "mixtures"))
+    for cell in cells:
+        for number, name in enumerate(comparisons.estimators_of([cell])):
+            posterior, student = (cell["entries"][f"{kind} {name}"] for kind in ("posterior", "student direct:kl"))
+            posterior["kl"] = posterior["kl_in_ball"] = 0.01 * 2**number
+            student["last"] |= {"kl": posterior["kl"] + 0.002, "r_score": 3 * posterior["kl"]}
+        cell["entries"]["student direct:kl oracle"]["last"]["r_score"] = 0.25
+    section = page.section_law(cells, [], tmp_path / "law.png")
+    assert "student ≈ 3.00 · (KL of the posterior)^1.00, which 95 % of the runs meet within a factor of 1.0;" in section
+    assert "With p_d itself, which the line leaves out, direct SCORE has 0.250." in section
+    assert "chosen by evidence, at clean points: d = 4, 120 labels +0.0020 [+0.0020, +0.0020]. R_SCORE of" in section
+    for cell in cells[:1]:
+        for name in comparisons.estimators_of([cell]):
+            cell["entries"][f"student direct:kl {name}"]["last"]["r_score"] *= 4
+    section = page.section_law(cells, [], tmp_path / "law.png")
+    assert "student ≈ 6.00 · (KL of the posterior)^1.00, which 95 % of the runs meet within a factor of 2.0;" in section
 
 
 def test_a_win_needs_every_measure() -> None:
@@ -267,6 +291,10 @@ def test_a_direct_setting_stands_unless_a_surrogate_dominates_it() -> None:
     assert standing((98.0, 90.0), "+1.0 [+1.0, +1.0] points of clean accuracy.")
     assert standing((99.5, 70.0), "+10.0 [+10.0, +10.0] points of AutoAttack accuracy.")
     assert not standing((99.0, 80.5))
+    cells = [copy.deepcopy(cell) for cell in of_real_digits({direct: (99.0, 80.0), "trades:kl:4": (98.9, 90.0)})]
+    assert "clean accuracy, within the interval" not in real_digits_page.hypotheses(cells)[0]
+    cells[0]["entries"]["student trades:kl:4"]["clean"] = 99.1
+    assert real_digits_page.hypotheses(cells)[0].endswith("] points of clean accuracy, within the interval.")
     assert not standing((99.5, 80.0))
     second = real_digits_page.hypotheses(of_real_digits({direct: (99.0, 80.0), "trades:kl:4": (98.0, 83.0)}))[1]
     assert "clean +1.0 [+1.0, +1.0], AutoAttack -3.0 [-3.0, -3.0] points" in second
@@ -326,8 +354,14 @@ def test_the_seed_on_which_settings_were_chosen_does_not_count() -> None:
 def test_the_ratio_says_which_networks_it_is_of() -> None:
     errors = {"two networks, literal": 10.0, "one network, literal": 3.0, "one network, centred": 0.5}
     section = page.section_gradients([of_gradients(seed, errors) for seed in range(3)])
-    assert "Eq. (34) of two networks at σ = 0.05: ratio 20.0, intervals apart: **holds**" in section
+    told = "Eq. (34) of two networks at σ = 0.05: ratio 20.0 (single seeds 20.0 to 20.0), intervals apart: **holds**"
+    assert told in section
     assert "Against Eq. (34) of one network the ratio is 6.0." in section
+    errors["one network, centred"] = 0.4
+    section = page.section_gradients(
+        [*(of_gradients(seed, errors) for seed in range(3)), of_gradients(3, {**errors, "one network, centred": 0.8})]
+    )
+    assert "ratio 20.0 (single seeds 12.5 to 25.0), intervals apart" in section
 
 
 def test_a_score_network_that_remembers_fails() -> None:
@@ -495,6 +529,53 @@ def test_stored_results_are_those_of_these_settings() -> None:
     for cell in cells:
         assert cell.path.is_file()
         runner.Notebook(cell.path, cell.about)
+
+
+def test_numbers_written_by_hand_follow_from_the_stored_results() -> None:
+    """Those of the README and of docs/scores.md; page.py writes the others."""
+    root = Path(__file__).parents[2]
+    readme, scores = (
+        " ".join((root / name).read_text().split()).replace(" nats", "") for name in ("README.md", "docs/scores.md")
+    )
+
+    def stored(name: str) -> list[dict[str, Any]]:
+        return tables.read(root / "docs/evidence" / name, page.LAST.get(name, "student direct:kl energy_ensemble"))
+
+    def mean(group: list[dict[str, Any]], measures: Callable[[dict[str, Any]], dict[str, float]], name: str) -> float:
+        return sum(measures(cell)[name] for cell in group) / len(group)
+
+    def best(group: list[dict[str, Any]], name: str, *, published: bool) -> float:
+        forms = [form for form in comparisons.present(group, mixtures.SURROGATES) if not published or " " not in form]
+        rival = comparisons.best_surrogate(group, forms, name)
+        return mean(group, lambda cell: comparisons.of_rival(rival, cell), name)
+
+    def informed(cell: dict[str, Any]) -> dict[str, float]:
+        return comparisons.of_surrogate(cell, f"{mixtures.ABLATION['A']} oracle", "last")
+
+    few, many, features, images = page.groups(stored("mixtures") + stored("features") + stored("images")).values()
+    for group, digits in ((many, ".3f"), (few, ".2f"), (features, ".2f")):
+        own, other = mean(group, sweep_page.oracle, "r_score"), best(group, "r_score", published=False)
+        assert f"{own:{'.2f' if group is features else '.3f'}} instead of {other:{digits}}" in readme
+        own, other = mean(group, sweep_page.learned, "r_score"), best(group, "r_score", published=True)
+        assert f"{own:.3f} against {other:.3f}" in readme
+    told = "has {:.3f}, {:.2f} and {:.2f}.".format(*(mean(g, informed, "r_score") for g in (many, few, features)))
+    assert told in readme
+    own, other = mean(images, sweep_page.learned, "kl"), best(images, "kl", published=True)
+    assert f"({own:.2f} against {other:.2f})" in readme
+
+    lines = real_digits_page.hypotheses(stored("real-digits"))
+    clean, robust = (
+        re.search(name + r" ([-+.\d]+) \[([-+.\d]+), ([-+.\d]+)\]", lines[1]) for name in ("clean", "AutoAttack")
+    )
+    assert clean is not None
+    assert robust is not None
+    found, low, high = map(float, clean.groups())
+    assert f"({found:+.1f} [{low:.1f}, {high:.1f}] points)".replace("-", "−") in readme
+    found, low, high = map(float, robust.groups())
+    assert f"by {-found:.1f} [{-high:.1f}, {-low:.1f}] points".replace("-", "−") in readme
+    regular = re.search(r"AutoAttack ([^\]]+\])", lines[-1])
+    assert regular is not None
+    assert regular[1].replace("-", "−") in scores
 
 
 def test_few_points_and_few_dimensions_have_a_form_that_can_be_fitted() -> None:

@@ -142,7 +142,9 @@ def hypotheses(group: Sequence[dict[str, Any]]) -> list[str]:
         }
         rival = min(SURROGATES, key=lambda other: max(leads[other].values()))
         measure = max(titles, key=leads[rival].__getitem__)
-        return f"{label(form)}, by {signed(difference(group, form, rival, measure))} points of {titles[measure]}"
+        found = difference(group, form, rival, measure)
+        doubt = ", within the interval" if found.low is not None and found.low <= 0 else ""
+        return f"{label(form)}, by {signed(found)} points of {titles[measure]}{doubt}"
 
     standing = [form for form in DIRECT if not dominated(form)]
     told = "; ".join(lead(form) for form in standing) or "each is dominated by a surrogate"
@@ -174,8 +176,8 @@ def hypotheses(group: Sequence[dict[str, Any]]) -> list[str]:
     return [
         f"- R1, by the means of clean and AutoAttack accuracy some direct setting is not dominated by a surrogate: "
         f"{verdict(bool(standing), len(group))}: {told}.",
-        "- The best direct setting of each run beside the best surrogate, both chosen on validation images: clean "
-        f"{signed(best['clean'])}, AutoAttack {signed(best['autoattack'])} points, −log p under PGD "
+        "- The best direct setting of each run beside the best surrogate, both chosen by robust accuracy on validation "
+        f"images: clean {signed(best['clean'])}, AutoAttack {signed(best['autoattack'])} points, −log p under PGD "
         f"{signed(best['nll_attacked'], 2)} nats.",
         "- R2, drawn samples raise the accuracy under AutoAttack: "
         f"{'; '.join(f'{label(plain)} {signed(value)}' for plain, value in drawn)}: "

@@ -171,7 +171,8 @@ def _how_many(seeds: int) -> str:
         return "One seed, so there is no interval,"
     return (
         f"Means over {seeds} seeds ± half the width of Student's 95 % interval over seeds, which covers the randomness "
-        "of training, not that of the test set; differences are paired by seed;"
+        "of training, not that of the test set; differences are paired by seed; best is what has "
+        "the highest mean under PGD on these very samples;"
     )
 
 
@@ -216,7 +217,11 @@ def _verdict(comparison: Comparison, direct: Mapping[str, Any]) -> str:
     if gap["low"] is None:
         return f"One seed cannot tell direct SCORE and its surrogates apart ({shown}). "
     if gap["low"] > 0:
-        return f"Direct SCORE is ahead of its best surrogate ({shown}). "
+        # The best surrogate is the best under PGD; another one may be better under AutoAttack.
+        rivals = [entry for entry in comparison["aggregate"].values() if is_surrogate(entry) and measure in entry]
+        level = [entry["label"] for entry in rivals if entry[measure]["mean"] >= direct[measure]["mean"]]
+        but = f", but not of {' and '.join(level)}" if level else ""
+        return f"Direct SCORE is ahead of its best surrogate under PGD ({shown}){but}. "
     if gap["high"] < 0:
         return f"The best surrogate is ahead of direct SCORE ({shown}). "
     return f"These seeds do not tell direct SCORE and its best surrogate apart ({shown}). "
