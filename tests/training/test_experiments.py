@@ -72,6 +72,9 @@ def test_every_entry_is_there(evidence: Path) -> None:
         assert entries[f"student direct:kl {name}"]["last"]["r_score"] > 0
     for name in mixtures.SURROGATES:
         assert {"last", "best", "seconds"} <= set(entries[f"student {name}"])
+    itself = entries["model energy_ensemble"]["last"]
+    assert itself["kl"] == pytest.approx(entries["posterior energy_ensemble"]["kl"], rel=1e-4)
+    assert itself["r_score"] > itself["kl"]
     for name in mixtures.ABLATED:
         ratios = {k: entries[f"student {o} {name}"]["data_gradient_ratio"] for k, o in mixtures.ABLATION.items()}
         assert ratios["A"] == ratios["B"] == 0.0
@@ -121,7 +124,7 @@ def test_the_page_is_made_of_the_results(evidence: Path, tmp_path: Path) -> None
     assert f" | {sum(differences) / 2:+.3f} [" in row
     assert "**Fails** means that these runs do not show it" in text
     assert re.search(r"took \d+ times as long as one of PGD-AT, measuring included", text)
-    for hypothesis in ("H1", "H2", "H3", "H4", "H5", "H6", "G1", "G2", "G3", "R1", "R2", "R3", "R4"):
+    for hypothesis in ("H1", "H2", "H3", "H4", "H5", "H6", "H7", "G1", "G2", "G3", "R1", "R2", "R3", "R4"):
         assert hypothesis in text
     page.main(["--evidence", str(evidence), "--docs", str(tmp_path)])
     assert (tmp_path / "direct-score.md").read_text() == text
@@ -198,7 +201,7 @@ def test_the_law_says_how_far_runs_are_from_it(evidence: Path, tmp_path: Path) -
     section = page.section_law(cells, [], tmp_path / "law.png")
     assert "student ≈ 3.00 · (KL of the posterior)^1.00, which 95 % of the runs meet within a factor of 1.0;" in section
     assert "With p_d itself, which the line leaves out, direct SCORE has 0.250." in section
-    assert "chosen by evidence, at clean points: d = 4, 120 labels +0.0020 [+0.0020, +0.0020]. R_SCORE of" in section
+    assert "chosen by evidence, at clean points: d = 4, 120 labels +0.0020 [+0.0020, +0.0020].\n" in section
     for cell in cells[:1]:
         for name in comparisons.estimators_of([cell]):
             cell["entries"][f"student direct:kl {name}"]["last"]["r_score"] *= 4
@@ -322,6 +325,32 @@ def test_a_stronger_attack_without_gradients_is_told() -> None:
     told = real_digits_page.masking(cells)
     assert "was stronger than PGD in a run: 4.0 points (direct, score network, Square)." in told[1]
     assert real_digits_page.masking([]) == []
+
+
+def of_ensembles(student: float, itself: float, runs: int = 3) -> list[dict[str, Any]]:
+    measures = {"kl": 0.01, "disagrees": 5.0, "clean": 90.0, "robust": 60.0}
+    entries = {
+        "student direct:kl energy_ensemble": {"last": {**measures, "r_score": student}},
+        "model energy_ensemble": {"last": {**measures, "r_score": itself}},
+    }
+    return [{"problem": "mixture", "dimension": 16, "count": 2000, "seed": n, "entries": entries} for n in range(runs)]
+
+
+def test_a_student_is_told_beside_its_posterior() -> None:
+    def last(cells: list[dict[str, Any]]) -> str:
+        return page._beside_ensemble(cells)[-1]
+
+    assert "d = 16, 2,000 labels -0.020 [-0.020, -0.020]: **holds**" in last(of_ensembles(0.08, 0.1))
+    assert "+0.020 [+0.020, +0.020]: **fails**" in last(of_ensembles(0.12, 0.1))
+    assert tables.OPEN in last(of_ensembles(0.08, 0.1, runs=2))
+    rows = page._beside_ensemble(of_ensembles(0.08, 0.1))
+    assert (
+        "| d = 16, 2,000 labels | itself | 0.010 ± 0.000 | 0.100 ± 0.000 | 5.0 ± 0.0 | 90.0 ± 0.0 | 60.0 ± 0.0 |"
+        in rows
+    )
+    cells = of_ensembles(0.08, 0.1)
+    del cells[1]["entries"]["model energy_ensemble"]
+    assert page._beside_ensemble(cells) == []
 
 
 def test_two_folds_decide_nothing() -> None:

@@ -16,6 +16,9 @@ H5  A score network that trains to its last step is a worse posterior than one t
 H6  In every dimension, and with few labels too, H3 holds: the sweep over dimensions and numbers of labels, with fewer
     estimators and surrogates than at d = 16.
 
+H7  A student of direct SCORE is closer to p_d in R_SCORE than the ensemble that it was trained towards, which is a
+    classifier, too, of four networks. Added after the others had been seen, and before its runs.
+
 H1 to H4 are asked of the digits and of the images, too.
 
 Comparisons are paired over seeds; each seed has means, data, initialisation and batches of its own. H3 is one
@@ -30,10 +33,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Generator
+from torch import Generator, Tensor, nn
 
 from scorematch import audit
-from scorematch.posteriors import FactorAnalysers
+from scorematch.posteriors import Ensemble, FactorAnalysers, Posterior
+from scorematch.posteriors.base import PointwisePosterior
 from training.experiments import estimators, problems, students
 from training.experiments.estimators import ESTIMATORS, OF_IMAGES, Bench, Estimated, Grid
 from training.experiments.problems import Problem
@@ -63,6 +67,7 @@ class Plan:
     estimators: tuple[str, ...] = tuple(name for name in ESTIMATORS if name not in OF_IMAGES)
     ablated: tuple[str, ...] = ABLATED
     moved: tuple[str, ...] = MOVED
+    judged: tuple[str, ...] = ("energy_ensemble",)  # posteriors that are measured as if they were students
     grid: Grid = field(default_factory=Grid)
     budget: Budget = field(default_factory=Budget)
 
@@ -77,6 +82,7 @@ SWEPT = Plan(
     estimators=("energy_ensemble", "kernel_density"),
     ablated=(),
     moved=(),
+    judged=(),
 )
 
 Kind = Literal["mixture", "sweep", "digits", "images", "features"]
@@ -96,6 +102,7 @@ PLANS: dict[Kind, Plan] = {
         ),
         ablated=("oracle", "energy_ensemble"),
         moved=(),
+        judged=(),
     ),
     "features": Plan(
         surrogates=(
@@ -120,6 +127,7 @@ PLANS: dict[Kind, Plan] = {
         estimators=("energy_ensemble", "classifier_ensemble", "factor_analysers", "score"),
         ablated=("oracle", "energy_ensemble"),
         moved=(),
+        judged=(),
         grid=estimators.IMAGES,
         budget=Budget(steps=1500),
     ),
@@ -202,6 +210,9 @@ def run(cell: Cell) -> None:
     def recorded(name: str) -> dict[str, Any]:
         return posterior_record(problem, estimate(name))
 
+    def judged(name: str) -> dict[str, Any]:
+        return {"last": students.measure(problem, AsModel(estimate(name).posterior), cell.seed)}
+
     for form in plan.surrogates:
         notebook.once(f"student {form}", partial(student, form, picked=True))
     for name in ("oracle", *plan.estimators):
@@ -210,6 +221,20 @@ def run(cell: Cell) -> None:
             notebook.once(f"student {objective} {name}", partial(student, f"{objective} {name}"))
     for form in plan.moved:
         notebook.once(f"student {form}", partial(student, form))
+    for name in plan.judged:
+        notebook.once(f"model {name}", partial(judged, name))
+
+
+class AsModel(nn.Module):
+    """A posterior as a classifier: logits [N, L] that are its log p(y|x)."""
+
+    def __init__(self, posterior: Posterior) -> None:
+        super().__init__()
+        assert isinstance(posterior, (Ensemble, PointwisePosterior))
+        self.posterior = posterior
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.posterior.log_prob(x)
 
 
 def facts(problem: Problem) -> dict[str, Any]:

@@ -452,8 +452,8 @@ def section_law(cells: Sequence[dict[str, Any]], swept: Sequence[dict[str, Any]]
             *needed,
             "",
             "A posterior is a classifier, too, though one of several networks. KL of the student minus that of the "
-            f"posterior itself, chosen by evidence, at clean points: {'; '.join(_beside_posterior(cells))}. R_SCORE of "
-            "the posteriors was not measured.",
+            f"posterior itself, chosen by evidence, at clean points: {'; '.join(_beside_posterior(cells))}.",
+            *_beside_ensemble(cells),
         ]
     )
 
@@ -472,6 +472,39 @@ def _beside_posterior(cells: Sequence[dict[str, Any]]) -> list[str]:
         interval = "" if found.low is None else f" [{found.low:+.4f}, {found.high:+.4f}]"
         lines.append(f"{title} {found.mean:+.4f}{interval}")
     return lines
+
+
+def _beside_ensemble(cells: Sequence[dict[str, Any]]) -> list[str]:
+    """H7: the ensemble of joint energies as a classifier, beside the student that was trained towards it."""
+    (name,) = mixtures.Plan().judged
+    judged = {title: group for title, group in groups(cells).items() if present(group, (name,), "model {}")}
+    if not judged:
+        return []
+    rows, found, told = [], [], []
+    for title, group in judged.items():
+        of_both = {
+            "itself": [cell["entries"][f"model {name}"]["last"] for cell in group],
+            "student": [of_direct(cell, name) for cell in group],
+        }
+        for model, measures in of_both.items():
+            values = [shown(estimate([m[measure] for m in measures]), digits_of(measure)) for measure in MEASURES]
+            rows.append(f"| {title} | {model} | {' | '.join(values)} |")
+        pairs = zip(of_both["student"], of_both["itself"], strict=True)
+        found.append(estimate([student["r_score"] - itself["r_score"] for student, itself in pairs]))
+        interval = "" if found[-1].low is None else f" [{found[-1].low:+.3f}, {found[-1].high:+.3f}]"
+        told.append(f"{title} {found[-1].mean:+.3f}{interval}")
+    closer = all(value.high is not None and value.high < 0 for value in found)
+    return [
+        "",
+        f"The {FAMILIES[name][0]} itself, attacked like any model, and its student of direct SCORE:",
+        "",
+        "| data | model | KL | R_SCORE | disagrees, % | clean, % | robust by label, % |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        *rows,
+        "",
+        f"- H7, the student has the lower R_SCORE, although it is one network: {'; '.join(told)}: "
+        f"{verdict(closer, min(map(len, judged.values())))}. This hypothesis was added after the others had been seen.",
+    ]
 
 
 def _rank_within(cell: dict[str, Any], measure: str) -> float:
