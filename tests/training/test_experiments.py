@@ -587,6 +587,9 @@ def test_numbers_written_by_hand_follow_from_the_stored_results() -> None:
         assert f"{own:{'.2f' if group is features else '.3f'}} instead of {other:{digits}}" in readme
         own, other = mean(group, sweep_page.learned, "r_score"), best(group, "r_score", published=True)
         assert f"{own:.3f} against {other:.3f}" in readme
+        own = mean(group, lambda cell: comparisons.of_direct(cell, "energy_ensemble"), "r_score")
+        itself = mean(group, lambda cell: cell["entries"]["model energy_ensemble"]["last"], "r_score")
+        assert f"{own:.3f} against {itself:.3f}" in readme
     told = "has {:.3f}, {:.2f} and {:.2f}.".format(*(mean(g, informed, "r_score") for g in (many, few, features)))
     assert told in readme
     own, other = mean(images, sweep_page.learned, "kl"), best(images, "kl", published=True)

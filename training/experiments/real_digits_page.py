@@ -216,7 +216,7 @@ def masking(group: Sequence[dict[str, Any]]) -> list[str]:
         "",
         "Are gradients masked? Two attacks that need none of the model's: Square alone, and the points that PGD found "
         "on a network trained with PGD-AT KL from an initialisation of its own. The calibration error is the expected "
-        f"one of 15 bins. {len(group)} runs of each. {told}.",
+        f"one of 15 bins. {len(group)} {'run' if len(group) == 1 else 'runs'} of each. {told}.",
         "",
         "<details><summary>Attacks without gradients, and calibration</summary>",
         "",
