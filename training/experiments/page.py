@@ -443,7 +443,9 @@ def section_law(cells: Sequence[dict[str, Any]], swept: Sequence[dict[str, Any]]
             "## What a posterior must be",
             "",
             "H2: the student's KL follows that of its posterior. There is one point for each run; the KL of the "
-            "posterior is taken at random points of the ball.",
+            "posterior is taken at random points of the ball. A network and its training have a limit of their own, "
+            "which the student of p_d itself shows: where a posterior is closer to p_d than that, its student is above "
+            "the line.",
             "",
             "![KL and R_SCORE of the student against the KL of its posterior](figures/direct-law.png)",
             "",
