@@ -83,11 +83,6 @@ def processes() -> ForkServerContext:
     return context
 
 
-def pytest_xdist_auto_num_workers() -> int:
-    """One more than there are cores: some tests wait for other processes, and one works meanwhile."""
-    return len(os.sched_getaffinity(0)) + 1
-
-
 @pytest.hookimpl(trylast=True)  # after hypothesis has marked the tests that draw
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not SOAKING:
