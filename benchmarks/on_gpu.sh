@@ -60,8 +60,9 @@ training)
     network=preact-resnet-18-plain steps=20 rounds=3
     variants=(plain channels_last tf32 bfloat16 graph "bfloat16, graph" "bfloat16, compiled" "bfloat16, compiled, graph" auto)
   fi
-  python -m benchmarks.training "${on_device[@]}" --model "$network" --objectives ${OBJECTIVES:-pgd_at trades} --steps "$steps" \
-    --rounds "$rounds" --variants "${variants[@]}" --out "$results/$device-training-$network.json" "$@"
+  read -ra objectives <<< "${OBJECTIVES:-pgd_at trades}"
+  python -m benchmarks.training "${on_device[@]}" --model "$network" --objectives "${objectives[@]}" \
+    --steps "$steps" --rounds "$rounds" --variants "${variants[@]}" --out "$results/$device-training-$network.json" "$@"
   ;;
 large)
   networks=(wrn-10-1-silu) batch=8 steps=1 variants=(bfloat16)

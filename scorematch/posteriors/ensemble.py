@@ -45,6 +45,10 @@ class Ensemble(Posterior):
     def trace(self, x: Tensor, y: Tensor) -> Trace:
         return _EnsembleTrace([member.trace(x, y) for member in cast("list[Posterior]", list(self.members))])
 
+    def forward(self, x: Tensor) -> Tensor:
+        """:meth:`log_prob`, so that an ensemble can be attacked like a model."""
+        return self.log_prob(x)
+
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(y|x) [N, L] for x [N, …], differentiable in x.
 

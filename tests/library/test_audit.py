@@ -328,6 +328,7 @@ def test_an_ensemble_is_the_mean_of_probabilities() -> None:
     torch.testing.assert_close(trace.log_p, log_p, **F64)
     torch.testing.assert_close(trace.pull_back(weights, torch.ones_like(x)), gradient + 1, **F64)
     torch.testing.assert_close(Ensemble(members).log_prob(moved), log_p, **F64)
+    torch.testing.assert_close(Ensemble(members)(moved), log_p, **F64)
 
 
 @pytest.mark.parametrize(

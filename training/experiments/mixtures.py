@@ -33,11 +33,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator
 
 from scorematch import audit
-from scorematch.posteriors import Ensemble, FactorAnalysers, Posterior
-from scorematch.posteriors.base import PointwisePosterior
+from scorematch.posteriors import FactorAnalysers
 from training.experiments import estimators, problems, students
 from training.experiments.estimators import ESTIMATORS, OF_IMAGES, Bench, Estimated, Grid
 from training.experiments.problems import Problem
@@ -211,7 +210,7 @@ def run(cell: Cell) -> None:
         return posterior_record(problem, estimate(name))
 
     def judged(name: str) -> dict[str, Any]:
-        return {"last": students.measure(problem, AsModel(estimate(name).posterior), cell.seed)}
+        return {"last": students.measure(problem, estimate(name).posterior, cell.seed)}
 
     for form in plan.surrogates:
         notebook.once(f"student {form}", partial(student, form, picked=True))
@@ -223,18 +222,6 @@ def run(cell: Cell) -> None:
         notebook.once(f"student {form}", partial(student, form))
     for name in plan.judged:
         notebook.once(f"model {name}", partial(judged, name))
-
-
-class AsModel(nn.Module):
-    """A posterior as a classifier: logits [N, L] that are its log p(y|x)."""
-
-    def __init__(self, posterior: Posterior) -> None:
-        super().__init__()
-        assert isinstance(posterior, (Ensemble, PointwisePosterior))
-        self.posterior = posterior
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.posterior.log_prob(x)
 
 
 def facts(problem: Problem) -> dict[str, Any]:

@@ -171,8 +171,8 @@ def _how_many(seeds: int) -> str:
         return "One seed, so there is no interval,"
     return (
         f"Means over {seeds} seeds ± half the width of Student's 95 % interval over seeds, which covers the randomness "
-        "of training, not that of the test set; differences are paired by seed; best is what has "
-        "the highest mean under PGD on these very samples;"
+        "of training, not that of the test set; differences are paired by seed; the best is the one with the highest "
+        "mean under PGD on these very samples;"
     )
 
 
