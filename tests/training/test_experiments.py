@@ -29,6 +29,7 @@ from training.experiments import (
     students,
     sweep_page,
     tables,
+    together_page,
 )
 from training.settings.errors import InputError
 
@@ -75,6 +76,10 @@ def test_every_entry_is_there(evidence: Path) -> None:
     itself = entries["model energy_ensemble"]["last"]
     assert itself["kl"] == pytest.approx(entries["posterior energy_ensemble"]["kl"], rel=1e-4)
     assert itself["r_score"] > itself["kl"]
+    for name in mixtures.TOGETHER:
+        together, alone = (entries[f"{kind} {name}"] for kind in ("together", "student"))
+        assert together["last"]["r_score"] > together["last"]["kl"] > 0
+        assert together["last"] != alone["last"]
     for name in mixtures.ABLATED:
         ratios = {k: entries[f"student {o} {name}"]["data_gradient_ratio"] for k, o in mixtures.ABLATION.items()}
         assert ratios["A"] == ratios["B"] == 0.0
@@ -124,7 +129,7 @@ def test_the_page_is_made_of_the_results(evidence: Path, tmp_path: Path) -> None
     assert f" | {sum(differences) / 2:+.3f} [" in row
     assert "**Fails** means that these runs do not show it" in text
     assert re.search(r"took \d+ times as long as one of PGD-AT, measuring included", text)
-    for hypothesis in ("H1", "H2", "H3", "H4", "H5", "H6", "H7", "G1", "G2", "G3", "R1", "R2", "R3", "R4"):
+    for hypothesis in ("H1", "H2", "H3", "H4", "H5", "H6", "H7", "H8", "G1", "G2", "G3", "R1", "R2", "R3", "R4"):
         assert hypothesis in text
     page.main(["--evidence", str(evidence), "--docs", str(tmp_path)])
     assert (tmp_path / "direct-score.md").read_text() == text
@@ -201,7 +206,8 @@ def test_the_law_says_how_far_runs_are_from_it(evidence: Path, tmp_path: Path) -
     section = page.section_law(cells, [], tmp_path / "law.png")
     assert "student ≈ 3.00 · (KL of the posterior)^1.00, which 95 % of the runs meet within a factor of 1.0;" in section
     assert "With p_d itself, which the line leaves out, direct SCORE has 0.250." in section
-    assert "chosen by evidence, at clean points: d = 4, 120 labels +0.0020 [+0.0020, +0.0020].\n" in section
+    told = together_page.section(cells)
+    assert "chosen by evidence, at clean points: d = 4, 120 labels +0.0020 [+0.0020, +0.0020].\n" in told
     for cell in cells[:1]:
         for name in comparisons.estimators_of([cell]):
             cell["entries"][f"student direct:kl {name}"]["last"]["r_score"] *= 4
@@ -338,19 +344,58 @@ def of_ensembles(student: float, itself: float, runs: int = 3) -> list[dict[str,
 
 def test_a_student_is_told_beside_its_posterior() -> None:
     def last(cells: list[dict[str, Any]]) -> str:
-        return page._beside_ensemble(cells)[-1]
+        return together_page.beside_ensemble(cells)[-1]
 
     assert "d = 16, 2,000 labels -0.020 [-0.020, -0.020]: **holds**" in last(of_ensembles(0.08, 0.1))
     assert "+0.020 [+0.020, +0.020]: **fails**" in last(of_ensembles(0.12, 0.1))
     assert tables.OPEN in last(of_ensembles(0.08, 0.1, runs=2))
-    rows = page._beside_ensemble(of_ensembles(0.08, 0.1))
+    rows = together_page.beside_ensemble(of_ensembles(0.08, 0.1))
     assert (
         "| d = 16, 2,000 labels | itself | 0.010 ± 0.000 | 0.100 ± 0.000 | 5.0 ± 0.0 | 90.0 ± 0.0 | 60.0 ± 0.0 |"
         in rows
     )
     cells = of_ensembles(0.08, 0.1)
     del cells[1]["entries"]["model energy_ensemble"]
-    assert page._beside_ensemble(cells) == []
+    assert together_page.beside_ensemble(cells) == []
+
+
+def of_surrogates_together(direct: float, closest: float, runs: int = 3) -> list[dict[str, Any]]:
+    """All surrogates together have R_SCORE 0.2, but for one, in the weights that the oracle picks."""
+    cells = of_ensembles(direct, 0.1, runs)
+    measures = cells[0]["entries"]["student direct:kl energy_ensemble"]["last"]
+    for cell in cells:
+        cell["entries"]["posterior energy_ensemble"] = {"evidence": {"1.0": -0.3}}
+        for form in mixtures.Plan().together:
+            cell["entries"][f"together {form}"] = {w: {**measures, "r_score": 0.2} for w in ("last", "best")}
+        cell["entries"]["together trades:kl:0.5"]["best"]["r_score"] = closest
+    return cells
+
+
+def test_direct_score_is_told_beside_surrogates_together() -> None:
+    def last(cells: list[dict[str, Any]]) -> str:
+        return together_page.beside_surrogates(cells)[-1]
+
+    told = last(of_surrogates_together(0.08, 0.1))
+    assert "d = 16, 2,000 labels -0.020 [-0.020, -0.020] (TRADES KL, β 0.5, picked by the oracle): **holds**. " in told
+    assert "+0.030 [+0.030, +0.030] (TRADES" in last(of_surrogates_together(0.13, 0.1))
+    assert "**fails** against 1 of 10." in last(of_surrogates_together(0.13, 0.1))
+    assert "**fails** against 10 of 10." in last(of_surrogates_together(0.23, 0.1))
+    assert tables.OPEN in last(of_surrogates_together(0.08, 0.1, runs=2))
+    rows = together_page.beside_surrogates(of_surrogates_together(0.08, 0.1))
+    values = "5.0 ± 0.0 | 90.0 ± 0.0 | 60.0 ± 0.0 |"
+    assert f"| d = 16, 2,000 labels | 4 × TRADES KL, β 0.5 | 0.010 ± 0.000 | 0.200 ± 0.000 | {values}" in rows
+    assert f"| d = 16, 2,000 labels | **direct, chosen by evidence** | 0.010 ± 0.000 | 0.080 ± 0.000 | {values}" in rows
+    cells = of_surrogates_together(0.08, 0.1)
+    del cells[1]["entries"]["together pgd_at:kl"]
+    assert together_page.beside_surrogates(cells) == []
+
+
+def test_networks_together_are_the_mean_of_their_probabilities() -> None:
+    torch.manual_seed(0)
+    members = [torch.nn.Linear(4, 3, dtype=torch.float64) for _ in range(4)]
+    x = torch.randn(5, 4, dtype=torch.float64)
+    expected = torch.stack([member(x).softmax(1) for member in members]).mean(0)
+    torch.testing.assert_close(students.Together(members)(x).exp(), expected)
 
 
 def test_two_folds_decide_nothing() -> None:

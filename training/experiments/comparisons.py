@@ -1,6 +1,6 @@
 """Direct SCORE against its surrogates on a problem whose p_d is known: what the sections of the page compare."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -14,10 +14,25 @@ from training.experiments.tables import OPEN, label, verdict
 
 TITLES = {"kl": "KL", "r_score": "R_SCORE", "clean": "clean accuracy", "robust": "robust accuracy by label"}
 LOWER_IS_BETTER = ("kl", "r_score")
+KNOWN = {
+    "digits": "known digits",
+    "features": "known images by features",
+    "images": "known images by principal components",
+}
 
 
 def digits_of(measure: str) -> int:
     return 3 if measure in LOWER_IS_BETTER else 1
+
+
+def groups(cells: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The cells of each problem, under its title."""
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    order = ("mixture", "digits", "features", "images")
+    for cell in sorted(cells, key=lambda cell: (order.index(cell["problem"]), cell["dimension"], cell["count"])):
+        kind = KNOWN.get(cell["problem"], f"d = {cell['dimension']}")
+        found[f"{kind}, {cell['count']:,} labels"].append(cell)
+    return found
 
 
 def present(cells: Sequence[dict[str, Any]], names: Sequence[str], entry: str = "student {}") -> list[str]:

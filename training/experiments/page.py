@@ -6,7 +6,6 @@ file.
 """
 
 import sys
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from scipy.stats import spearmanr
 
 from training.compare import Estimate, estimate
 from training.engine import checkpoint
-from training.experiments import gradients, mixtures, problems, real_digits_page, sweep_page
+from training.experiments import gradients, mixtures, problems, real_digits_page, sweep_page, together_page
 from training.experiments.comparisons import (
     TITLES,
     against_all,
@@ -27,6 +26,7 @@ from training.experiments.comparisons import (
     dominated,
     estimators_of,
     failures,
+    groups,
     judged,
     of_direct,
     of_surrogate,
@@ -45,11 +45,6 @@ from matplotlib.ticker import NullFormatter
 
 MEASURES = ("kl", "r_score", "disagrees", "clean", "robust")
 HEADER = "KL | R_SCORE | disagrees, % | clean, % | robust by label, %"
-PROBLEMS = {
-    "digits": "known digits",
-    "features": "known images by features",
-    "images": "known images by principal components",
-}
 # The entry without which a cell of an experiment has too little for the page.
 LAST = {
     "gradients": f"{gradients.NAMES[-1]} at {gradients.SIGMAS[-1]}",
@@ -98,6 +93,7 @@ def main(arguments: list[str]) -> None:
         *([section_digits(of_digits)] if of_digits else []),
         *([section_images(of_features, of_images)] if of_features or of_images else []),
         section_law(known, of_sweep, settings.docs / "figures" / "direct-law.png"),
+        together_page.section(known),
         section_ablation(known),
         *([real_digits_page.section(of_real_digits, settings.docs / "figures")] if of_real_digits else []),
         section_cost(known, of_sweep, of_gradients, of_real_digits),
@@ -202,16 +198,6 @@ def _ranks(cells: Sequence[dict[str, Any]], sigma: float) -> Estimate:
         found = spearmanr([e["gradient"]["relative"] for e in entries], [e["matching_error"] for e in entries])
         values.append(float(found.statistic))
     return estimate(values)
-
-
-def groups(cells: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """The cells of each problem, under its title."""
-    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    order = ("mixture", "digits", "features", "images")
-    for cell in sorted(cells, key=lambda cell: (order.index(cell["problem"]), cell["dimension"], cell["count"])):
-        kind = PROBLEMS.get(cell["problem"], f"d = {cell['dimension']}")
-        found[f"{kind}, {cell['count']:,} labels"].append(cell)
-    return found
 
 
 def _kl_in_ball(cell: dict[str, Any], name: str) -> float:
@@ -452,61 +438,8 @@ def section_law(cells: Sequence[dict[str, Any]], swept: Sequence[dict[str, Any]]
             *lines,
             "",
             *needed,
-            "",
-            "A posterior is a classifier, too, though one of several networks. KL of the student minus that of the "
-            f"posterior itself, chosen by evidence, at clean points: {'; '.join(_beside_posterior(cells))}.",
-            *_beside_ensemble(cells),
         ]
     )
-
-
-def _beside_posterior(cells: Sequence[dict[str, Any]]) -> list[str]:
-    """For each problem how much further from p_d the student is than the posterior that it was trained towards."""
-    lines = []
-    for title, group in groups(cells).items():
-        names = [chosen_by_evidence(cell) for cell in group]
-        found = estimate(
-            [
-                of_direct(cell, name)["kl"] - cell["entries"][f"posterior {name}"]["kl"]
-                for cell, name in zip(group, names, strict=True)
-            ]
-        )
-        interval = "" if found.low is None else f" [{found.low:+.4f}, {found.high:+.4f}]"
-        lines.append(f"{title} {found.mean:+.4f}{interval}")
-    return lines
-
-
-def _beside_ensemble(cells: Sequence[dict[str, Any]]) -> list[str]:
-    """H7: the ensemble of joint energies as a classifier, beside the student that was trained towards it."""
-    (name,) = mixtures.Plan().judged
-    judged = {title: group for title, group in groups(cells).items() if present(group, (name,), "model {}")}
-    if not judged:
-        return []
-    rows, found, told = [], [], []
-    for title, group in judged.items():
-        of_both = {
-            "itself": [cell["entries"][f"model {name}"]["last"] for cell in group],
-            "student": [of_direct(cell, name) for cell in group],
-        }
-        for model, measures in of_both.items():
-            values = [shown(estimate([m[measure] for m in measures]), digits_of(measure)) for measure in MEASURES]
-            rows.append(f"| {title} | {model} | {' | '.join(values)} |")
-        pairs = zip(of_both["student"], of_both["itself"], strict=True)
-        found.append(estimate([student["r_score"] - itself["r_score"] for student, itself in pairs]))
-        interval = "" if found[-1].low is None else f" [{found[-1].low:+.3f}, {found[-1].high:+.3f}]"
-        told.append(f"{title} {found[-1].mean:+.3f}{interval}")
-    closer = all(value.high is not None and value.high < 0 for value in found)
-    return [
-        "",
-        f"The {FAMILIES[name][0]} itself, attacked like any model, and its student of direct SCORE:",
-        "",
-        "| data | model | KL | R_SCORE | disagrees, % | clean, % | robust by label, % |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-        *rows,
-        "",
-        f"- H7, the student has the lower R_SCORE, although it is one network: {'; '.join(told)}: "
-        f"{verdict(closer, min(map(len, judged.values())))}. This hypothesis was added after the others had been seen.",
-    ]
 
 
 def _rank_within(cell: dict[str, Any], measure: str) -> float:

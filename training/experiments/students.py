@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,6 +117,18 @@ def train(
             if value < lowest:
                 best, lowest = copy.deepcopy(model), value
     return Student(model.eval(), best.eval() if judge else None, sum(ratios) / len(ratios) if ratios else None)
+
+
+class Together(nn.Module):
+    """Several classifiers as one: log of the mean of their probabilities, [N, L]."""
+
+    def __init__(self, members: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = torch.stack([member(x).log_softmax(1) for member in self.members])
+        return values.logsumexp(0) - math.log(len(self.members))
 
 
 def r_score(problem: Problem, model: nn.Module) -> float:
