@@ -15,7 +15,7 @@ from .identity import Fingerprint, checksum
 from .parts import Search
 
 FORMATS = "scorematch AutoAttack "
-FORMAT = f"{FORMATS}4"
+FORMAT = f"{FORMATS}5"
 EARLIER = -2  # fallen_by of a sample whose misclassified point was found in an evaluation at a smaller radius
 VECTORS = ("robust", "clean", "finished", "labels", "fallen_by", "nearest", "beyond_labels")  # of one value a sample
 
@@ -203,6 +203,7 @@ def _joined(searches: list[tuple[Tensor, Search]]) -> dict[str, Tensor]:
         "queries": torch.cat([torch.full_like(samples, search.queries) for samples, search in searches]),
         "best": torch.cat([search.best.cpu() for _, search in searches]),
         "margin": torch.cat([search.margin.cpu() for _, search in searches]),
+        "asked": torch.cat([search.asked.cpu() for _, search in searches]),
     }
 
 
@@ -211,7 +212,8 @@ def _parted(content: dict[str, Tensor]) -> list[tuple[Tensor, Search]]:
     parts = []
     for queries in content["queries"].unique().tolist():
         rows = (content["queries"] == queries).nonzero().squeeze(1)
-        parts.append((content["samples"][rows], Search(queries, content["best"][rows], content["margin"][rows])))
+        search = Search(queries, *(content[name][rows] for name in ("best", "margin", "asked")))
+        parts.append((content["samples"][rows], search))
     return parts
 
 

@@ -26,21 +26,23 @@ class Search:
         queries: proposals made so far.
         best: [N, …], the point of lowest margin of each sample of the batch.
         margin: [N], z_y − max of the others at ``best``.
+        asked: int64 [N, K], which proposals were asked since ``best`` last moved; [N, 0] where none is remembered.
     """
 
     queries: int
     best: Tensor
     margin: Tensor
+    asked: Tensor
 
     def of(self, rows: Tensor) -> Search:
         """That of some samples of the batch, int64 [K]."""
-        return Search(self.queries, self.best[rows], self.margin[rows])
+        return Search(self.queries, self.best[rows], self.margin[rows], self.asked[rows])
 
     def to(self, device: torch.device) -> Search:
-        return Search(self.queries, self.best.to(device), self.margin.to(device))
+        return Search(self.queries, self.best.to(device), self.margin.to(device), self.asked.to(device))
 
     def clone(self) -> Search:
-        return Search(self.queries, self.best.clone(), self.margin.clone())
+        return Search(self.queries, self.best.clone(), self.margin.clone(), self.asked.clone())
 
 
 @dataclass(frozen=True)

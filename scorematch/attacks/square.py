@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..ops.square import square_l2, square_linf
 from ..threat_model import ThreatModel
+from . import repeats
 from .classifier import Classifier
 from .losses import margin_loss
 from .parts import Batch, Search, run_alone
@@ -105,52 +106,71 @@ class Square(AttackSettings):
             raise ValueError(f"Square Attack takes images [N, C, H, W], got x of shape {list(x.shape)}")
         if search is None:
             first = self._first(x, samples, noise)
-            search = Search(0, first, _margin_of_truth(classifier.logits(first), y))
-        best, margin = search.best.clone(), search.margin.clone()
-        # The samples still attacked; the next five tensors are theirs.
+            nothing = repeats.nothing_asked(len(x), x.device)
+            search = Search(0, first, _margin_of_truth(classifier.logits(first), y), nothing)
+        best, margin, asked = search.best.clone(), search.margin.clone(), search.asked.clone()
         rows = (margin > (0 if classifier.is_sure else -torch.inf)).nonzero().squeeze(1)
-        current, current_margin = best[rows], margin[rows]
-        centre, labels, ids = x[rows], y[rows], samples[rows]
+        still = _Standing(rows, x[rows], y[rows], samples[rows], best[rows], margin[rows], asked[rows])
+        channels, height, width = x.shape[1:]
         for query in range(search.queries, self.n_queries):
-            if len(rows) == 0:
+            if len(still.rows) == 0:
                 break
-            proposal = self._propose(current, centre, ids, noise, query)
-            proposed_margin = self._margin(classifier, proposal, labels, current, current_margin)
-            accept = proposed_margin < current_margin
-            if classifier.is_sure:
-                accept |= proposed_margin <= 0
-            current = torch.where(accept.view(-1, 1, 1, 1), proposal, current)
-            current_margin = torch.where(accept, proposed_margin, current_margin)
+            side = self.window_side(query, height, width)
+            if side != self.window_side(max(query - 1, 0), height, width):
+                still.asked = torch.zeros_like(still.asked)
+            window = self._window(noise, still.samples, (channels, height, width), side, query)
+            if x.device.type == "cpu":
+                self._ask_what_is_new(classifier, still, window, side)
+            else:
+                self._ask(classifier, still, window, side)
             if classifier.is_sure and (noise.depends_on_batch or query % SETTLE_EVERY == SETTLE_EVERY - 1):
-                alive = current_margin > 0
+                alive = still.margin > 0
                 if not bool(alive.all()):
-                    best[rows], margin[rows] = current, current_margin
-                    keep = alive.nonzero().squeeze(1)
-                    rows, current, current_margin = rows[keep], current[keep], current_margin[keep]
-                    centre, labels, ids = centre[keep], labels[keep], ids[keep]
+                    still.write_to(best, margin, asked)
+                    still.keep(alive.nonzero().squeeze(1))
             if batch.pause is not None and query % 64 == 63:
-                best[rows], margin[rows] = current, current_margin
-                batch.pause(Search(query + 1, best, margin))
-        best[rows], margin[rows] = current, current_margin
+                still.write_to(best, margin, asked)
+                batch.pause(Search(query + 1, best, margin, asked))
+        still.write_to(best, margin, asked)
         return best, margin <= 0
 
-    @staticmethod
-    def _margin(
-        classifier: Classifier, proposal: Tensor, labels: Tensor, current: Tensor, current_margin: Tensor
-    ) -> Tensor:
-        """The margins of proposals, [N].
+    def _ask(self, classifier: Classifier, still: _Standing, window: tuple[Tensor, ...], side: int) -> None:
+        """Ask the model about a proposal for each sample, and take what is better."""
+        proposal = self._propose(still.best, still.x, window, side)
+        margin = _margin_of_truth(classifier.logits(proposal), still.y)
+        accept = _is_better(margin, still.margin, classifier)
+        still.best = torch.where(accept.view(-1, 1, 1, 1), proposal, still.best)
+        still.margin = torch.where(accept, margin, still.margin)
 
-        In linf many proposals change nothing: with small windows and grey images, about half of them. These need no
-        query. On CUDA, to find them would mean to wait for the device, so all are queried.
+    def _ask_what_is_new(self, classifier: Classifier, still: _Standing, window: tuple[Tensor, ...], side: int) -> None:
+        """The same without queries whose answer is known. On CUDA, to find them would mean to wait for the device.
+
+        In linf many proposals change nothing: with small windows and grey images, about half of them. And what was
+        refused since the point last moved would be refused again, unless the model is random.
         """
-        if proposal.device.type == "cpu":
-            moved = (proposal != current).flatten(1).any(1).nonzero().squeeze(1)
-            if len(moved) < len(proposal):
-                margin = current_margin.clone()
-                if len(moved):
-                    margin[moved] = _margin_of_truth(classifier.logits(proposal[moved]), labels[moved])
-                return margin
-        return _margin_of_truth(classifier.logits(proposal), labels)
+        new = torch.arange(len(still.rows))
+        number = None
+        if self.threat_model.norm == "linf" and classifier.is_sure:
+            corner, sign = window
+            height, width = still.x.shape[2:]
+            number = repeats.numbers(corner, sign, (height - side, width - side))
+        if number is not None:
+            new = new[~repeats.is_asked(still.asked, number)]
+            still.asked[new] = repeats.now_asked(still.asked[new], number[new])
+            window = tuple(part[new] for part in window)
+        everything = len(new) == len(still.rows)
+        best, centre = (still.best, still.x) if everything else (still.best[new], still.x[new])
+        proposal = self._propose(best, centre, window, side) if len(new) else best
+        changes = (proposal != best).flatten(1).any(1)
+        if not bool(changes.all()):
+            new, proposal = new[changes], proposal[changes]
+        if len(new) == 0:
+            return
+        margin = _margin_of_truth(classifier.logits(proposal), still.y[new])
+        accept = _is_better(margin, still.margin[new], classifier)
+        taken = new[accept]
+        still.best[taken], still.margin[taken] = proposal[accept], margin[accept]
+        still.asked[taken] = 0
 
     def _first(self, x: Tensor, samples: Tensor, noise: Noise) -> Tensor:
         """Vertical stripes of ±eps (linf), or tiles of a pattern, scaled to length eps; clipped to the box.
@@ -181,19 +201,61 @@ class Square(AttackSettings):
         length = delta.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
         return (x + delta / (length + 1e-12) * model.eps).clamp(model.lower, model.upper)
 
-    def _propose(self, best: Tensor, x: Tensor, samples: Tensor, noise: Noise, query: int) -> Tensor:
-        model = self.threat_model
-        channels, height, width = x.shape[1:]
-        side = self.window_side(query, height, width)
+    def _window(
+        self, noise: Noise, samples: Tensor, shape: tuple[int, int, int], side: int, query: int
+    ) -> tuple[Tensor, ...]:
+        """What a query draws for each sample: in linf a corner and signs; else two corners, whether to turn, signs."""
+        channels, height, width = shape
         room = (height - side, width - side)
+        if self.threat_model.norm == "linf":
+            return noise.window(samples, channels, room, query)
+        return noise.windows(samples, channels, room, query)
+
+    def _propose(self, best: Tensor, x: Tensor, window: tuple[Tensor, ...], side: int) -> Tensor:
+        model = self.threat_model
         box = {"eps": model.eps, "lower": model.lower, "upper": model.upper}
         if model.norm == "linf":
-            corner, sign = noise.window(samples, channels, room, query)
+            corner, sign = window
             return square_linf(best, x, corner, sign.to(x), side=side, **box)
-        corners, transpose, sign = noise.windows(samples, channels, room, query)
+        corners, transpose, sign = window
+        pattern = pattern_on(model.norm, side, x.dtype, x.device)
         if model.norm == "l1":
-            return square_l1(best, x, corners, sign.to(x), pattern_on("l1", side, x.dtype, x.device), transpose, model)
-        return square_l2(best, x, corners, sign.to(x), pattern_on("l2", side, x.dtype, x.device), transpose, **box)
+            return square_l1(best, x, corners, sign.to(x), pattern, transpose, model)
+        return square_l2(best, x, corners, sign.to(x), pattern, transpose, **box)
+
+
+@dataclass
+class _Standing:
+    """The samples that are still attacked.
+
+    Attributes:
+        rows: int64 [N], their places in the batch.
+        x, y, samples: theirs in the batch.
+        best, margin, asked: theirs in the :class:`Search`.
+    """
+
+    rows: Tensor
+    x: Tensor
+    y: Tensor
+    samples: Tensor
+    best: Tensor
+    margin: Tensor
+    asked: Tensor
+
+    def keep(self, places: Tensor) -> None:
+        """Go on with some of them, int64 [K]."""
+        for name, values in vars(self).items():
+            setattr(self, name, values[places])
+
+    def write_to(self, best: Tensor, margin: Tensor, asked: Tensor) -> None:
+        """Write how far they have come to the tensors of the batch."""
+        best[self.rows], margin[self.rows], asked[self.rows] = self.best, self.margin, self.asked
+
+
+def _is_better(proposed: Tensor, margin: Tensor, classifier: Classifier) -> Tensor:
+    """Whether a proposal is taken, bool [N]; one that fools a model that is sure ends the search."""
+    better = proposed < margin
+    return better | (proposed <= 0) if classifier.is_sure else better
 
 
 def _margin_of_truth(logits: Tensor, labels: Tensor) -> Tensor:

@@ -122,7 +122,7 @@ def test_passes_are_counted(name: str) -> None:
     reports = []
     for passes in (1, 3):
         adversary = alone(model, name, eps=1e-6, workers=1, verdict_passes=passes)
-        adversary.square.n_queries = 2  # a proposal that changes nothing is not asked for
+        adversary.square.n_queries = 1  # a model that is sure is not asked for a second proposal like the first
         adversary.run_standard_evaluation(x, y)
         reports.append(adversary.report)
     one, three = (report["attacks"][name] for report in reports)
