@@ -108,7 +108,9 @@ class Square(AttackSettings):
             first = self._first(x, samples, noise)
             nothing = repeats.nothing_asked(len(x), x.device)
             search = Search(0, first, _margin_of_truth(classifier.logits(first), y), nothing)
-        best, margin, asked = search.best.clone(), search.margin.clone(), search.asked.clone()
+        on_cpu = x.device.type == "cpu"
+        best, margin = search.best.clone(), search.margin.clone()
+        asked = search.asked.clone() if on_cpu else torch.zeros_like(search.asked)  # elsewhere nothing is remembered
         rows = (margin > (0 if classifier.is_sure else -torch.inf)).nonzero().squeeze(1)
         still = _Standing(rows, x[rows], y[rows], samples[rows], best[rows], margin[rows], asked[rows])
         channels, height, width = x.shape[1:]
@@ -119,7 +121,7 @@ class Square(AttackSettings):
             if side != self.window_side(max(query - 1, 0), height, width):
                 still.asked = torch.zeros_like(still.asked)
             window = self._window(noise, still.samples, (channels, height, width), side, query)
-            if x.device.type == "cpu":
+            if on_cpu:
                 self._ask_what_is_new(classifier, still, window, side)
             else:
                 self._ask(classifier, still, window, side)
@@ -146,7 +148,7 @@ class Square(AttackSettings):
         """The same without queries whose answer is known. On CUDA, to find them would mean to wait for the device.
 
         In linf many proposals change nothing: with small windows and grey images, about half of them. And what was
-        refused since the point last moved would be refused again, unless the model is random.
+        refused since the point last moved would be refused again, unless a verdict takes several passes.
         """
         new = torch.arange(len(still.rows))
         number = None
