@@ -22,7 +22,7 @@ from .targets import check_target_classes, target_of
 
 MOMENTUM = 0.75  # weight of the new step against the last move
 LOSSES = ("ce", "dlr", "dlr-targeted")
-LARGER_RADII = ((3.0, 0.3), (2.0, 0.3), (1.0, 0.4))  # in units of eps, and the share of the steps at each
+LARGER_RADII = ((3.0, 0.3), (2.0, 0.3))  # in units of eps, and the share of the steps at each; what is left is at eps
 
 
 @dataclass
@@ -131,11 +131,11 @@ class APGD(AttackSettings):
 
     def _radii(self) -> Sequence[tuple[float, int]]:
         """In which balls the ascent runs, one after the other: their radii, and the steps in each."""
+        eps = self.threat_model.eps
         if not self.use_largereps:
-            return [(self.threat_model.eps, self.n_iter)]
-        steps = [math.ceil(share * self.n_iter) for _, share in LARGER_RADII[:-1]]
-        steps.append(max(self.n_iter - sum(steps), 0))
-        return [(factor * self.threat_model.eps, n) for (factor, _), n in zip(LARGER_RADII, steps, strict=True)]
+            return [(eps, self.n_iter)]
+        larger = [(factor * eps, math.ceil(share * self.n_iter)) for factor, share in LARGER_RADII]
+        return [*larger, (eps, max(self.n_iter - sum(steps for _, steps in larger), 0))]
 
     def _ascend_in_l1(
         self, classifier: Classifier, batch: Batch, loss: Loss, goals: tuple[Tensor, ...]

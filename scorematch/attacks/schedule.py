@@ -45,9 +45,10 @@ def passes_left(stages: Sequence[Stage], finished: Tensor, verdict_passes: int =
         finished: int64 [K], how many stages each sample that is still robust has behind it; negative before the first.
         verdict_passes: over how many passes a point is judged; those that average a gradient are among them.
     """
-    of_stages = [_cost(stage.attack, verdict_passes) * len(stage.parts) for stage in stages]
-    costs = torch.tensor([*of_stages, 0], device="cpu")
-    return int(costs.flip(0).cumsum(0).flip(0)[finished.clamp_min(0)].sum())
+    left = [0]  # after the last stage, then before it, and so on
+    for stage in reversed(stages):
+        left.append(left[-1] + _cost(stage.attack, verdict_passes) * len(stage.parts))
+    return int(torch.tensor(left, device="cpu")[len(stages) - finished.clamp_min(0)].sum())
 
 
 def _cost(attack: Attack, verdict_passes: int) -> int:

@@ -179,11 +179,8 @@ def can_be_shared(model: Any, x: Tensor) -> bool:
     with watched((nn.Module.__setattr__, nn.Module.__delattr__), count_write), torch.enable_grad():
         model(x.detach().requires_grad_())
     after = _contents(model)
-    return (
-        not writes
-        and len(before) == len(after)
-        and all(one is other and version == now for (one, version), (other, now) in zip(before, after, strict=True))
-    )
+    one, other = ([(id(value), version) for value, version in contents] for contents in (before, after))
+    return not writes and one == other
 
 
 def _has_hooks(module: nn.Module) -> bool:
