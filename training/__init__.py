@@ -1,1 +1,1 @@
-"""The programs of scorematch: ``python -m training.run``, ``compare``, ``evaluate`` and ``score``."""
+"""The programs of scorematch, such as ``python -m training.run``; docs/reference/programs.md lists them all."""

@@ -1,4 +1,4 @@
-"""Of which model and data a state is: a digest of tensors, and what the model computes."""
+"""Which model and data a state belongs to: a digest of tensors, and what the model computes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What about a model makes a robustness evaluation doubtful, found out before and after attacking it."""
+"""Looks, before and after the attacks, for what makes a robustness evaluation doubtful."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What p_d(y|x') is: estimates of the data posterior and of its gradient."""
+"""Estimates of the data posterior p_d(y|x') and of its gradient."""
 
 from .base import ClassScorePosterior, Posterior, Trace
 from .classifier import NoiseConditionalClassifier

@@ -1,4 +1,4 @@
-"""Several posteriors that vote."""
+"""The mean of several posteriors."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Numpy arrays out of a pickle that nobody has to trust.
 
-A pickle is a program: it names functions to call. Numpy's believe what they are told about the memory of an array, so
-that damaged bytes end the process. Here a pickle calls nothing but the classes below, which write down what it says. An
-array is made afterwards, out of its type, shape and bytes, if they fit together.
+A pickle is a program: it names functions to call. Numpy's functions believe what a pickle says about the memory of an
+array, so damaged bytes can end the process. Here a pickle calls nothing but the classes below, which write down what it
+says. An array is made afterwards, out of its type, shape and bytes, if they fit together.
 """
 
 import codecs

@@ -1,4 +1,4 @@
-"""Run an experiment, or write the page from what is stored: ``python -m training.experiments``.
+"""Run an experiment: ``python -m training.experiments``. :mod:`training.experiments.page` writes the page from it.
 
 python -m training.experiments --name mixtures --seeds 0 1 2 3 4 --dimensions 16 --counts 2000 10000
 python -m training.experiments --name mixtures --quick --out runs/quick

@@ -120,11 +120,11 @@ point where the model's class is not the most likely one of p_d; a search for th
 label** is the usual robust accuracy, under PGD; p_d itself is not robust in that sense, because its own most likely
 class changes within the ball. A **student** is a classifier that is trained here, with any of the objectives.
 
-Four things to know about the verdicts. **Fails** means that these runs do not show it; they need not show the opposite.
+Some things to know about the verdicts. **Fails** means that these runs do not show it; they need not show the opposite.
 “Not clearly behind” asks little where intervals are wide. H3 is about all surrogates; the verdict against those as
-published was added after its first results. And all objectives have as many steps of training and of attack, but direct
-SCORE takes [longer](#cost), and its posterior is trained before. Posteriors know one thing of p_d: the noise levels
-that they try are in units of its noise."""
+published was added after its first results. All objectives have as many steps of training and of attack, but direct
+SCORE takes [longer](#cost), and its posterior is trained before. The posteriors are told one thing about p_d: the noise
+levels σ that they choose from are multiples of its noise."""
 
 
 def section_gradients(cells: Sequence[dict[str, Any]]) -> str:
@@ -217,9 +217,10 @@ def section_mixtures(cells: Sequence[dict[str, Any]]) -> str:
         "x + noise, with noise as long as the attack. “Picked by the oracle” means that a surrogate has the weights of "
         "that one of 8 checkpoints with the lowest R_SCORE, which nobody can find without knowing p_d. Direct SCORE "
         "always keeps its last weights. “Chosen by evidence” is, for each seed, the learned posterior with the highest "
-        "held-out likelihood. “(1 of 32)” after a verdict: so many of the surrogates decide it, each counted with its "
-        "last and with its picked weights. TRADES whose target a posterior moves lies between the surrogates and "
-        "direct SCORE: it is in the tables, with its last weights, but not among the surrogates.",
+        "held-out likelihood. “(1 of 32)” after a verdict: 1 of 32 comparisons speaks against it; each surrogate is "
+        "compared twice, with its last and with its picked weights. TRADES with a target that a posterior moves lies "
+        "between the surrogates and direct SCORE: it is in the tables, with its last weights, but does not count as a "
+        "surrogate.",
     ]
     return "\n".join([*parts, *_tables(cells)])
 

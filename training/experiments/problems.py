@@ -1,4 +1,4 @@
-"""What is learned from, and what is known about it."""
+"""The problems of the experiments: their data, and what is known of p_d."""
 
 from __future__ import annotations
 

@@ -145,6 +145,7 @@ class RunSettings:
     sync_batchnorm: bool = True  # under torchrun: batch norm over the samples of all processes
 
     # Validation and the final evaluation
+
     # weights of the final numbers: last, or best validation accuracy (robust; standard: clean)
     selection: Literal["best", "last"] = "best"
     validate_every: int = 1  # epochs between validations (clean and PGD); the last epoch is always validated
