@@ -304,6 +304,7 @@ def test_a_direct_setting_stands_unless_a_surrogate_dominates_it() -> None:
     assert "clean accuracy, within the interval" not in real_digits_page.hypotheses(cells)[0]
     cells[0]["entries"]["student trades:kl:4"]["clean"] = 99.1
     assert real_digits_page.hypotheses(cells)[0].endswith("] points of clean accuracy, within the interval.")
+    assert "**holds**, by the means alone: direct, score network, by" in real_digits_page.hypotheses(cells)[0]
     assert not standing((99.5, 80.0))
     second = real_digits_page.hypotheses(of_real_digits({direct: (99.0, 80.0), "trades:kl:4": (98.0, 83.0)}))[1]
     assert "clean +1.0 [+1.0, +1.0], AutoAttack -3.0 [-3.0, -3.0] points" in second

@@ -112,7 +112,8 @@ Direct SCORE trains towards a posterior p̂(y|x'), an estimate of p_d. Whether i
 objective, and on the estimate. On data whose p_d is known in closed form the two can be told apart. Everything below
 uses such data, except the real digits at the end. Intervals are 95 % over seeds (Student's t); each seed has data and
 an initialisation of its own, and on the mixtures a p_d of its own. Comparisons are paired over seeds. The hypotheses
-were written into [training/experiments](../training/experiments) before the runs.
+were written into [training/experiments](../training/experiments) before the runs that they are about. Some were added
+when others had been seen, and say so.
 
 Words used below: **KL** is KL(p_d ‖ model) at clean points, in nats. **R_SCORE** is the mean of the largest such KL
 found in the ball (Eq. 4), by a search that knows p_d. **Disagrees** is the share of points for which that search met a

@@ -133,21 +133,23 @@ def hypotheses(group: Sequence[dict[str, Any]]) -> list[str]:
         points = [front(other) for other in SURROGATES]
         return any(c >= clean and r >= robust and (c, r) != (clean, robust) for c, r in points)
 
-    def lead(form: str) -> str:
-        """What it is ahead by, of the surrogate that comes closest to dominating it."""
+    def lead(form: str) -> tuple[str, bool]:
+        """What it is ahead by, of the surrogate that comes closest to dominating it; whether beyond the interval."""
         titles = {"clean": "clean accuracy", "autoattack": "AutoAttack accuracy"}
-        leads = {
+        over = {
             other: {measure: mean(group, form, measure) - mean(group, other, measure) for measure in titles}
             for other in SURROGATES
         }
-        rival = min(SURROGATES, key=lambda other: max(leads[other].values()))
-        measure = max(titles, key=leads[rival].__getitem__)
+        rival = min(SURROGATES, key=lambda other: max(over[other].values()))
+        measure = max(titles, key=over[rival].__getitem__)
         found = difference(group, form, rival, measure)
-        doubt = ", within the interval" if found.low is not None and found.low <= 0 else ""
-        return f"{label(form)}, by {signed(found)} points of {titles[measure]}{doubt}"
+        clear = found.low is not None and found.low > 0
+        doubt = "" if clear or found.low is None else ", within the interval"
+        return f"{label(form)}, by {signed(found)} points of {titles[measure]}{doubt}", clear
 
-    standing = [form for form in DIRECT if not dominated(form)]
-    told = "; ".join(lead(form) for form in standing) or "each is dominated by a surrogate"
+    leads = [lead(form) for form in DIRECT if not dominated(form)]
+    told = "; ".join(text for text, _ in leads) or "each is dominated by a surrogate"
+    by_means_alone = ", by the means alone" if leads and not any(clear for _, clear in leads) else ""
     best = {
         measure: over_folds(
             [of(cell, chosen(cell, DIRECT), measure) - of(cell, chosen(cell, SURROGATES), measure) for cell in group]
@@ -175,7 +177,7 @@ def hypotheses(group: Sequence[dict[str, Any]]) -> list[str]:
 
     return [
         f"- R1, by the means of clean and AutoAttack accuracy some direct setting is not dominated by a surrogate: "
-        f"{verdict(bool(standing), len(group))}: {told}.",
+        f"{verdict(bool(leads), len(group))}{by_means_alone}: {told}.",
         "- The best direct setting of each run beside the best surrogate, both chosen by robust accuracy on validation "
         f"images: clean {signed(best['clean'])}, AutoAttack {signed(best['autoattack'])} points, −log p under PGD "
         f"{signed(best['nll_attacked'], 2)} nats.",
