@@ -158,6 +158,7 @@ def test_tf32_comes_back_when_the_last_thread_has_verified() -> None:
             assert allowed() == (True, True)
         second = threading.Thread(target=verify)
         with full_precision(device):
+            assert allowed() == (False, False)
             second.start()
             assert second_entered.wait(10)
             assert allowed() == (False, False)

@@ -202,6 +202,8 @@ def test_a_state_knows_attacks_by_their_settings(tmp_path: Path) -> None:
         (np.bool_(True), np.bool_(False)),
         (np.zeros(3), np.array([0.0, 0.0, 1.0])),
         (np.zeros((4, 2))[::2], np.ones((4, 2))[::2]),
+        (plain_cross_entropy, torch.nn.functional.cross_entropy),
+        (torch.nn.Identity(), torch.nn.ReLU()),
     ],
 )
 def test_a_state_knows_settings_of_any_kind(one: Any, other: Any, tmp_path: Path) -> None:
