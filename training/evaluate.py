@@ -62,6 +62,8 @@ USES = {
     "verdict_passes": ("autoattack",),
 }
 
+OF_A_RUN = ("config.toml", "best.pt", "checkpoint.pt", "posterior.pt", "metrics.jsonl", "summary.json")
+
 
 @dataclass(frozen=True)
 class EvaluateSettings:
@@ -163,6 +165,7 @@ def evaluate(settings: EvaluateSettings, device: torch.device) -> None:
     first = distributed.rank() == 0
     for path in filter(None, (settings.out, settings.plot, settings.export, settings.state)):
         _prepare(path)
+        _check_spares(settings, path)
 
     if first:
         kind = f"{subject.run.objective} on {subject.data.name}" if subject.run else subject.data.name
@@ -448,6 +451,8 @@ def _threat_model(settings: EvaluateSettings, subject: Subject) -> ThreatModel |
     if eps is None:
         return None
     subject.data.format.check_radius(norm, eps, "radii" if settings.radii else "eps")
+    if settings.step_size is not None:
+        subject.data.format.check_radius(norm, settings.step_size, "step_size")
     return ThreatModel(norm, eps, settings.step_size, subject.data.lower, subject.data.upper)
 
 
@@ -498,6 +503,18 @@ def _prepare(path: Path) -> None:
         raise InputError(f"{path}: is a folder, expected a file to write")
     if not os.access(path.parent, os.W_OK):
         raise InputError(f"{path}: its folder cannot be written")
+
+
+def _check_spares(settings: EvaluateSettings, path: Path) -> None:
+    """Refuse to write over a file that this evaluation reads, or that its run needs to be read again."""
+    read = [Path(name) for name in (settings.model_from, settings.transfer_from) if name is not None]
+    if settings.checkpoint is not None:
+        read.append(settings.checkpoint)
+    folder = settings.run or (settings.checkpoint and settings.checkpoint.parent)
+    if folder is not None:
+        read += [folder / name for name in OF_A_RUN]
+    if path.exists() and any(other.exists() and path.samefile(other) for other in read):
+        raise InputError(f"{path}: is read by this evaluation or belongs to its run, expected another file to write")
 
 
 def _check(settings: EvaluateSettings) -> None:

@@ -60,6 +60,11 @@ BAD = {
         "eps: 8 in linf is out of range, allowed: at most 1",
     ),
     "eps in pixel values, told what to give": ("run", "--objective standard --eps 8", "8/255 is 0.03137"),
+    "steps in pixel values": (
+        "run",
+        "--objective pgd_at --step-size 2",
+        "step_size: 2 in linf is out of range, allowed: at most 1, since values lie in [0, 1]; 2/255 is 0.007843",
+    ),
     "eps beyond the diagonal": (
         "run",
         "--objective pgd_at --norm l2 --eps 9",

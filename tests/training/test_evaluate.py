@@ -190,6 +190,26 @@ def test_exported_weights_are_bare_and_the_same(call: Any, trained: Path, tmp_pa
     assert read(tmp_path / "three.json")["autoattack_acc"] == read(tmp_path / "four.json")["autoattack_acc"]
 
 
+@pytest.mark.parametrize("source", ["--run", "--checkpoint", "--model-from"])
+@pytest.mark.parametrize("option", ["--export", "--out"])
+def test_files_that_are_read_are_not_written_over(
+    call: Any, trained: Path, tmp_path: Path, source: str, option: str
+) -> None:
+    folder = tmp_path / "kept"
+    shutil.copytree(trained, folder)
+    given = [source, folder if source == "--run" else folder / "best.pt"]
+    given += ["--data", "digits"] if source == "--model-from" else []
+    spared = ["best.pt"] if source == "--model-from" else ["best.pt", "checkpoint.pt", "config.toml", "summary.json"]
+    for name in spared:
+        before = (folder / name).read_bytes()
+        ending = call("evaluate", *given, "--attack", "clean", option, folder / ".." / "kept" / name)
+        assert ending.status == 2, ending
+        assert f"{name}: is read by this evaluation or belongs to its run, expected another file" in ending.err
+        assert (folder / name).read_bytes() == before
+    again = [*given, "--attack", "clean", option, folder / "new"]
+    assert [call("evaluate", *again).status for _ in range(2)] == [0, 0], "a file of its own is written again"
+
+
 def test_a_function_as_the_source(call: Any, mine: None) -> None:
     source = ["--model-from", "mine_to_evaluate:linear", "--data", "digits"]
     ending = call("evaluate", *source, "--eps", "0.1", "--steps", "2", "--limit", "30", "--split", "validation")
@@ -205,6 +225,10 @@ def test_a_function_as_the_source(call: Any, mine: None) -> None:
         (
             "--model-from mine_to_evaluate:linear --data digits --eps 8",
             "eps: 8 in linf is out of range, allowed: at most 1",
+        ),
+        (
+            "--model-from mine_to_evaluate:linear --data digits --eps 0.1 --step-size 2",
+            "step_size: 2 in linf is out of range, allowed: at most 1",
         ),
         (
             "--model-from mine_to_evaluate:linear --data digits --attack autoattack --radii 0.1 8",

@@ -86,7 +86,7 @@ class Format(NamedTuple):
         return largest_radius(norm, math.prod(self.input_shape), self.upper - self.lower)
 
     def check_radius(self, norm: str, eps: float, name: str = "eps") -> None:
-        """Refuse a radius that is larger; the message calls it ``name``.
+        """Refuse a radius, or a step, that is larger; the message calls it ``name``.
 
         Raises:
             InputError: as said.

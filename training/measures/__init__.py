@@ -230,9 +230,10 @@ def fooled(model: nn.Module, x: Tensor, y: Tensor, attack: PGD, generator: Gener
 
 
 def scaled(threat_model: ThreatModel, eps: float) -> ThreatModel:
-    """The threat model with another radius and its step in proportion."""
+    """The threat model with another radius and its step in proportion, at most the width of the ball."""
     step = threat_model.step_size
-    return threat_model.replace(eps=eps, step_size=None if step is None else step * eps / threat_model.eps)
+    share = None if step is None else min(step / threat_model.eps, 2.0)
+    return threat_model.replace(eps=eps, step_size=None if share is None else share * eps)
 
 
 def posteriors_along_attack(

@@ -351,6 +351,8 @@ def validate_machine(settings: RunSettings) -> None:
 def validate_for(settings: RunSettings, form: Format) -> None:
     """Refuse settings that the data do not allow; for the user's own data this is known only once they are read."""
     form.check_radius(settings.norm, settings.eps)
+    if settings.step_size is not None:
+        form.check_radius(settings.norm, settings.step_size, "step_size")
     if not data_sets.is_own(settings.data):
         return
     shape, name = list(form.input_shape), settings.data
