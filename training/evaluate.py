@@ -27,6 +27,7 @@ from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
 from scorematch import AutoAttack, ThreatModel
+from scorematch.attacks import inspection
 from training import data, measures, models
 from training.data import Data, DataName, DataSettings
 from training.engine import checkpoint, distributed, hardware
@@ -161,7 +162,7 @@ def evaluate(settings: EvaluateSettings, device: torch.device) -> None:
     _check_attack(settings, subject)
     x, y = _samples(settings, subject.data)
     other = _other(settings, subject, device)
-    _probe(subject, x[:1])
+    doubt = inspection.probabilities(_probe(subject, x[:1]))
     first = distributed.rank() == 0
     for path in filter(None, (settings.out, settings.plot, settings.export, settings.state)):
         _prepare(path)
@@ -178,6 +179,8 @@ def evaluate(settings: EvaluateSettings, device: torch.device) -> None:
         if threat_model is not None and settings.attack != "clean":
             step = f", step {threat_model.step_length:g}" if settings.attack in USES["step_size"] else ""
             print(f"{threat_model.norm}, eps {threat_model.eps:g}{step}")
+        if doubt is not None and settings.attack in ("pgd", "obfuscation"):  # AutoAttack tells it by itself
+            print(f"warning: {doubt}")
         sys.stdout.flush()
     begin = time.perf_counter()
     results: dict[str, Any] = {
@@ -468,8 +471,8 @@ def _check_attack(settings: EvaluateSettings, subject: Subject) -> None:
 
 
 @torch.no_grad()
-def _probe(subject: Subject, x: Tensor) -> None:
-    """Refuse a classifier that does not map x [1, ...] to the logits [1, L] of the data."""
+def _probe(subject: Subject, x: Tensor) -> Tensor:
+    """The logits [1, L] for x [1, ...]. A classifier that does not give those of the data is refused."""
     wanted = [1, subject.data.num_classes]
     try:
         logits = subject.model(x)
@@ -479,6 +482,7 @@ def _probe(subject: Subject, x: Tensor) -> None:
     shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if shape != wanted:
         raise InputError(f"{subject.name}: returned {shape}, {subject.data.name} needs logits {wanted}")
+    return logits
 
 
 def _pgd_options(settings: EvaluateSettings) -> dict[str, Any]:

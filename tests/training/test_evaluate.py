@@ -52,6 +52,8 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "    return nn.Sequential(nn.Flatten(), nn.Linear(64, 5))\n"
         "def for_colours():\n"
         "    return nn.Sequential(nn.Flatten(), nn.Linear(192, 10))\n"
+        "def soft(num_classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes), nn.Softmax(1))\n"
         "def pair(num_classes):\n"
         "    class Pair(nn.Linear):\n"
         "        def forward(self, x):\n"
@@ -216,6 +218,15 @@ def test_a_function_as_the_source(call: Any, mine: None) -> None:
     assert ending.status == 0, ending
     assert "mine_to_evaluate:linear: digits, 30 validation samples" in ending.out
     assert "linf, eps 0.1, step 0.025" in ending.out
+
+
+@pytest.mark.parametrize("attack", [["--attack", "pgd", "--steps", "1"], ["--attack", "autoattack"]])
+@pytest.mark.parametrize("source", ["soft", "linear"])
+def test_probabilities_in_the_place_of_logits_are_told(call: Any, mine: None, attack: list[str], source: str) -> None:
+    model = ["--model-from", f"mine_to_evaluate:{source}", "--data", "digits"]
+    ending = call("evaluate", *model, "--eps", "0.1", "--limit", "4", *attack)
+    assert (ending.status, ending.err) == (0, "")
+    assert ending.out.count("warning: the model seems to return probabilities") == (source == "soft")
 
 
 @pytest.mark.parametrize(

@@ -76,16 +76,21 @@ def robust(
 
     ``search`` is the same classifier made faster, by lower precision or compiled, and is what the attack runs on. The
     verdict is that of ``model``: points that fool ``search`` alone do not count, and their samples are attacked again.
+    What is doubtful about the model is for the programs to tell.
     """
     parts = []
-    for xs, ys in zip(x.split(batch), y.split(batch), strict=True):
-        found = attack(search or model, xs, ys, generator=generator)
-        stands = correct(model, found, ys)
-        if search is not None and len(again := (stands & ~_classified(search, found, ys, batch)).nonzero().flatten()):
-            stands[again] = correct(model, attack(model, xs[again], ys[again], generator=generator), ys[again])
-        parts.append(stands)
-        if progress is not None:
-            progress.update(len(xs))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AutoAttackWarning)
+        for xs, ys in zip(x.split(batch), y.split(batch), strict=True):
+            found = attack(search or model, xs, ys, generator=generator)
+            stands = correct(model, found, ys)
+            if search is not None:
+                again = (stands & ~_classified(search, found, ys, batch)).nonzero().flatten()
+                if len(again):
+                    stands[again] = correct(model, attack(model, xs[again], ys[again], generator=generator), ys[again])
+            parts.append(stands)
+            if progress is not None:
+                progress.update(len(xs))
     return torch.cat(parts)
 
 
