@@ -38,8 +38,8 @@ class Perturbations(Protocol):
     """What :class:`scorematch.PGD` and the objectives ask of B(x): a class of your own needs these and nothing else.
 
     PGD-AT, TRADES and direct SCORE therefore take any B(x) with a projection and a step (section 6).
-    :class:`ThreatModel` is the class for balls; AutoAttack, single-step attacks and :mod:`scorematch.bounds` need it.
-    An example of another B(x) is ``examples/l1_ball.py``.
+    :class:`ThreatModel` is the class for balls; AutoAttack, single-step attacks, :func:`scorematch.consistency` and
+    :mod:`scorematch.bounds` need it. An example of another B(x) is ``examples/l1_ball.py``.
 
     Attributes:
         lower, upper: the smallest and the largest value that a feature of clean x may have; may be infinite.

@@ -360,7 +360,10 @@ def selected_checkpoint(run: Path) -> Path:
     path = run / "config.toml"
     if not path.is_file():
         raise InputError(f"run: {run} holds no config.toml, expected the folder of a run")
-    settings = config.from_table(config.read_toml(path), str(path))
+    table = config.read_toml(path)
+    if "objective" not in table:
+        raise InputError(f"run: {run} is no folder of training.run, its config.toml names no objective")
+    settings = config.from_table(table, str(path))
     return run / ("best.pt" if settings.selection == "best" else "checkpoint.pt")
 
 

@@ -161,6 +161,22 @@ def test_bad_input(call: Any, tmp_path: Path, program: str, arguments: str, told
     assert {path.name for path in tmp_path.iterdir()} <= {"file"}, "refused before anything was written"
 
 
+@pytest.mark.parametrize(
+    ("option", "program", "told"),
+    [
+        ("--resume", "run", "resume: other is no folder of training.run, its config.toml names no objective\n"),
+        ("--run", "evaluate", "run: other is no folder of training.run, its config.toml names no objective\n"),
+        ("--resume", "score", "resume: trained is a folder of training.run, expected one of training.score\n"),
+    ],
+)
+def test_a_folder_of_another_program(call: Any, tmp_path: Path, option: str, program: str, told: str) -> None:
+    for name, settings in (("other", 'data = "digits"\n'), ("trained", 'objective = "trades"\n')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.toml").write_text(settings)
+    ending = call(program, option, "trained" if program == "score" else "other")
+    assert (ending.status, ending.err) == (2, f"error: {told}")
+
+
 def test_the_program_itself_ends_with_that_status(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "training.run", "--objective", "standard", "--eps", "0"]
     ending = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

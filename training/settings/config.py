@@ -661,7 +661,10 @@ def _resumed(folder: Path, arguments: Sequence[str]) -> RunSettings:
     path = folder / "config.toml"
     if not path.is_file():
         raise InputError(f"resume: {folder} holds no config.toml, expected the folder of an earlier run")
-    saved = from_table(read_toml(path), str(path))
+    table = read_toml(path)
+    if "objective" not in table:
+        raise InputError(f"resume: {folder} is no folder of training.run, its config.toml names no objective")
+    saved = from_table(table, str(path))
     settings = _parse(arguments, saved)
     for name, value in as_table(settings).items():
         if value != as_table(saved).get(name):
