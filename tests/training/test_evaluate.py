@@ -509,3 +509,9 @@ def test_autoattack_on_images_in_another_box(
     monkeypatch.setitem(sys.modules, "autoattack", SimpleNamespace())
     ending = call("evaluate", *source, *options, "--engine", "official")
     assert "allowed: images in [0, 1]; clean and pgd take others" in ending.err
+
+
+def test_a_step_in_proportion_to_eps_is_at_most_as_long_as_the_ball_is_wide() -> None:
+    assert measures.scaled(ThreatModel("linf", 0.1, 0.05), 0.2).step_size == pytest.approx(0.1)
+    assert measures.scaled(ThreatModel("linf", 0.01, 0.5), 1.0).step_size == 2.0
+    assert measures.scaled(ThreatModel("linf", 0.1), 0.2).step_size is None
