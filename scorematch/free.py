@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .divergences import check_kind
 from .inputs import check_count, check_inputs, check_instance
-from .objectives import Outcome, accuracy, training_logits
+from .objectives import Outcome, accuracy, training_logits, warn_of_probabilities
 from .ops.divergence import divergence as divergence_of
 from .ops.pgd_step import pgd_step
 from .threat_model import ThreatModel
@@ -86,6 +86,7 @@ class FreeAttack:
         point = self.threat_model.project(x + self._held(x), x).requires_grad_()
         point.register_hook(self._advance)
         logits = training_logits(model, point)
+        warn_of_probabilities(model, logits)
         loss = divergence_of(logits, y, kind=self.divergence)
         return Outcome(loss, point.detach(), {"accuracy": accuracy(logits, y)})
 

@@ -6,6 +6,7 @@ The most common mistakes have hints of their own in the messages: pixels in 0…
 from __future__ import annotations
 
 import math
+import warnings
 import weakref
 from collections.abc import Iterable, Sequence
 from numbers import Integral
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import RandomSampler
 
 from .ops._checks import check_number
 from .threat_model import Perturbations
@@ -422,15 +424,19 @@ def clean_batch(
     return (x if lower <= low and high <= upper else x.clamp(lower, upper)), labels
 
 
-def joined(x: Any, y: Any) -> tuple[Tensor, Tensor]:
+def joined(x: Any, y: Any, *, ordered: bool = True) -> tuple[Tensor, Tensor]:
     """x and y as they are, or all batches (x, y) of an iterable put together.
 
     Args:
         x: [N, …], or an iterable of pairs of tensors such as a ``DataLoader``; then y is None.
         y: [N], or None.
+        ordered: whether the order of the samples matters.
 
     Returns:
         x [N, …] and y [N].
+
+    Warns:
+        UserWarning: the order matters, and x is a loader that shuffles.
 
     Raises:
         TypeError: x is neither of the two, y is missing, or y is given beside batches.
@@ -442,6 +448,9 @@ def joined(x: Any, y: Any) -> tuple[Tensor, Tensor]:
         return x, y
     if y is not None:
         raise TypeError(f"x_orig must be a torch.Tensor where y_orig is given, got {type(x).__name__}")
+    if ordered and isinstance(getattr(x, "sampler", None), RandomSampler):
+        told = "x_orig gives its samples in random order: points and verdicts come in the order of this one pass"
+        warnings.warn(told, stacklevel=4)  # for the line that called a method of AutoAttack
     batches = []
     for batch in x:
         if not (isinstance(batch, Sequence) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)):

@@ -24,6 +24,8 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -32,11 +34,13 @@ import torch
 from torch import Tensor, nn
 
 from .attacks.classifier import check_logits
+from .attacks.console import frames_of_the_package
+from .attacks.inspection import probabilities
 from .attacks.pgd import ascend, input_gradient
 from .attacks.single_step import SINGLE_STEP, single_step, single_step_start
 from .divergences import check_kind, clip_bound
 from .graphs import Attack, AttackGraphs
-from .inputs import check_attack, check_inputs, check_posterior
+from .inputs import check_attack, check_classes, check_inputs, check_posterior, readable
 from .model_state import borrowed
 from .noise import normal_like
 from .ops._checks import check_number
@@ -51,6 +55,7 @@ ATTACKS = ("pgd", *SINGLE_STEP)
 STARTS = ("uniform", "gaussian")
 DATA_GRADIENTS = ("scores", "none", "noise")
 GAUSSIAN_START = 1e-3  # standard deviation, in input units, of the start of TRADES as published
+_heard: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose logits have been looked at
 LOWEST = -1e30  # log p of a class of probability 0 where two of them are subtracted: −∞ would give NaN
 
 
@@ -136,6 +141,18 @@ def training_logits(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, x.dtype))
 
 
+def warn_of_probabilities(model: nn.Module, logits: Tensor) -> None:
+    """Warn if a model returns probabilities; its logits [N, L] are looked at once, since a GPU has to be waited for."""
+    if torch.compiler.is_compiling() or model in _heard or not len(logits) or logits.is_meta:
+        return
+    _heard.add(model)
+    if probabilities(logits.detach()) is not None:
+        warnings.warn(
+            "the model seems to return probabilities: objectives need logits, without the softmax",
+            stacklevel=frames_of_the_package() + 1,
+        )
+
+
 def check_comparable(logits: Tensor, target: Tensor) -> None:
     """Refuse a posterior whose log p [N, L] cannot be compared with the logits of the model.
 
@@ -145,6 +162,18 @@ def check_comparable(logits: Tensor, target: Tensor) -> None:
     if target.shape != logits.shape or target.dtype != logits.dtype:
         given = f"{target.dtype} {list(target.shape)} for logits {logits.dtype} {list(logits.shape)}"
         raise ValueError(f"posterior must give log p of the shape and dtype of the model's logits, got {given}")
+
+
+def check_target(y: Tensor, logits: Tensor) -> None:
+    """Refuse labels, or probabilities, of other classes than the logits [N, L]; labels are read on the CPU alone.
+
+    Raises:
+        ValueError: as said.
+    """
+    if y.dim() == 1:
+        check_classes(y, logits, logits.shape[1], values=readable(y))
+    elif y.shape != logits.shape:
+        raise ValueError(f"y must be labels [N] or probabilities {list(logits.shape)}, got {list(y.shape)}")
 
 
 def standard(model: nn.Module, x: Tensor, y: Tensor, *, divergence: str = "kl") -> Outcome:
@@ -165,6 +194,7 @@ def standard(model: nn.Module, x: Tensor, y: Tensor, *, divergence: str = "kl") 
     check_kind(divergence)
     check_inputs(model, x, y, None)
     logits = training_logits(model, x)
+    warn_of_probabilities(model, logits)
     return Outcome(divergence_of(logits, y, kind=divergence), x, {"accuracy": accuracy(logits, y)})
 
 
@@ -254,6 +284,7 @@ def gaussian(
     shift = levels.view(-1, *[1] * (x.dim() - 1)) * noise.detach()
     noisy_x = (x + shift).detach()
     logits = training_logits(model, noisy_x)
+    warn_of_probabilities(model, logits)
     noisy = divergence_of(logits, y, kind=divergence)
     if antithetic:
         noisy = 0.5 * (noisy + divergence_of(training_logits(model, (x - shift).detach()), y, kind=divergence))
@@ -437,6 +468,7 @@ def pgd_at(
 
     def outcome() -> Outcome:
         logits = training_logits(model, x_adv)
+        warn_of_probabilities(model, logits)
         bounds = _clipping(clip, clip_form, divergence, logits.shape[1])
         clip_at = bounds.of_total + bounds.of_robust
         loss = divergence_of(logits, y, kind=divergence, clip=clip_at)
@@ -532,6 +564,7 @@ def trades(
 
     def outcome() -> Outcome:
         logits = training_logits(model, x)
+        warn_of_probabilities(model, logits)
         bounds = _clipping(clip, clip_form, divergence, logits.shape[1])
         natural = divergence_of(logits, y, kind=divergence)
         attacked = training_logits(model, x_adv)
@@ -623,7 +656,9 @@ def score_direct(
 
     def outcome() -> Outcome:
         logits = training_logits(model, x_adv)
+        warn_of_probabilities(model, logits)
         check_comparable(logits, log_p)
+        check_target(y, logits)
         bounds = _clipping(clip, clip_form, divergence, logits.shape[1])
         clip_at = bounds.of_total + bounds.of_robust
         loss = logit_divergence(logits, log_p, kind=divergence, clip=clip_at)

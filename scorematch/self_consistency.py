@@ -15,7 +15,7 @@ from torch import Tensor
 from .attacks.pgd import ascend
 from .divergences import check_kind
 from .inference import outside_inference_mode
-from .inputs import check_callable, check_count, check_points, check_posterior
+from .inputs import check_callable, check_count, check_instance, check_points, check_posterior
 from .model_state import as_found
 from .objectives import check_comparable, direct_weights, training_logits
 from .ops.logit_divergence import logit_divergence
@@ -83,6 +83,7 @@ def consistency(
     check_posterior("posterior", posterior)
     check_kind(divergence)
     check_points(x, y, threat_model)
+    check_instance("threat_model", threat_model, ThreatModel)
     check_count("steps", steps)
     check_count("restarts", restarts, least=0)
     x, y = (t.clone() if t.is_inference() else t for t in (x, y))  # those take no gradients

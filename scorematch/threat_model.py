@@ -38,8 +38,8 @@ class Perturbations(Protocol):
     """What :class:`scorematch.PGD` and the objectives ask of B(x): a class of your own needs these and nothing else.
 
     PGD-AT, TRADES and direct SCORE therefore take any B(x) with a projection and a step (section 6).
-    :class:`ThreatModel` is the class for balls; AutoAttack, single-step attacks and :mod:`scorematch.bounds` need it.
-    An example of another B(x) is ``examples/l1_ball.py``.
+    :class:`ThreatModel` is the class for balls; AutoAttack, single-step attacks, :func:`scorematch.consistency` and
+    :mod:`scorematch.bounds` need it. An example of another B(x) is ``examples/l1_ball.py``.
 
     Attributes:
         lower, upper: the smallest and the largest value that a feature of clean x may have; may be infinite.
@@ -87,7 +87,8 @@ class ThreatModel:
 
     Raises:
         TypeError: eps, a length or a bound is not a number.
-        ValueError: an argument is outside its range, or an Linf ball is larger than the box; the message names it.
+        ValueError: an argument is outside its range, or an Linf ball or step is larger than the box (a step may always
+            be 2 eps long); the message names it.
     """
 
     norm: str
@@ -116,15 +117,17 @@ class ThreatModel:
             hint = "" if self.upper - self.lower != 1.0 else f"; for 8-bit pixels write {self.eps:g}/255"
             box = f"[{self.lower:g}, {self.upper:g}]"
             raise ValueError(f"eps must not be larger than the box {box} is wide, got {self.eps:g}{hint}")
+        if self.norm == "linf":
+            self._check_step(self.upper - self.lower, "the box is wide")
 
     def check_radius(self, features: int) -> None:
-        """Refuse an L2 or L1 radius that is larger than the box of inputs of this size.
+        """Refuse an L2 or L1 radius or step that is larger than the box of inputs of this size.
 
         Args:
             features: number of features of one sample.
 
         Raises:
-            ValueError: eps is larger than the diagonal (L2) or the L1 width of the box.
+            ValueError: eps is larger than the diagonal (L2) or the L1 width of the box, or a step is, and than 2 eps.
         """
         if self.norm == "linf":  # refused when made
             return
@@ -136,6 +139,13 @@ class ThreatModel:
                 f"eps must not be larger than the {name} of the box, {longest:.4g} for {features} features, "
                 f"got {self.eps:g}{hint}"
             )
+        self._check_step(longest, f"the {name} of the box, {longest:.4g} for {features} features")
+
+    def _check_step(self, longest: float, what: str) -> None:
+        """Refuse steps that jump across the box and the ball, as those in 8-bit pixels do: the attack would be weak."""
+        if self.step_size is not None and self.step_size > max(longest, 2 * self.eps) * (1 + 1e-6):
+            hint = "" if self.upper - self.lower != 1.0 else f"; for 8-bit pixels write {self.step_size:g}/255"
+            raise ValueError(f"step_size must not be larger than {what}, got {self.step_size:g}{hint}")
 
     @property
     def step_length(self) -> float:

@@ -27,6 +27,7 @@ from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
 from scorematch import AutoAttack, ThreatModel
+from scorematch.attacks import inspection
 from training import data, measures, models
 from training.data import Data, DataName, DataSettings
 from training.engine import checkpoint, distributed, hardware
@@ -61,6 +62,8 @@ USES = {
     "radii": ("autoattack", "certify"),
     "verdict_passes": ("autoattack",),
 }
+
+OF_A_RUN = ("config.toml", "best.pt", "checkpoint.pt", "posterior.pt", "metrics.jsonl", "summary.json")
 
 
 @dataclass(frozen=True)
@@ -159,10 +162,11 @@ def evaluate(settings: EvaluateSettings, device: torch.device) -> None:
     _check_attack(settings, subject)
     x, y = _samples(settings, subject.data)
     other = _other(settings, subject, device)
-    _probe(subject, x[:1])
+    doubt = inspection.probabilities(_probe(subject, x[:1]))
     first = distributed.rank() == 0
     for path in filter(None, (settings.out, settings.plot, settings.export, settings.state)):
         _prepare(path)
+        _check_spares(settings, path)
 
     if first:
         kind = f"{subject.run.objective} on {subject.data.name}" if subject.run else subject.data.name
@@ -175,6 +179,8 @@ def evaluate(settings: EvaluateSettings, device: torch.device) -> None:
         if threat_model is not None and settings.attack != "clean":
             step = f", step {threat_model.step_length:g}" if settings.attack in USES["step_size"] else ""
             print(f"{threat_model.norm}, eps {threat_model.eps:g}{step}")
+        if doubt is not None and settings.attack in ("pgd", "obfuscation"):  # AutoAttack tells it by itself
+            print(f"warning: {doubt}")
         sys.stdout.flush()
     begin = time.perf_counter()
     results: dict[str, Any] = {
@@ -354,7 +360,10 @@ def selected_checkpoint(run: Path) -> Path:
     path = run / "config.toml"
     if not path.is_file():
         raise InputError(f"run: {run} holds no config.toml, expected the folder of a run")
-    settings = config.from_table(config.read_toml(path), str(path))
+    table = config.read_toml(path)
+    if "objective" not in table:
+        raise InputError(f"run: {run} is no folder of training.run, its config.toml names no objective")
+    settings = config.from_table(table, str(path))
     return run / ("best.pt" if settings.selection == "best" else "checkpoint.pt")
 
 
@@ -448,6 +457,8 @@ def _threat_model(settings: EvaluateSettings, subject: Subject) -> ThreatModel |
     if eps is None:
         return None
     subject.data.format.check_radius(norm, eps, "radii" if settings.radii else "eps")
+    if settings.step_size is not None:
+        subject.data.format.check_radius(norm, settings.step_size, "step_size")
     return ThreatModel(norm, eps, settings.step_size, subject.data.lower, subject.data.upper)
 
 
@@ -463,8 +474,8 @@ def _check_attack(settings: EvaluateSettings, subject: Subject) -> None:
 
 
 @torch.no_grad()
-def _probe(subject: Subject, x: Tensor) -> None:
-    """Refuse a classifier that does not map x [1, ...] to the logits [1, L] of the data."""
+def _probe(subject: Subject, x: Tensor) -> Tensor:
+    """The logits [1, L] for x [1, ...]. A classifier that does not give those of the data is refused."""
     wanted = [1, subject.data.num_classes]
     try:
         logits = subject.model(x)
@@ -474,6 +485,7 @@ def _probe(subject: Subject, x: Tensor) -> None:
     shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if shape != wanted:
         raise InputError(f"{subject.name}: returned {shape}, {subject.data.name} needs logits {wanted}")
+    return logits
 
 
 def _pgd_options(settings: EvaluateSettings) -> dict[str, Any]:
@@ -498,6 +510,18 @@ def _prepare(path: Path) -> None:
         raise InputError(f"{path}: is a folder, expected a file to write")
     if not os.access(path.parent, os.W_OK):
         raise InputError(f"{path}: its folder cannot be written")
+
+
+def _check_spares(settings: EvaluateSettings, path: Path) -> None:
+    """Refuse to write over a file that this evaluation reads, or that its run needs to be read again."""
+    read = [Path(name) for name in (settings.model_from, settings.transfer_from) if name is not None]
+    if settings.checkpoint is not None:
+        read.append(settings.checkpoint)
+    folder = settings.run or (settings.checkpoint and settings.checkpoint.parent)
+    if folder is not None:
+        read += [folder / name for name in OF_A_RUN]
+    if path.exists() and any(other.exists() and path.samefile(other) for other in read):
+        raise InputError(f"{path}: is read by this evaluation or belongs to its run, expected another file to write")
 
 
 def _check(settings: EvaluateSettings) -> None:

@@ -159,7 +159,15 @@ def posterior_path(settings: GenerateSettings) -> Path:
     if (settings.posterior_from is None) == (settings.run is None):
         given = "both" if settings.run else "neither"
         raise InputError(f"posterior_from, run: {given} given, expected one of them")
-    return settings.posterior_from or Path(settings.run or "") / "posterior.pt"
+    if settings.run is None:
+        return settings.posterior_from or Path()
+    expected = "of training.score, or of a run with a score network"
+    if not settings.run.is_dir():
+        raise InputError(f"run: {settings.run} is not a folder, expected that {expected}")
+    path = settings.run / "posterior.pt"
+    if not path.is_file():
+        raise InputError(f"run: {settings.run} holds no posterior.pt, expected the folder {expected}")
+    return path
 
 
 def load(settings: GenerateSettings, path: Path, device: torch.device) -> tuple[Generator, dict[str, Any]]:

@@ -162,7 +162,10 @@ def parse(arguments: Sequence[str]) -> ScoreSettings:
 def saved_settings(path: Path) -> ScoreSettings:
     if not path.is_file():
         raise InputError(f"resume: {path.parent} holds no config.toml, expected the folder of an earlier call")
-    return from_table(config.read_toml(path), str(path))
+    table = config.read_toml(path)
+    if "objective" in table:
+        raise InputError(f"resume: {path.parent} is a folder of training.run, expected one of training.score")
+    return from_table(table, str(path))
 
 
 def from_table(table: dict[str, Any], where: str) -> ScoreSettings:

@@ -460,7 +460,7 @@ class AutoAttack:
 
         Args, Raises: as for :meth:`run_standard_evaluation`.
         """
-        x_orig, y_orig = self._check_input(*joined(x_orig, y_orig), bs)
+        x_orig, y_orig = self._check_input(*joined(x_orig, y_orig, ordered=False), bs)
         device = self._device(x_orig)
         hits = 0
         with as_found(self.model):
@@ -581,7 +581,9 @@ class AutoAttack:
             if tensor.is_meta or tensor.layout != torch.strided:
                 raise TypeError(f"{name} must be a dense tensor with values, got {tensor.layout} on {tensor.device}")
         if x.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"x_orig must be float32 or float64 in [{self.lower:g}, {self.upper:g}], got {x.dtype}")
+            hint = "; divide pixels in 0…255 by 255: x_orig.float() / 255" if x.dtype == torch.uint8 else ""
+            box = f"[{self.lower:g}, {self.upper:g}]"
+            raise ValueError(f"x_orig must be float32 or float64 in {box}, got {x.dtype}{hint}")
         if isinstance(bs, bool) or not isinstance(bs, Integral) or bs < 1:
             raise ValueError(f"bs must be a whole number, at least 1, got {bs!r}")
         if x.dim() == 0:

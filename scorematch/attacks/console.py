@@ -63,7 +63,7 @@ class Console:
             return
         self.warnings.append(text)
         self.say(f"warning: {text}")
-        warnings.warn(text, AutoAttackWarning, stacklevel=_frames_of_the_package() + 1)
+        warnings.warn(text, AutoAttackWarning, stacklevel=frames_of_the_package() + 1)
 
     def start_progress(self, passes: int) -> None:
         """Show how many of so many passes of one sample are done."""
@@ -92,7 +92,7 @@ class Console:
             self._progress.close()
 
 
-def _frames_of_the_package() -> int:
+def frames_of_the_package() -> int:
     """How many frames lie between the caller and the line outside that called the package, itself included."""
     frame, depth, outermost = sys._getframe(1), 1, 1
     while frame is not None:

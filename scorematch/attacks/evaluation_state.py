@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .accounting import Cost
-from .identity import Fingerprint, checksum
+from .identity import ANOTHER, Fingerprint, checksum
 from .parts import Search
 
 FORMATS = "scorematch AutoAttack "
@@ -175,7 +175,7 @@ class EvaluationState:
         for name, value in settings.items():
             if content["settings"].get(name) != value:
                 raise ValueError(
-                    f"state_path: {path} is of another {name}: {content['settings'].get(name)}, now {value}"
+                    f"state_path: {path} is of another {name}: {content['settings'].get(name)}, now {value}; {ANOTHER}"
                 )
         return cls._of(content, x.clone())
 

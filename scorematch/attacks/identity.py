@@ -16,6 +16,7 @@ from .classifier import Classifier
 from .parts import Attack
 from .precision import full_precision
 
+ANOTHER = "give another file, or delete this one to begin anew"  # where a state file does not fit
 PROBES = 100  # samples whose clean logits are kept, spread evenly over the data set
 PROBE_BATCH = 8  # the same in every run, so that the batch size of an evaluation changes nothing
 PASSES = 5  # over which a randomised model shows how far its logits spread
@@ -64,7 +65,7 @@ def check_model(path: Path, fingerprint: Fingerprint | None, model: Any, x: Tens
     if not fingerprint.fits(logits):
         raise ValueError(
             f"state_path: {path} is of another model: at {fingerprint.strangers(logits)} of {len(logits)} samples its "
-            "clean logits are others"
+            f"clean logits are others; {ANOTHER}"
         )
 
 

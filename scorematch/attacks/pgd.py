@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -9,11 +10,13 @@ from torch import Tensor, nn
 
 from ..divergences import KINDS
 from ..inference import outside_inference_mode
-from ..inputs import check_count, check_threat_model, clean_batch
+from ..inputs import check_callable, check_classes, check_count, check_threat_model, clean_batch
 from ..model_state import as_found
 from ..ops.divergence import divergence
 from ..threat_model import Perturbations
 from .classifier import check_unwritten, logits_of
+from .console import frames_of_the_package
+from .inspection import AutoAttackWarning, probabilities
 from .losses import margin_loss
 
 LOSSES = ("ce", "margin", *KINDS)
@@ -120,17 +123,25 @@ class PGD:
             [N, …] inside B(x).
 
         Raises:
-            TypeError: x is not floating point.
+            TypeError: x is not floating point, or the model cannot be called.
             ValueError: x is outside the box, shapes or labels do not fit, or the model changes its input in place.
+
+        Warns:
+            AutoAttackWarning: the model seems to return probabilities.
         """
+        check_callable("model", model)
         x, y = clean_batch(x, y, self.threat_model)
         with as_found(model):
             worst = x.clone()
             fooled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
             if len(x):
                 with torch.no_grad():
-                    fooled = misclassified(logits_of(model, worst), y)
+                    logits = logits_of(model, worst)
+                    check_classes(y, x, logits.shape[1])
+                    fooled = misclassified(logits, y)
                 check_unwritten(worst, model)
+                if (doubt := probabilities(logits)) is not None:
+                    warnings.warn(doubt, AutoAttackWarning, stacklevel=frames_of_the_package() + 1)
             for loss in self.losses:
                 best = x.new_full((len(x),), -torch.inf)
                 for _ in range(self.restarts):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..attacks.pgd import ascend
-from ..inputs import check_callable, check_count, check_points, check_posterior, check_tensor
+from ..inputs import check_callable, check_count, check_instance, check_points, check_posterior, check_tensor
 from ..posteriors import Ensemble
 from ..posteriors.base import PointwisePosterior, Posterior, begin_trace
 from ..threat_model import ORDERS, ThreatModel
@@ -60,6 +60,7 @@ def clean_values(problem: Problem) -> tuple[Tensor, Tensor]:
     check_callable("model", problem.model)
     check_posterior("posterior", problem.posterior)
     check_points(problem.x, problem.y, problem.threat_model)
+    check_instance("threat_model", problem.threat_model, ThreatModel)
     log_p = begin_trace(problem.posterior, problem.x, problem.y).log_p
     with torch.no_grad():
         logits = problem.model(problem.x)

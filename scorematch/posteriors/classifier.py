@@ -24,7 +24,7 @@ class NoiseConditionalClassifier(PointwisePosterior):
             :func:`scorematch.matching.fit_temperature`.
 
     Raises:
-        ValueError: an argument is outside its range.
+        ValueError: an argument is outside its range; later, the network returns no logits of so many classes.
     """
 
     temperature: Tensor
@@ -48,6 +48,9 @@ class NoiseConditionalClassifier(PointwisePosterior):
     def forward(self, x: Tensor) -> Tensor:
         check_real(x)
         logits = self.network(x, torch.full((len(x),), self.sigma, dtype=x.dtype, device=x.device))
+        given = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        if given != [len(x), self.num_classes]:
+            raise ValueError(f"network must return logits {[len(x), self.num_classes]} for num_classes, got {given}")
         return torch.log_softmax(logits / self.temperature.to(logits.dtype), 1)
 
     def _trace_at(self, x: Tensor) -> Trace:

@@ -1,5 +1,7 @@
 """What AutoAttack tells of an evaluation: verdicts of samples, tables, an evaluation that ran out of time."""
 
+import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,20 @@ def test_batches_of_a_loader() -> None:
     assert torch.equal(labels, model(points).argmax(1))
     assert torch.equal(adversary.run_standard_evaluation_individual(loader)["apgd-ce"], expected)
     assert adversary.clean_accuracy(loader) == adversary.clean_accuracy(x, y)
+
+
+def test_a_loader_that_shuffles_is_told() -> None:
+    model, x, y = data()
+    loader = DataLoader(TensorDataset(x, y), batch_size=7, shuffle=True)
+    adversary = alone(model, "apgd-ce")
+    calls = [adversary.run_standard_evaluation, adversary.run_standard_evaluation_individual]
+    for call in [*calls, partial(adversary.accuracy_curve, radii=[0.1])]:
+        with pytest.warns(UserWarning, match="x_orig gives its samples in random order") as told:
+            call(loader)
+        assert __file__ in [warning.filename for warning in told]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adversary.clean_accuracy(loader)
 
 
 def test_what_is_no_data() -> None:

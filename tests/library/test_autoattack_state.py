@@ -40,7 +40,7 @@ def test_the_same_weights_in_another_architecture_are_another_model(path: Path) 
     model, x, y = data()
     other = nn.Sequential(model[0], nn.Tanh(), *model[2:])
     outcome(model, x, y, path)
-    with pytest.raises(ValueError, match="is of another model"):
+    with pytest.raises(ValueError, match=r"is of another model: .*; give another file, or delete this one"):
         outcome(other, x, y, path)
 
 
@@ -52,6 +52,8 @@ def test_a_callable_trained_further_is_another_model(path: Path) -> None:
     outcome(model.forward, x, y, path)
     with pytest.raises(ValueError, match="is of another model"):
         outcome(further.forward, x, y, path)
+    with pytest.raises(ValueError, match=r"is of another data set: .*; give another file, or delete this one"):
+        outcome(model.forward, x[:20], y[:20], path)
 
 
 @pytest.mark.parametrize("batches", [1, 17])

@@ -267,6 +267,16 @@ def test_classifier_pull_back_equals_automatic_differentiation() -> None:
     torch.testing.assert_close(trace.log_p.exp().sum(1), torch.ones(6, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("num_classes", [2, 4])
+def test_a_classifier_of_other_classes_is_refused(num_classes: int) -> None:
+    posterior = NoiseConditionalClassifier(ToyClassifier(), num_classes=num_classes, sigma=0.5)
+    told = rf"network must return logits \[6, {num_classes}\] for num_classes, got \[6, 3\]"
+    with pytest.raises(ValueError, match=told):
+        posterior.log_prob(inputs())
+    with pytest.raises(ValueError, match=told):
+        posterior.trace(inputs(), torch.zeros(6, dtype=torch.int64))
+
+
 def all_posteriors() -> list[Posterior]:
     points, labels = inputs(12, seed=2), torch.arange(12) % 3
     torch.manual_seed(0)

@@ -1,7 +1,9 @@
 """The objectives: Eq. (33) against automatic differentiation, clipping, batch-norm modes, and what they call."""
 
 import math
+import warnings
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from scorematch import FreeAttack, ThreatModel, audit, consistency, objectives
 from scorematch.divergences import KINDS, clip_bound
-from scorematch.objectives import _DirectAscent, _Target, direct_weights
+from scorematch.objectives import _DirectAscent, _Target, direct_weights, score_direct
 from scorematch.ops.score_step import score_step
 from scorematch.posteriors import ClassScorePosterior, GaussianMixture, KernelDensity, Trace
 from scorematch.posteriors.base import PointwisePosterior
@@ -389,6 +391,38 @@ def test_models_and_posteriors_that_cannot_be_used_are_named(name: str) -> None:
         other = KernelDensity(x, y % 5, num_classes=5, sigma=1.0)
         with pytest.raises(ValueError, match=r"posterior must give log p .* got torch.float32 \[12, 5\] for logits"):
             objective(network, x, y, **{**settings, "posterior": other})
+
+
+@pytest.mark.parametrize("name", ["standard", "gaussian", "pgd_at", "trades", "score_direct", "free"])
+def test_probabilities_in_the_place_of_logits_are_told_once(name: str) -> None:
+    x, y, ball = torch.rand(20, 1, 8, 8), torch.arange(20) % 10, ThreatModel("linf", 0.1)
+    posterior = KernelDensity(x, y, num_classes=10, sigma=1.0)
+    settings: dict = {"standard": {}, "gaussian": {"sigma": 0.1}}.get(name, {"threat_model": ball, "steps": 1})
+    settings |= {"posterior": posterior} if name == "score_direct" else {}
+    objective = FreeAttack(ball).step if name == "free" else partial(objectives.OBJECTIVES[name], **settings)
+    model = nn.Sequential(small_cnn(), nn.Softmax(1))
+    with pytest.warns(UserWarning, match="seems to return probabilities: objectives need logits") as told:
+        objective(model, x, y)
+    assert [warning.filename for warning in told] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        objective(model, x, y)
+        objective(nn.Sequential(small_cnn(), nn.LogSoftmax(1)), x, y)
+
+
+@pytest.mark.parametrize(
+    ("y", "message"),
+    [
+        (torch.tensor([0, 1, 2, 10]), r"y must lie in \[0, 10\), got values in \[0, 10\]"),
+        (torch.tensor([0, 1, 2, -1]), r"y must lie in \[0, 10\), got values in \[-1, 2\]"),
+        (torch.ones(4, 7) / 7, r"y must be labels \[N\] or probabilities \[4, 10\], got \[4, 7\]"),
+    ],
+)
+def test_direct_score_refuses_labels_that_its_posterior_does_not_read(y: torch.Tensor, message: str) -> None:
+    x, labels = torch.rand(20, 1, 8, 8), torch.arange(20) % 10
+    posterior = KernelDensity(x, labels, num_classes=10, sigma=1.0)
+    with pytest.raises(ValueError, match=message):
+        score_direct(small_cnn(), x[:4], y, threat_model=ThreatModel("linf", 0.1), posterior=posterior, steps=1)
 
 
 @pytest.mark.parametrize("name", ["standard", "gaussian", "pgd_at", "trades", "score_direct"])

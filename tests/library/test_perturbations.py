@@ -89,3 +89,12 @@ def test_a_single_step_needs_a_ball_with_eps() -> None:
     x, y = images()
     with pytest.raises(TypeError, match="threat_model must be a ThreatModel for attack 'fgsm_rs', got L1Ball"):
         sm.objectives.pgd_at(small_cnn(), x, y, threat_model=BALL, attack="fgsm_rs")
+
+
+def test_where_a_ball_is_needed_another_one_is_named() -> None:
+    x, y = images()
+    truth = sm.posteriors.KernelDensity(x, y, num_classes=10, sigma=1.0)
+    with pytest.raises(TypeError, match="threat_model must be a ThreatModel, got L1Ball"):
+        sm.consistency(small_cnn(), truth, x, y, BALL)
+    with pytest.raises(TypeError, match="threat_model must be a ThreatModel, got L1Ball"):
+        sm.bounds.robust_errors(small_cnn(), truth, x, y, BALL, divergences="l1")

@@ -1,6 +1,7 @@
 """PGD finds what it should, stays where it may, and leaves the model as it was."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from library_models import small_cnn
 from torch import nn
 
 from scorematch import PGD, AutoAttack, ThreatModel
+from scorematch.attacks import AutoAttackWarning
 from scorematch.attacks.losses import margin_loss
 from scorematch.attacks.pgd import LOSSES, misclassified
 from scorematch.model_state import borrowed
@@ -176,12 +178,29 @@ def test_bad_settings(settings: dict, message: str) -> None:
         (torch.full((2, 1, 8, 8), 1.5), torch.zeros(2, dtype=torch.int64), r"x must lie in the box \[0.0, 1.0\]"),
         (torch.full((2, 1, 8, 8), torch.nan), torch.zeros(2, dtype=torch.int64), "x must lie in the box"),
         (torch.rand(2, 1, 8, 8), torch.zeros(3, dtype=torch.int64), r"x must be \[N, …\] and y \[N\]"),
-        (torch.rand(2, 1, 8, 8), torch.full((2,), 10), "10"),
+        (torch.rand(2, 1, 8, 8), torch.tensor([1, 10]), r"y must lie in \[0, 10\), got values in \[1, 10\]"),
+        (torch.rand(2, 1, 8, 8), torch.tensor([-1, 3]), r"y must lie in \[0, 10\), got values in \[-1, 3\]"),
     ],
 )
 def test_bad_batches(x: torch.Tensor, y: torch.Tensor, message: str) -> None:
-    with pytest.raises((ValueError, IndexError, RuntimeError), match=message):
+    with pytest.raises(ValueError, match=message):
         PGD(ThreatModel("linf", 0.1))(small_cnn(), x, y)
+
+
+def test_what_is_no_model_is_refused() -> None:
+    with pytest.raises(TypeError, match="model must be callable, got str"):
+        PGD(ThreatModel("linf", 0.1))("resnet-18", torch.rand(2, 1, 8, 8), torch.zeros(2, dtype=torch.int64))
+
+
+def test_probabilities_in_the_place_of_logits_are_told() -> None:
+    x, y = torch.rand(4, 1, 8, 8), torch.arange(4)
+    attack = PGD(ThreatModel("linf", 0.1), steps=2)
+    with pytest.warns(AutoAttackWarning, match="seems to return probabilities: attacks need logits") as told:
+        attack(nn.Sequential(small_cnn(), nn.Softmax(1)), x, y)
+    assert [warning.filename for warning in told] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attack(nn.Sequential(small_cnn(), nn.LogSoftmax(1)), x, y)
 
 
 def test_attacks_within_no_grad() -> None:

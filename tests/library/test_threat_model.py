@@ -27,7 +27,8 @@ def inside(threat_model: ThreatModel, x: torch.Tensor, x0: torch.Tensor) -> bool
 )
 def test_every_move_stays_in_the_ball_and_the_box(norm: str, eps: float, step: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    threat_model = ThreatModel(norm, min(eps, 1.0) if norm == "linf" else eps, step)
+    longest = 1.0 if norm == "linf" else 10.0
+    threat_model = ThreatModel(norm, min(eps, longest), min(step, longest))
     x0 = torch.rand(4, 2, 3, 3, generator=generator)
     x = threat_model.random_start(x0, generator)
     assert inside(threat_model, x, x0)
@@ -101,6 +102,11 @@ def test_step_length_defaults_to_a_quarter_of_eps() -> None:
         ({"norm": "linf", "eps": math.nan}, "eps must be positive"),
         ({"norm": "linf", "eps": math.inf}, "eps must be positive"),
         ({"norm": "linf", "eps": 0.1, "step_size": 0.0}, "step_size must be positive"),
+        (
+            {"norm": "linf", "eps": 8 / 255, "step_size": 2},
+            "step_size must not be larger than the box is wide, got 2; for 8-bit pixels write 2/255",
+        ),
+        ({"norm": "linf", "eps": 0.1, "step_size": 3, "upper": 2.0}, "the box is wide, got 3$"),
         ({"norm": "linf", "eps": 0.1, "lower": 1.0, "upper": 1.0}, "the box is empty"),
         ({"norm": "linf", "eps": 0.1, "lower": math.nan}, "the box is empty"),
     ],
@@ -108,6 +114,23 @@ def test_step_length_defaults_to_a_quarter_of_eps() -> None:
 def test_bad_input(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ThreatModel(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("norm", "what"),
+    [("l2", "the diagonal of the box, 13.86 for 192"), ("l1", "the L1 width of the box, 192 for 192")],
+)
+def test_a_step_across_the_box_is_refused(norm: str, what: str) -> None:
+    threat_model = ThreatModel(norm, 0.5, step_size=256.0)
+    with pytest.raises(ValueError, match=f"step_size must not be larger than {what} features, got 256; for 8-bit"):
+        threat_model.check_radius(192)
+    threat_model.replace(step_size=13.8).check_radius(192)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_step_may_be_as_long_as_the_ball_is_wide(norm: str) -> None:
+    ThreatModel(norm, 0.8, step_size=1.6).check_radius(1)
+    ThreatModel(norm, 0.8, step_size=9.0, upper=math.inf).check_radius(1)
 
 
 @pytest.mark.parametrize(("name", "value"), [("eps", torch.tensor(0.1)), ("step_size", "0.1"), ("upper", None)])

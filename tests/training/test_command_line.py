@@ -60,6 +60,24 @@ BAD = {
         "eps: 8 in linf is out of range, allowed: at most 1",
     ),
     "eps in pixel values, told what to give": ("run", "--objective standard --eps 8", "8/255 is 0.03137"),
+    "eps as a fraction": (
+        "run",
+        "--objective standard --eps 8/255",
+        "error: Error parsing --eps: could not convert string to float: '8/255'; 8/255 is 0.03137\n",
+    ),
+    "a step as a fraction": (
+        "run",
+        "--objective standard --step-size 2/255",
+        "error: Error parsing --step-size: could not convert string to float: '2/255'; 2/255 is 0.007843\n",
+    ),
+    "radii as fractions": ("evaluate", "--run . --attack autoattack --radii 2/255 4/255", "2/255 is 0.007843"),
+    "a fraction of nothing": ("run", "--objective standard --eps 8/0", "float: '8/0'\n"),
+    "a switch with a value": ("run", "--objective standard --flip True", "'True': no option takes it; a switch takes"),
+    "steps in pixel values": (
+        "run",
+        "--objective pgd_at --step-size 2",
+        "step_size: 2 in linf is out of range, allowed: at most 1, since values lie in [0, 1]; 2/255 is 0.007843",
+    ),
     "eps beyond the diagonal": (
         "run",
         "--objective pgd_at --norm l2 --eps 9",
@@ -80,7 +98,18 @@ BAD = {
     "evaluate nothing": ("evaluate", "", "none given, expected exactly one"),
     "evaluate two": ("evaluate", "--run . --model-from w.pt", "run and model_from given, expected exactly one"),
     "evaluate a missing file": ("evaluate", "--checkpoint none.pt", "no such file"),
-    "evaluate a text file": ("evaluate", "--checkpoint file", "cannot be read"),
+    "evaluate a text file": (
+        "evaluate",
+        "--checkpoint file",
+        "error: file: is damaged, or holds more than tensors and plain values, expected a checkpoint of training.run\n",
+    ),
+    "generate with a text file": ("generate", "--out a.npz --posterior-from file", "file: is damaged, or holds"),
+    "generate with no folder": ("generate", "--out a.npz --run none", "run: none is not a folder, expected that of"),
+    "generate with a run that has no score network": (
+        "generate",
+        "--out a.npz --run .",
+        "run: . holds no posterior.pt, expected the folder of training.score, or of a run with a score network",
+    ),
     "evaluate no run": ("evaluate", "--run .", "config.toml"),
     "evaluate with unknown attack": ("evaluate", "--run . --attack fgsm", "'clean', 'pgd'"),
     "evaluate a run of another model": ("evaluate", "--run . --model digits_cnn", "is for --model-from"),
@@ -130,6 +159,22 @@ def test_bad_input(call: Any, tmp_path: Path, program: str, arguments: str, told
     assert ending.err.startswith("error: ")
     assert told in ending.err
     assert {path.name for path in tmp_path.iterdir()} <= {"file"}, "refused before anything was written"
+
+
+@pytest.mark.parametrize(
+    ("option", "program", "told"),
+    [
+        ("--resume", "run", "resume: other is no folder of training.run, its config.toml names no objective\n"),
+        ("--run", "evaluate", "run: other is no folder of training.run, its config.toml names no objective\n"),
+        ("--resume", "score", "resume: trained is a folder of training.run, expected one of training.score\n"),
+    ],
+)
+def test_a_folder_of_another_program(call: Any, tmp_path: Path, option: str, program: str, told: str) -> None:
+    for name, settings in (("other", 'data = "digits"\n'), ("trained", 'objective = "trades"\n')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.toml").write_text(settings)
+    ending = call(program, option, "trained" if program == "score" else "other")
+    assert (ending.status, ending.err) == (2, f"error: {told}")
 
 
 def test_the_program_itself_ends_with_that_status(tmp_path: Path) -> None:

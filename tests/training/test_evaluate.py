@@ -52,6 +52,8 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "    return nn.Sequential(nn.Flatten(), nn.Linear(64, 5))\n"
         "def for_colours():\n"
         "    return nn.Sequential(nn.Flatten(), nn.Linear(192, 10))\n"
+        "def soft(num_classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes), nn.Softmax(1))\n"
         "def pair(num_classes):\n"
         "    class Pair(nn.Linear):\n"
         "        def forward(self, x):\n"
@@ -190,12 +192,41 @@ def test_exported_weights_are_bare_and_the_same(call: Any, trained: Path, tmp_pa
     assert read(tmp_path / "three.json")["autoattack_acc"] == read(tmp_path / "four.json")["autoattack_acc"]
 
 
+@pytest.mark.parametrize("source", ["--run", "--checkpoint", "--model-from"])
+@pytest.mark.parametrize("option", ["--export", "--out"])
+def test_files_that_are_read_are_not_written_over(
+    call: Any, trained: Path, tmp_path: Path, source: str, option: str
+) -> None:
+    folder = tmp_path / "kept"
+    shutil.copytree(trained, folder)
+    given = [source, folder if source == "--run" else folder / "best.pt"]
+    given += ["--data", "digits"] if source == "--model-from" else []
+    spared = ["best.pt"] if source == "--model-from" else ["best.pt", "checkpoint.pt", "config.toml", "summary.json"]
+    for name in spared:
+        before = (folder / name).read_bytes()
+        ending = call("evaluate", *given, "--attack", "clean", option, folder / ".." / "kept" / name)
+        assert ending.status == 2, ending
+        assert f"{name}: is read by this evaluation or belongs to its run, expected another file" in ending.err
+        assert (folder / name).read_bytes() == before
+    again = [*given, "--attack", "clean", option, folder / "new"]
+    assert [call("evaluate", *again).status for _ in range(2)] == [0, 0], "a file of its own is written again"
+
+
 def test_a_function_as_the_source(call: Any, mine: None) -> None:
     source = ["--model-from", "mine_to_evaluate:linear", "--data", "digits"]
     ending = call("evaluate", *source, "--eps", "0.1", "--steps", "2", "--limit", "30", "--split", "validation")
     assert ending.status == 0, ending
     assert "mine_to_evaluate:linear: digits, 30 validation samples" in ending.out
     assert "linf, eps 0.1, step 0.025" in ending.out
+
+
+@pytest.mark.parametrize("attack", [["--attack", "pgd", "--steps", "1"], ["--attack", "autoattack"]])
+@pytest.mark.parametrize("source", ["soft", "linear"])
+def test_probabilities_in_the_place_of_logits_are_told(call: Any, mine: None, attack: list[str], source: str) -> None:
+    model = ["--model-from", f"mine_to_evaluate:{source}", "--data", "digits"]
+    ending = call("evaluate", *model, "--eps", "0.1", "--limit", "4", *attack)
+    assert (ending.status, ending.err) == (0, "")
+    assert ending.out.count("warning: the model seems to return probabilities") == (source == "soft")
 
 
 @pytest.mark.parametrize(
@@ -205,6 +236,10 @@ def test_a_function_as_the_source(call: Any, mine: None) -> None:
         (
             "--model-from mine_to_evaluate:linear --data digits --eps 8",
             "eps: 8 in linf is out of range, allowed: at most 1",
+        ),
+        (
+            "--model-from mine_to_evaluate:linear --data digits --eps 0.1 --step-size 2",
+            "step_size: 2 in linf is out of range, allowed: at most 1",
         ),
         (
             "--model-from mine_to_evaluate:linear --data digits --attack autoattack --radii 0.1 8",
@@ -474,3 +509,9 @@ def test_autoattack_on_images_in_another_box(
     monkeypatch.setitem(sys.modules, "autoattack", SimpleNamespace())
     ending = call("evaluate", *source, *options, "--engine", "official")
     assert "allowed: images in [0, 1]; clean and pgd take others" in ending.err
+
+
+def test_a_step_in_proportion_to_eps_is_at_most_as_long_as_the_ball_is_wide() -> None:
+    assert measures.scaled(ThreatModel("linf", 0.1, 0.05), 0.2).step_size == pytest.approx(0.1)
+    assert measures.scaled(ThreatModel("linf", 0.01, 0.5), 1.0).step_size == 2.0
+    assert measures.scaled(ThreatModel("linf", 0.1), 0.2).step_size is None

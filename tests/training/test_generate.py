@@ -158,7 +158,7 @@ def test_a_file_says_its_data_set_and_options_must_not_contradict(posterior: Pat
     [
         ("--out a.npz", "posterior_from, run: neither given, expected one of them"),
         ("--out a.npz --run score --posterior-from score/posterior.pt", "both given"),
-        ("--out a.npz --run nowhere", "no such file"),
+        ("--out a.npz --run nowhere", "run: nowhere is not a folder, expected that of training.score"),
         ("--out a.npy --run score", "out: a.npy is not an .npz"),
         ("--out no/a.npz --run score", "out: no/a.npz has no folder"),
         ("--out a.npz --run score --count 0", "count: 0 is out of range"),

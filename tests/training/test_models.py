@@ -437,6 +437,9 @@ def seven(shape, classes):
 def for_colours(shape, classes):
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, classes))
 
+def soft(shape, classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, classes), nn.Softmax(1))
+
 def wide(shape, classes):
     return nn.Sequential(nn.Flatten(), nn.Linear(64, classes)).double()
 """
@@ -462,6 +465,7 @@ def test_lazy_layers_have_their_sizes(own_networks: None) -> None:
     [
         ("pair", "gives tuple for inputs [2, 1, 8, 8], it must give logits [2, 10]"),
         ("seven", "gives [2, 7] for inputs [2, 1, 8, 8], it must give logits [2, 10]"),
+        ("soft", "gives probabilities, it must give logits: leave its softmax out"),
         ("for_colours", "takes no float32 inputs [2, 1, 8, 8] (mat1 and mat2 shapes cannot be multiplied"),
         ("wide", "takes no float32 inputs [2, 1, 8, 8] (mat1 and mat2 must have the same dtype"),
     ],

@@ -142,6 +142,10 @@ def test_statistics_of_the_training_images_where_none_are_given() -> None:
         ),
         ({"x_train": np.zeros((30, 1, 4, 4))}, "x_train is ndarray, allowed: a tensor float32"),
         ({"x_train": torch.rand(30)}, r"x_train is torch.float32 \[30\]"),
+        (
+            {"x_train": torch.rand(30, 8, 8, 3)},
+            r"x_train is \[30, 8, 8, 3\], which looks like \[N, H, W, C\], allowed: images \[N, C, H, W\]; x.permute",
+        ),
         ({"x_train": torch.full((30, 1, 4, 4), torch.nan)}, "x_train has 480 values that are not finite"),
         ({"x_test": torch.rand(9, 1, 4, 5)}, r"x_test is \[9, 1, 4, 5\], allowed: \[N, 1, 4, 4\]"),
         ({"x_test": torch.rand(0, 1, 4, 4), "y_test": torch.zeros(0, dtype=torch.int64)}, "x_test is empty"),

@@ -86,7 +86,7 @@ class Format(NamedTuple):
         return largest_radius(norm, math.prod(self.input_shape), self.upper - self.lower)
 
     def check_radius(self, norm: str, eps: float, name: str = "eps") -> None:
-        """Refuse a radius that is larger; the message calls it ``name``.
+        """Refuse a radius, or a step, that is larger; the message calls it ``name``.
 
         Raises:
             InputError: as said.
@@ -421,6 +421,11 @@ def _check_inputs(data: Data, x: object, where: str) -> None:
     if not isinstance(x, Tensor) or x.dtype != torch.float32 or x.dim() < 2:
         given = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise InputError(f"data: {where} is {given}, allowed: a tensor float32 [N, ...]")
+    if x.dim() == 4 and x.shape[3] in (1, 3) and x.shape[1] == x.shape[2] > 4:
+        raise InputError(
+            f"data: {where} is {list(x.shape)}, which looks like [N, H, W, C], allowed: images [N, C, H, W]; "
+            "x.permute(0, 3, 1, 2) makes them"
+        )
     if x.shape[1:] != data.x_train.shape[1:] or not x[:1].numel() >= len(x[:1]):
         expected = ", ".join(["N", *map(str, data.x_train.shape[1:])])
         raise InputError(f"data: {where} is {list(x.shape)}, allowed: [{expected}], as x_train, none of them 0 but N")

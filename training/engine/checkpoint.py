@@ -155,9 +155,12 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         raise InputError(f"{path}: no such file, expected a checkpoint of training.run")
     try:
         state = load_values(path, device)
-    except Exception as error:
-        reason = str(error).split("\n")[0][:120]
-        raise InputError(f"{path}: cannot be read ({reason}), expected a checkpoint of training.run") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}), expected a checkpoint of training.run") from None
+    except Exception:
+        raise InputError(
+            f"{path}: is damaged, or holds more than tensors and plain values, expected a checkpoint of training.run"
+        ) from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise InputError(f"{path}: is not a checkpoint of training.run (its format is not {FORMAT!r})")
     return state

@@ -76,16 +76,21 @@ def robust(
 
     ``search`` is the same classifier made faster, by lower precision or compiled, and is what the attack runs on. The
     verdict is that of ``model``: points that fool ``search`` alone do not count, and their samples are attacked again.
+    What is doubtful about the model is for the programs to tell.
     """
     parts = []
-    for xs, ys in zip(x.split(batch), y.split(batch), strict=True):
-        found = attack(search or model, xs, ys, generator=generator)
-        stands = correct(model, found, ys)
-        if search is not None and len(again := (stands & ~_classified(search, found, ys, batch)).nonzero().flatten()):
-            stands[again] = correct(model, attack(model, xs[again], ys[again], generator=generator), ys[again])
-        parts.append(stands)
-        if progress is not None:
-            progress.update(len(xs))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AutoAttackWarning)
+        for xs, ys in zip(x.split(batch), y.split(batch), strict=True):
+            found = attack(search or model, xs, ys, generator=generator)
+            stands = correct(model, found, ys)
+            if search is not None:
+                again = (stands & ~_classified(search, found, ys, batch)).nonzero().flatten()
+                if len(again):
+                    stands[again] = correct(model, attack(model, xs[again], ys[again], generator=generator), ys[again])
+            parts.append(stands)
+            if progress is not None:
+                progress.update(len(xs))
     return torch.cat(parts)
 
 
@@ -230,9 +235,10 @@ def fooled(model: nn.Module, x: Tensor, y: Tensor, attack: PGD, generator: Gener
 
 
 def scaled(threat_model: ThreatModel, eps: float) -> ThreatModel:
-    """The threat model with another radius and its step in proportion."""
+    """The threat model with another radius and its step in proportion, at most the width of the ball."""
     step = threat_model.step_size
-    return threat_model.replace(eps=eps, step_size=None if step is None else step * eps / threat_model.eps)
+    share = None if step is None else min(step / threat_model.eps, 2.0)
+    return threat_model.replace(eps=eps, step_size=None if share is None else share * eps)
 
 
 def posteriors_along_attack(

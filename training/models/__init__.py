@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scorematch.attacks.inspection import probabilities
 from training.data import Statistics, own_data
 from training.models import from_timm, wide_resnet
 from training.models.cifar import ImageClassifier
@@ -94,6 +95,8 @@ def _try(model: nn.Module, name: str, input_shape: tuple[int, ...], num_classes:
         raise InputError(
             f"model: {name} gives {given} for inputs {[2, *input_shape]}, it must give logits {[2, num_classes]}"
         )
+    if probabilities(logits) is not None:
+        raise InputError(f"model: {name} gives probabilities, it must give logits: leave its softmax out")
 
 
 def _builder(name: str, pretrained: bool, weights: bool) -> Builder | None:

@@ -67,7 +67,7 @@ def parse_known(
     except SystemExit as end:
         if not end.code:
             raise
-        message = _one_line(messages.getvalue())
+        message = _plain(_one_line(messages.getvalue()))
         if message.startswith("Missing"):
             # A required option that is missing may be there, misspelt.
             known = _options(settings)
@@ -100,7 +100,18 @@ def _one_line(box: str) -> str:
     return " ".join(text.split())
 
 
+def _plain(message: str) -> str:
+    """A message of tyro without the types that it tried; of the first fraction in it, such as 8/255, the value."""
+    message = re.sub(r"no type matching .*<class '\w+'>: ", "", message)
+    fraction = re.search(r"'(\d*\.?\d+)/(\d*\.?\d+)'", message)
+    if fraction is None or not float(fraction[2]):
+        return message
+    return f"{message}; {fraction[1]}/{fraction[2]} is {float(fraction[1]) / float(fraction[2]):.4g}"
+
+
 def _unknown_option(option: str, program: str, settings: Callable) -> str:
+    if not option.startswith("-"):
+        return f"{option!r}: no option takes it; a switch takes no value (--x or --no-x); {program} --help lists all"
     known = _options(settings)
     close = difflib.get_close_matches(option.split("=")[0], known, n=1)
     return f"{option}: unknown option{f', did you mean {close[0]}' if close else ''}; {program} --help lists all"

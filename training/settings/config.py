@@ -352,6 +352,8 @@ def validate_machine(settings: RunSettings) -> None:
 def validate_for(settings: RunSettings, form: Format) -> None:
     """Refuse settings that the data do not allow; for the user's own data this is known only once they are read."""
     form.check_radius(settings.norm, settings.eps)
+    if settings.step_size is not None:
+        form.check_radius(settings.norm, settings.step_size, "step_size")
     if not data_sets.is_own(settings.data):
         return
     shape, name = list(form.input_shape), settings.data
@@ -660,7 +662,10 @@ def _resumed(folder: Path, arguments: Sequence[str]) -> RunSettings:
     path = folder / "config.toml"
     if not path.is_file():
         raise InputError(f"resume: {folder} holds no config.toml, expected the folder of an earlier run")
-    saved = from_table(read_toml(path), str(path))
+    table = read_toml(path)
+    if "objective" not in table:
+        raise InputError(f"resume: {folder} is no folder of training.run, its config.toml names no objective")
+    saved = from_table(table, str(path))
     settings = _parse(arguments, saved)
     for name, value in as_table(settings).items():
         if value != as_table(saved).get(name):
