@@ -627,7 +627,9 @@ def test_numbers_written_by_hand_follow_from_the_stored_results() -> None:
     def informed(cell: dict[str, Any]) -> dict[str, float]:
         return comparisons.of_surrogate(cell, f"{mixtures.ABLATION['A']} oracle", "last")
 
-    few, many, features, images = page.groups(stored("mixtures") + stored("features") + stored("images")).values()
+    few, many, features, images = comparisons.groups(
+        stored("mixtures") + stored("features") + stored("images")
+    ).values()
     for group, digits in ((many, ".3f"), (few, ".2f"), (features, ".2f")):
         own, other = mean(group, sweep_page.oracle, "r_score"), best(group, "r_score", published=False)
         assert f"{own:{'.2f' if group is features else '.3f'}} instead of {other:{digits}}" in readme
@@ -636,6 +638,17 @@ def test_numbers_written_by_hand_follow_from_the_stored_results() -> None:
         own = mean(group, lambda cell: comparisons.of_direct(cell, "energy_ensemble"), "r_score")
         itself = mean(group, lambda cell: cell["entries"]["model energy_ensemble"]["last"], "r_score")
         assert f"{own:.3f} against {itself:.3f}" in readme
+    together = [
+        min(
+            mean(
+                group, lambda cell, form=form, weights=weights: cell["entries"][f"together {form}"][weights], "r_score"
+            )
+            for form in mixtures.TOGETHER
+            for weights in ("last", "best")
+        )
+        for group in (many, few)
+    ]
+    assert "({:.3f} and {:.3f})".format(*together) in readme
     told = "has {:.3f}, {:.2f} and {:.2f}.".format(*(mean(g, informed, "r_score") for g in (many, few, features)))
     assert told in readme
     own, other = mean(images, sweep_page.learned, "kl"), best(images, "kl", published=True)
