@@ -14,12 +14,14 @@ from torch.overrides import TorchFunctionMode
 
 from scorematch import ThreatModel, _extension
 from scorematch.attacks import APGD, FAB, Square
+from scorematch.attacks.apgd import _State
 from scorematch.attacks.classifier import Classifier, cache_chunk, channels_last_works, folded_copy
 from scorematch.attacks.fab import distance
 from scorematch.attacks.losses import dlr_loss, margin_loss, ranked_targets, targeted_dlr_loss
 from scorematch.attacks.parts import Batch, Search
 from scorematch.attacks.randomness import KeyedNoise, ReferenceNoise
 from scorematch.attacks.square import l1_pattern, l2_pattern
+from scorematch.attacks.watching import watched
 from scorematch.ops import _checks
 from scorematch.threat_model import DUAL_ORDERS, ORDERS
 
@@ -185,6 +187,74 @@ def test_square_resumes_where_it_paused(norm: str, p_init: float) -> None:
     assert second.forwards == first.forwards - asked_before
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_checkpoints_of_apgd_come_ever_sooner(norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 22 % of the steps, then 3 % sooner each time, but at least 6 % apart (section 3.2 of the paper)."""
+    steps, found = 0, []
+
+    def step(*given: Any) -> None:
+        nonlocal steps
+        steps += 1
+        take(*given)
+
+    def adapt(state: _State, enough_rises: float) -> None:
+        found.append((steps, enough_rises))
+        original(state, enough_rises)
+
+    take, original = _State.take, _State.adapt
+    monkeypatch.setattr(_State, "take", step)
+    monkeypatch.setattr(_State, "adapt", adapt)
+    model, x, y = batch()
+    expected = {
+        100: [22, 41, 57, 70, 80, 87, 93, 99],
+        50: [11, 21, 30, 38, 45],
+        7: [1, 2, 3, 4, 5, 6, 7],
+    }
+    for n_iter, checkpoints in expected.items():
+        steps = 0
+        found.clear()
+        run = APGD(ThreatModel(norm, 1e-6), n_iter=n_iter)
+        run.run_part(Classifier(model), Batch(x[:3], y[:3], torch.arange(3), 0, KeyedNoise(0, "apgd-ce", 0)))
+        assert [place for place, _ in found] == checkpoints
+        distances = [after - before for before, after in pairwise([0, *checkpoints])]
+        assert [enough for _, enough in found] == [0.75 * distance for distance in distances]
+
+
+@pytest.mark.parametrize("loss", ["dlr", "dlr-targeted"])
+def test_of_the_points_that_fool_apgd_keeps_the_clearest(loss: str) -> None:
+    """Of a randomised model, whose verdicts differ: the one with the largest margin over the label, not the target."""
+    model, x, y = batch()
+    seen = []
+
+    def watched(points: Tensor) -> Tensor:
+        seen.append(points.detach().clone())
+        return model(points)
+
+    run = APGD(ThreatModel("linf", 0.1), n_iter=8, loss=loss)
+    noise = KeyedNoise(0, "apgd-t", 0)
+    found, fooled = run.run_part(Classifier(watched, verdict_passes=2), Batch(x, y, torch.arange(len(x)), 0, noise))
+    points = torch.stack([point for point in seen if not torch.equal(point, x)])  # at x targets are ranked
+    with torch.no_grad():
+        logits = torch.stack([model(point) for point in points])
+    margin = torch.stack([margin_loss(at, y) for at in logits]).masked_fill(logits.argmax(2) == y, -math.inf)
+    assert torch.equal(fooled, margin.amax(0) > -math.inf)
+    assert fooled.sum() > 10
+    torch.testing.assert_close(margin_loss(model(found), y)[fooled], margin.amax(0)[fooled], rtol=0, atol=1e-5)
+
+
+def test_a_watched_function_is_told_once_before_it_does_anything() -> None:
+    told = []
+
+    def function() -> None:
+        told.append(len(told))
+
+    with watched((function,), lambda frame: told.append(frame.f_code.co_name)):
+        function()
+        len(told)
+    function()
+    assert told == ["function", 1, 2]
+
+
 def test_square_never_accepts_a_worse_point() -> None:
     model, x, y = batch()
     run = Square(ThreatModel("linf", 0.05), n_queries=400)
@@ -334,6 +404,10 @@ def test_queries_of_square_send_nothing_to_the_device(norm: str, monkeypatch: py
 def test_windows_shrink_by_the_schedule() -> None:
     """p = .8, .4, .2, .1, .05, .025, .0125, .00625: sides of the published schedule for 32×32 images."""
     linf, l2, l1 = (Square(ThreatModel(norm, 1.0)) for norm in NORMS)
+    published = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000 queries
+    for halvings, after in enumerate(published):
+        sides = [linf.window_side(query, 1000, 1000) for query in (after, after + 1)]
+        assert sides == [round(math.sqrt(0.8 / 2**times) * 1000) for times in (halvings, halvings + 1)]
     queries = [0, 10, 11, 51, 201, 501, 1001, 2001, 4001]
     sides = [round(math.sqrt(p * 1024)) for p in (0.8, 0.8, 0.4, 0.2, 0.1, 0.05, 0.025, 0.0125, 0.00625)]
     assert [linf.window_side(q, 32, 32) for q in queries] == sides

@@ -1,5 +1,6 @@
 """Losses and attacks of one's own, in AutoAttack and alone."""
 
+import contextlib
 import copy
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,14 @@ def problem() -> tuple[nn.Module, Tensor, Tensor]:
 
 def plain_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return cross_entropy(logits, labels, reduction="none")
+
+
+class Named:
+    """Only its name counts for a state file, in any process."""
+
+
+class NamedOtherwise:
+    """As ``Named``."""
 
 
 class RandomPoints:
@@ -170,6 +179,19 @@ def test_attacks_of_ones_own_run_in_their_place() -> None:
     assert float((found - x).abs().max()) <= 0.1 + 1e-6
 
 
+@pytest.mark.parametrize(("backwards", "doubted"), [(0, False), (1, True)])
+def test_gradients_are_looked_at_where_an_attack_uses_one(backwards: int, doubted: bool) -> None:
+    model, x, y = problem()
+    attack = RandomPoints(BALL)
+    attack.cost = lambda: (1, backwards)
+    adversary = sm.AutoAttack(
+        lambda points: model(points.round()), eps=0.1, version="custom", attacks_to_run=[attack], verbose=False
+    )
+    with pytest.warns(sm.attacks.AutoAttackWarning) if doubted else contextlib.nullcontext():
+        adversary.run_standard_evaluation(x, y)
+    assert any("zero gradient" in text for text in adversary.report["warnings"]) == doubted
+
+
 def test_what_an_attack_says_is_checked() -> None:
     _, honest = run([RandomPoints(BALL)])
     _, lying = run([RandomPoints(BALL, lies=True)])
@@ -204,6 +226,8 @@ def test_a_state_knows_attacks_by_their_settings(tmp_path: Path) -> None:
         (np.zeros((4, 2))[::2], np.ones((4, 2))[::2]),
         (plain_cross_entropy, torch.nn.functional.cross_entropy),
         (torch.nn.Identity(), torch.nn.ReLU()),
+        (Named(), NamedOtherwise()),
+        (None, 0.0),
     ],
 )
 def test_a_state_knows_settings_of_any_kind(one: Any, other: Any, tmp_path: Path) -> None:
