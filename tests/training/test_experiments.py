@@ -646,9 +646,9 @@ def test_numbers_written_by_hand_follow_from_the_stored_results() -> None:
             for form in mixtures.TOGETHER
             for weights in ("last", "best")
         )
-        for group in (many, few)
+        for group in (many, few, features)
     ]
-    assert "({:.3f} and {:.3f})".format(*together) in readme
+    assert "({:.3f} and {:.3f}) and are level with it on the images ({:.3f}, PGD-AT)".format(*together) in readme
     told = "has {:.3f}, {:.2f} and {:.2f}.".format(*(mean(g, informed, "r_score") for g in (many, few, features)))
     assert told in readme
     own, other = mean(images, sweep_page.learned, "kl"), best(images, "kl", published=True)
