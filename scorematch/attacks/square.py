@@ -150,7 +150,7 @@ class Square(AttackSettings):
         In linf many proposals change nothing: with small windows and grey images, about half of them. And what was
         refused since the point last moved would be refused again, unless a verdict takes several passes.
         """
-        new = torch.arange(len(still.rows))
+        new = torch.arange(len(still.rows), device="cpu")
         number = None
         if self.threat_model.norm == "linf" and classifier.is_sure:
             corner, sign = window

@@ -263,15 +263,18 @@ def test_autoattack_after_a_run(call: Any, tiny: list[str], tmp_path: Path) -> N
 def test_warnings_of_autoattack_are_lines(
     call: Any, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
-    (tmp_path / "mine_with_softmax.py").write_text(
+    (tmp_path / "mine_that_rounds.py").write_text(
         "from torch import nn\n"
-        "def probabilities(input_shape, num_classes):\n"
-        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes), nn.Softmax(1))\n"
+        "class Rounded(nn.Flatten):\n"
+        "    def forward(self, x):\n"
+        "        return super().forward(x.round())\n"
+        "def rounded(input_shape, num_classes):\n"
+        "    return nn.Sequential(Rounded(), nn.Linear(64, num_classes))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     options = [
         "--model",
-        "mine_with_softmax:probabilities",
+        "mine_that_rounds:rounded",
         *tiny,
         "--autoattack",
         "fast",
@@ -280,10 +283,10 @@ def test_warnings_of_autoattack_are_lines(
     ]
     ending = call("run", "--objective", "standard", *options, "--out", "here")
     assert ending.status == 0, ending
-    assert "warning: the model seems to return probabilities" in ending.out
+    assert "warning: points with zero gradient" in ending.out
     assert not [warning for warning in recwarn if issubclass(warning.category, AutoAttackWarning)]
     told = json.loads((tmp_path / "here" / "summary.json").read_text())["autoattack"]["warnings"]
-    assert any("probabilities" in text for text in told)
+    assert any("zero gradient" in text for text in told)
     assert not any("training mode" in text for text in told)
 
 
