@@ -263,18 +263,19 @@ def test_autoattack_after_a_run(call: Any, tiny: list[str], tmp_path: Path) -> N
 def test_warnings_of_autoattack_are_lines(
     call: Any, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
-    (tmp_path / "mine_that_rounds.py").write_text(
+    (tmp_path / "mine_with_noise.py").write_text(
+        "import torch\n"
         "from torch import nn\n"
-        "class Rounded(nn.Flatten):\n"
+        "class Noise(nn.Flatten):\n"
         "    def forward(self, x):\n"
-        "        return super().forward(x.round())\n"
-        "def rounded(input_shape, num_classes):\n"
-        "    return nn.Sequential(Rounded(), nn.Linear(64, num_classes))\n"
+        "        return super().forward(x + 0.1 * torch.randn_like(x))\n"
+        "def noisy(input_shape, num_classes):\n"
+        "    return nn.Sequential(Noise(), nn.Linear(64, num_classes))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     options = [
         "--model",
-        "mine_that_rounds:rounded",
+        "mine_with_noise:noisy",
         *tiny,
         "--autoattack",
         "fast",
@@ -283,10 +284,10 @@ def test_warnings_of_autoattack_are_lines(
     ]
     ending = call("run", "--objective", "standard", *options, "--out", "here")
     assert ending.status == 0, ending
-    assert "warning: points with zero gradient" in ending.out
+    assert "warning: the model seems to be randomised" in ending.out
     assert not [warning for warning in recwarn if issubclass(warning.category, AutoAttackWarning)]
     told = json.loads((tmp_path / "here" / "summary.json").read_text())["autoattack"]["warnings"]
-    assert any("zero gradient" in text for text in told)
+    assert any("randomised" in text for text in told)
     assert not any("training mode" in text for text in told)
 
 
