@@ -61,7 +61,8 @@ class FreeAttack:
         check_count("replays", replays)
         if step_size is not None and not (step_size > 0.0 and math.isfinite(step_size)):
             raise ValueError(f"step_size must be positive and finite, or None for eps, got {step_size}")
-        self.threat_model = threat_model
+        # which refuses a step that is too long
+        self.threat_model = threat_model if step_size is None else threat_model.replace(step_size=step_size)
         self.replays = replays
         self.divergence = divergence
         self.step_size = threat_model.eps if step_size is None else step_size

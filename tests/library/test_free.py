@@ -123,6 +123,8 @@ def test_bad_arguments_are_named() -> None:
         FreeAttack(0.1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="step_size must be positive and finite, or None for eps, got -1"):
         FreeAttack(threat_model, step_size=-1.0)
+    with pytest.raises(ValueError, match="step_size must not be larger than the box is wide, got 2; for 8-bit pixels"):
+        FreeAttack(ThreatModel("linf", 8 / 255), step_size=2)
     free = FreeAttack(threat_model)
     free.step(smooth_mlp(12, 4), *batch(3, 0))
     with pytest.raises(ValueError, match=r"x has samples of shape \[6\], the perturbation \[12\]"):
