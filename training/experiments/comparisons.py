@@ -10,10 +10,12 @@ import numpy as np
 from training.compare import Estimate, estimate
 from training.experiments.estimators import CROSS_FITTED, ESTIMATORS
 from training.experiments.mixtures import SURROGATES
-from training.experiments.tables import OPEN, label, verdict
+from training.experiments.tables import OPEN, label, shown, signed, verdict
 
 TITLES = {"kl": "KL", "r_score": "R_SCORE", "clean": "clean accuracy", "robust": "robust accuracy by label"}
 LOWER_IS_BETTER = ("kl", "r_score")
+MEASURES = ("kl", "r_score", "disagrees", "clean", "robust")
+HEADER = "KL | R_SCORE | disagrees, % | clean, % | robust by label, %"
 KNOWN = {
     "digits": "known digits",
     "features": "known images by features",
@@ -23,6 +25,11 @@ KNOWN = {
 
 def digits_of(measure: str) -> int:
     return 3 if measure in LOWER_IS_BETTER else 1
+
+
+def columns(measured: Sequence[dict[str, float]]) -> str:
+    """The measures of the cells of a group as columns under HEADER."""
+    return " | ".join(shown(estimate([m[name] for m in measured]), digits_of(name)) for name in MEASURES)
 
 
 def groups(cells: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -84,15 +91,13 @@ def against_all(group: Sequence[dict[str, Any]], direct: Callable[[dict[str, Any
     for measure in TITLES:
         best = best_surrogate(group, present(group, SURROGATES), measure)
         found = difference(group, direct, partial(of_rival, best), measure)
-        digits = digits_of(measure)
         lead = -found.mean if measure in LOWER_IS_BETTER else found.mean
         clear = found.low is not None and found.high is not None and found.low * found.high > 0
         doubt = ", within the interval" if found.low is not None else ", one seed"
         word = ("ahead" if lead > 0 else "behind" if lead < 0 else "level") + ("" if clear else doubt)
-        interval = "" if found.low is None else f" [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
         picked = ", picked by the oracle" if best[1] == "best" else ""
         lines.append(
-            f"  - {TITLES[measure]}: {found.mean:+.{digits}f}{interval} against {label(best[0])}{picked}: {word}"
+            f"  - {TITLES[measure]}: {signed(found, digits_of(measure))} against {label(best[0])}{picked}: {word}"
         )
     return lines
 

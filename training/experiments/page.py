@@ -19,10 +19,11 @@ from training.compare import Estimate, estimate
 from training.engine import checkpoint
 from training.experiments import gradients, mixtures, problems, real_digits_page, sweep_page, together_page
 from training.experiments.comparisons import (
+    HEADER,
     TITLES,
     against_all,
     chosen_by_evidence,
-    digits_of,
+    columns,
     dominated,
     estimators_of,
     failures,
@@ -43,8 +44,6 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-MEASURES = ("kl", "r_score", "disagrees", "clean", "robust")
-HEADER = "KL | R_SCORE | disagrees, % | clean, % | robust by label, %"
 # The entry without which a cell of an experiment has too little for the page.
 LAST = {
     "gradients": f"{gradients.NAMES[-1]} at {gradients.SIGMAS[-1]}",
@@ -302,8 +301,7 @@ def _table(title: str, group: Sequence[dict[str, Any]]) -> list[str]:
     entropy = estimate([cell["entries"]["problem"]["entropy"] for cell in group])
 
     def row(label: str, measures: Sequence[dict[str, float]]) -> str:
-        values = [shown(estimate([m[name] for m in measures]), digits_of(name)) for name in MEASURES]
-        return f"| {label} | " + " | ".join(values) + " |"
+        return f"| {label} | {columns(measures)} |"
 
     lines = [
         f"### {title}, {len(group)} seed{'s' if len(group) > 1 else ''}",

@@ -11,7 +11,7 @@ from training.compare import Estimate, estimate
 from training.experiments import real_digits
 from training.experiments.problems import REAL_FOLDS
 from training.experiments.real_digits import DIRECT, EPS, RADII, SURROGATES
-from training.experiments.tables import FAMILIES, commands, label, shown, verdict
+from training.experiments.tables import FAMILIES, commands, label, shown, signed, verdict
 from training.reports.plots import FAINT, plt
 
 FIGURE = "direct-real-digits.png"
@@ -112,11 +112,6 @@ def table(group: Sequence[dict[str, Any]], columns: Mapping[str, str] = COLUMNS)
 
 def difference(group: Sequence[dict[str, Any]], first: str, second: str, measure: str) -> Estimate:
     return over_folds([of(cell, first, measure) - of(cell, second, measure) for cell in group])
-
-
-def signed(value: Estimate, digits: int = 1) -> str:
-    interval = "" if value.low is None else f" [{value.low:+.{digits}f}, {value.high:+.{digits}f}]"
-    return f"{value.mean:+.{digits}f}{interval}"
 
 
 def hypotheses(group: Sequence[dict[str, Any]]) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from scorematch import PGD, objectives
+from scorematch.attacks.classifier import log_mean_probabilities
 from scorematch.objectives import Outcome
 from scorematch.posteriors import Posterior
 from scorematch.self_consistency import consistency
@@ -127,8 +127,7 @@ class Together(nn.Module):
         self.members = nn.ModuleList(members)
 
     def forward(self, x: Tensor) -> Tensor:
-        values = torch.stack([member(x).log_softmax(1) for member in self.members])
-        return values.logsumexp(0) - math.log(len(self.members))
+        return log_mean_probabilities([member(x) for member in self.members])
 
 
 def r_score(problem: Problem, model: nn.Module) -> float:

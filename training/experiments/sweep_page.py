@@ -19,7 +19,7 @@ from training.experiments.comparisons import (
     of_rival,
 )
 from training.experiments.mixtures import SWEPT
-from training.experiments.tables import FAMILIES, OPEN, RUNS_NEEDED, commands, label, shown, verdict
+from training.experiments.tables import FAMILIES, OPEN, RUNS_NEEDED, commands, label, shown, signed, verdict
 from training.reports.plots import plt
 
 FIGURE = "direct-dimensions.png"
@@ -102,9 +102,8 @@ def _differences(dimension: int, count: int, group: Group) -> str:
     columns = []
     for measure in TITLES:
         best = best_surrogate(group, SWEPT.surrogates, measure)
-        found, digits = difference(group, learned, partial(of_rival, best), measure), digits_of(measure)
-        interval = "" if found.low is None else f" [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
-        columns.append(f"{found.mean:+.{digits}f}{interval}")
+        found = difference(group, learned, partial(of_rival, best), measure)
+        columns.append(signed(found, digits_of(measure)))
     columns += [_judged(group, names) for names in RIVALS]
     return f"| {dimension} | {count:,} | {' | '.join(columns)} |"
 

@@ -114,6 +114,12 @@ def shown(value: Estimate, digits: int) -> str:
     return f"{value.mean:.{digits}f} ± {value.high - value.mean:.{digits}f}"
 
 
+def signed(value: Estimate, digits: int = 1) -> str:
+    """A difference with its 95 % interval."""
+    interval = "" if value.low is None else f" [{value.low:+.{digits}f}, {value.high:+.{digits}f}]"
+    return f"{value.mean:+.{digits}f}{interval}"
+
+
 # Of two runs, half a 95 % interval is 9 standard deviations: that decides nothing.
 RUNS_NEEDED = 3
 OPEN = "**open**, for want of a third run"

@@ -3,16 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
-from training.compare import Estimate, estimate
+from training.compare import estimate
 from training.experiments import mixtures
-from training.experiments.comparisons import chosen_by_evidence, digits_of, groups, of_direct, present
-from training.experiments.tables import FAMILIES, label, shown, verdict
+from training.experiments.comparisons import HEADER, chosen_by_evidence, columns, groups, of_direct, present
+from training.experiments.tables import FAMILIES, label, signed, verdict
 
-MEASURES = ("kl", "r_score", "disagrees", "clean", "robust")
-HEADER = (
-    "| data | model | KL | R_SCORE | disagrees, % | clean, % | robust by label, % |",
-    "| --- | --- | --- | --- | --- | --- | --- |",
-)
+HEAD = (f"| data | model | {HEADER} |", "| --- | --- | --- | --- | --- | --- | --- |")
 
 
 def section(cells: Sequence[dict[str, Any]]) -> str:
@@ -38,7 +34,7 @@ def beside_posterior(cells: Sequence[dict[str, Any]]) -> list[str]:
         found = estimate(
             [of_direct(cell, name)["kl"] - cell["entries"][f"posterior {name}"]["kl"] for cell, name in pairs]
         )
-        lines.append(f"{title} {_difference(found, 4)}")
+        lines.append(f"{title} {signed(found, 4)}")
     return lines
 
 
@@ -52,15 +48,15 @@ def beside_ensemble(cells: Sequence[dict[str, Any]]) -> list[str]:
     for title, group in known.items():
         itself = [cell["entries"][f"model {name}"]["last"] for cell in group]
         student = [of_direct(cell, name) for cell in group]
-        rows += [_row(title, "itself", itself), _row(title, "student", student)]
+        rows += [f"| {title} | itself | {columns(itself)} |", f"| {title} | student | {columns(student)} |"]
         found.append(estimate([a["r_score"] - b["r_score"] for a, b in zip(student, itself, strict=True)]))
-        told.append(f"{title} {_difference(found[-1], 3)}")
+        told.append(f"{title} {signed(found[-1], 3)}")
     closer = all(value.high is not None and value.high < 0 for value in found)
     return [
         "",
         f"The {FAMILIES[name][0]} itself, attacked like any model, and its student of direct SCORE:",
         "",
-        *HEADER,
+        *HEAD,
         *rows,
         "",
         f"- H7, the student has the lower R_SCORE, although it is one network: {'; '.join(told)}: "
@@ -87,11 +83,13 @@ def beside_surrogates(cells: Sequence[dict[str, Any]]) -> list[str]:
             rival: estimate([a["r_score"] - b["r_score"] for a, b in zip(direct, measured, strict=True)])
             for rival, measured in rivals.items()
         }
-        rows += [_row(title, f"{mixtures.MEMBERS} × {label(form)}", rivals[form, "last"]) for form in forms]
-        rows.append(_row(title, "**direct, chosen by evidence**", direct))
+        rows += [
+            f"| {title} | {mixtures.MEMBERS} × {label(form)} | {columns(rivals[form, 'last'])} |" for form in forms
+        ]
+        rows.append(f"| {title} | **direct, chosen by evidence** | {columns(direct)} |")
         form, weights = max(differences, key=lambda rival: differences[rival].mean)  # the closest to direct SCORE
         picked = ", picked by the oracle" if weights == "best" else ""
-        told.append(f"{title} {_difference(differences[form, weights], 3)} ({label(form)}{picked})")
+        told.append(f"{title} {signed(differences[form, weights], 3)} ({label(form)}{picked})")
         failed += sum(value.high is None or value.high >= 0 for value in differences.values())
         of_all += len(differences)
     doubt = f" against {failed} of {of_all}" if failed else ""
@@ -101,7 +99,7 @@ def beside_surrogates(cells: Sequence[dict[str, Any]]) -> list[str]:
         f"mean of their probabilities is the classifier? {mixtures.MEMBERS} of each that differ in initialisation and "
         "batches, each trained on all points, with their last weights:",
         "",
-        *HEADER,
+        *HEAD,
         *rows,
         "",
         "- H8, direct SCORE, chosen by evidence, has a lower R_SCORE than the networks of any surrogate together; its "
@@ -109,13 +107,3 @@ def beside_surrogates(cells: Sequence[dict[str, Any]]) -> list[str]:
         f"{verdict(not failed, min(map(len, known.values())))}{doubt}. This hypothesis was added after the others had "
         "been seen.",
     ]
-
-
-def _row(title: str, model: str, measured: Sequence[dict[str, float]]) -> str:
-    values = [shown(estimate([m[measure] for m in measured]), digits_of(measure)) for measure in MEASURES]
-    return f"| {title} | {model} | {' | '.join(values)} |"
-
-
-def _difference(found: Estimate, digits: int) -> str:
-    interval = "" if found.low is None else f" [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
-    return f"{found.mean:+.{digits}f}{interval}"
