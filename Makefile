@@ -1,7 +1,7 @@
 # Every target does the whole set-up on a fresh machine; a second call skips what is done.
 #
 #   make run       train with direct SCORE on the digits, with ARGS="..." for further options
-#   make test      lint, types and the whole test suite, in one process a core (8 at most)
+#   make test      lint, types and the whole test suite, in one process more than cores (8 at most)
 #   make soak      random inputs by the thousand, kills by the hundred; goes on after an interruption
 #   make compare   direct SCORE beside its surrogates, on DATA=digits or DATA=toy
 #   make results   docs/direct-score.md and its figures, from the stored results in docs/evidence

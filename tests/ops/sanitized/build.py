@@ -10,13 +10,12 @@ SCOREMATCH_SIMD=avx2|avx512 builds another.
 import os
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from torch.utils.cpp_extension import TORCH_LIB_PATH, include_paths
+from torch.utils.cpp_extension import include_paths
 
-from ..emulated_device.build import CSRC, copy_folder, path_of_library, run_compiler, substitute
+from ..emulated_device.build import CSRC, compile_library, copy_folder, path_of_library, substitute
 
 HERE = Path(__file__).resolve().parent
 OPERATORS = sorted(source.stem for source in CSRC.glob("cpu/*.cpp") if "IMPL(scorematch, CPU" in source.read_text())
@@ -74,25 +73,15 @@ def copy_sources(folder: Path, sanitizer: str) -> Path:
 
 
 def compile_sources(csrc: Path, sanitizer: str, operators: Sequence[str], instruction_set: str = "baseline") -> Path:
-    """A library of csrc/cpu/NAME.cpp for each name, and of the jobs that they use."""
+    """A library of csrc/cpu/NAME.cpp for each name, and of the jobs that they use; one source, so that it is quick."""
     width, for_instructions = INSTRUCTION_SETS[instruction_set]
     flags = [*FLAGS, *BUILDS[sanitizer].flags, *for_instructions]
     if width != 16:
         substitute(csrc / "cpu/parallel.h", "&run<16, Job>", f"&run<{width}, Job>")
-    includes = [f"-isystem{path}" for path in include_paths()]
-
-    def compile_one(name: str) -> Path:
-        source, output = csrc / f"{name}.cpp", csrc.parent / f"{name}.o"
-        headers = '#include "cpu/instruction_set.h"\n#undef SCOREMATCH_X86\n#include "cpu/job_bodies.h"\n'
-        source.write_text(f'{headers}#include "cpu/{name}.cpp"\n')
-        run_compiler([*flags, *includes, "-c", str(source), "-o", str(output)])
-        return output
-
-    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-        objects = list(pool.map(compile_one, operators))
-    library = csrc.parent / f"{sanitizer}.so"
-    torch = [f"-L{TORCH_LIB_PATH}", "-ltorch_cpu", "-lc10"]
-    run_compiler(["-shared", *flags, *map(str, objects), *torch, "-o", str(library)])
+    source, library = csrc / "library.cpp", csrc.parent / f"{sanitizer}.so"
+    headers = '#include "cpu/instruction_set.h"\n#undef SCOREMATCH_X86\n#include "cpu/job_bodies.h"\n'
+    source.write_text(headers + "".join(f'#include "cpu/{name}.cpp"\n' for name in operators))
+    compile_library(source, library, [*flags, *(f"-isystem{path}" for path in include_paths())])
     return library
 
 
