@@ -607,10 +607,11 @@ def test_stored_results_are_those_of_these_settings() -> None:
 
 
 def test_numbers_written_by_hand_follow_from_the_stored_results() -> None:
-    """Those of the README and of docs/scores.md; page.py writes the others."""
+    """Those of the README, docs/scores.md and docs/ideas/direct-or-surrogate.md; page.py writes the others."""
     root = Path(__file__).parents[2]
-    readme, scores = (
-        " ".join((root / name).read_text().split()).replace(" nats", "") for name in ("README.md", "docs/scores.md")
+    readme, scores, ideas = (
+        " ".join((root / name).read_text().split())
+        for name in ("README.md", "docs/scores.md", "docs/ideas/direct-or-surrogate.md")
     )
 
     def stored(name: str) -> list[dict[str, Any]]:
@@ -630,29 +631,35 @@ def test_numbers_written_by_hand_follow_from_the_stored_results() -> None:
     few, many, features, images = comparisons.groups(
         stored("mixtures") + stored("features") + stored("images")
     ).values()
-    for group, digits in ((many, ".3f"), (few, ".2f"), (features, ".2f")):
+
+    def together(group: list[dict[str, Any]]) -> float:
+        kinds = [(f"together {form}", weights) for form in mixtures.TOGETHER for weights in ("last", "best")]
+        return min(mean(group, lambda cell, k=kind: cell["entries"][k[0]][k[1]], "r_score") for kind in kinds)
+
+    def its_posterior(cell: dict[str, Any]) -> dict[str, float]:
+        return cell["entries"]["model energy_ensemble"]["last"]
+
+    row = re.compile(r"[\d.]+ \| [\d.]+ \| [\d.]+")
+    for start, value in (
+        ("TRADES with soft targets of the posterior", lambda group: best(group, "r_score", published=False)),
+        ("best surrogate as published", lambda group: best(group, "r_score", published=True)),
+        ("four networks of a surrogate, taken together", together),
+        ("PGD-AT that is given $p_d(y \\vert x)$", lambda group: mean(group, informed, "r_score")),
+        ("direct SCORE, learned posterior", lambda group: mean(group, sweep_page.learned, "r_score")),
+        ("its posterior, the mean of four joint energies", lambda group: mean(group, its_posterior, "r_score")),
+        ("direct SCORE, given $p_d$", lambda group: mean(group, sweep_page.oracle, "r_score")),
+    ):
+        written = row.match(ideas.partition(f"| {start} | ")[2])
+        assert written is not None, start
+        for figure, group in zip(written[0].split(" | "), (many, few, features), strict=True):
+            assert f"{value(group):.{len(figure) - 2}f}" == figure, start
+    for group, digits in ((many, 3), (features, 2)):
         own, other = mean(group, sweep_page.oracle, "r_score"), best(group, "r_score", published=False)
-        assert f"{own:{'.2f' if group is features else '.3f'}} instead of {other:{digits}}" in readme
+        assert f"{own:.{digits}f} instead of {other:.{digits}f}" in readme.replace(" nats", "")
         own, other = mean(group, sweep_page.learned, "r_score"), best(group, "r_score", published=True)
         assert f"{own:.3f} against {other:.3f}" in readme
-        own = mean(group, lambda cell: comparisons.of_direct(cell, "energy_ensemble"), "r_score")
-        itself = mean(group, lambda cell: cell["entries"]["model energy_ensemble"]["last"], "r_score")
-        assert f"{own:.3f} against {itself:.3f}" in readme
-    together = [
-        min(
-            mean(
-                group, lambda cell, form=form, weights=weights: cell["entries"][f"together {form}"][weights], "r_score"
-            )
-            for form in mixtures.TOGETHER
-            for weights in ("last", "best")
-        )
-        for group in (many, few, features)
-    ]
-    assert "({:.3f} and {:.3f}) and are level with it on the images ({:.3f}, PGD-AT)".format(*together) in readme
-    told = "has {:.3f}, {:.2f} and {:.2f}.".format(*(mean(g, informed, "r_score") for g in (many, few, features)))
-    assert told in readme
     own, other = mean(images, sweep_page.learned, "kl"), best(images, "kl", published=True)
-    assert f"({own:.2f} against {other:.2f})" in readme
+    assert f"({own:.2f} against {other:.2f})" in ideas
 
     lines = real_digits_page.hypotheses(stored("real-digits"))
     clean, robust = (
@@ -661,7 +668,7 @@ def test_numbers_written_by_hand_follow_from_the_stored_results() -> None:
     assert clean is not None
     assert robust is not None
     found, low, high = map(float, clean.groups())
-    assert f"({found:+.1f} [{low:.1f}, {high:.1f}] points)".replace("-", "−") in readme
+    assert f"({found:+.1f} [{low:.1f}, {high:.1f}] points".replace("-", "−") in readme
     found, low, high = map(float, robust.groups())
     assert f"by {-found:.1f} [{-high:.1f}, {-low:.1f}] points".replace("-", "−") in readme
     regular = re.search(r"AutoAttack ([^\]]+\])", lines[-1])
