@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .divergences import check_kind
 from .inputs import check_count, check_inputs, check_instance
-from .objectives import Outcome, accuracy, training_logits, warn_of_probabilities
+from .objectives.outcome import Outcome, accuracy, training_logits, warn_of_probabilities
 from .ops.divergence import divergence as divergence_of
 from .ops.pgd_step import pgd_step
 from .threat_model import ThreatModel

@@ -17,7 +17,8 @@ from .divergences import check_kind
 from .inference import outside_inference_mode
 from .inputs import check_callable, check_count, check_instance, check_points, check_posterior
 from .model_state import as_found
-from .objectives import check_comparable, direct_weights, training_logits
+from .objectives.moving_target import direct_weights
+from .objectives.outcome import check_comparable, training_logits
 from .ops.logit_divergence import logit_divergence
 from .posteriors.base import Posterior, Trace, begin_trace, own_precision
 from .threat_model import ThreatModel

@@ -44,7 +44,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).parent.parent
 SURVIVORS = Path(__file__).with_suffix(".toml")
 MODULES = {
-    "objectives": "scorematch/objectives.py",
+    "objectives": "scorematch/objectives",
     "divergences": "scorematch/divergences.py",
     "posteriors": "scorematch/posteriors",
     "matching": "scorematch/matching",

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from scorematch import ThreatModel, objectives
+from scorematch import ThreatModel, divergence
 from training import data as data_sets
 from training import models
 from training.data.batches import fewer_steps, steps_of_epoch
@@ -155,7 +155,7 @@ def _step(run: RunSettings, model: nn.Module, x: Tensor, y: Tensor, threat_model
         passes = 1 + run.antithetic + (run.gamma != 0 or run.held_alignment is not None)
         count = {"trades": 2, "gaussian": passes}.get(run.objective, 1)
         logits = [model(point) for point in ([x] * (count - 1) + [x_adv])]
-        return torch.stack([objectives.divergence_of(z, y, kind=run.divergence).mean() for z in logits]).sum()
+        return torch.stack([divergence(z, y, kind=run.divergence).mean() for z in logits]).sum()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
         x_adv = x
@@ -180,7 +180,7 @@ def _attacked(run: RunSettings, model: nn.Module, x: Tensor, y: Tensor, threat_m
     x_adv = x
     for _ in range(run.steps):
         point = x_adv.detach().requires_grad_()
-        objectives.divergence_of(model(point), y, kind=run.divergence).sum().backward()
+        divergence(model(point), y, kind=run.divergence).sum().backward()
         assert point.grad is not None
         x_adv = threat_model.step(x_adv, point.grad, x)
     for parameter in trainable:

@@ -12,7 +12,8 @@ from torch import Tensor
 from scorematch import ThreatModel, objectives
 from scorematch.divergences import KINDS
 from scorematch.networks import Denoiser, MLPBackbone
-from scorematch.objectives import _DirectAscent, _Target, soft_targets
+from scorematch.objectives import soft_targets
+from scorematch.objectives.moving_target import DirectAscent, MovingTarget
 from scorematch.posteriors import ClassScorePosterior, KernelDensity, ScoreNetwork
 
 ORACLE, MODEL = mixture(4, 2, 6), smooth_mlp(6, 4)
@@ -80,7 +81,7 @@ def test_ascent_equals_automatic_differentiation(base: str, share: float, kind: 
     """Away from the clean point, for every divergence."""
     trace = ORACLE.trace(X, Y)
     logits = trace.log_p if base == "posterior" else MODEL(X).detach()
-    ascent = _DirectAscent(MODEL, _Target(trace, logits, share), kind)
+    ascent = DirectAscent(MODEL, MovingTarget(trace, logits, share), kind)
     x = MOVED.clone().requires_grad_()
     target = mixed(x, share) if base == "posterior" else transported(x, share)
     (expected,) = torch.autograd.grad(plain_divergence(target, MODEL(x).softmax(1), kind).sum(), x)
@@ -89,7 +90,7 @@ def test_ascent_equals_automatic_differentiation(base: str, share: float, kind: 
 
 def test_metrics_of_an_ascent_are_what_they_are_called() -> None:
     """The sum of norms by the sum of norms, and shares of components, over the steps."""
-    ascent = _DirectAscent(MODEL, _Target(ORACLE.trace(X, Y)), "kl")
+    ascent = DirectAscent(MODEL, MovingTarget(ORACLE.trace(X, Y)), "kl")
     data_norm, model_norm, changes = 0.0, 0.0, []
     for point in (MOVED, X + 0.5):
         total = ascent.gradient(point)
@@ -154,7 +155,7 @@ def test_noise_has_the_norm_of_the_data_gradient_and_a_direction_of_its_own(shar
 
     def direction(**options: Any) -> tuple[Tensor, Tensor]:
         trace = ORACLE.trace(X, Y)
-        ascent = _DirectAscent(MODEL, _Target(trace, trace.log_p, share), "kl", **options)
+        ascent = DirectAscent(MODEL, MovingTarget(trace, trace.log_p, share), "kl", **options)
         return ascent.gradient(MOVED), ascent.gradient(X)
 
     plain, scores, noisy = direction(scores=False), direction(), direction(noise=[noise])

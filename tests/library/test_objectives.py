@@ -13,7 +13,8 @@ from torch.nn.functional import cross_entropy
 
 from scorematch import FreeAttack, ThreatModel, audit, consistency, objectives
 from scorematch.divergences import KINDS, clip_bound
-from scorematch.objectives import _DirectAscent, _Target, direct_weights, score_direct
+from scorematch.objectives import score_direct
+from scorematch.objectives.moving_target import DirectAscent, MovingTarget, direct_weights
 from scorematch.ops.score_step import score_step
 from scorematch.posteriors import ClassScorePosterior, GaussianMixture, KernelDensity, Trace
 from scorematch.posteriors.base import PointwisePosterior
@@ -26,7 +27,7 @@ def test_gradient_of_direct_score_equals_automatic_differentiation(kind: str) ->
     x = torch.randn(32, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     value = plain_divergence(log_posterior(oracle, x).exp(), model(x).softmax(1), kind)
     (expected,) = torch.autograd.grad(value.sum(), x)
-    ascent = _DirectAscent(model, _Target(oracle.trace(x, torch.zeros(32))), kind)
+    ascent = DirectAscent(model, MovingTarget(oracle.trace(x, torch.zeros(32))), kind)
     torch.testing.assert_close(ascent.gradient(x), expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
 
 
@@ -79,8 +80,8 @@ def test_class_independent_field_changes_nothing(kind: str, scale: float) -> Non
     oracle, model = mixture(4, 2, 6), smooth_mlp(6, 4)
     x = torch.randn(32, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     y = torch.zeros(32)
-    plain = _DirectAscent(model, _Target(oracle.trace(x, y)), kind).gradient(x)
-    shifted = _DirectAscent(model, _Target(WithField(oracle, scale).trace(x, y)), kind).gradient(x)
+    plain = DirectAscent(model, MovingTarget(oracle.trace(x, y)), kind).gradient(x)
+    shifted = DirectAscent(model, MovingTarget(WithField(oracle, scale).trace(x, y)), kind).gradient(x)
     torch.testing.assert_close(shifted, plain, rtol=0, atol=1e-10)
     log_p = WithField(oracle, scale)(x.requires_grad_())
     (gradient,) = torch.autograd.grad(log_p[:, 0].sum(), x)
