@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..divergences import check_kind
-from ..inputs import check_inputs
+from ..inputs import check_inputs, check_like
 from ..noise import normal_like
 from ..ops._checks import check_number
 from ..ops.divergence import divergence as divergence_of
@@ -116,11 +116,8 @@ def gaussian(
     levels = noise_levels(x, sigma, generator, positive=alignment is not None)
     if noise is None:
         noise = normal_like(x, generator)
-    elif noise.shape != x.shape or noise.dtype != x.dtype or noise.device != x.device:
-        raise ValueError(
-            f"noise must be {x.dtype} {list(x.shape)} on {x.device} as x is, got {noise.dtype} {list(noise.shape)} on "
-            f"{noise.device}"
-        )
+    else:
+        check_like("noise", noise, x)
     shift = levels.view(-1, *[1] * (x.dim() - 1)) * noise.detach()
     noisy_x = (x + shift).detach()
     logits = training_logits(model, noisy_x)
@@ -166,11 +163,7 @@ def noise_levels(
         return math.isfinite(value) and (value > 0.0 if positive else value >= 0.0)
 
     if isinstance(sigma, Tensor):
-        if sigma.shape != x.shape[:1] or sigma.dtype != x.dtype or sigma.device != x.device:
-            raise ValueError(
-                f"sigma must be {x.dtype} [{len(x)}] on {x.device}, one for each sample, got {sigma.dtype} "
-                f"{list(sigma.shape)} on {sigma.device}"
-            )
+        check_like("sigma", sigma, x, x.shape[:1])
         if sigma.device.type == "cpu" and len(sigma):
             low, high = (float(value) for value in torch.aminmax(sigma.detach()))
             if not (allowed(low) and allowed(high)):

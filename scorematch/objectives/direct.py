@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..attacks.single_step import SINGLE_STEP
 from ..divergences import check_kind
 from ..graphs import AttackGraphs
-from ..inputs import check_attack, check_inputs, check_posterior
+from ..inputs import check_attack, check_inputs, check_like, check_posterior
 from ..model_state import borrowed
 from ..ops._checks import check_number
 from ..ops.logit_divergence import logit_divergence
@@ -143,10 +143,5 @@ def _noise(
             allowed = f"one of {', '.join(DATA_GRADIENTS)}, or a tensor [steps, N, …]"
             raise ValueError(f"data_gradient must be {allowed}, got {data_gradient!r}")
         return [noise_directions(x, steps, generator, attack)] if data_gradient == "noise" else []
-    expected = (1 if attack in SINGLE_STEP else steps, *x.shape)
-    if data_gradient.shape != expected or data_gradient.dtype != x.dtype or data_gradient.device != x.device:
-        raise ValueError(
-            f"data_gradient must be {x.dtype} {list(expected)} on {x.device}, for each step what x is, got "
-            f"{data_gradient.dtype} {list(data_gradient.shape)} on {data_gradient.device}"
-        )
+    check_like("data_gradient", data_gradient, x, [1 if attack in SINGLE_STEP else steps, *x.shape])
     return [data_gradient.detach()]

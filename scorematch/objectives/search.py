@@ -10,6 +10,7 @@ from torch import Tensor
 from ..attacks.pgd import ascend
 from ..attacks.single_step import SINGLE_STEP, single_step, single_step_start
 from ..graphs import Attack, AttackGraphs
+from ..inputs import check_like
 from ..noise import normal_like
 from ..threat_model import Perturbations, ThreatModel
 from ..weight_perturbation import WeightPerturbation
@@ -60,11 +61,7 @@ def start_of(
 ) -> Tensor:
     if not isinstance(start, Tensor):
         return first_iterate(x, threat_model, start, generator, attack)
-    if start.shape != x.shape or start.dtype != x.dtype or start.device != x.device:
-        raise ValueError(
-            f"start must be {x.dtype} {list(x.shape)} on {x.device} as x is, got {start.dtype} {list(start.shape)} "
-            f"on {start.device}"
-        )
+    check_like("start", start, x)
     return start.detach()
 
 

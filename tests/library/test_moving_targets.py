@@ -263,7 +263,7 @@ def test_noise_of_ones_own_in_a_single_step() -> None:
     noise = objectives.noise_directions(X, 10, torch.Generator().manual_seed(2), "n_fgsm")
     assert noise.shape == (1, *X.shape)
     found("score_direct", posterior=ORACLE, attack="n_fgsm", data_gradient=noise)
-    with pytest.raises(ValueError, match=r"data_gradient must be torch.float64 \[1, 16, 6\] on cpu, .* \[2, 16, 6\]"):
+    with pytest.raises(ValueError, match=r"data_gradient must be \[1, 16, 6\] on cpu for x .* got \[2, 16, 6\]"):
         found("score_direct", posterior=ORACLE, attack="n_fgsm", data_gradient=noise.expand(2, -1, -1))
 
 
@@ -284,6 +284,7 @@ def test_soft_targets_of_a_score_network_are_its_anchor(given: str, monkeypatch:
     ("name", "options", "message"),
     [
         ("score_direct", {"target_mix": 1.5}, r"target_mix must lie in \[0, 1\], got 1.5"),
+        ("score_direct", {"target_mix": -0.5}, r"target_mix must lie in \[0, 1\], got -0.5"),
         ("score_direct", {"target_mix": math.nan}, r"target_mix must lie in \[0, 1\], got nan"),
         (
             "score_direct",
@@ -297,13 +298,18 @@ def test_soft_targets_of_a_score_network_are_its_anchor(given: str, monkeypatch:
         ),
         (
             "score_direct",
-            {"data_gradient": torch.zeros(4, 16, 6)},
-            r"data_gradient must be torch.float64 \[10, 16, 6\] on cpu, .* got torch.float32 \[4, 16, 6\] on cpu",
+            {"data_gradient": torch.zeros(4, 16, 6).double()},
+            r"data_gradient must be \[10, 16, 6\] on cpu for x \[16, 6\], got \[4, 16, 6\] on cpu",
+        ),
+        (
+            "score_direct",
+            {"data_gradient": torch.zeros(10, 16, 6)},
+            "data_gradient must be torch.float64 as x, got torch.float32",
         ),
         ("trades", {"transport": -1.0}, "transport must be finite and not negative, got -1.0"),
         ("trades", {"transport": math.inf}, "transport must be finite and not negative, got inf"),
     ],
 )
 def test_bad_input(name: str, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         objectives.OBJECTIVES[name](MODEL, X, Y, **{"threat_model": L2, "posterior": ORACLE, **options})

@@ -175,8 +175,12 @@ def test_clipping_forms(form: str, kind: str) -> None:
         generator = torch.Generator().manual_seed(0)
         return objectives.OBJECTIVES[name](model, x, y, generator=generator, **common, **settings).loss
 
-    clipped = run("pgd_at", clip=0.4, clip_form=form)
-    torch.testing.assert_close(clipped, (run("pgd_at") - bound).relu())
+    posterior = KernelDensity(x, y, num_classes=10, sigma=0.3)
+    for name, extra in (("pgd_at", {}), ("score_direct", {"posterior": posterior})):
+        whole, clipped = run(name, **extra), run(name, clip=0.4, clip_form=form, **extra)
+        assert not torch.equal(clipped, whole)
+        torch.testing.assert_close(clipped, (whole - bound).relu())
+        assert torch.equal(run(name, clip=0.0, clip_form=form, **extra), whole)
 
     beta = 2.0
     natural = objectives.standard(model, x, y, divergence=kind).loss
@@ -255,8 +259,16 @@ def test_metrics_count_the_gradients_that_are_zero() -> None:
 
     x, y = torch.rand(16, 1, 8, 8), torch.arange(16) % 10
     posterior = Flat(torch.arange(1.0, 11.0).log_softmax(0)[None])
-    found = objectives.score_direct(Half(), x, y, posterior=posterior, threat_model=ThreatModel("linf", 0.1))
-    assert found.metrics["zero_gradient_share"] == pytest.approx(1 - 10 / 64)
+    for name, extra in (("pgd_at", {}), ("trades", {}), ("score_direct", {"posterior": posterior})):
+        found = objectives.OBJECTIVES[name](Half(), x, y, threat_model=ThreatModel("linf", 0.1), **extra)
+        assert found.metrics["zero_gradient_share"] == pytest.approx(1 - 10 / 64)
+
+
+def test_defaults_by_name() -> None:
+    assert [objectives.default_of(name, "attack_mode") for name in ("pgd_at", "trades")] == ["train", "eval"]
+    assert objectives.default_of("standard", "start") is None
+    for name in ("pgd_at", "trades", "score_direct"):
+        assert objectives.default_of(name, "steps") == 10
 
 
 def test_the_start_of_trades_is_as_published() -> None:
@@ -351,10 +363,13 @@ def test_score_step_is_what_the_posterior_pulls_back_with() -> None:
         ("standard", {"divergence": "hellinger"}, "divergence must be one of kl"),
         ("pgd_at", {"divergence": "hellinger"}, "divergence must be one of kl"),
         ("pgd_at", {"clip": 1.5}, r"clip must lie in \[0, 1\), got 1.5"),
+        ("pgd_at", {"clip": -0.5}, r"clip must lie in \[0, 1\), got -0.5"),
         ("pgd_at", {"clip_form": "both"}, "clip_form must be one of total, robust, threshold, got 'both'"),
         ("pgd_at", {"clip_form": "threshold", "clip": -1.0}, "clip must not be negative"),
         ("pgd_at", {"attack_mode": "test"}, "attack_mode must be one of eval, train, frozen, got 'test'"),
         ("pgd_at", {"start": "corner"}, "start must be one of uniform, gaussian, or a tensor like x, got 'corner'"),
+        ("pgd_at", {"start": torch.zeros(4, 64)}, r"start must be \[4, 1, 8, 8\] on cpu for x .* got \[4, 64\] on cpu"),
+        ("pgd_at", {"start": torch.zeros(4, 1, 8, 8).double()}, "start must be torch.float32 as x, got torch.float64"),
         ("trades", {"beta": -1.0}, "beta must not be negative, got -1.0"),
         ("trades", {"beta": math.nan}, "beta must not be negative, got nan"),
     ],
@@ -363,7 +378,7 @@ def test_bad_input(name: str, settings: dict, message: str) -> None:
     model, x, y = small_cnn(), torch.rand(4, 1, 8, 8), torch.arange(4)
     if name != "standard":
         settings = {"threat_model": ThreatModel("linf", 0.1), **settings}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         objectives.OBJECTIVES[name](model, x, y, **settings)
     assert all(p.requires_grad for p in model.parameters())
 
@@ -402,6 +417,7 @@ def test_probabilities_in_the_place_of_logits_are_told_once(name: str) -> None:
     settings |= {"posterior": posterior} if name == "score_direct" else {}
     objective = FreeAttack(ball).step if name == "free" else partial(objectives.OBJECTIVES[name], **settings)
     model = nn.Sequential(small_cnn(), nn.Softmax(1))
+    objective(model, x[:0], y[:0])  # says nothing yet
     with pytest.warns(UserWarning, match="seems to return probabilities: objectives need logits") as told:
         objective(model, x, y)
     assert [warning.filename for warning in told] == [__file__]
