@@ -33,9 +33,9 @@ from training.data import DataName, DataSettings
 from training.engine import hardware, posteriors
 from training.engine.hardware import Speed
 from training.engine.loop import Trainer, speed_of
-from training.engine.posteriors import PosteriorSettings
 from training.settings import command_line, config
 from training.settings.errors import InputError, run_program
+from training.settings.posterior import POSTERIORS, PosteriorSettings
 
 PLAIN = {
     "channels-last": "False",
@@ -106,7 +106,7 @@ def main(arguments: list[str]) -> None:
     )
     for objective in settings.objectives:
         name, _, kind = objective.partition(":")
-        allowed = ("", "linear", *posteriors.POSTERIORS) if name == "score_direct" else ("",)
+        allowed = ("", "linear", *POSTERIORS) if name == "score_direct" else ("",)
         if name not in get_args(config.Objective) or kind not in allowed:
             names = ", ".join([*get_args(config.Objective), "score_direct:linear", "score_direct:POSTERIOR"])
             raise InputError(f"objectives: {objective!r} is unknown, allowed: {names}")

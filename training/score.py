@@ -35,12 +35,12 @@ from training.data import Data, DataName, DataSettings, toy
 from training.engine import checkpoint, distributed, hardware, posteriors, scores
 from training.engine.claims import claimed
 from training.engine.hardware import PrecisionWish, Speed, Switch
-from training.engine.posteriors import PosteriorSettings
 from training.measures import judge
 from training.reports import audit
 from training.settings import command_line, config, tables
 from training.settings.errors import InputError, Interrupted, run_program
 from training.settings.help_page import Layout
+from training.settings.posterior import PosteriorSettings
 
 CHUNK = 500  # samples drawn at a time
 ROWS = 20  # classes shown in samples.png

@@ -13,9 +13,9 @@ from scorematch.posteriors.base import PointwisePosterior
 from training import data
 from training.data import DataSettings
 from training.engine import checkpoint, posteriors
-from training.engine.posteriors import PosteriorSettings
 from training.settings import tables
 from training.settings.errors import InputError
+from training.settings.posterior import PosteriorSettings
 
 QUICK: dict[str, Any] = {"steps": 5, "batch_size": 8, "width": 16, "depth": 1}
 

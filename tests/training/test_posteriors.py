@@ -14,8 +14,8 @@ from training import data, score
 from training.data import DataSettings, toy
 from training.engine import checkpoint, posteriors
 from training.engine.hardware import Speed
-from training.engine.posteriors import PosteriorSettings
 from training.settings.errors import InputError
+from training.settings.posterior import TUNED, PosteriorSettings
 
 QUICK = {"steps": 5, "batch_size": 8, "width": 16, "depth": 1}
 
@@ -237,7 +237,7 @@ def test_a_kernel_density_is_rebuilt_whatever_the_seed_drew(digits: data.Data) -
 def test_given_values_override_tuned_ones() -> None:
     resolved = PosteriorSettings("kernel_density", sigma=0.123).resolved("digits")
     assert resolved.sigma == 0.123
-    assert resolved.network == posteriors.TUNED["digits"]["any"]["network"]
+    assert resolved.network == TUNED["digits"]["any"]["network"]
     assert PosteriorSettings("kernel_density").resolved("digits").sigma is not None
 
 

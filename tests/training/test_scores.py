@@ -22,11 +22,11 @@ from training import data, score
 from training.data import DataSettings
 from training.engine import checkpoint, posteriors, scores
 from training.engine.hardware import Speed
-from training.engine.posteriors import PosteriorSettings
 from training.reports import audit
 from training.settings import tables
 from training.settings.config import tomllib
 from training.settings.errors import InputError
+from training.settings.posterior import PosteriorSettings
 
 QUICK = {"steps": 7, "batch_size": 8, "width": 16, "depth": 1}
 # A network with all that draws random numbers: dropout, augmentation, noise.

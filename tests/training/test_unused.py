@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from training import compare
-from training.engine.posteriors import PosteriorSettings
 from training.settings import config
+from training.settings.posterior import PosteriorSettings
 from training.settings.unused import READERS, READERS_OF_POSTERIORS, unused
 
 TRADES, DIRECT = "--objective trades", "--objective score_direct"

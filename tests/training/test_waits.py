@@ -25,6 +25,7 @@ from training.engine import loop, posteriors, scores
 from training.engine.hardware import Speed
 from training.engine.loop import Trainer
 from training.settings import config
+from training.settings.posterior import PosteriorSettings
 
 OPTIONS = "--epochs 4 --limit 60 --batch-size 25 --steps 2 --shift 1 --flip --averaging 0.9 --threads 1"
 CASES = {
@@ -149,7 +150,7 @@ SCORES = {
 
 def score_trainer(options: dict[str, Any], device: torch.device, folder: Path) -> scores.ScoreTrainer:
     loaded = data.load(data.DataSettings("digits", limit=60))
-    settings = posteriors.PosteriorSettings(**{"steps": 8, "width": 16, "depth": 1, **options}).resolved("digits")
+    settings = PosteriorSettings(**{"steps": 8, "width": 16, "depth": 1, **options}).resolved("digits")
     parts = (loaded.x_train, loaded.y_train), (loaded.x_validation, loaded.y_validation)
     builder = posteriors._Builder(settings, loaded, *parts[0], parts[1], seed=0)
     denoiser = builder.denoiser().to(device)

@@ -34,6 +34,7 @@ from training.engine import posteriors
 from training.figures.claims import Claim, Result, interval
 from training.reports.plots import picture
 from training.settings.errors import InputError
+from training.settings.posterior import PosteriorSettings
 
 SHARE = 0.1  # of the pixels, shown
 SHOWN = 6  # images
@@ -156,7 +157,7 @@ def reference(data: Data, score_from: Path | None) -> tuple[str, KernelDensity |
         except InputError as error:
             raise InputError(f"score_from: {error}") from None
         return f"score network, σ = {settings.sigma:g}", network.eval()
-    settings = posteriors.PosteriorSettings(name="kernel_density").resolved(data.name)
+    settings = PosteriorSettings(name="kernel_density").resolved(data.name)
     assert settings.sigma is not None
     x, y = data.x_train[:DENSITY_POINTS], data.y_train[:DENSITY_POINTS]
     density = KernelDensity(x, y, num_classes=data.num_classes, sigma=settings.sigma)

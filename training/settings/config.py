@@ -23,10 +23,11 @@ from training import data as data_sets
 from training.data import DataName, DataSettings, Format, ToyLabels
 from training.data.smoothing import Spread
 from training.engine.hardware import PrecisionWish, Switch
-from training.engine.posteriors import PosteriorSettings, settings_from
+from training.engine.posteriors import settings_from
 from training.settings import command_line, tables
 from training.settings.errors import InputError, unknown_name
 from training.settings.help_page import Layout
+from training.settings.posterior import PosteriorSettings
 
 if sys.version_info >= (3, 11):
     import tomllib

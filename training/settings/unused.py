@@ -4,8 +4,8 @@ import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 
-from training.engine.posteriors import PosteriorSettings
 from training.settings.config import RunSettings
+from training.settings.posterior import PosteriorSettings
 
 OF_GAUSSIAN = ("sigma", "gamma", "alignment", "final_sigma", "antithetic")
 OF_SEARCH = ("attack", "attack_start", "attack_mode", "clip")
