@@ -409,7 +409,7 @@ def _run(
     progress: Progress | None,
 ) -> None:
     check_labels(x, y)
-    check_finite(x, "x", batch=True)
+    check_finite(x, "x")
     if len(x) == 0:
         raise ValueError(f"x must be [M, …] with at least one sample, got {list(x.shape)}")
     if not isinstance(generator, torch.Generator):

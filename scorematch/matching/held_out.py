@@ -226,7 +226,7 @@ def _check_data(x: Tensor, y: Tensor) -> None:
     if counts[0] != counts[1] or not counts[0]:
         raise ValueError(f"x and y must have as many samples, at least one, got {counts[0]} and {counts[1]}")
     check_labels(x, y)
-    check_finite(x, "x", batch=True)
+    check_finite(x, "x")
 
 
 def _check_counts(seed: int, repeats: int, chunk: int) -> None:

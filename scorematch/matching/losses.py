@@ -125,7 +125,7 @@ def _check(
     check_like("noise", noise, x, other=name)
     if conditions is not None:
         check_real(conditions, "conditions")
-        check_like("conditions", conditions, x, [len(x), *conditions.shape[1:2]], name)
+        check_like("conditions", conditions, x, [len(x), conditions.shape[-1]], name)
     if num_classes is not None:
         check_classes(y, x, num_classes, values=readable(x))
 

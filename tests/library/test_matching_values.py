@@ -22,6 +22,7 @@ from scorematch.matching import (
     fit_temperature,
     losses_by_level,
 )
+from scorematch.matching.losses import check_logits
 from scorematch.networks import Denoiser, MLPBackbone
 
 CLASSES, FEATURES, COUNT = 3, 2, 5
@@ -77,6 +78,27 @@ def test_denoising() -> None:
     torch.testing.assert_close(matching.denoising(network, X, Y, SIGMA, OMEGA), expected)
 
 
+def test_a_network_is_told_how_samples_were_augmented() -> None:
+    torch.manual_seed(0)
+    backbone = MLPBackbone((FEATURES,), (CLASSES + 1) * FEATURES, width=8, depth=1, conditions=2)
+    told = Denoiser(backbone, num_classes=CLASSES, sigma_data=0.7).double()
+    for parameter in told.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    how = draw(COUNT, 2, seed=5)
+    found = matching.denoising(told, X, Y, SIGMA, OMEGA, how)
+    for i in range(COUNT):
+        one = matching.denoising(told, *(tensor[[i]] for tensor in (X, Y, SIGMA, OMEGA, how)))
+        torch.testing.assert_close(found[[i]], one)
+    assert (found != matching.denoising(told, X, Y, SIGMA, OMEGA, 0.0 * how)).all()
+    for wrong in (how[:, 0], how[:4], how[:, :, None]):
+        with pytest.raises(ValueError, match="conditions must be"):
+            matching.denoising(told, X, Y, SIGMA, OMEGA, wrong)
+    batch = Batch(X, Y, SIGMA, OMEGA, how).part(slice(1, 3))
+    for part, whole in zip(batch, (X, Y, SIGMA, OMEGA, how), strict=True):
+        assert torch.equal(part, whole[1:3])
+    assert BATCH.part(slice(1, 3)).conditions is None
+
+
 def test_distillation() -> None:
     student, teacher = denoiser(0), denoiser(1)
     difference = student.denoise_all(NOISY, SIGMA) - teacher.denoise_all(NOISY, SIGMA)
@@ -114,7 +136,9 @@ def test_losses_of_a_classifier_put_their_parts_together() -> None:
     torch.testing.assert_close(ClassificationLoss(classifier, 0.0, network).loss(BATCH), plain)
     score = network.score(NOISY, SIGMA).detach()
     likelihood, _ = matching.denoising_likelihood(classifier, score, NOISY, Y, SIGMA, OMEGA)
-    torch.testing.assert_close(ClassificationLoss(classifier, 0.3, network).loss(BATCH), plain + 0.3 * likelihood)
+    for weight in (0.3, 1.0):
+        found = ClassificationLoss(classifier, weight, network).loss(BATCH)
+        torch.testing.assert_close(found, plain + weight * likelihood)
     energy, _ = matching.joint_energy(classifier, NOISY, Y, SIGMA, OMEGA, center=0.1, sigma_data=0.9)
     found = ClassificationLoss(classifier, energy=JointEnergy(2.0, 0.1, 0.9)).loss(BATCH)
     torch.testing.assert_close(found, plain + 2.0 * energy)
@@ -171,16 +195,50 @@ def test_a_temperature_is_fitted_at_x_plus_noise() -> None:
 
 @pytest.mark.parametrize(
     ("x", "y", "told"),
-    [(X, Y[:4], "at least one, got 5 and 4"), (X[:0], Y[:0], "at least one, got 0 and 0"), (X[:0], Y, "got 0 and 5")],
+    [
+        (X, Y[:4], "at least one, got 5 and 4"),
+        (X[:0], Y[:0], "at least one, got 0 and 0"),
+        (X[:0], Y, "got 0 and 5"),
+        (X[:, 0], Y, r"x must be \[N, …\] and y \[N\], got x \[5\] and y \[5\]"),
+    ],
 )
 def test_held_out_data_must_fit(x: Tensor, y: Tensor, told: str) -> None:
     with pytest.raises(ValueError, match=told):
         HeldOut(x, y, sigma=0.5)
 
 
+@pytest.mark.parametrize(
+    ("steps", "interval", "looks"),
+    [(7, 3, [3, 6, 7]), (6, 3, [3, 6]), (5, None, [1, 2, 3, 4, 5]), (101, None, [*range(2, 101, 2), 101])],
+)
+def test_held_out_data_are_looked_at(
+    steps: int, interval: int | None, looks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every ``interval`` steps, by default fifty times, and at the end."""
+    seen = []
+    monkeypatch.setattr(BestWeights, "look", lambda self, network, step: seen.append(step))
+    monkeypatch.setattr(BestWeights, "restore", lambda self, network: None)
+    held_out, generator = HeldOut(X, Y, sigma=0.5, interval=interval), torch.Generator().manual_seed(0)
+    matching.fit_classifier(Classifier(), X, Y, Fit(steps, 4), generator=generator, held_out=held_out)
+    assert seen == looks
+
+
+def test_a_training_at_a_single_noise_level() -> None:
+    fit, generator = Fit(sigma_min=0.2, sigma_max=0.2, steps=1), torch.Generator().manual_seed(0)
+    batch = Fitting(Classifier(), ClassificationLoss(Classifier()), fit).draw(X, Y, generator, None)
+    torch.testing.assert_close(batch.sigma, torch.full_like(batch.sigma, 0.2))
+
+
+@pytest.mark.parametrize("logits", [torch.zeros(COUNT, CLASSES, 1), torch.zeros(COUNT + 1, CLASSES)])
+def test_logits_must_be_those_of_the_samples(logits: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"logits must be \[N, L\] for x \[5, 2\], got"):
+        check_logits(logits, Y, X)
+
+
 def test_one_look_at_a_time_is_allowed() -> None:
     data = HeldOut(X, Y, sigma=0.5, interval=1, patience=1, repeats=1)
     assert (data.interval, data.patience, data.repeats) == (1, 1, 1)
+    assert HeldOut(X, Y, sigma=0.5).repeats == 4
     assert BestWeights(data).step == 0
 
 
