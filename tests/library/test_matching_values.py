@@ -1,5 +1,6 @@
 """Score matching, value by value: each loss against its formula, written out with automatic differentiation."""
 
+import contextlib
 import copy
 import math
 from typing import Any
@@ -128,12 +129,14 @@ def test_joint_energy(center: Any) -> None:
     torch.testing.assert_close(found, 0.5 * residual.square().mean(1))
 
 
-def test_losses_of_a_classifier_put_their_parts_together() -> None:
+def test_losses_of_a_classifier_put_their_parts_together(monkeypatch: pytest.MonkeyPatch) -> None:
     classifier, network = Classifier(), denoiser()
     plain = cross_entropy(classifier(NOISY, SIGMA), Y, reduction="none")
     torch.testing.assert_close(ClassificationLoss(classifier).loss(BATCH), plain)
     # A denoiser without a weight is not asked, and one with a weight is.
-    torch.testing.assert_close(ClassificationLoss(classifier, 0.0, network).loss(BATCH), plain)
+    with monkeypatch.context() as patched:
+        patched.setattr(network, "score", None)
+        torch.testing.assert_close(ClassificationLoss(classifier, 0.0, network).loss(BATCH), plain)
     score = network.score(NOISY, SIGMA).detach()
     likelihood, _ = matching.denoising_likelihood(classifier, score, NOISY, Y, SIGMA, OMEGA)
     for weight in (0.3, 1.0):
@@ -172,6 +175,10 @@ def test_losses_by_level_are_at_x_plus_noise() -> None:
     level = torch.full((COUNT,), 0.2, dtype=torch.float64)
     expected = [matching.denoising(network, X, Y, level, omega).mean() for omega in noise]
     assert matched[0.2] == pytest.approx(float(sum(expected).detach()) / 3)
+    assert losses_by_level(network, X, Y, (0.2,)) == losses_by_level(network, X, Y, (0.2,), seed=0, repeats=1)
+    for wrong in (0.0, -1.0, math.inf):
+        with pytest.raises(ValueError, match=f"each of sigmas must be finite and positive, got {wrong}"):
+            losses_by_level(network, X, Y, (0.2, wrong))
 
 
 def test_a_temperature_is_fitted_at_x_plus_noise() -> None:
@@ -191,6 +198,42 @@ def test_a_temperature_is_fitted_at_x_plus_noise() -> None:
 
     assert loss(found) <= min(loss(found * 1.01), loss(found / 1.01))
     assert loss(1.2 * found) > loss(found) < loss(found / 1.2)
+
+
+def test_a_temperature_lies_between_a_twentieth_and_twenty() -> None:
+    def right(x: Tensor) -> Tensor:
+        return torch.stack([x[:, 0], -x[:, 0]], 1)
+
+    x, y = torch.tensor([[1.0], [-1.0]]), torch.tensor([0, 1])
+    assert fit_temperature(right, x, y) == pytest.approx(0.05)
+    assert fit_temperature(right, x, 1 - y) == pytest.approx(20.0)
+
+
+def test_of_equal_losses_the_first_is_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    best, classifier = BestWeights(HeldOut(X, Y, sigma=0.5)), Classifier()
+    for step, loss in ((1, 2.0), (2, 1.0), (3, 1.0)):
+        monkeypatch.setattr(HeldOut, "loss", lambda self, network, loss=loss: loss)
+        best.look(classifier, step)
+    assert (best.step, best.loss, best.history) == (2, 1.0, [(1, 2.0), (2, 1.0), (3, 1.0)])
+
+
+@pytest.mark.parametrize(
+    ("count", "options", "error", "told"),
+    [
+        (0, {}, ValueError, r"x must be \[M, …\] with at least one sample, got \[0, 2\]"),
+        (1, {"augment": 3}, TypeError, "augment must be a function, got int"),
+        (1, {"progress": 3}, TypeError, "progress must be a function, got int"),
+        (1, {}, None, None),
+    ],
+)
+def test_a_training_checks_what_it_is_given(
+    count: int, options: dict[str, Any], error: type[Exception] | None, told: str
+) -> None:
+    allowed = contextlib.nullcontext() if error is None else pytest.raises(error, match=told)
+    with allowed:
+        matching.fit_classifier(
+            Classifier(), X[:count], Y[:count], Fit(1, 4), generator=torch.Generator().manual_seed(0), **options
+        )
 
 
 @pytest.mark.parametrize(
@@ -238,7 +281,7 @@ def test_logits_must_be_those_of_the_samples(logits: Tensor) -> None:
 def test_one_look_at_a_time_is_allowed() -> None:
     data = HeldOut(X, Y, sigma=0.5, interval=1, patience=1, repeats=1)
     assert (data.interval, data.patience, data.repeats) == (1, 1, 1)
-    assert HeldOut(X, Y, sigma=0.5).repeats == 4
+    assert (HeldOut(X, Y, sigma=0.5).repeats, HeldOut(X, Y, sigma=0.5).seed) == (4, 0)
     assert BestWeights(data).step == 0
 
 
@@ -278,9 +321,11 @@ def test_the_average_begins_after_a_quarter_and_is_what_remains() -> None:
 
 def test_a_half_life_averages_from_the_first_step_on() -> None:
     network = Classifier()
-    fitting = Fitting(network, ClassificationLoss(network), Fit(steps=100, batch_size=4, half_life=40.0))
-    fitting.step(BATCH)
-    assert fitting.averaged() is not network
+    for averaging in (0.998, 0.0):  # whose place it takes
+        fit = Fit(steps=100, batch_size=4, half_life=40.0, averaging=averaging)
+        fitting = Fitting(network, ClassificationLoss(network), fit)
+        fitting.step(BATCH)
+        assert fitting.averaged() is not network
 
 
 def test_without_an_average_the_network_keeps_its_weights() -> None:
@@ -296,3 +341,4 @@ def test_the_fused_optimiser_is_used_if_asked_for() -> None:
     network = Classifier()
     fitted = [Fitting(network, ClassificationLoss(network), Fit(), fused=fused) for fused in (True, False)]
     assert [bool(one.optimizer.defaults["fused"]) for one in fitted] == [True, False]
+    assert not Fitting(network, ClassificationLoss(network), Fit()).optimizer.defaults["fused"]
