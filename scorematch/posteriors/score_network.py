@@ -81,7 +81,7 @@ class ScoreNetwork(Posterior):
                 given = type(denoiser).__name__
                 raise ValueError(f"top_k needs an EmbeddedDenoiser, got {given}, which gives all classes at once")
             check_count("top_k", top_k)
-            if not 1 <= top_k <= denoiser.num_classes:
+            if top_k > denoiser.num_classes:
                 raise ValueError(f"top_k must lie between 1 and {denoiser.num_classes} classes, got {top_k}")
             if centering == "network":
                 raise ValueError(f"top_k needs centering='posterior', got {centering!r}")
