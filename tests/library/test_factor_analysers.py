@@ -212,9 +212,10 @@ def test_one_iteration_equals_its_definition() -> None:
     torch.testing.assert_close(result.noise[0, 0], (both[:6, :6] - explained).diagonal(), **F64)
 
 
-def test_k_means_starts_in_every_cluster() -> None:
+@pytest.mark.parametrize("scale", [1.0, 1e-5])
+def test_k_means_starts_in_every_cluster(scale: float) -> None:
     """A point that coincides with a centre is never drawn as the next one, so each cluster has its centre."""
-    places = torch.tensor([[0.0, 0.0], [3.0, 1.0], [100.0, 0.0], [0.0, 40.0]], dtype=torch.float64)
+    places = scale * torch.tensor([[0.0, 0.0], [3.0, 1.0], [100.0, 0.0], [0.0, 40.0]], dtype=torch.float64)
     points = places.repeat_interleave(10, 0)
     for seed in range(10):
         centres = _k_means(points, 4, torch.Generator().manual_seed(seed), iterations=0)
