@@ -1,7 +1,7 @@
 # Every target does the whole set-up on a fresh machine; a second call skips what is done.
 #
 #   make run       train with direct SCORE on the digits, with ARGS="..." for further options
-#   make test      lint, types and the whole test suite, in one process more than cores (8 at most)
+#   make test      lint, types and the whole test suite, in one process a core (8 at most)
 #   make soak      random inputs by the thousand, kills by the hundred; goes on after an interruption
 #   make compare   direct SCORE beside its surrogates, on DATA=digits or DATA=toy
 #   make results   docs/direct-score.md and its figures, from the stored results in docs/evidence
@@ -24,7 +24,8 @@ SCOREMATCH_CUDA ?= auto
 export SCOREMATCH_CUDA
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
+# Without bytecode: python compiles what it imports, which is a small part of torch.
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet install --no-compile
 BUILD_TOOLS := "setuptools>=77" wheel ninja pybind11
 TORCH_STAMP := $(VENV)/.torch-$(TORCH)
 STAMP := $(VENV)/.scorematch-$(TORCH)-cuda-$(SCOREMATCH_CUDA)
@@ -68,13 +69,13 @@ $(TORCH_STAMP):
 	@echo "== virtual environment in $(VENV), torch $(TORCH) (a download of some hundred MB to some GB)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: $(PYTHON) is older than 3.10, set PYTHON=..."; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(PIP) install torch==$(TORCH) $(BUILD_TOOLS)
+	@$(PIP) torch==$(TORCH) $(BUILD_TOOLS)
 	@rm -f $(VENV)/.torch-* $(VENV)/.scorematch-*
 	@touch $@
 
 $(STAMP): $(TORCH_STAMP) $(SOURCES)
 	@echo "== dependencies, and the extension compiled (CUDA: $(SCOREMATCH_CUDA))"
-	@$(PIP) install --no-build-isolation --editable ".[training,dev]" torch==$(TORCH)
+	@$(PIP) --no-build-isolation --editable ".[training,dev]" torch==$(TORCH)
 	@rm -f $(VENV)/.scorematch-*
 	@touch $@
 

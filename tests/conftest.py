@@ -83,11 +83,6 @@ def processes() -> ForkServerContext:
     return context
 
 
-def pytest_xdist_auto_num_workers() -> int:
-    """One more than there are cores: tests wait for programs that they start."""
-    return (os.cpu_count() or 1) + 1
-
-
 @pytest.hookimpl(trylast=True)  # after hypothesis has marked the tests that draw
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not SOAKING:
