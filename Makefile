@@ -24,8 +24,9 @@ SCOREMATCH_CUDA ?= auto
 export SCOREMATCH_CUDA
 
 BIN := $(VENV)/bin
-# Without bytecode: python compiles what it imports, which is a small part of torch.
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet install --no-compile
+# Without bytecode, where python may write it: it compiles what it imports, which is a small part of torch.
+NO_COMPILE := $(if $(PYTHONDONTWRITEBYTECODE),,--no-compile)
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet install $(NO_COMPILE)
 BUILD_TOOLS := "setuptools>=77" wheel ninja pybind11
 TORCH_STAMP := $(VENV)/.torch-$(TORCH)
 STAMP := $(VENV)/.scorematch-$(TORCH)-cuda-$(SCOREMATCH_CUDA)
