@@ -526,6 +526,7 @@ def test_the_size_of_chunks() -> None:
     # the widest layer is 8 channels of 8×8 in float32, 2 KiB a sample
     assert cache_chunk(model, x, 1, cache=200 << 10) == 64
     assert cache_chunk(model, x, 1, cache=1) == 32
+    assert cache_chunk(model, x, 1) == cache_chunk(model, x, 1, cache=1 << 20) > 32  # a megabyte
     assert cache_chunk(model.forward, x, 1) is None
     assert cache_chunk(model, x, 4, cache=200 << 10) == 256
     assert not any(module._forward_hooks for module in model.modules())
