@@ -359,8 +359,15 @@ def test_square_that_finds_what_gradients_did_not_is_warned_of() -> None:
     def rounded(images: Tensor) -> Tensor:
         return model((images * 50).round() / 50)
 
-    with pytest.warns(AutoAttackWarning, match="Square lowered the robust accuracy by"):
-        attack(rounded, eps=0.1).run_standard_evaluation(x, rounded(x).argmax(1))
+    labels = rounded(x).argmax(1)
+    for options in ({}, {"version": "custom", "attacks_to_run": ["apgd-ce", "square"]}):
+        with pytest.warns(AutoAttackWarning, match="Square lowered the robust accuracy by"):
+            attack(rounded, eps=0.1, **options).run_standard_evaluation(x, labels)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        alone = attack(rounded, eps=0.1, version="custom", attacks_to_run=["square"])
+        alone.run_standard_evaluation(x, labels)
+    assert not any("Square" in str(warning.message) for warning in told)
     assert inspection.masking(0.5, 0.499) is None
 
 
