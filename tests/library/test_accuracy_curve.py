@@ -202,6 +202,9 @@ def test_tables_and_json() -> None:
     assert lines[0] == "| linf eps | accuracy, % | 95 % interval | forward passes | backward passes | seconds |"
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| 0", "| 0.01", "| 0.03"]
     assert f"{100 * curve.robust_accuracy[0.01]:.2f}" in lines[3]
+    for report, line in zip(curve.reports, lines[3:], strict=True):
+        passes = [sum(one[kind] for one in report["attacks"].values()) for kind in ("forwards", "backwards")]
+        assert line.split(" | ")[3:5] == [f"{count:,}" for count in passes]
     assert curve.table("latex").startswith(r"\begin{tabular}{lrrrrr}")
     with pytest.raises(ValueError, match="form must be markdown or latex, got 'html'"):
         curve.table("html")
