@@ -658,6 +658,8 @@ def test_numbers_written_by_hand_follow_from_the_stored_results() -> None:
         assert f"{own:.{digits}f} instead of {other:.{digits}f}" in readme.replace(" nats", "")
         own, other = mean(group, sweep_page.learned, "r_score"), best(group, "r_score", published=True)
         assert f"{own:.3f} against {other:.3f}" in readme
+    told = "has {:.3f} and {:.2f}.".format(*(mean(group, informed, "r_score") for group in (many, features)))
+    assert told in readme
     own, other = mean(images, sweep_page.learned, "kl"), best(images, "kl", published=True)
     assert f"({own:.2f} against {other:.2f})" in ideas
 
