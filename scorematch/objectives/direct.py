@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks.single_step import SINGLE_STEP
-from ..divergences import check_kind
 from ..graphs import AttackGraphs
-from ..inputs import check_attack, check_inputs, check_like, check_posterior
+from ..inputs import check_like, check_posterior
 from ..model_state import borrowed
 from ..ops._checks import check_number
 from ..ops.logit_divergence import logit_divergence
@@ -25,7 +24,7 @@ from .outcome import (
     training_logits,
     warn_of_probabilities,
 )
-from .search import at_perturbed_weights, attacked, found_by, start_of
+from .search import at_perturbed_weights, attacked, check_search, found_by, start_of
 
 DATA_GRADIENTS = ("scores", "none", "noise")
 
@@ -77,10 +76,7 @@ def score_direct(
             ``target_mix`` must be 1 with a posterior whose ``centering`` is ``"network"``: the literal form of Eq. (34)
             has no mixed target.
     """
-    check_kind(divergence)
-    check_attack(threat_model, steps)
-    check_number("clip", clip)
-    check_inputs(model, x, y, threat_model)
+    check_search(model, x, y, threat_model, steps, divergence, clip)
     check_number("target_mix", target_mix)
     if not 0.0 <= target_mix <= 1.0:
         raise ValueError(f"target_mix must lie in [0, 1], got {target_mix}")

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..attacks.pgd import ascend
 from ..attacks.single_step import SINGLE_STEP, single_step, single_step_start
+from ..divergences import check_kind
 from ..graphs import Attack, AttackGraphs
-from ..inputs import check_like
+from ..inputs import check_attack, check_inputs, check_like
 from ..noise import normal_like
+from ..ops._checks import check_number
 from ..threat_model import Perturbations, ThreatModel
 from ..weight_perturbation import WeightPerturbation
 from .outcome import Outcome
@@ -19,6 +21,20 @@ from .outcome import Outcome
 ATTACKS = ("pgd", *SINGLE_STEP)
 STARTS = ("uniform", "gaussian")
 GAUSSIAN_START = 1e-3  # standard deviation, in input units, of the start of TRADES as published
+
+
+def check_search(
+    model: nn.Module, x: Tensor, y: Tensor, threat_model: Perturbations, steps: int, divergence: str, clip: float
+) -> None:
+    """What every objective with an attack checks before it; see :func:`scorematch.inputs.check_inputs` for x, y.
+
+    Raises:
+        TypeError, ValueError: an argument is not what it must be; the message names it.
+    """
+    check_kind(divergence)
+    check_attack(threat_model, steps)
+    check_number("clip", clip)
+    check_inputs(model, x, y, threat_model)
 
 
 def first_iterate(

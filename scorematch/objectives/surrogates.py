@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks.pgd import input_gradient
-from ..divergences import check_kind
 from ..graphs import AttackGraphs
-from ..inputs import check_attack, check_inputs, check_posterior
+from ..inputs import check_posterior
 from ..model_state import borrowed
 from ..ops._checks import check_number
 from ..ops.divergence import divergence as divergence_of
@@ -21,7 +20,7 @@ from ..threat_model import Perturbations
 from ..weight_perturbation import WeightPerturbation
 from .moving_target import DirectAscent, MovingTarget
 from .outcome import Outcome, accuracy, clipping, training_logits, warn_of_probabilities
-from .search import Watched, at_perturbed_weights, attacked, found_by, start_of
+from .search import Watched, at_perturbed_weights, attacked, check_search, found_by, start_of
 
 
 def pgd_at(
@@ -69,10 +68,7 @@ def pgd_at(
     Raises:
         TypeError, ValueError: an argument is not what it must be; see :func:`scorematch.inputs.check_inputs` for x, y.
     """
-    check_kind(divergence)
-    check_attack(threat_model, steps)
-    check_number("clip", clip)
-    check_inputs(model, x, y, threat_model)
+    check_search(model, x, y, threat_model, steps, divergence, clip)
 
     def search(x: Tensor, y: Tensor, first: Tensor) -> dict[str, Tensor]:
         with borrowed(model, attack_mode):
@@ -139,10 +135,7 @@ def trades(
     Raises:
         TypeError, ValueError: an argument is not what it must be; see :func:`scorematch.inputs.check_inputs` for x, y.
     """
-    check_kind(divergence)
-    check_attack(threat_model, steps)
-    check_number("clip", clip)
-    check_inputs(model, x, y, threat_model)
+    check_search(model, x, y, threat_model, steps, divergence, clip)
     check_number("beta", beta)
     check_number("transport", transport)
     if not beta >= 0.0:

@@ -218,7 +218,7 @@ def test_top_k_of_all_classes_is_all_of_them() -> None:
     }.items():
         with pytest.raises(ValueError, match=message):
             ScoreNetwork(denoiser, sigma=0.5, **settings)
-    with pytest.raises(ValueError, match="top_k needs an EmbeddedDenoiser"):
+    with pytest.raises(ValueError, match="top_k needs an EmbeddedDenoiser, got Denoiser"):
         ScoreNetwork(Denoiser(backbone, num_classes=4, sigma_data=1.0), sigma=0.5, top_k=1)
 
 

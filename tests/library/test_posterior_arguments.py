@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from scorematch.networks import Denoiser, EmbeddedDenoiser, MLPBackbone
+from scorematch.networks import EmbeddedDenoiser, MLPBackbone
 from scorematch.posteriors import FactorAnalysers, GaussianMixture, KernelDensity, Posterior, ScoreNetwork
 from scorematch.posteriors.base import check_deviation
 from scorematch.posteriors.factor_analysers import _k_means
@@ -157,9 +157,3 @@ def test_the_factors_of_a_start_have_the_variance_of_the_data() -> None:
         directions = fitted.factors[0, 0].mT * rank**0.5  # [R, D]
         samples = x - x.mean(0)
         torch.testing.assert_close(directions, samples[torch.cdist(directions, samples).argmin(1)])
-
-
-def test_a_denoiser_that_gives_all_classes_has_no_top_k() -> None:
-    denoiser = Denoiser(MLPBackbone((3,), 9, width=4, depth=1), num_classes=2, sigma_data=1.0)
-    with pytest.raises(ValueError, match="top_k needs an EmbeddedDenoiser, got Denoiser"):
-        ScoreNetwork(denoiser, sigma=0.3, top_k=1)
