@@ -112,7 +112,7 @@ class EvaluateSettings:
     # none given are multiples of σ/2
     radii: tuple[float, ...] = ()
 
-    batch: int = measures.BATCH  # samples at a time; decides memory (and which random start a sample gets from PGD)
+    batch_size: int = measures.BATCH  # samples at a time; decides memory (and PGD's random start of each sample)
     seed: int = 0  # of the random numbers
     threads: int = 0  # CPU threads; 0 is all available
     device: str = "auto"  # torch device; auto is cuda where there is one
@@ -126,7 +126,7 @@ LAYOUT = Layout(
     groups={
         "What is evaluated: one of --run, --checkpoint and --model-from": "checkpoint",
         "Attack": "norm",
-        "How, and where to": "batch",
+        "How, and where to": "batch_size",
     },
 )
 
@@ -200,7 +200,7 @@ def evaluate(settings: EvaluateSettings, device: torch.device) -> None:
     elif settings.attack == "obfuscation":
         assert threat_model is not None
         results |= obfuscation.audit(
-            subject.model, x, y, threat_model, other=other, **_pgd_options(settings), batch=settings.batch
+            subject.model, x, y, threat_model, other=other, **_pgd_options(settings), batch=settings.batch_size
         )
     elif settings.attack == "certify":
         results |= certification.certify(
@@ -208,7 +208,8 @@ def evaluate(settings: EvaluateSettings, device: torch.device) -> None:
             x,
             y,
             sigma=settings.sigma or (subject.run.sigma[-1] if subject.run else certification.SIGMA),
-            **{name: getattr(settings, name) for name in ("n0", "n", "alpha", "radii", "seed", "batch")},
+            **{name: getattr(settings, name) for name in ("n0", "n", "alpha", "radii", "seed")},
+            batch=settings.batch_size,
         )
     else:
         results |= clean_and_pgd(settings, subject, threat_model, x, y)
@@ -238,7 +239,7 @@ def clean_and_pgd(
     settings: EvaluateSettings, subject: Subject, threat_model: ThreatModel | None, x: Tensor, y: Tensor
 ) -> dict[str, Any]:
     model = subject.model
-    masks = {"clean": measures.shared(lambda xs, ys: measures.correct(model, xs, ys, settings.batch), x, y)}
+    masks = {"clean": measures.shared(lambda xs, ys: measures.correct(model, xs, ys, settings.batch_size), x, y)}
     options: dict[str, Any] = {}
     if settings.attack == "pgd":
         assert threat_model is not None
@@ -254,7 +255,7 @@ def clean_and_pgd(
 
             def robust(xs: Tensor, ys: Tensor) -> Tensor:
                 start = Generator(x.device).manual_seed(seed + distributed.rank())
-                return measures.robust(model, xs, ys, attack, start, progress, settings.batch, search)
+                return measures.robust(model, xs, ys, attack, start, progress, settings.batch_size, search)
 
             masks["pgd"] = measures.shared(robust, x, y)
     accuracies: dict[str, Any] = {}
@@ -264,7 +265,14 @@ def clean_and_pgd(
     if settings.attack == "pgd" and subject.data.p_d is not None:
         assert threat_model is not None
         accuracies |= measures.self_consistency(
-            model, subject.data.p_d, x, y, threat_model, steps=settings.steps, seed=settings.seed, batch=settings.batch
+            model,
+            subject.data.p_d,
+            x,
+            y,
+            threat_model,
+            steps=settings.steps,
+            seed=settings.seed,
+            batch=settings.batch_size,
         )
     return options | accuracies
 
@@ -288,14 +296,15 @@ def native_autoattack(
     )
     try:
         if settings.radii:
-            curve = measures.accuracy_curve(adversary, x, y, settings.radii, batch=settings.batch, state=settings.state)
+            size, state = settings.batch_size, settings.state
+            curve = measures.accuracy_curve(adversary, x, y, settings.radii, batch=size, state=state)
             return {
                 "engine": "native",
                 "version": settings.version,
                 "clean_acc": 100 * curve.clean_accuracy,
                 "accuracy_curve": {**curve.as_dict(), "table": curve.table()},
             }
-        found = measures.autoattack(adversary, x, y, batch=settings.batch, state=settings.state)
+        found = measures.autoattack(adversary, x, y, batch=settings.batch_size, state=settings.state)
     except Interrupted as signal:
         saved = f"what was found is in {settings.state}, the same command continues"
         raise Interrupted(f"{signal}, {saved if settings.state else 'nothing is saved without --state FILE'}") from None
@@ -322,10 +331,10 @@ def official_autoattack(
     adversary = package.AutoAttack(
         model, norm=norm, eps=threat_model.eps, seed=settings.seed, verbose=True, device=x.device, **options
     )
-    x_adv = adversary.run_standard_evaluation(x, y, bs=settings.batch)
+    x_adv = adversary.run_standard_evaluation(x, y, bs=settings.batch_size)
     results: dict[str, Any] = {"engine": "official", "version": version}
     for name, points in (("clean", x), ("autoattack", x_adv)):
-        stands = measures.correct(model, points.to(x.device), y, settings.batch)
+        stands = measures.correct(model, points.to(x.device), y, settings.batch_size)
         results[f"{name}_acc"] = measures.per_cent(stands)
         results[f"{name}_interval"] = list(measures.wilson(int(stands.sum()), len(stands)))
     return results
@@ -534,7 +543,7 @@ def _check(settings: EvaluateSettings) -> None:
     ranges: dict[str, config.Check] = {
         "image_size": config.RANGES["image_size"],
         "limit": (lambda v: v >= 0, "0 (all) or a number of samples"),
-        "batch": (lambda v: v >= 1, "at least 1"),
+        "batch_size": (lambda v: v >= 1, "at least 1"),
         "eps": (lambda v: v is None or 0 < v < math.inf, "a finite number above 0"),
         "step_size": (lambda v: v is None or 0 < v < math.inf, "a finite number above 0"),
         "steps": config.RANGES["eval_steps"],

@@ -48,7 +48,7 @@ class GenerateSettings:
     image_size: int | None = None  # of --data folder, where neither file nor folder says it
     limit: int | None = None  # training points that the score network saw, where neither file nor folder says it
     count: int = 50_000  # images to make
-    batch: int = 500  # images at a time; decides memory and, with the seed, the images
+    batch_size: int = 500  # images at a time; decides memory and, with the seed, the images
     # probability-flow ODE, or annealed Langevin dynamics; auto is heun for networks trained up to noise of ten times
     # the spread of the data, from which it starts, and langevin for others
     sampler: Literal["auto", "heun", "langevin"] = "auto"
@@ -65,7 +65,7 @@ RANGES: dict[str, config.Check] = {
     "limit": (lambda v: v is None or v >= 0, "0 (all) or a number of points"),
     "image_size": config.RANGES["image_size"],
     "count": (lambda v: v >= 1, "at least 1"),
-    "batch": (lambda v: v >= 1, "at least 1"),
+    "batch_size": (lambda v: v >= 1, "at least 1"),
     "levels": (lambda v: v >= 2, "at least 2"),
     "steps_per_level": (lambda v: v >= 1, "at least 1"),
     "sigma_max": (lambda v: v is None or 0 < v < float("inf"), "a finite number above 0"),
@@ -134,7 +134,7 @@ def main(arguments: list[str]) -> None:
         "posterior": hashlib.sha256(path.read_bytes()).hexdigest(),
         "sampler": sampler,
         "count": settings.count,
-        "batch": settings.batch,
+        "batch": settings.batch_size,
         "seed": settings.seed,
         "device": device.type,
     }
@@ -198,7 +198,9 @@ def load(settings: GenerateSettings, path: Path, device: torch.device) -> tuple[
         options["steps_per_level"] = settings.steps_per_level
     function = sampling.heun if sampler == "heun" else sampling.annealed_langevin
     draw = functools.partial(function, **options)
-    generator = Generator(posterior.denoiser, loaded.input_shape, draw, settings.count, settings.batch, settings.seed)
+    generator = Generator(
+        posterior.denoiser, loaded.input_shape, draw, settings.count, settings.batch_size, settings.seed
+    )
     return generator, {"name": sampler, **options}
 
 

@@ -60,7 +60,7 @@ def test_certify_says_what_the_library_says(call: Any, trained: Path, tmp_path: 
 
 
 def test_radii_by_default_go_as_far_as_the_votes(call: Any, trained: Path, tmp_path: Path) -> None:
-    ending = call("evaluate", "--run", trained, *FAST, "--batch", "7", "--out", "report.json")
+    ending = call("evaluate", "--run", trained, *FAST, "--batch-size", "7", "--out", "report.json")
     assert ending.status == 0, ending
     results = json.loads((tmp_path / "report.json").read_text())
     assert results["sigma"] == 0.25

@@ -118,7 +118,7 @@ BAD = {
     "evaluate unknown data": ("evaluate", "--model-from none.pt --data mnist", "svhn, folder, module:function"),
     "evaluate with infinite eps": ("evaluate", "--run . --eps inf", "a finite number above 0"),
     "evaluate with a negative limit": ("evaluate", "--run . --limit -1", "0 (all)"),
-    "evaluate with no batch": ("evaluate", "--run . --batch 0", "at least 1"),
+    "evaluate with no batch": ("evaluate", "--run . --batch-size 0", "at least 1"),
     "evaluate with unknown engine": ("evaluate", "--run . --engine theirs", "'native', 'official'"),
     "evaluate with unknown version": ("evaluate", "--run . --attack autoattack --version best", "'standard', 'plus'"),
     "evaluate with unknown type": ("evaluate", "--run . --search-dtype float8", "'bfloat16'"),

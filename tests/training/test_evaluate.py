@@ -74,7 +74,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def test_autoattack_says_what_the_library_says(call: Any, trained: Path, tmp_path: Path) -> None:
-    ending = call("evaluate", "--run", trained, *FAST, "--batch", "16", "--out", "deep/report.json")
+    ending = call("evaluate", "--run", trained, *FAST, "--batch-size", "16", "--out", "deep/report.json")
     assert ending.status == 0, ending
     assert "robust accuracy after apgd-t" in ending.out
     assert "forwards" in ending.out
@@ -301,7 +301,7 @@ def test_the_official_engine_gets_the_same_task(
             return torch.cat([torch.zeros_like(x[:10]), x[10:]])
 
     monkeypatch.setitem(sys.modules, "autoattack", SimpleNamespace(AutoAttack=Official))
-    options = [*FAST, "--version", version, "--engine", "official", "--batch", "10", "--out", "report.json"]
+    options = [*FAST, "--version", version, "--engine", "official", "--batch-size", "10", "--out", "report.json"]
     ending = call("evaluate", "--run", trained, *options)
     assert ending.status == 0, ending
     own = {"standard": {"version": "standard"}, "fast": {"version": "custom", "attacks_to_run": ["apgd-ce", "apgd-t"]}}

@@ -30,7 +30,7 @@ def posterior(call: Any) -> Path:
 
 
 def make(call: Any, out: str, *more: object) -> Any:
-    return call("generate", "--run", "score", "--count", 43, "--batch", 10, "--levels", 3, "--out", out, *more)
+    return call("generate", "--run", "score", "--count", 43, "--batch-size", 10, "--levels", 3, "--out", out, *more)
 
 
 def test_generated_digits(posterior: Path, call: Any) -> None:
@@ -163,7 +163,7 @@ def test_a_file_says_its_data_set_and_options_must_not_contradict(posterior: Pat
         ("--out no/a.npz --run score", "out: no/a.npz has no folder"),
         ("--out a.npz --run score --count 0", "count: 0 is out of range"),
         ("--out a.npz --run score --count 9", "count: 9, allowed: at least 10, one of each class"),
-        ("--out a.npz --run score --batch 0", "batch: 0 is out of range"),
+        ("--out a.npz --run score --batch-size 0", "batch_size: 0 is out of range"),
         ("--out a.npz --run score --sigma-min 3", "sigma_min, sigma_max: 0 < sigma_min"),
         ("--out a.npz --run kde --data digits", "holds a kernel_density, expected a score_network"),
         ("--out a.npz --run toy", "data: toy has no images but inputs [1], expected images"),
@@ -193,7 +193,7 @@ def test_generated_cifar_trains_a_classifier(
     more = "--posterior-settings.batch-size 2 --posterior-settings.anchor label --limit 20"
     options = ["--data", "cifar10", *root, *DIGITS.split(), *network.split(), *more.split()]
     assert call("score", *options, "--out", "score").status == 0
-    options = ["--run", "score", *root, "--count", 24, "--batch", 12, "--levels", 2]
+    options = ["--run", "score", *root, "--count", 24, "--batch-size", 12, "--levels", 2]
     ending = call("generate", *options, "--out", "a.npz")
     assert ending.status == 0, ending
     assert len(GeneratedImages(["a.npz"], shape=(3, 32, 32), num_classes=10)) == 24

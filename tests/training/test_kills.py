@@ -82,7 +82,7 @@ CASES = {
         lambda out: f"--resume {out}",
     ),
     "generate": Case(
-        lambda given, out: f"--run {given['score']} --count 40 --batch 4 --levels 2 --threads 1 --out {out}.npz",
+        lambda given, out: f"--run {given['score']} --count 40 --batch-size 4 --levels 2 --threads 1 --out {out}.npz",
         {"batch": 10, "replace": 12},
         lambda out: out.with_suffix(".npz").read_bytes(),
     ),
