@@ -193,8 +193,14 @@ def own_precision(x: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False)
 
 
-def check_point(x: Tensor, own: Tensor) -> None:
+def check_point(x: Tensor, own: Tensor, shape: torch.Size | None = None) -> None:
     """Refuse points [N, …] at which a posterior with buffers like ``own`` [M, D] has no value; reads no values.
+
+    Args:
+        x: the points.
+        own: a buffer of the posterior.
+        shape: that of one sample of its data, if it has data. Images of another shape may have as many features, in
+            another order; flat samples [D] fit all.
 
     Raises:
         TypeError, ValueError: x has other features, or is of a dtype or on a device that does not fit.
@@ -207,6 +213,8 @@ def check_point(x: Tensor, own: Tensor) -> None:
     features = x.shape[1:].numel()
     if features != own.shape[-1]:
         raise ValueError(f"x has {features} features a sample, the mixture {own.shape[-1]}")
+    if shape is not None and len(shape) > 1 and x.dim() > 2 and x.shape[1:] != shape:
+        raise ValueError(f"x has samples of shape {list(x.shape[1:])}, the posterior's data of {list(shape)}")
 
 
 def check_pull(weights: Tensor, grad: Tensor, trace: Trace) -> None:

@@ -40,6 +40,7 @@ class KernelDensity(ClassScorePosterior):
             raise ValueError(f"class {int((counts == 0).nonzero()[0])} has no sample")
         self.num_classes = num_classes
         self.sigma = sigma
+        self._shape = x.shape[1:]
         self.register_buffer("points", x.flatten(1)[y.argsort(stable=True)].clone())  # sorted by class
         self.register_buffer("class_sizes", counts)
         self._sizes: list[int] = counts.tolist()  # a query must not wait for the device to tell them
@@ -49,7 +50,7 @@ class KernelDensity(ClassScorePosterior):
         self._sizes = self.class_sizes.tolist()
 
     def log_prob_and_scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        check_point(x, self.points)
+        check_point(x, self.points, self._shape)
         with torch.no_grad():
             flat = x.flatten(1)
             wide = flat.double()

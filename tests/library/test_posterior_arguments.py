@@ -157,3 +157,12 @@ def test_the_factors_of_a_start_have_the_variance_of_the_data() -> None:
         directions = fitted.factors[0, 0].mT * rank**0.5  # [R, D]
         samples = x - x.mean(0)
         torch.testing.assert_close(directions, samples[torch.cdist(directions, samples).argmin(1)])
+
+
+def test_images_have_the_shape_of_the_data() -> None:
+    images = torch.rand(4, 2, 3, 3)
+    posterior = KernelDensity(images, Y, num_classes=2, sigma=1.0)
+    with pytest.raises(ValueError, match=r"x has samples of shape \[3, 3, 2\], the posterior's data of \[2, 3, 3\]"):
+        posterior(images.permute(0, 2, 3, 1))
+    flat = KernelDensity(images.flatten(1), Y, num_classes=2, sigma=1.0)
+    assert torch.equal(flat(images), posterior(images.flatten(1)))

@@ -92,6 +92,26 @@ def test_a_file_is_read_at_another_noise_level(saved: Callable[..., FromFile], d
         assert torch.equal(moved.trace(x, y).log_p, expected.log_prob(x))
 
 
+@pytest.mark.parametrize(("name", "folds"), [("noise_conditional_classifier", 1), ("joint_energies", 2)])
+def test_classifiers_are_read_at_another_noise_level(
+    saved: Callable[..., FromFile], digits: data.Data, name: str, folds: int
+) -> None:
+    """Each has the temperature of the new level, chosen on what it has not seen."""
+    file = saved(name, folds=folds, sigma=0.2, steps=60, width=64)
+    moved = read(file, PosteriorSettings(name, sigma=0.5), digits)
+    x, y, fold_of = digits.x_train, digits.y_train, posteriors.folds_of(digits.y_train, folds)
+    held_out = [(digits.x_validation, digits.y_validation)]
+    if folds > 1:
+        held_out = [(x[fold_of == fold], y[fold_of == fold]) for fold in range(folds)]
+    members = [list(p.members) if folds > 1 else [p] for p in (file.posterior, moved)]  # type: ignore[arg-type]
+    for old, new, own in zip(*members, held_out, strict=True):
+        plain = NoiseConditionalClassifier(old.network, num_classes=10, sigma=0.5)  # type: ignore[arg-type]
+        temperature = fit_temperature(plain.log_prob, *own, repeats=1)
+        expected = NoiseConditionalClassifier(plain.network, num_classes=10, sigma=0.5, temperature=temperature)
+        assert float(new.temperature) != float(old.temperature)  # type: ignore[arg-type]
+        assert torch.equal(new(x[:8]), expected(x[:8]))  # type: ignore[operator]
+
+
 def test_a_file_is_read_with_another_anchor(saved: Callable[..., FromFile], digits: data.Data) -> None:
     file = saved("score_network", anchor="classifier")
     moved = read(file, PosteriorSettings("score_network", anchor="kernel_density"), digits)
@@ -108,12 +128,8 @@ def test_a_file_is_read_with_another_anchor(saved: Callable[..., FromFile], digi
     [
         ("score_network", {}, {"width": 32}, "posterior_settings.width: 32, but .* was fitted with 16"),
         ("score_network", {"anchor": "label"}, {"anchor": "classifier"}, "posterior_settings.anchor: 'classifier'"),
-        (
-            "joint_energies",
-            {"folds": 2},
-            {"sigma": 0.3},
-            "posterior_settings.sigma: 0.3, but .* with 0.2",
-        ),
+        ("joint_energies", {"folds": 2}, {"folds": 4}, "posterior_settings.folds: 4, but .* with 2"),
+        ("score_network", {"folds": 2, "sigma": 0.2}, {"sigma": 0.3}, "posterior_settings.sigma: 0.3, but .* with 0.2"),
     ],
 )
 def test_what_a_file_was_fitted_with_stays(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -92,28 +93,16 @@ def build(
             raise ValueError(f"posterior: 'oracle' on {data.name}, whose p_d(y|x) is not known")
         posterior: Posterior = data.p_d
     else:
-        x, y = data.x_train.to(device), data.y_train.to(device)
-        held_out = data.x_validation.to(device), data.y_validation.to(device)
         if state is None and folder is None:
             raise ValueError("folder: none given, a posterior that is trained saves into one")
-
-        def built(x: Tensor, y: Tensor, held_out: tuple[Tensor, Tensor], seed: int, folder: Path | None) -> Posterior:
-            builder = _Builder(settings, data, x, y, held_out, seed)
+        members = []
+        for fold, part in enumerate(_divided(settings, data, device)):
+            builder = _Builder(settings, data, *part, seed + FOLD_SEEDS * fold)
             if state is None and folder is not None:
-                builder.trains = _Trains(folder, speed or Speed(), save_minutes, about or {})
-            member: Posterior = getattr(builder, settings.name)()
-            return member
-
-        if settings.number_of_folds == 1:
-            posterior = built(x, y, held_out, seed, folder)
-        else:
-            members = []
-            fold_of = folds_of(y, settings.number_of_folds)
-            for fold in range(settings.number_of_folds):
-                out = fold_of == fold
-                place = None if folder is None else folder / f"fold-{fold}"
-                members.append(built(x[~out], y[~out], (x[out], y[out]), seed + FOLD_SEEDS * fold, place))
-            posterior = Ensemble(members)
+                place = folder if settings.number_of_folds == 1 else folder / f"fold-{fold}"
+                builder.trains = _Trains(place, speed or Speed(), save_minutes, about or {})
+            members.append(getattr(builder, settings.name)())
+        posterior = members[0] if len(members) == 1 else Ensemble(members)
     posterior = posterior.to(device)
     if state is not None:
         anchor = {name: value for name, value in posterior.state_dict().items() if name.startswith("anchor.")}
@@ -123,6 +112,21 @@ def build(
         except RuntimeError as error:
             raise ValueError(f"the saved posterior does not fit: {' '.join(str(error).split())[:200]}") from None
     return posterior
+
+
+_Part = tuple[Tensor, Tensor, tuple[Tensor, Tensor]]
+
+
+def _divided(settings: PosteriorSettings, data: DataLike, device: torch.device | str) -> Iterator[_Part]:
+    """For each member of the posterior the points and labels that it learns from, and those that are held out."""
+    x, y = data.x_train.to(device), data.y_train.to(device)
+    if settings.number_of_folds == 1:
+        yield x, y, (data.x_validation.to(device), data.y_validation.to(device))
+        return
+    fold_of = folds_of(y, settings.number_of_folds)
+    for fold in range(settings.number_of_folds):
+        out = fold_of == fold
+        yield x[~out], y[~out], (x[out], y[out])
 
 
 def folds_of(y: Tensor, folds: int) -> Tensor:
@@ -157,7 +161,9 @@ def settings_from(path: Path, given: PosteriorSettings) -> PosteriorSettings:
     known = _saved_settings(checkpoint.load(path), path)
     if known.name != given.name:
         raise InputError(f"posterior_from: {path} holds a {known.name}, expected {given.name}")
-    may_change = READING if known.name == "score_network" and known.number_of_folds == 1 else ()
+    may_change: tuple[str, ...] = ("sigma",)
+    if known.name == "score_network":
+        may_change = READING if known.number_of_folds == 1 else ()
     changes = {}
     for field in dataclasses.fields(given):
         value, old = getattr(given, field.name), getattr(known, field.name)
@@ -182,7 +188,7 @@ def state_from(
 ) -> dict[str, Tensor]:
     """The state of the posterior in a posterior.pt, to be read as ``settings``, of :func:`settings_from`, say.
 
-    At another σ an anchor is another one, too: a classifier gets a new temperature, the others are made again.
+    At another σ a classifier gets a new temperature, and other anchors are made again.
 
     Raises:
         InputError: it does not fit the data.
@@ -198,12 +204,23 @@ def state_from(
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path}: its network does not fit {data.name} ({reason})") from None
-    anchor = getattr(posterior, "anchor", None)
-    if moved and settings.temperature and isinstance(anchor, NoiseConditionalClassifier) and len(data.x_validation):
-        plain = NoiseConditionalClassifier(anchor.network, num_classes=data.num_classes, sigma=anchor.sigma)
-        held_out = data.x_validation.to(device), data.y_validation.to(device)
-        state = {**state, "anchor.temperature": torch.tensor(fit_temperature(plain.log_prob, *held_out, repeats=1))}
+    if moved and settings.temperature:
+        state = {**state, **_temperatures(posterior, _divided(settings, data, device))}
     return state
+
+
+def _temperatures(posterior: Posterior, divided: Iterable[_Part]) -> dict[str, Tensor]:
+    """The temperatures of its classifiers at the σ at which it is read, chosen on what each has not seen."""
+    members: list[Any] = list(posterior.members) if isinstance(posterior, Ensemble) else [posterior]
+    found = {}
+    for number, (member, (_, _, held_out)) in enumerate(zip(members, divided, strict=True)):
+        name = f"members.{number}." if len(members) > 1 else ""
+        if isinstance(member, ScoreNetwork):
+            member, name = member.anchor, f"{name}anchor."
+        if isinstance(member, NoiseConditionalClassifier) and len(held_out[0]):
+            plain = NoiseConditionalClassifier(member.network, num_classes=member.num_classes, sigma=member.sigma)
+            found[f"{name}temperature"] = torch.tensor(fit_temperature(plain.log_prob, *held_out, repeats=1))
+    return found
 
 
 def read(
