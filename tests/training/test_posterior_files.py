@@ -13,7 +13,7 @@ from scorematch.posteriors.base import PointwisePosterior
 from training import data
 from training.data import DataSettings
 from training.engine import checkpoint, posteriors
-from training.settings import tables
+from training.settings import config, tables
 from training.settings.errors import InputError
 from training.settings.posterior import PosteriorSettings
 
@@ -145,3 +145,16 @@ def test_a_file_that_does_not_fit_the_data_is_refused(saved: Callable[..., FromF
     settings = posteriors.settings_from(file.path, PosteriorSettings("noise_conditional_classifier"))
     with pytest.raises(InputError, match="its network does not fit toy"):
         posteriors.state_from(file.path, settings, toy)
+
+
+def test_a_file_counts_more_than_a_recipe(saved: Callable[..., FromFile], tmp_path: Path) -> None:
+    """A recipe says how to fit a posterior, and nothing is fitted."""
+    recipe, file = tmp_path / "r.toml", saved("noise_conditional_classifier", sigma=0.2)
+    recipe.write_text('data = "digits"\n[posterior_settings]\nwidth = 32\nsigma = 0.4\n')
+    options = f"--recipe {recipe} --objective score_direct --posterior noise_conditional_classifier".split()
+    given = [*options, "--posterior-from", str(file.path)]
+    expected = {"recipe": (32, 0.4), "file": (16, 0.2), "both": (16, 0.3)}
+    lines = {"recipe": options, "file": given, "both": [*given, "--posterior-settings.sigma", "0.3"]}
+    for name, line in lines.items():
+        settings = config.parse(line).posterior_settings
+        assert (settings.width, settings.sigma) == expected[name], name

@@ -544,6 +544,8 @@ def parse(arguments: Sequence[str]) -> RunSettings:
         root=Path(root) if root else None,
         image_size=int(size) if size and size.isdecimal() else None,
     )
+    if command_line.value_of(arguments, "posterior-from") is not None:  # the file says how it was fitted
+        default = dataclasses.replace(default, posterior_settings=PosteriorSettings())
     settings = _parse(arguments, default)
     found = data_sets.root_from_anywhere(settings.data, settings.data_root)
     settings = dataclasses.replace(settings, data_root=found)
