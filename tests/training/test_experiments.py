@@ -676,6 +676,10 @@ def test_numbers_written_by_hand_follow_from_the_stored_results() -> None:
     regular = re.search(r"AutoAttack ([^\]]+\])", lines[-1])
     assert regular is not None
     assert regular[1].replace("-", "−") in scores
+    behind = real_digits_page.difference(
+        stored("real-digits"), "direct:kl energy_ensemble", "direct:kl score", "autoattack"
+    )
+    assert f"{behind.mean:.1f} [{behind.low:.1f}, {behind.high:.1f}] points behind the joint energies" in scores
 
 
 def test_few_points_and_few_dimensions_have_a_form_that_can_be_fitted() -> None:
