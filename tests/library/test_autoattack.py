@@ -35,9 +35,10 @@ def test_signature_is_that_of_the_official_class() -> None:
     assert (parameters["norm"].default, parameters["eps"].default) == ("Linf", 0.3)
     run = inspect.signature(AutoAttack.run_standard_evaluation).parameters
     assert list(run)[1:] == ["x_orig", "y_orig", "bs", "return_labels", "state_path"]
-    assert run["bs"].default == 250
     individual = inspect.signature(AutoAttack.run_standard_evaluation_individual).parameters
-    assert list(individual)[1:] == ["x_orig", "y_orig", "bs", "return_labels", "state_path"]
+    assert list(individual)[1:] == list(run)[1:]
+    curve, clean = (inspect.signature(f).parameters for f in (AutoAttack.accuracy_curve, AutoAttack.clean_accuracy))
+    assert [call["bs"].default for call in (run, individual, curve, clean)] == [250] * 4
 
 
 @pytest.mark.parametrize("norm", list(EPS))
@@ -369,6 +370,7 @@ def test_square_that_finds_what_gradients_did_not_is_warned_of() -> None:
         alone.run_standard_evaluation(x, labels)
     assert not any("Square" in str(warning.message) for warning in told)
     assert inspection.masking(0.5, 0.499) is None
+    assert (inspection.masking(0.5, 0.375) or "").startswith("Square lowered the robust accuracy by 12.50 points")
 
 
 @pytest.mark.parametrize("norm", list(EPS))

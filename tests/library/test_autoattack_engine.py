@@ -65,6 +65,27 @@ def test_only_one_process_speaks_and_all_warn(tmp_path: Path, capsys: pytest.Cap
         assert (tmp_path / f"{speaks}.txt").exists() == speaks
 
 
+@pytest.mark.parametrize(("verbose", "terminal"), [(True, True), (True, False), (False, True), (False, False)])
+def test_progress_is_shown_where_somebody_looks(
+    verbose: bool, terminal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    console = Console(verbose, Logger(tmp_path / "log.txt"), speaks=True)
+    console.start_progress(10)
+    console.advance(10)
+    console.end_progress()
+    assert ("pass" in capsys.readouterr().err) == (verbose and terminal)
+
+
+def test_fab_leaves_samples_that_it_has_settled() -> None:
+    """After a few steps all samples are misclassified, and it asks the model no more."""
+    model, x, y = data()
+    adversary = attack(model, version="custom", attacks_to_run=["fab"], eps=1.0)
+    adversary.run_standard_evaluation(x, y)
+    assert adversary.report["robust_accuracy"] == 0
+    assert adversary.report["attacks"]["fab"]["forwards"] < 10 * len(x)  # 21 each if they stayed
+
+
 def test_warnings_name_the_line_that_called_the_package() -> None:
     model, x, y = data(3)
     model.train()
