@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from library_autoattack import alone, attack, data
+from torch import Tensor
 
 from scorematch import ThreatModel
-from scorematch.attacks import APGD, FAB, AutoAttackWarning, Square
+from scorematch.attacks import APGD, FAB, AutoAttackWarning, Square, inspection
 from scorematch.attacks.accounting import Cost, Ledger
 from scorematch.attacks.classifier import Classifier
 from scorematch.attacks.console import Console, Logger
@@ -93,6 +94,21 @@ def test_warnings_name_the_line_that_called_the_package() -> None:
         attack(model, version="fast").run_standard_evaluation(x, y)
     assert len(caught) >= 2
     assert {warning.filename for warning in caught} == {__file__}
+
+
+def test_noise_in_small_logits_is_noticed() -> None:
+    """Each sample's logits are judged by their own size, whatever those of the others are."""
+    x, y = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
+    fixed = torch.tensor([[3e4, 2e4, 1e4], [3e-3, 0.0, 1e-3]])
+    passes = iter(range(10))
+
+    def model(_: Tensor) -> Tensor:
+        logits = fixed.clone()
+        logits[1, 1] = 1e-4 * next(passes)
+        return logits
+
+    assert "differ from pass to pass" in (inspection.randomised(model, x, y) or "")
+    assert inspection.randomised(lambda _: fixed, x, y) is None
 
 
 def test_shares() -> None:
