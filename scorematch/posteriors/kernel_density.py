@@ -26,7 +26,8 @@ class KernelDensity(ClassScorePosterior):
         sigma: standard deviation of the kernel, in input units; > 0.
 
     Raises:
-        ValueError: an argument is outside its range, or a class has no sample.
+        ValueError: an argument is outside its range, or a class has no sample; later, images [N, …] are asked about
+            that have another shape than those of x.
     """
 
     points: Tensor
