@@ -11,7 +11,7 @@ PROGRAMS = {
     "run": "train one classifier and measure its robustness",
     "compare": "direct SCORE beside its surrogates, over seeds, with a report",
     "evaluate": "accuracy of a classifier: clean, under PGD or AutoAttack, certified",
-    "score": "train a score network, sample from it, audit its posterior",
+    "score": "fit a posterior, a score network or another; sample from it, audit it",
     "generate": "make training images with a score network",
     "plan": "count what a run costs before it starts",
     "figures": "the paper's figures and tables, with a verdict on each claim",

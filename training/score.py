@@ -1,17 +1,20 @@
-"""Train the score network of a data set, sample from it and audit it: ``python -m training.score --data digits``.
+"""Fit a posterior, a score network or another, sample from it and audit it: ``python -m training.score --data digits``.
 
     python -m training.score --data digits
+    python -m training.score --data digits --posterior joint_energies --audit
     python -m training.score --recipe cifar10-edm --data-root FOLDER --out runs/score
     python -m training.score --resume runs/score
     python -m training.score --resume runs/score --audit
+    python -m training.score --posterior-from runs/score_direct-seed0/posterior.pt --audit
 
 Writes into its folder: config.toml, score-network/ and classifier/ (checkpoints, held-out losses and TensorBoard curves
-of the trainings), posterior.pt (for ``training.run`` and ``training.generate``), samples.png, samples.npz (the format
-of generated data: ``image`` uint8, ``label``) or, on the toy, scores.png and, last of all, score.json. ``torchrun``
-shares the training out.
+of the trainings; of a mean of several below fold-0/ and so on), posterior.pt (for ``training.run`` and
+``training.generate``) and, last of all, score.json. Of a score network also samples.png and samples.npz (the format of
+generated data: ``image`` uint8, ``label``) or, on the toy, scores.png. ``torchrun`` shares the training out.
 """
 
 import dataclasses
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -27,9 +30,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from scorematch import ThreatModel, sampling
-from scorematch.matching import losses_by_level
 from scorematch.networks import Denoiser
-from scorematch.posteriors import ScoreNetwork
+from scorematch.posteriors import Posterior, ScoreNetwork
 from training import data, generate
 from training.data import Data, DataName, DataSettings, toy
 from training.engine import checkpoint, distributed, hardware, posteriors, scores
@@ -40,7 +42,7 @@ from training.reports import audit
 from training.settings import command_line, config, tables
 from training.settings.errors import InputError, Interrupted, run_program
 from training.settings.help_page import Layout
-from training.settings.posterior import PosteriorSettings
+from training.settings.posterior import FITTED, PosteriorSettings
 
 CHUNK = 500  # samples drawn at a time
 ROWS = 20  # classes shown in samples.png
@@ -51,7 +53,7 @@ SMALL = 256  # features of an image up to which the distance of pixels says whic
 
 @dataclass(frozen=True)
 class ScoreSettings:
-    """What to train and how much to sample."""
+    """What to fit and how much to sample."""
 
     data: DataName = "digits"  # data set, as for training.run
     data_root: Path | None = None  # folder with the files of CIFAR or SVHN; None is $SCOREMATCH_DATA
@@ -59,7 +61,8 @@ class ScoreSettings:
     image_size: int | None = None  # folder: as for training.run
     limit: int = 0  # number of training points to keep, class-balanced on images; 0 keeps all
     recipe: str | None = None  # file in training/recipes/scores, by its name without .toml, or a path
-    samples: int = 1000  # samples to draw, spread evenly over the classes; 0 draws none
+    # samples to draw, spread evenly over the classes; 0 draws none, None is 1000 from a score network
+    samples: int | None = None
     # probability-flow ODE (Heun), or annealed Langevin dynamics; auto is heun for networks trained up to noise of ten
     # times the spread of the data, from which it starts, and langevin for others
     sampler: Literal["auto", "heun", "langevin"] = "auto"
@@ -72,6 +75,8 @@ class ScoreSettings:
     norm: Literal["linf", "l2", "l1"] | None = None  # audit: its norm; None is that of the data set's recipe
     # audit: .npy with label distributions [N, L] that people gave for the test points, such as CIFAR-10H
     human_labels: Path | None = None
+    # audit: posterior.pt of training.run or of this program, instead of fitting one; its folder is where the files go
+    posterior_from: Path | None = None
     judge_epochs: int | None = None  # epochs of the classifier that judges the samples; None depends on the data set
     # TorchScript module from uint8 [N, 3, H, W] to features [N, F]: the Fréchet distance is also measured in these
     feature_network: Path | None = None
@@ -82,24 +87,34 @@ class ScoreSettings:
     seed: int = 0  # decides initialisation, batches, noise and samples
     threads: int = 0  # CPU threads; 0 is all available
     device: str = "auto"  # torch device; auto is cuda where there is one
-    out: Path | None = None  # folder; None is runs/score-DATA-seedSEED
+    out: Path | None = None  # folder; None is runs/score-DATA-seedSEED, with the name of another posterior for score
     resume: Path | None = None  # go on in this folder, with its settings
+    # estimate of p_d(y|x) to fit; a score network is the one that can be sampled
+    posterior: Literal["score_network", "joint_energies", "noise_conditional_classifier"] = "score_network"
     posterior_settings: PosteriorSettings = field(default_factory=PosteriorSettings)
+
+    @property
+    def draws(self) -> int:
+        """How many samples."""
+        if self.samples is None:
+            return 1000 if self.posterior == "score_network" else 0
+        return self.samples
 
 
 LAYOUT = Layout(
-    first=("data", "data_root", "recipe", "limit", "samples", "audit", "seed", "out", "resume"),
+    first=("data", "data_root", "recipe", "posterior", "limit", "samples", "audit", "seed", "out", "resume"),
     groups={
         "Data": "data",
         "Samples": "samples",
         "Audit": "audit",
         "How, and where to": "precision",
-        "The network and its training; None is what was tuned for the data set": "posterior_settings.sigma",
+        "The posterior and its training; None is what was tuned for the data set": "posterior",
     },
 )
-NOT_SAVED = ("out", "resume", "recipe", "download", "audit", "eps", "norm", "human_labels")
+NOT_SAVED = ("out", "resume", "recipe", "download", "audit", "eps", "norm", "human_labels", "posterior_from")
+OF_FILE = ("data", "limit", "image_size", "posterior", "posterior_settings")  # a posterior.pt knows them
 RANGES: dict[str, config.Check] = {
-    "samples": (lambda v: v == 0 or v >= 10, "0 (none), or at least 10"),
+    "samples": (lambda v: v is None or v == 0 or v >= 10, "0 (none), or at least 10"),
     "steps_per_level": (lambda v: v >= 1, "at least 1"),
     "levels": (lambda v: v >= 2, "at least 2"),
     "eps": (lambda v: v is None or 0 < v < float("inf"), "a finite number above 0"),
@@ -123,11 +138,16 @@ def main(arguments: list[str]) -> None:
 
 
 def parse(arguments: Sequence[str]) -> ScoreSettings:
-    """Defaults, then a recipe or the settings of the folder to resume, then options."""
+    """Defaults, then a recipe or the settings of the folder to resume or of the file to audit, then options."""
     folder = command_line.value_of(arguments, "resume")
     recipe = command_line.value_of(arguments, "recipe")
+    file = command_line.value_of(arguments, "posterior-from")
     default = ScoreSettings()
-    if folder is not None:
+    if file is not None:
+        if folder is not None or recipe is not None:
+            raise InputError(f"posterior_from: {file} with --{'resume' if folder else 'recipe'}, allowed: one of them")
+        default = settings_of_file(Path(file))
+    elif folder is not None:
         default = saved_settings(Path(folder) / "config.toml")
     elif recipe is not None:
         path = RECIPES / f"{recipe}.toml" if (RECIPES / f"{recipe}.toml").exists() else Path(recipe)
@@ -139,24 +159,37 @@ def parse(arguments: Sequence[str]) -> ScoreSettings:
         ScoreSettings,
         arguments,
         program="python -m training.score",
-        description="Train the score network of a data set, sample from it and audit it.",
+        description="Fit a posterior of a data set, a score network or another, sample from it and audit it.",
         layout=LAYOUT,
         default=default,
     )
+    if kept := folder or file:
+        given, known = as_table(settings), as_table(default)
+        for name in sorted(OF_FILE if file else {*given, *known}):
+            if given.get(name) != known.get(name):
+                raise InputError(f"{name}: {given.get(name)!r} contradicts {kept}, whose training keeps its settings")
     if folder is not None:
-        for name, value in as_table(settings).items():
-            if value != as_table(default).get(name):
-                raise InputError(f"{name}: {value!r} contradicts {folder}, whose training keeps its settings")
         settings = dataclasses.replace(settings, out=Path(folder), resume=Path(folder))
     else:
         root = data.root_from_anywhere(settings.data, settings.data_root)
         settings = dataclasses.replace(settings, data_root=root)
     config.check_ranges(settings, RANGES)
-    if settings.posterior_settings.name != "score_network":
-        raise InputError(f"posterior_settings.name: {settings.posterior_settings.name!r}, allowed: score_network")
-    if (given := settings.posterior_settings.number_of_folds) > 1:
-        raise InputError(f"posterior_settings.folds: {given}, allowed: 1; training.run fits the mean of several")
-    return settings
+    if file is not None:
+        if not settings.audit:
+            raise InputError("posterior_from: is for --audit, which is not given")
+        for name in ("samples", "feature_network"):
+            if value := getattr(settings, name):
+                raise InputError(f"{name}: {value} with posterior_from, which is only audited, allowed: without")
+        return settings
+    try:
+        named = dataclasses.replace(settings.posterior_settings, name=settings.posterior)
+    except ValueError as error:
+        raise InputError(f"posterior_settings: {error}") from None
+    if settings.posterior == "score_network" and (folds := named.number_of_folds) > 1:
+        raise InputError(f"posterior_settings.folds: {folds}, allowed: 1; training.run fits the mean of several")
+    if settings.posterior != "score_network" and settings.draws:
+        raise InputError(f"samples: {settings.draws} with {settings.posterior}, allowed: 0, or with score_network")
+    return dataclasses.replace(settings, posterior_settings=named)
 
 
 def saved_settings(path: Path) -> ScoreSettings:
@@ -166,6 +199,26 @@ def saved_settings(path: Path) -> ScoreSettings:
     if "objective" in table:
         raise InputError(f"resume: {path.parent} is a folder of training.run, expected one of training.score")
     return from_table(table, str(path))
+
+
+def settings_of_file(path: Path) -> ScoreSettings:
+    """What a posterior.pt says of its data and of itself, and its folder of where the data are."""
+    saved = checkpoint.load(path)["settings"]
+    name = saved.get("name")
+    if name not in FITTED:
+        raise InputError(f"posterior_from: {path} holds a {name}, expected one of {', '.join(FITTED)}")
+    if "data" not in saved:
+        raise InputError(f"posterior_from: {path} does not say of which data it is, expected a file of this version")
+    beside = path.parent / "config.toml"
+    root = config.read_toml(beside).get("data_root") if beside.is_file() else None
+    return ScoreSettings(
+        data=saved["data"],
+        data_root=None if root is None else Path(root),
+        limit=saved.get("limit", 0),
+        image_size=saved.get("image_size"),
+        posterior=name,
+        posterior_settings=posteriors.settings_from(path, PosteriorSettings(name)),
+    )
 
 
 def from_table(table: dict[str, Any], where: str) -> ScoreSettings:
@@ -184,10 +237,12 @@ def as_table(settings: ScoreSettings) -> dict[str, Any]:
 def run(settings: ScoreSettings, device: torch.device) -> None:
     if settings.precision == "tf32" and device.type != "cuda":
         raise InputError(f"precision: 'tf32' on {device}, allowed: auto, float32 or bfloat16, or a CUDA device")
+    saved = checkpoint.load(settings.posterior_from)["settings"] if settings.posterior_from else {}
     source = DataSettings(
         settings.data,
         settings.limit,
         root=settings.data_root,
+        validation_size=saved.get("validation_size"),
         download=settings.download,
         image_size=settings.image_size,
     )
@@ -199,14 +254,17 @@ def run(settings: ScoreSettings, device: torch.device) -> None:
         raise InputError(f"audit: {settings.data} has no validation points, by which it judges")
     if settings.audit:
         _threat_model(settings, loaded)  # refuses a radius before the training
+    people = audit.read_people(settings.human_labels, loaded) if settings.human_labels else None
+    if settings.posterior_from is not None:
+        audit_file(settings, settings.posterior_from, loaded, people)
+        return
     if len(loaded.input_shape) != 3 and settings.data != "toy":
         raise InputError(
             f"data: {settings.data} has inputs {list(loaded.input_shape)}, allowed: images, and the toy; training.run "
-            "trains a score network of others by itself"
+            "fits a posterior of others by itself"
         )
-    if 0 < settings.samples < loaded.num_classes:
-        raise InputError(f"samples: {settings.samples}, allowed: at least {loaded.num_classes}, one of each class")
-    people = audit.read_people(settings.human_labels, loaded) if settings.human_labels else None
+    if 0 < settings.draws < loaded.num_classes:
+        raise InputError(f"samples: {settings.draws}, allowed: at least {loaded.num_classes}, one of each class")
     features = judge.load_features(settings.feature_network, device) if settings.feature_network else None
     resolved = config.resolved_posterior(settings.posterior_settings, settings.data, loaded.input_shape)
     with ExitStack() as claims:
@@ -225,21 +283,35 @@ def run(settings: ScoreSettings, device: torch.device) -> None:
                 if not finished:
                     report(settings, resolved, loaded, posterior, features, seconds, out)
                 if settings.audit:
-                    audited(settings, loaded, posterior, people, out)
+                    audited(settings, resolved, loaded, posterior, people, out / "posterior.pt", out)
             distributed.barrier()
         except Interrupted as signal:
             raise Interrupted(f"{signal}; continue with: python -m training.score --resume {out}") from None
 
 
+def audit_file(settings: ScoreSettings, path: Path, loaded: Data, people: Tensor | None) -> None:
+    """The audit of a posterior that has been fitted before."""
+    data.check_record(checkpoint.load(path).get("data"), loaded, path)
+    device = loaded.x_train.device
+    state = posteriors.state_from(path, settings.posterior_settings, loaded, device)
+    posterior = posteriors.build(settings.posterior_settings, loaded, seed=0, device=device, state=state)
+    out = settings.out or path.parent
+    if distributed.rank() == 0:
+        with claimed(out):
+            audited(settings, settings.posterior_settings, loaded, posterior, people, path, out)
+
+
 def prepare_folder(settings: ScoreSettings, claims: ExitStack) -> Path:
     """The folder of the training, claimed, with its config.toml. What is in it is continued only if asked for."""
-    out = settings.resume or settings.out or Path("runs") / f"score-{data.slug(settings.data)}-seed{settings.seed}"
+    kind = "score" if settings.posterior == "score_network" else settings.posterior.replace("_", "-")
+    usual = Path("runs") / f"{kind}-{data.slug(settings.data)}-seed{settings.seed}"
+    out = settings.resume or settings.out or usual
     claims.enter_context(claimed(out))
     if settings.resume is not None:
         return out
     path, content = out / "config.toml", tomli_w.dumps(as_table(settings))
     if (out / "score.json").exists() or (path.exists() and not distributed.restarts()):
-        raise InputError(f"out: {out} holds a score network already, give --resume {out} or another folder")
+        raise InputError(f"out: {out} holds a posterior already, give --resume {out} or another folder")
     checkpoint.write_atomically(path, content)
     return out
 
@@ -257,14 +329,14 @@ def speed_of(settings: ScoreSettings, resolved: PosteriorSettings, device: hardw
 
 def trained(
     settings: ScoreSettings, resolved: PosteriorSettings, loaded: Data, speed: Speed, out: Path
-) -> tuple[ScoreNetwork, float]:
+) -> tuple[Posterior, float]:
     """The posterior with its networks trained, saved as posterior.pt, and the seconds that this took."""
     about = {**tables.plain(resolved), "data": settings.data, "limit": settings.limit}
     if settings.image_size is not None:
         about["image_size"] = settings.image_size
     if distributed.rank() == 0:
         sizes = ", ".join(f"{count} {name}" for name, count in loaded.sizes.items())
-        print(f"score network of {settings.data}: {sizes}; {speed}; folder {out}")
+        print(f"{settings.posterior.replace('_', ' ')} of {settings.data}: {sizes}; {speed}; folder {out}")
         sys.stdout.flush()
     begin = time.perf_counter()
     try:
@@ -280,7 +352,6 @@ def trained(
         )
     except ValueError as error:
         raise InputError(f"posterior_settings: {error}") from None
-    assert isinstance(posterior, ScoreNetwork)
     if distributed.rank() == 0:
         checkpoint.save(
             out / "posterior.pt", epoch=0, settings=about, network=posterior.state_dict(), data=loaded.record()
@@ -296,29 +367,52 @@ def _threat_model(settings: ScoreSettings, loaded: Data) -> ThreatModel:
     return ThreatModel(norm, eps, lower=loaded.lower, upper=loaded.upper)
 
 
-def audited(settings: ScoreSettings, loaded: Data, posterior: ScoreNetwork, people: Tensor | None, out: Path) -> None:
-    """The audit, printed."""
+def audited(
+    settings: ScoreSettings,
+    resolved: PosteriorSettings,
+    loaded: Data,
+    posterior: Posterior,
+    people: Tensor | None,
+    path: Path,
+    out: Path,
+) -> None:
+    """The audit, printed, and how to train with what it chose out of posterior.pt."""
     threat_model = _threat_model(settings, loaded)
     print(f"audit under {threat_model.norm}, eps {threat_model.eps:g}")
-    temperature = settings.posterior_settings.temperature
-    print(
-        audit.write(
-            posterior, loaded, threat_model, seed=settings.seed, out=out, temperature=temperature, people=people
-        )
-    )
+    best, told = audit.write(posterior, resolved, loaded, threat_model, seed=settings.seed, out=out, people=people)
+    print(told)
     print(f"{out / 'audit.html'} shows it, {out / 'chosen.toml'} has the best settings with their evidence")
+    print(f"to train with them: {command_of(settings, resolved, best, path)}")
+
+
+def command_of(settings: ScoreSettings, resolved: PosteriorSettings, best: audit.Candidate, path: Path) -> str:
+    """The command of training.run that reads these networks as the audit chose, or else trains those that it chose."""
+    chosen = best.settings
+    words = ["python", "-m", "training.run", "--objective", "score_direct", "--data", settings.data]
+    for name in ("data_root", "limit", "image_size"):
+        if value := getattr(settings, name):
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    words += ["--posterior", chosen["posterior"]]
+    changes = chosen["posterior_settings"]
+    if chosen["posterior"] == settings.posterior:
+        words += ["--posterior-from", str(path)]
+        changes = {name: value for name, value in changes.items() if value != getattr(resolved, name)}
+    for name, value in changes.items():
+        words += [f"--posterior-settings.{name}", str(value)]
+    return shlex.join(words)
 
 
 def report(
     settings: ScoreSettings,
     resolved: PosteriorSettings,
     loaded: Data,
-    posterior: ScoreNetwork,
+    posterior: Posterior,
     features: judge.Features | None,
     seconds: float,
     out: Path,
 ) -> None:
-    """What the score network has learned: score.json, and pictures."""
+    """What the posterior has learned: score.json, and pictures of a score network."""
+    loss = "denoising_error" if isinstance(posterior, ScoreNetwork) else "cross_entropy"
     result: dict[str, Any] = {
         "data": settings.data,
         "seed": settings.seed,
@@ -326,39 +420,51 @@ def report(
         "posterior_settings": tables.plain(resolved),
         "train_seconds": seconds,
         "split": loaded.sizes,
-        "denoising_error": denoising_errors(posterior.denoiser, loaded, settings.seed),
+        loss: losses(posterior, resolved, loaded, settings.seed),
     }
-    if settings.data == "toy":
-        result["oracle"] = toy_errors(posterior.denoiser)
-        plot_toy(posterior).savefig(out / "scores.png", dpi=150)
-    elif settings.samples:
-        sampler, options = sampler_of(settings, resolved, posterior.denoiser)
-        x, y = draw(posterior.denoiser, loaded, settings.samples, sampler, options, settings.seed)
-        network = judge.train(loaded, settings.judge_epochs, settings.seed)
-        result["samples"] = {"sampler": sampler, **judge.measure(network, x, y, loaded)}
-        if features is not None:
-            distances = judge.frechet_distances(features, x, loaded, settings.seed)
-            result["samples"] |= {f"feature_network_{name}": value for name, value in distances.items()}
-        like = (lambda images: images.flatten(1)) if x[0].numel() <= SMALL else judge.features_of(network)
-        save_samples(x, y, loaded, like, out)
+    if isinstance(posterior, ScoreNetwork):
+        result |= pictured(settings, resolved, loaded, posterior, features, out)
     checkpoint.write_json(out / "score.json", result)
     print_result(result, out)
 
 
-def denoising_errors(denoiser: Denoiser, loaded: Data, seed: int) -> list[dict[str, float]]:
-    """Denoising loss at each noise level on training and on held-out points: their gap is memorisation."""
-    parts = [part for part in ("train", "validation") if len(getattr(loaded, f"x_{part}"))]
-    losses = {
-        part: losses_by_level(
-            denoiser,
-            getattr(loaded, f"x_{part}")[:AUDITED],
-            getattr(loaded, f"y_{part}")[:AUDITED],
-            scores.SIGMAS,
-            seed=seed,
-        )
-        for part in parts
+def pictured(
+    settings: ScoreSettings,
+    resolved: PosteriorSettings,
+    loaded: Data,
+    posterior: ScoreNetwork,
+    features: judge.Features | None,
+    out: Path,
+) -> dict[str, Any]:
+    """The scores of the toy beside the true ones, or samples and what a classifier says of them."""
+    if settings.data == "toy":
+        plot_toy(posterior).savefig(out / "scores.png", dpi=150)
+        return {"oracle": toy_errors(posterior.denoiser)}
+    if not settings.draws:
+        return {}
+    sampler, options = sampler_of(settings, resolved, posterior.denoiser)
+    x, y = draw(posterior.denoiser, loaded, settings.draws, sampler, options, settings.seed)
+    network = judge.train(loaded, settings.judge_epochs, settings.seed)
+    found = {"sampler": sampler, **judge.measure(network, x, y, loaded)}
+    if features is not None:
+        distances = judge.frechet_distances(features, x, loaded, settings.seed)
+        found |= {f"feature_network_{name}": value for name, value in distances.items()}
+    like = (lambda images: images.flatten(1)) if x[0].numel() <= SMALL else judge.features_of(network)
+    save_samples(x, y, loaded, like, out)
+    return {"samples": found}
+
+
+def losses(posterior: Posterior, resolved: PosteriorSettings, loaded: Data, seed: int) -> list[dict[str, float]]:
+    """Loss at each noise level on training and on held-out points: their gap is memorisation."""
+    parts = list(posteriors.divided(resolved, loaded, loaded.x_train.device))
+    splits = {"train": [(x[:AUDITED], y[:AUDITED]) for x, y, _ in parts]}
+    if len(loaded.x_validation):
+        splits["validation"] = [(loaded.x_validation[:AUDITED], loaded.y_validation[:AUDITED])] * len(parts)
+    found = {
+        name: posteriors.mean_losses(posterior, points, scores.SIGMAS, seed=seed, repeats=1)
+        for name, points in splits.items()
     }
-    return [{"sigma": sigma, **{part: values[sigma] for part, values in losses.items()}} for sigma in scores.SIGMAS]
+    return [{"sigma": sigma, **{name: values[sigma] for name, values in found.items()}} for sigma in scores.SIGMAS]
 
 
 def sampler_of(settings: ScoreSettings, resolved: PosteriorSettings, denoiser: Denoiser) -> tuple[str, dict[str, Any]]:
@@ -477,7 +583,7 @@ def plot_toy(posterior: ScoreNetwork) -> Figure:
 
 def print_result(result: dict[str, Any], out: Path) -> None:
     print(f"{'sigma':>8}{'loss, train':>14}{'validation':>12}")
-    for row in result["denoising_error"]:
+    for row in result["denoising_error"] if "denoising_error" in result else result["cross_entropy"]:
         held_out = f"{row['validation']:>12.4f}" if "validation" in row else f"{'–':>12}"
         print(f"{row['sigma']:>8g}{row['train']:>14.4f}{held_out}")
     if "oracle" in result:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import signal
 import tempfile
 from multiprocessing.context import ForkServerContext
@@ -14,6 +15,7 @@ import torch
 from killing import Hit, Start, status
 from pairs import pair
 
+from scorematch.audit import log_likelihood
 from scorematch.augmentation import NonLeaking
 from scorematch.matching import fit_classifier, fit_denoiser, losses_by_level
 from scorematch.networks import EmbeddedDenoiser
@@ -291,6 +293,12 @@ def test_a_posterior_called_faster_shares_its_weights(digits: data.Data) -> None
         (["--posterior-settings.network", "conv", "--posterior-settings.patch", "3"], "patch: 3 for images of 8x8"),
         (["--precision", "tf32", "--device", "cpu"], "precision: 'tf32' on cpu, allowed: auto, float32 or bfloat16"),
         (["--feature-network", "nothing.pt"], "feature_network: nothing.pt: no such file"),
+        (["--posterior-settings.folds", "2"], "posterior_settings.folds: 2, allowed: 1"),
+        (["--posterior", "joint_energies", "--samples", "50"], "samples: 50 with joint_energies, allowed: 0, or with"),
+        (
+            ["--posterior", "joint_energies", "--posterior-settings.likelihood-weight", "1"],
+            "posterior_settings: likelihood_weight: 1.0 with joint_energies",
+        ),
     ],
 )
 def test_bad_options(options: list[str], message: str, call: Any) -> None:
@@ -305,7 +313,7 @@ def test_a_resumed_training_keeps_its_settings(call: Any) -> None:
     assert ending.status == 2
     assert "seed: 4 contradicts here" in ending.err
     assert "is finished already" in call("score", "--resume", "here").out
-    assert "holds a score network already" in call("score", *OPTIONS.split(), "--out", "here").err
+    assert "holds a posterior already" in call("score", *OPTIONS.split(), "--out", "here").err
 
 
 def test_every_recipe_is_understood(call: Any, synthetic: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,13 +340,13 @@ def test_an_audit_says_what_it_found(call: Any, tmp_path: Path, monkeypatch: pyt
     assert ending.status == 0, ending
     found = json.loads(Path("here/audit.json").read_text())
     assert found["threat_model"] == {"norm": "linf", "eps": 0.15}
-    evidence = {(row["sigma"], row["anchor"]): row["moved"] for row in found["evidence"]}
-    assert {anchor for _, anchor in evidence} == {"classifier", "kernel_density", "alone"}
-    sigma, anchor = max(evidence, key=evidence.__getitem__)
+    evidence = {(row["sigma"], row["reading"]): row["moved"] for row in found["evidence"]}
+    assert {reading for _, reading in evidence} == {"classifier", "kernel_density", "alone"}
+    sigma, reading = max(evidence, key=evidence.__getitem__)
     chosen = tomllib.loads(Path("here/chosen.toml").read_text())
-    name = "noise_conditional_classifier" if anchor == "alone" else "score_network"
+    name = "noise_conditional_classifier" if reading == "alone" else "score_network"
     assert (chosen["posterior"], chosen["posterior_settings"]["sigma"]) == (name, sigma)
-    assert chosen["posterior_settings"].get("anchor", "alone") == anchor
+    assert chosen["posterior_settings"].get("anchor", "alone") == reading
     PosteriorSettings(chosen["posterior"], **chosen["posterior_settings"])
     assert found["verdict"] in ending.out
     assert all(finding["text"] in ending.out for finding in found["findings"])
@@ -364,12 +372,113 @@ def test_an_audit_says_what_it_found(call: Any, tmp_path: Path, monkeypatch: pyt
         assert (ending.status, told in ending.err) == (2, True), ending.err
 
 
+@pytest.mark.parametrize(("name", "folds"), [("joint_energies", 3), ("noise_conditional_classifier", 1)])
+def test_a_posterior_without_a_score_network_is_fitted_and_audited(
+    name: str, folds: int, call: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audit, "POINTS", 40)
+    small = (
+        f"--data digits --limit 60 --threads 1 --audit --posterior {name} --posterior-settings.folds {folds} "
+        "--posterior-settings.steps 40 --posterior-settings.width 16 --posterior-settings.batch-size 30"
+    )
+    ending = call("score", *small.split(), "--out", "here")
+    assert ending.status == 0, ending.err
+    assert ("fold 3 of 3" in ending.err) == (folds == 3)
+    assert not Path("here/samples.npz").exists()
+
+    # What the file holds, read by other code than the audit's.
+    loaded = data.load(DataSettings("digits", limit=60))
+    path = Path("here/posterior.pt")
+    settings = posteriors.settings_from(path, PosteriorSettings(name))
+    state = posteriors.state_from(path, settings, loaded)
+    posterior = posteriors.build(settings, loaded, seed=0, state=state)
+    found = json.loads(Path("here/audit.json").read_text())
+    evidence = {row["sigma"]: row for row in found["evidence"]}
+    assert {row["reading"] for row in evidence.values()} == {name}
+    x, y = loaded.x_validation[:40], loaded.y_validation[:40]
+    moved = log_likelihood(posterior, x, y, noise=found["noise"], repeats=2, seed=0).mean().item()
+    assert settings.sigma is not None
+    assert evidence[settings.sigma]["moved"] == pytest.approx(moved, rel=1e-4)
+
+    # Each network on what it has learned from, and on points that none has seen.
+    networks = [m.network for m in getattr(posterior, "members", [posterior])]
+    fold_of = posteriors.folds_of(loaded.y_train, folds) if folds > 1 else torch.ones_like(loaded.y_train)
+    learned = [
+        (loaded.x_train[fold_of != k][: score.AUDITED], loaded.y_train[fold_of != k][: score.AUDITED])
+        for k in range(folds)
+    ]
+    for row in json.loads(Path("here/score.json").read_text())["cross_entropy"]:
+        sigma = row["sigma"]
+        pairs = zip(networks, learned, strict=True)
+        trained = [losses_by_level(network, *points, (sigma,), seed=0)[sigma] for network, points in pairs]
+        points = loaded.x_validation[: score.AUDITED], loaded.y_validation[: score.AUDITED]
+        unseen = [losses_by_level(network, *points, (sigma,), seed=0)[sigma] for network in networks]
+        assert row["train"] == pytest.approx(sum(trained) / folds, rel=1e-4)
+        assert row["validation"] == pytest.approx(sum(unseen) / folds, rel=1e-4)
+    assert (found["members"], found["loss"]) == (folds, "cross-entropy")
+    assert ("the networks " in ending.out) == (folds > 1)
+
+    # What it says is to be called can be called, and chosen.toml is a recipe.
+    best = max(evidence, key=lambda sigma: evidence[sigma]["moved"])
+    (line,) = [line for line in ending.out.splitlines() if line.startswith("to train with them: ")]
+    words = shlex.split(line)
+    assert words[4:7] == ["python", "-m", "training.run"]
+    recipe = ["--data", "digits", "--objective", "score_direct", "--recipe", "here/chosen.toml"]
+    for options in (words[7:], recipe):
+        dry = call("run", *options, "--dry-run")
+        assert dry.status == 0, dry.err
+        resolved = tomllib.loads(dry.out[dry.out.index("\ndata = ") :])
+        assert (resolved["posterior"], resolved["posterior_settings"]["sigma"]) == (name, best)
+    assert f"log p(y|x + noise) of held-out points, in nats:\n#   {evidence[best]['moved']:.4f}" in (
+        Path("here/chosen.toml").read_text()
+    )
+    again = call("score", "--posterior-from", "here/posterior.pt", "--audit", "--out", "there")
+    assert again.status == 0, again.err
+    assert json.loads(Path("there/audit.json").read_text()) == found
+    assert call("score", "--resume", "here").status == 0
+    assert "'score_network' contradicts here" in call("score", "--resume", "here", "--posterior", "score_network").err
+
+
+def test_the_posterior_of_a_run_is_audited(call: Any, synthetic: Any) -> None:
+    """The file says of which data it is, the folder of the run where they are."""
+    of_data = ["--data", "cifar10", "--data-root", synthetic("cifar10"), "--validation-size", "17"]
+    chosen = {"folds": 2, "anchor": "classifier", "network": "conv", "depth": 1, "patch": 8, "steps": 2}
+    of_posterior = [word for name, value in chosen.items() for word in (f"--posterior-settings.{name}", str(value))]
+    made = call("run", *RUN.split(), *of_data, *of_posterior, "--model", "wrn-10-1", "--out", "run")
+    assert made.status == 0, made.err
+    file = ["--posterior-from", "run/posterior.pt"]
+    ending = call("score", *file, "--audit", "--eps", "0.1", "--threads", "1")
+    assert ending.status == 0, ending.err
+    found = json.loads(Path("run/audit.json").read_text())
+    assert (found["points"], found["members"], found["threat_model"]["eps"]) == (17, 2, 0.1)
+    assert {row["reading"] for row in found["evidence"]} == {"classifier", "kernel_density", "alone"}
+    for options, message in (
+        ([*file], "posterior_from: is for --audit, which is not given"),
+        ([*file, "--audit", "--data", "toy"], "data: 'toy' contradicts run/posterior.pt"),
+        ([*file, "--audit", "--limit", "50"], "limit: 50 contradicts run/posterior.pt"),
+        ([*file, "--audit", "--posterior-settings.width", "8"], "posterior_settings: "),
+        ([*file, "--audit", "--samples", "50"], "samples: 50 with posterior_from"),
+        ([*file, "--audit", "--recipe", "cifar10-edm"], "posterior_from: run/posterior.pt with --recipe"),
+        (["--posterior-from", "run/best.pt", "--audit"], "run/best.pt"),
+        (["--posterior-from", "nowhere.pt", "--audit"], "nowhere.pt"),
+    ):
+        refused = call("score", *options)
+        assert (refused.status, message in refused.err) == (2, True), refused.err
+
+
+def test_a_posterior_without_networks_is_not_audited(call: Any) -> None:
+    assert call("run", *RUN.split(), "--posterior", "kernel_density", "--out", "run").status == 0
+    ending = call("score", "--posterior-from", "run/posterior.pt", "--audit")
+    assert "run/posterior.pt holds a kernel_density, expected one of score_network, joint_energies" in ending.err
+
+
 def test_findings_follow_the_numbers() -> None:
     """Each number that gets bad turns its finding, and no other."""
     good: dict[str, Any] = {
-        "chosen": {"sigma": 0.2, "anchor": "classifier"},
-        "evidence": [{"sigma": 0.2, "anchor": "classifier", "moved": -0.3, "clean": -0.2}],
+        "chosen": {"sigma": 0.2, "reading": "classifier"},
+        "evidence": [{"sigma": 0.2, "reading": "classifier", "moved": -0.3, "clean": -0.2}],
         "loss": "denoising loss",
+        "members": 1,
         "losses": [{"sigma": s, "train": 1.0, "held_out": 1.05} for s in (0.1, 0.2, 0.4)],
         "calibration": {"error": 0.02, "confidence": 0.9, "accuracy": 0.9},
         "closed_loop": 0.01,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ from scorematch.matching import (
     JointEnergy,
     MatchingLoss,
     fit_temperature,
+    losses_by_level,
 )
 from scorematch.matching.fit import Augment
 from scorematch.networks import ConvBackbone, Denoiser, EmbeddedDenoiser, MLPBackbone, UNetBackbone
@@ -96,11 +97,13 @@ def build(
         if state is None and folder is None:
             raise ValueError("folder: none given, a posterior that is trained saves into one")
         members = []
-        for fold, part in enumerate(_divided(settings, data, device)):
+        for fold, part in enumerate(divided(settings, data, device)):
             builder = _Builder(settings, data, *part, seed + FOLD_SEEDS * fold)
             if state is None and folder is not None:
-                place = folder if settings.number_of_folds == 1 else folder / f"fold-{fold}"
-                builder.trains = _Trains(place, speed or Speed(), save_minutes, about or {})
+                place, which = folder, ""
+                if settings.number_of_folds > 1:
+                    place, which = folder / f"fold-{fold}", f", fold {fold + 1} of {settings.number_of_folds}"
+                builder.trains = _Trains(place, which, speed or Speed(), save_minutes, about or {})
             members.append(getattr(builder, settings.name)())
         posterior = members[0] if len(members) == 1 else Ensemble(members)
     posterior = posterior.to(device)
@@ -114,11 +117,17 @@ def build(
     return posterior
 
 
-_Part = tuple[Tensor, Tensor, tuple[Tensor, Tensor]]
+Part = tuple[Tensor, Tensor, tuple[Tensor, Tensor]]
 
 
-def _divided(settings: PosteriorSettings, data: DataLike, device: torch.device | str) -> Iterator[_Part]:
-    """For each member of the posterior the points and labels that it learns from, and those that are held out."""
+def divided(settings: PosteriorSettings, data: DataLike, device: torch.device | str) -> Iterator[Part]:
+    """For each member of the posterior the points and labels that it learns from, and those that are held out.
+
+    Args:
+        settings: their ``folds`` say how many members there are; one has the validation points held out.
+        data: the data set.
+        device: where the points are to be.
+    """
     x, y = data.x_train.to(device), data.y_train.to(device)
     if settings.number_of_folds == 1:
         yield x, y, (data.x_validation.to(device), data.y_validation.to(device))
@@ -205,22 +214,40 @@ def state_from(
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path}: its network does not fit {data.name} ({reason})") from None
     if moved and settings.temperature:
-        state = {**state, **_temperatures(posterior, _divided(settings, data, device))}
+        state = {**state, **_temperatures(posterior, divided(settings, data, device))}
     return state
 
 
-def _temperatures(posterior: Posterior, divided: Iterable[_Part]) -> dict[str, Tensor]:
+def _temperatures(posterior: Posterior, divided: Iterable[Part]) -> dict[str, Tensor]:
     """The temperatures of its classifiers at the σ at which it is read, chosen on what each has not seen."""
-    members: list[Any] = list(posterior.members) if isinstance(posterior, Ensemble) else [posterior]
-    found = {}
+    members, found = members_of(posterior), {}
     for number, (member, (_, _, held_out)) in enumerate(zip(members, divided, strict=True)):
         name = f"members.{number}." if len(members) > 1 else ""
         if isinstance(member, ScoreNetwork):
             member, name = member.anchor, f"{name}anchor."
         if isinstance(member, NoiseConditionalClassifier) and len(held_out[0]):
-            plain = NoiseConditionalClassifier(member.network, num_classes=member.num_classes, sigma=member.sigma)
-            found[f"{name}temperature"] = torch.tensor(fit_temperature(plain.log_prob, *held_out, repeats=1))
+            fitted = classifier_at(member.network, member.sigma, member.num_classes, held_out, temperature=True)
+            found[f"{name}temperature"] = fitted.temperature
     return found
+
+
+def classifier_at(
+    network: nn.Module, sigma: float, num_classes: int, held_out: tuple[Tensor, Tensor], *, temperature: bool
+) -> NoiseConditionalClassifier:
+    """A network read at a noise level, with the temperature that makes held-out labels most likely at that level.
+
+    Args:
+        network: maps (x [N, …], sigma [N]) to logits [N, L].
+        sigma: the noise level, in input units.
+        num_classes: L.
+        held_out: points [N, …] and labels [N] that the network has not seen; without any the temperature is 1.
+        temperature: False leaves it at 1.
+    """
+    plain = NoiseConditionalClassifier(network, num_classes=num_classes, sigma=sigma)
+    if not temperature or not len(held_out[0]):
+        return plain
+    found = fit_temperature(plain.log_prob, *held_out, repeats=1)
+    return NoiseConditionalClassifier(network, num_classes=num_classes, sigma=sigma, temperature=found)
 
 
 def read(
@@ -249,6 +276,35 @@ def read(
         raise InputError(f"{path}: its network does not fit {data.name} ({error})") from None
     assert isinstance(posterior, ScoreNetwork)
     return settings, posterior
+
+
+def members_of(posterior: Posterior) -> list[Any]:
+    """Those of a mean, or the posterior itself."""
+    return list(posterior.members) if isinstance(posterior, Ensemble) else [posterior]
+
+
+def mean_losses(
+    posterior: Posterior,
+    points: Sequence[tuple[Tensor, Tensor]],
+    sigmas: tuple[float, ...],
+    *,
+    seed: int,
+    repeats: int,
+) -> dict[float, float]:
+    """The loss of its networks by noise level, their mean: of a score network denoising, of others cross-entropy.
+
+    Args:
+        posterior: a score network, a classifier, or the mean of several.
+        points: x [N, …] and y [N] for each member.
+        sigmas: the noise levels, in input units.
+        seed: decides the noise, the same for all members.
+        repeats: noise vectors for each point.
+    """
+    values = []
+    for member, (x, y) in zip(members_of(posterior), points, strict=True):
+        network = member.denoiser if isinstance(member, ScoreNetwork) else member.network
+        values.append(losses_by_level(network, x, y, sigmas, seed=seed, repeats=repeats))
+    return {sigma: sum(found[sigma] for found in values) / len(values) for sigma in sigmas}
 
 
 def at_speed(posterior: Posterior, speed: Speed) -> Posterior:
@@ -314,6 +370,7 @@ class _Trains:
     """How the networks of a posterior are trained."""
 
     folder: Path
+    which: str  # of several posteriors, shown beside the progress bar
     speed: Speed
     save_minutes: float
     about: dict[str, Any]
@@ -396,13 +453,8 @@ class _Builder:
             loss = ClassificationLoss(called, weight, self.denoiser() if weight else None, energy)
             # It is not told how images were augmented, so it would learn the density of augmented images.
             self._train("classifier", network, loss, 1, self._mirror())
-        plain = NoiseConditionalClassifier(network, num_classes=self.num_classes, sigma=self.sigma)
-        if self.trains is None or not self.settings.temperature or not len(self.held_out[0]):
-            return plain
-        temperature = fit_temperature(plain.log_prob, *self.held_out, repeats=1)
-        return NoiseConditionalClassifier(
-            network, num_classes=self.num_classes, sigma=self.sigma, temperature=temperature
-        )
+        fits = self.trains is not None and self.settings.temperature
+        return classifier_at(network, self.sigma, self.num_classes, self.held_out, temperature=fits)
 
     def joint_energies(self) -> NoiseConditionalClassifier:
         """One of those whose mean is taken; ``energy_weight`` makes it a joint energy."""
@@ -454,9 +506,8 @@ class _Builder:
             about=self.trains.about,
         )
         generator = torch.Generator(self.x.device).manual_seed(1_000_003 * purpose + self.seed)
-        scores.train(
-            scores.ScoreTrainer(name.replace("-", " "), network, loss, training, generator, self.trains.folder / name)
-        )
+        title, place = name.replace("-", " ") + self.trains.which, self.trains.folder / name
+        scores.train(scores.ScoreTrainer(title, network, loss, training, generator, place))
 
     def _teacher(self, path: Path, told: int) -> Denoiser:
         """The score network in a posterior.pt of the same data."""

@@ -1,15 +1,14 @@
 """Whether a trained posterior is worth following: ``python -m training.score --audit``.
 
-Searches the ways to read the trained networks (noise level, anchor, the classifier without the score network) by
-held-out likelihood, audits the best, and says in words what was found: audit.json, audit.html, and chosen.toml with the
-settings and their evidence.
+Searches the ways to read the trained networks by held-out likelihood: every noise level, and of a score network every
+anchor and its classifier alone. Audits the best, and says in words what was found: audit.json, audit.html, and
+chosen.toml with the settings and their evidence.
 """
 
 import html
 import itertools
 import math
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,23 +23,27 @@ from matplotlib.figure import Figure
 from torch import Generator, Tensor
 
 from scorematch import ThreatModel, audit
-from scorematch.matching import fit_temperature, losses_by_level
-from scorematch.posteriors import KernelDensity, NoiseConditionalClassifier, Posterior, ScoreNetwork
+from scorematch.posteriors import Ensemble, KernelDensity, NoiseConditionalClassifier, Posterior, ScoreNetwork
 from scorematch.posteriors.base import PointwisePosterior
 from training.data import Data, npy
-from training.engine import checkpoint, scores
+from training.engine import checkpoint, posteriors, scores
+from training.engine.posteriors import Part
 from training.reports import pages, plots
 from training.settings.errors import InputError
+from training.settings.posterior import PosteriorSettings
 
 POINTS = 500  # held-out points of the audit
 DENSITY_POINTS = 5000  # training points under a kernel density
 GAP = 1.1  # held-out loss over that on training data; above it a network counts as memorising
 CALIBRATED = 0.05  # largest expected calibration error that counts as small
-ANCHORS = {
+READINGS = {
     "classifier": "score network from classifier",
     "kernel_density": "score network from kernel density",
     "alone": "classifier alone",
+    "noise_conditional_classifier": "classifier",
+    "joint_energies": "joint energies",
 }
+ANCHORS = ("classifier", "kernel_density")  # the readings of a score network, by what it is anchored at
 CLOSED = 0.1  # nats that a closed path may gain, as a share of what log p changes along it
 
 
@@ -48,18 +51,20 @@ class Candidate(NamedTuple):
     """Settings at which the trained networks can be read."""
 
     sigma: float
-    anchor: str  # of the score network: classifier or kernel_density; alone: the classifier without a score network
+    reading: str  # a key of READINGS; "alone" is the classifier of a score network without the score network
 
     @property
     def title(self) -> str:
-        return f"σ {self.sigma:g}, {ANCHORS[self.anchor]}"
+        return f"σ {self.sigma:g}, {READINGS[self.reading]}"
 
     @property
     def settings(self) -> dict[str, Any]:
         """Options of training.run that read the networks so."""
-        if self.anchor == "alone":
-            return {"posterior": "noise_conditional_classifier", "posterior_settings": {"sigma": self.sigma}}
-        return {"posterior": "score_network", "posterior_settings": self._asdict()}
+        if self.reading in ANCHORS:
+            changes = {"sigma": self.sigma, "anchor": self.reading}
+            return {"posterior": "score_network", "posterior_settings": changes}
+        name = "noise_conditional_classifier" if self.reading == "alone" else self.reading
+        return {"posterior": name, "posterior_settings": {"sigma": self.sigma}}
 
 
 def reach(threat_model: ThreatModel, features: int) -> float:
@@ -68,30 +73,31 @@ def reach(threat_model: ThreatModel, features: int) -> float:
 
 
 def write(
-    posterior: ScoreNetwork,
+    posterior: Posterior,
+    settings: PosteriorSettings,
     data: Data,
     threat_model: ThreatModel,
     *,
     seed: int,
     out: Path,
-    temperature: bool = True,
     people: Tensor | None = None,
-) -> str:
-    """Search, audit and write the files; returns findings and verdict, a line each.
+) -> tuple[Candidate, str]:
+    """Search, audit and write the files; returns what was chosen, and findings and verdict, a line each.
 
     Args:
-        posterior: the trained networks.
+        posterior: a score network, a classifier, or the mean of several of them.
+        settings: those that it was trained with.
         data: its validation part judges.
         threat_model: of the attack that the posterior is to guide.
         seed: of noise and attacks.
         out: folder of the files.
-        temperature: whether classifiers get one, as ``PosteriorSettings.temperature`` says.
         people: [N, L] label distributions of the test points.
     """
     x, y = data.x_validation[:POINTS], data.y_validation[:POINTS]
     noise = reach(threat_model, x[0].numel())
-    build = _builder(posterior, data, seed, temperature)
-    evidence = search(build, candidates(posterior), x, y, noise, seed)
+    parts = list(posteriors.divided(settings, data, x.device))
+    build = _builder(posterior, settings, data, parts, seed)
+    evidence = search(build, candidates(posterior, settings.name), x, y, noise, seed)
     best = max(evidence, key=lambda candidate: evidence[candidate]["moved"])
     chosen = build(best)
     found = {
@@ -100,6 +106,7 @@ def write(
         "noise": noise,
         "evidence": [{**candidate._asdict(), **values} for candidate, values in evidence.items()],
         "chosen": best._asdict(),
+        **losses(chosen, best.sigma, parts, x, y, seed),
         **measured(chosen, data, x, y, threat_model, noise, seed),
     }
     if people is not None:
@@ -109,45 +116,63 @@ def write(
     found["findings"] = [finding._asdict() for finding in findings]
     found["verdict"] = verdict(findings)
     checkpoint.write_json(out / "audit.json", found)
-    settings = {**best.settings, "evidence": {c.title: evidence[c]["moved"] for c in evidence}}
-    checkpoint.write_atomically(out / "chosen.toml", tomli_w.dumps(settings))
+    checkpoint.write_atomically(out / "chosen.toml", recipe(best, evidence))
     checkpoint.write_atomically(out / "audit.html", page(found, findings, data.name))
-    return "\n".join([*(f"{finding.mark} {finding.text}" for finding in findings), found["verdict"]])
+    return best, "\n".join([*(f"{finding.mark} {finding.text}" for finding in findings), found["verdict"]])
 
 
-def candidates(posterior: ScoreNetwork) -> list[Candidate]:
-    """Every noise level with every anchor that is not given the label of the point."""
-    sigmas = sorted({*scores.SIGMAS, posterior.sigma})
-    anchors = ["kernel_density"]
-    if isinstance(posterior.anchor, NoiseConditionalClassifier):
-        anchors = list(ANCHORS)
-    return [Candidate(sigma, anchor) for anchor, sigma in itertools.product(anchors, sigmas)]
+def recipe(best: Candidate, evidence: dict[Candidate, dict[str, float]]) -> str:
+    """chosen.toml: a recipe of training.run, with the evidence for it as comments."""
+    ranked = sorted(evidence, key=lambda candidate: -evidence[candidate]["moved"])
+    lines = [f"#   {evidence[candidate]['moved']:.4f}  {candidate.title}" for candidate in ranked]
+    told = "# Chosen by the mean log p(y|x + noise) of held-out points, in nats:"
+    return "\n".join([told, *lines, tomli_w.dumps(best.settings)])
+
+
+def candidates(posterior: Posterior, name: str) -> list[Candidate]:
+    """Every noise level, and of a score network with every anchor that is not given the label of the point."""
+    readings = [name]
+    own = posteriors.members_of(posterior)[0]
+    if isinstance(own, ScoreNetwork):
+        readings = ["kernel_density"]
+        if isinstance(own.anchor, NoiseConditionalClassifier):
+            readings = [*ANCHORS, "alone"]
+    sigmas = sorted({*scores.SIGMAS, own.sigma})
+    return [Candidate(sigma, reading) for reading, sigma in itertools.product(readings, sigmas)]
 
 
 def _builder(
-    posterior: ScoreNetwork, data: Data, seed: int, temperature: bool
-) -> Callable[[Candidate], ScoreNetwork | NoiseConditionalClassifier]:
-    keep = torch.randperm(len(data.x_train), generator=Generator().manual_seed(seed))[:DENSITY_POINTS]
-    keep = keep.to(data.x_train.device)
-    points = data.x_train[keep], data.y_train[keep]
+    posterior: Posterior, settings: PosteriorSettings, data: Data, parts: Sequence[Part], seed: int
+) -> Callable[[Candidate], Posterior]:
+    device = data.x_train.device
+    members = posteriors.members_of(posterior)
 
-    def classifier(sigma: float) -> NoiseConditionalClassifier:
-        """As :func:`training.engine.posteriors.build` makes it: with a temperature of its own at each noise level."""
-        assert isinstance(posterior.anchor, NoiseConditionalClassifier)
-        read = partial(NoiseConditionalClassifier, posterior.anchor.network, num_classes=data.num_classes, sigma=sigma)
-        if not temperature:
-            return read()
-        return read(temperature=fit_temperature(read().log_prob, data.x_validation, data.y_validation, repeats=1))
+    def some(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        keep = torch.randperm(len(x), generator=Generator().manual_seed(seed))[:DENSITY_POINTS].to(device)
+        return x[keep], y[keep]
 
-    def build(candidate: Candidate) -> ScoreNetwork | NoiseConditionalClassifier:
-        if candidate.anchor == "alone":
-            return classifier(candidate.sigma).to(data.x_train.device)
-        anchor: PointwisePosterior = (
-            classifier(candidate.sigma)
-            if candidate.anchor == "classifier"
-            else KernelDensity(*points, num_classes=data.num_classes, sigma=candidate.sigma)
+    densities = [some(x, y) for x, y, _ in parts]
+
+    def classifier(member: Posterior, part: Part, sigma: float) -> NoiseConditionalClassifier:
+        fitted = member.anchor if isinstance(member, ScoreNetwork) else member
+        assert isinstance(fitted, NoiseConditionalClassifier)
+        return posteriors.classifier_at(
+            fitted.network, sigma, data.num_classes, part[2], temperature=settings.temperature
         )
-        return ScoreNetwork(posterior.denoiser, sigma=candidate.sigma, anchor=anchor).to(data.x_train.device)
+
+    def build(candidate: Candidate) -> Posterior:
+        sigma, read = candidate.sigma, list[Posterior]()
+        for member, part, points in zip(members, parts, densities, strict=True):
+            if candidate.reading not in ANCHORS:
+                read.append(classifier(member, part, sigma))
+                continue
+            anchor: PointwisePosterior = (
+                classifier(member, part, sigma)
+                if candidate.reading == "classifier"
+                else KernelDensity(*points, num_classes=data.num_classes, sigma=sigma)
+            )
+            read.append(ScoreNetwork(member.denoiser, sigma=sigma, anchor=anchor))
+        return (read[0] if len(read) == 1 else Ensemble(read)).to(device)
 
     return build
 
@@ -170,8 +195,26 @@ def search(
     return evidence
 
 
+def losses(
+    posterior: Posterior, sigma: float, parts: Sequence[Part], x: Tensor, y: Tensor, seed: int
+) -> dict[str, Any]:
+    """The loss of its networks by noise level, on points that they have learned from and on held-out ones."""
+    members = posteriors.members_of(posterior)
+    levels = tuple(sorted({*scores.SIGMAS, sigma}))
+    splits = {
+        "train": [(points[: len(x)], labels[: len(x)]) for points, labels, _ in parts],
+        "held_out": [(x, y)] * len(members),
+    }
+    means = {
+        name: posteriors.mean_losses(posterior, points, levels, seed=seed, repeats=2) for name, points in splits.items()
+    }
+    rows = [{"sigma": level, **{name: values[level] for name, values in means.items()}} for level in levels]
+    kind = "denoising loss" if isinstance(members[0], ScoreNetwork) else "cross-entropy"
+    return {"loss": kind, "members": len(members), "losses": rows}
+
+
 def measured(
-    posterior: ScoreNetwork | NoiseConditionalClassifier,
+    posterior: Posterior,
     data: Data,
     x: Tensor,
     y: Tensor,
@@ -180,13 +223,6 @@ def measured(
     seed: int,
 ) -> dict[str, Any]:
     """The audits of the chosen posterior."""
-    levels = tuple(sorted({*scores.SIGMAS, posterior.sigma}))
-    splits = {
-        "train": (data.x_train[: len(x)], data.y_train[: len(x)]),
-        "held_out": (x, y),
-    }
-    network = posterior.denoiser if isinstance(posterior, ScoreNetwork) else posterior.network
-    losses = {name: losses_by_level(network, *points, levels, seed=seed, repeats=2) for name, points in splits.items()}
     side = noise * math.sqrt(x[0].numel())
     gained = audit.closed_loop(posterior, x, y, length=side, seed=seed)
     trace = posterior.trace(x, y)
@@ -199,8 +235,6 @@ def measured(
     clean, robust = audit.robust_accuracy(posterior, x, y, threat_model, steps=20, generator=generator)
     frequencies = torch.bincount(data.y_train, minlength=data.num_classes).double() / len(data.y_train)
     return {
-        "loss": "denoising loss" if isinstance(posterior, ScoreNetwork) else "cross-entropy",
-        "losses": [{"sigma": s, **{name: values[s] for name, values in losses.items()}} for s in levels],
         "calibration": audit.calibration(posterior, x, y, noise=noise, seed=seed)._asdict(),
         "closed_loop": gained.mean().item(),
         "change_along_side": changed.mean().item(),
@@ -226,16 +260,19 @@ def judged(found: dict[str, Any]) -> list[Finding]:
     chosen = found["chosen"]
     row = next(row for row in found["losses"] if row["sigma"] == chosen["sigma"])
     ratio = row["held_out"] / row["train"]
-    value = next(e for e in found["evidence"] if (e["sigma"], e["anchor"]) == (chosen["sigma"], chosen["anchor"]))
+    value = next(e for e in found["evidence"] if (e["sigma"], e["reading"]) == (chosen["sigma"], chosen["reading"]))
     error = found["calibration"]["error"]
     share = found["closed_loop"] / max(found["change_along_side"], 1e-12)
+    networks = ("the network does not memorise", "the network memorises")
+    if found["members"] > 1:
+        networks = ("the networks do not memorise", "the networks memorise")
     edge = chosen["sigma"] in (found["losses"][0]["sigma"], found["losses"][-1]["sigma"])
     findings = [
         Finding(
             ratio <= GAP,
             f"at σ {chosen['sigma']:g} the {found['loss']} on held-out data is {abs(100 * (ratio - 1)):.0f} % "
             f"{'above' if ratio > 1 else 'below'} that on training data: "
-            f"{'the network does not memorise' if ratio <= GAP else 'the network memorises'}",
+            f"{networks[ratio > GAP]}",
         ),
         Finding(
             value["moved"] > found["guess"],
@@ -309,7 +346,7 @@ def page(found: dict[str, Any], findings: list[Finding], data: str) -> str:
     """audit.html, with everything inside it."""
     rows = [["settings", "log p(y|x), nats", "log p(y|x + noise), nats"]]
     rows += [
-        [Candidate(e["sigma"], e["anchor"]).title, f"{e['clean']:.3f}", f"{e['moved']:.3f}"]
+        [Candidate(e["sigma"], e["reading"]).title, f"{e['clean']:.3f}", f"{e['moved']:.3f}"]
         for e in sorted(found["evidence"], key=lambda e: -e["moved"])
     ]
     norm, eps = found["threat_model"]["norm"], found["threat_model"]["eps"]
@@ -329,11 +366,11 @@ def page(found: dict[str, Any], findings: list[Finding], data: str) -> str:
 
 def plot(found: dict[str, Any]) -> Figure:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    styles = {"classifier": ("#d55e00", "^"), "kernel_density": ("#e69f00", "D"), "alone": ("#cc79a7", "v")}
-    for anchor, (colour, marker) in styles.items():
-        own = [(e["sigma"], e["moved"]) for e in found["evidence"] if e["anchor"] == anchor]
+    styles = zip(READINGS, ("#d55e00", "#e69f00", "#cc79a7", "#cc79a7", "#009e73"), "^Dvvo", strict=True)
+    for reading, colour, marker in styles:
+        own = [(e["sigma"], e["moved"]) for e in found["evidence"] if e["reading"] == reading]
         if own:
-            left.plot(*zip(*own, strict=True), color=colour, marker=marker, label=ANCHORS[anchor])
+            left.plot(*zip(*own, strict=True), color=colour, marker=marker, label=READINGS[reading])
     left.axhline(found["guess"], color="#b8b8b8", lw=1, label="guessing by class frequency")
     left.set(xscale="log", xlabel="σ", ylabel="held-out log p(y|x + noise), nats")
     left.legend(frameon=False)
