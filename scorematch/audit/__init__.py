@@ -19,13 +19,14 @@ from .evidence import (
     spread,
 )
 from .oracle import GradientError, gradient_error, kl_error, posterior_gradients
-from .robustness import robust_accuracy
+from .robustness import attacked_log_likelihood, robust_accuracy
 
 __all__ = [
     "Agreement",
     "Calibration",
     "GradientError",
     "agreement",
+    "attacked_log_likelihood",
     "calibration",
     "centre",
     "closed_loop",

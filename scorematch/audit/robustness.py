@@ -1,13 +1,15 @@
-"""The robust accuracy of an estimated posterior that is used as a classifier."""
+"""An estimated posterior, used as a classifier, under an attack on itself: its robust accuracy and its likelihood."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ..attacks.pgd import ascend
 from ..inputs import check_attack, check_count, check_posterior, check_samples, check_tensor, clean_batch
-from ..posteriors.base import Posterior, begin_trace
+from ..posteriors.base import Posterior, Trace, begin_trace
 from ..threat_model import ThreatModel
 
 LARGE = 1e30  # takes a class out of a softmax; smaller than the largest float32 and bfloat16
@@ -47,6 +49,51 @@ def robust_accuracy(
         TypeError, ValueError: x, y and the threat model do not fit, see :func:`scorematch.inputs.clean_batch`, or
             steps or restarts are outside their range.
     """
+    clean, robust, _ = _attacked(posterior, x, y, threat_model, steps, restarts, generator)
+    return float(clean.double().mean()), float(robust.double().mean())
+
+
+def attacked_log_likelihood(
+    posterior: Posterior,
+    x: Tensor,
+    y: Tensor,
+    threat_model: ThreatModel,
+    *,
+    steps: int = 40,
+    restarts: int = 1,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """The lowest log p(y|x') that the attack of :func:`robust_accuracy` meets, in nats, [N].
+
+    :func:`scorematch.audit.log_likelihood` moves points in random directions, in which an estimate may err little. This
+    moves them where the estimate says that their label is least likely. The label of x is no draw from p(y|x') at a
+    point that was chosen so: a low value can be an error of the estimate, or p_d may turn within B(x).
+
+    Args:
+        posterior: the estimate. One that is anchored at labels is told the label at clean x.
+        x: [N, …] clean held-out inputs inside the box.
+        y: class indices [N].
+        threat_model: B(x) and the step size.
+        steps: steps of one restart, ≥ 0; every iterate is judged.
+        restarts: random starts, ≥ 1.
+        generator: their randomness, on the device of x.
+
+    Raises:
+        TypeError, ValueError: as :func:`robust_accuracy`.
+    """
+    return _attacked(posterior, x, y, threat_model, steps, restarts, generator)[2]
+
+
+def _attacked(
+    posterior: Posterior,
+    x: Tensor,
+    y: Tensor,
+    threat_model: ThreatModel,
+    steps: int,
+    restarts: int,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For each sample: right at clean x, right at every iterate, and the lowest log p(y|x') of all of them."""
     check_posterior("posterior", posterior)
     check_attack(threat_model, steps)
     check_count("restarts", restarts)
@@ -54,20 +101,24 @@ def robust_accuracy(
     check_tensor("y", y)
     x, y = clean_batch(x, y, threat_model)
     check_samples(x, y, posterior.num_classes, least=1)
-    clean = begin_trace(posterior, x, y).log_p.argmax(1) == y
-    robust = clean.clone()
+    at_clean = begin_trace(posterior, x, y).log_p
+    clean = at_clean.argmax(1) == y
+    robust, lowest = clean.clone(), at_clean.gather(1, y[:, None])[:, 0]
     one_hot = torch.nn.functional.one_hot(y, posterior.num_classes).to(x.dtype)
     for _ in range(restarts):
         trace = begin_trace(posterior, x, y)
 
-        def gradient(x_adv: Tensor, trace=trace) -> Tensor:  # type: ignore[no-untyped-def]
+        def judge(x_adv: Tensor, trace: Trace = trace) -> None:
             trace.move(x_adv)
             robust.logical_and_(trace.log_p.argmax(1) == y)
+            torch.minimum(lowest, trace.log_p.gather(1, y[:, None])[:, 0], out=lowest)
+
+        def gradient(x_adv: Tensor, trace: Trace = trace, judge: Callable[[Tensor], None] = judge) -> Tensor:
+            judge(x_adv)
             # The direction of −∇ log p(y|x'), but for a factor: the other classes by their shares, minus the label. As
             # −1 + p(y|x') its weight of the label would lose all digits where p(y|x') rounds to 1.
             others = (trace.log_p - LARGE * one_hot).softmax(1)
             return trace.pull_back(others - one_hot, torch.zeros_like(x_adv))
 
-        trace.move(ascend(x, gradient, threat_model, steps=steps, generator=generator))
-        robust.logical_and_(trace.log_p.argmax(1) == y)
-    return float(clean.double().mean()), float(robust.double().mean())
+        judge(ascend(x, gradient, threat_model, steps=steps, generator=generator))
+    return clean, robust, lowest

@@ -7,7 +7,7 @@ import torch
 from library_models import log_posterior, mixture
 
 from scorematch import ThreatModel
-from scorematch.audit import robust_accuracy
+from scorematch.audit import attacked_log_likelihood, robust_accuracy
 from scorematch.networks import Denoiser, EmbeddedDenoiser, MLPBackbone
 from scorematch.posteriors import (
     ClassScorePosterior,
@@ -17,6 +17,7 @@ from scorematch.posteriors import (
     NoiseConditionalClassifier,
     Posterior,
     ScoreNetwork,
+    Trace,
 )
 
 F64 = {"rtol": 1e-10, "atol": 1e-10}
@@ -316,6 +317,43 @@ def test_audit_finds_the_robust_accuracy_of_a_linear_posterior() -> None:
     margin = torch.where(y == 1, x[:, 0], -x[:, 0])
     assert clean == pytest.approx(float((margin > 0).double().mean()))
     assert robust == pytest.approx(float((margin > 0.3).double().mean()))
+    # Its log p(y|x) is −log(1 + exp(−4 m)) of the margin m, lowest where the attack has taken all of eps from m.
+    lowest = attacked_log_likelihood(oracle, x, y, threat_model, steps=20)
+    torch.testing.assert_close(lowest, torch.nn.functional.logsigmoid(4 * (margin - 0.3)))
+
+
+class Listening(Posterior):
+    """Another posterior; it remembers all values that it told."""
+
+    def __init__(self, own: Posterior) -> None:
+        super().__init__()
+        self.own, self.num_classes = own, own.num_classes
+        self.told: list[torch.Tensor] = []
+
+    def trace(self, x: torch.Tensor, y: torch.Tensor) -> Trace:
+        trace = self.own.trace(x, y)
+        self.told.append(trace.log_p)
+        move = trace.move
+
+        def moved(x: torch.Tensor) -> None:
+            move(x)
+            self.told.append(trace.log_p)
+
+        trace.move = moved  # type: ignore[method-assign]
+        return trace
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_the_lowest_likelihood_is_that_of_all_iterates(steps: int) -> None:
+    """A step that is too long overshoots the minimum; what was lowest counts, the last point and clean x included."""
+    posterior, x = Listening(mixture()), inputs()
+    y = torch.arange(len(x)) % posterior.num_classes
+    threat_model = ThreatModel("l2", 2.0, lower=-math.inf, upper=math.inf, step_size=3.0)
+    generator = torch.Generator().manual_seed(0)
+    lowest = attacked_log_likelihood(posterior, x, y, threat_model, steps=steps, restarts=2, generator=generator)
+    told = torch.stack(posterior.told)
+    assert len(told) == 1 + 2 * (2 + steps)
+    torch.testing.assert_close(lowest, told.gather(2, y[None, :, None].expand(len(told), -1, 1))[..., 0].amin(0))
 
 
 @pytest.mark.parametrize(

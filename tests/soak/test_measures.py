@@ -143,6 +143,8 @@ def test_audits_are_in_their_ranges(drawn: Arguments, noise: float) -> None:
     assert -1 <= agreement.entropy_rank <= 1 + 1e-9
     clean, robust = audit.robust_accuracy(posterior, x, y, drawn["threat_model"], steps=2)
     assert 0 <= robust <= clean <= 1
+    lowest = audit.attacked_log_likelihood(posterior, x, y, drawn["threat_model"], steps=2)
+    assert bool((lowest <= log_p.gather(1, y[:, None])[:, 0] + 1e-9).all())
 
 
 @examples(quick=10, soak=300)
@@ -208,6 +210,10 @@ REFUSALS: dict[str, tuple[Callable, Callable[[Arguments], Arguments]]] = {
     "gradient_error": (audit.gradient_error, lambda d: _closed(d, *POINTS, oracle=d["posterior"])),
     "kl_error": (audit.kl_error, lambda d: _closed(d, *POINTS, oracle=d["posterior"], moved=d["x"].flip(0))),
     "posterior_gradients": (audit.posterior_gradients, lambda d: _closed(d, *POINTS)),
+    "attacked_log_likelihood": (
+        audit.attacked_log_likelihood,
+        lambda d: _closed(d, *EVERYTHING[1:], **SEARCH),
+    ),
     "robust_accuracy": (audit.robust_accuracy, lambda d: _closed(d, *EVERYTHING[1:], **SEARCH)),
     "estimate": (bounds.estimate, lambda d: {"values": d["x"].flatten(), "weights": d["x"].flatten()}),
     "smoothed": (

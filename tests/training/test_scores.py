@@ -15,7 +15,8 @@ import torch
 from killing import Hit, Start, status
 from pairs import pair
 
-from scorematch.audit import log_likelihood
+from scorematch import ThreatModel
+from scorematch.audit import attacked_log_likelihood, log_likelihood
 from scorematch.augmentation import NonLeaking
 from scorematch.matching import fit_classifier, fit_denoiser, losses_by_level
 from scorematch.networks import EmbeddedDenoiser
@@ -400,6 +401,11 @@ def test_a_posterior_without_a_score_network_is_fitted_and_audited(
     assert settings.sigma is not None
     assert evidence[settings.sigma]["moved"] == pytest.approx(moved, rel=1e-4)
 
+    ball = ThreatModel("linf", 0.15)
+    attacked = attacked_log_likelihood(posterior, x, y, ball, steps=10, generator=torch.Generator().manual_seed(0))
+    assert evidence[settings.sigma]["attacked"] == pytest.approx(attacked.mean().item(), rel=1e-4)
+    assert all(row["attacked"] < row["clean"] for row in evidence.values())
+
     # Each network on what it has learned from, and on points that none has seen.
     networks = [m.network for m in getattr(posterior, "members", [posterior])]
     fold_of = posteriors.folds_of(loaded.y_train, folds) if folds > 1 else torch.ones_like(loaded.y_train)
@@ -432,6 +438,9 @@ def test_a_posterior_without_a_score_network_is_fitted_and_audited(
     assert f"log p(y|x + noise) of held-out points, in nats:\n#   {evidence[best]['moved']:.4f}" in (
         Path("here/chosen.toml").read_text()
     )
+    page = Path("here/audit.html").read_text()
+    assert f"Read at σ {best:g}, " in page
+    assert f"{evidence[best]['attacked']:.3f}" in page
     again = call("score", "--posterior-from", "here/posterior.pt", "--audit", "--out", "there")
     assert again.status == 0, again.err
     assert json.loads(Path("there/audit.json").read_text()) == found
