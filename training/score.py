@@ -164,9 +164,10 @@ def parse(arguments: Sequence[str]) -> ScoreSettings:
         default=default,
     )
     if kept := folder or file:
-        given, known = as_table(settings), as_table(default)
-        for name in sorted(OF_FILE if file else {*given, *known}):
-            if given.get(name) != known.get(name):
+        given, known = flat(as_table(settings)), flat(as_table(default))
+        for name in sorted({*given, *known}):
+            fixed = folder is not None or name.partition(".")[0] in OF_FILE
+            if fixed and given.get(name) != known.get(name):
                 raise InputError(f"{name}: {given.get(name)!r} contradicts {kept}, whose training keeps its settings")
     if folder is not None:
         settings = dataclasses.replace(settings, out=Path(folder), resume=Path(folder))
@@ -232,6 +233,12 @@ def from_table(table: dict[str, Any], where: str) -> ScoreSettings:
 
 def as_table(settings: ScoreSettings) -> dict[str, Any]:
     return {name: value for name, value in tables.plain(settings).items() if name not in NOT_SAVED}
+
+
+def flat(table: dict[str, Any]) -> dict[str, Any]:
+    """The values of a table, those of the posterior with their names on the command line."""
+    nested = table.pop("posterior_settings")
+    return {**table, **{f"posterior_settings.{name}": value for name, value in nested.items()}}
 
 
 def run(settings: ScoreSettings, device: torch.device) -> None:

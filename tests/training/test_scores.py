@@ -465,7 +465,7 @@ def test_the_posterior_of_a_run_is_audited(call: Any, synthetic: Any) -> None:
         ([*file], "posterior_from: is for --audit, which is not given"),
         ([*file, "--audit", "--data", "toy"], "data: 'toy' contradicts run/posterior.pt"),
         ([*file, "--audit", "--limit", "50"], "limit: 50 contradicts run/posterior.pt"),
-        ([*file, "--audit", "--posterior-settings.width", "8"], "posterior_settings: "),
+        ([*file, "--audit", "--posterior-settings.width", "8"], "posterior_settings.width: 8 contradicts run/poster"),
         ([*file, "--audit", "--samples", "50"], "samples: 50 with posterior_from"),
         ([*file, "--audit", "--recipe", "cifar10-edm"], "posterior_from: run/posterior.pt with --recipe"),
         (["--posterior-from", "run/best.pt", "--audit"], "run/best.pt"),
@@ -473,6 +473,17 @@ def test_the_posterior_of_a_run_is_audited(call: Any, synthetic: Any) -> None:
     ):
         refused = call("score", *options)
         assert (refused.status, message in refused.err) == (2, True), refused.err
+
+
+def test_an_audit_on_the_toy(call: Any) -> None:
+    """Its inputs have one feature, so no path is closed."""
+    small = "--data toy --limit 50 --threads 1 --posterior-settings.steps 20 --posterior-settings.width 16 --out here"
+    ending = call("score", *small.split(), "--audit")
+    assert ending.status == 0, ending.err
+    found = json.loads(Path("here/audit.json").read_text())
+    assert found["closed_loop"] is None
+    assert len(found["findings"]) == 5
+    assert "closed path" not in ending.out
 
 
 def test_a_posterior_without_networks_is_not_audited(call: Any) -> None:

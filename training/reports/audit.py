@@ -230,7 +230,9 @@ def measured(
 ) -> dict[str, Any]:
     """The audits of the chosen posterior."""
     side = noise * math.sqrt(x[0].numel())
-    gained = audit.closed_loop(posterior, x, y, length=side, seed=seed)
+    gained = None  # along a line there is no closed path
+    if x[0].numel() > 1:
+        gained = audit.closed_loop(posterior, x, y, length=side, seed=seed).mean().item()
     trace = posterior.trace(x, y)
     before = trace.log_p
     direction = torch.empty_like(x).normal_(generator=Generator(x.device).manual_seed(seed)).flatten(1)
@@ -242,7 +244,7 @@ def measured(
     frequencies = torch.bincount(data.y_train, minlength=data.num_classes).double() / len(data.y_train)
     return {
         "calibration": audit.calibration(posterior, x, y, noise=noise, seed=seed)._asdict(),
-        "closed_loop": gained.mean().item(),
+        "closed_loop": gained,
         "change_along_side": changed.mean().item(),
         "posterior_clean_acc": 100 * clean,
         "posterior_robust_acc": 100 * robust,
@@ -268,7 +270,6 @@ def judged(found: dict[str, Any]) -> list[Finding]:
     ratio = row["held_out"] / row["train"]
     value = next(e for e in found["evidence"] if (e["sigma"], e["reading"]) == (chosen["sigma"], chosen["reading"]))
     error = found["calibration"]["error"]
-    share = found["closed_loop"] / max(found["change_along_side"], 1e-12)
     networks = ("the network does not memorise", "the network memorises")
     if found["members"] > 1:
         networks = ("the networks do not memorise", "the networks memorise")
@@ -290,16 +291,6 @@ def judged(found: dict[str, Any]) -> list[Finding]:
             f"at these points its expected calibration error is {100 * error:.1f} percentage points",
         ),
         Finding(
-            share <= CLOSED,
-            f"a closed path with sides as long as the attack gains {found['closed_loop']:.3f} nats, "
-            f"{100 * share:.0f} % of what log p changes along one side: "
-            + (
-                "the scores are close to a gradient"
-                if share <= CLOSED
-                else "values depend on the path, more nodes help"
-            ),
-        ),
-        Finding(
             not edge,
             f"the best noise level, σ {chosen['sigma']:g}, lies "
             + ("at the end of those tried" if edge else "between others that are worse"),
@@ -310,6 +301,19 @@ def judged(found: dict[str, Any]) -> list[Finding]:
             f"itself, on {found['posterior_robust_acc']:.1f} %: a model that follows it exactly would end there",
         ),
     ]
+    if found["closed_loop"] is not None:
+        share = found["closed_loop"] / max(found["change_along_side"], 1e-12)
+        of_paths = Finding(
+            share <= CLOSED,
+            f"a closed path with sides as long as the attack gains {found['closed_loop']:.3f} nats, "
+            f"{100 * share:.0f} % of what log p changes along one side: "
+            + (
+                "the scores are close to a gradient"
+                if share <= CLOSED
+                else "values depend on the path, more nodes help"
+            ),
+        )
+        findings.insert(3, of_paths)
     if "people" in found:
         kl, rank = found["people"]["kl"], found["people"]["entropy_rank"]
         findings.append(
