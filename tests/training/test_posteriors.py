@@ -302,7 +302,7 @@ def test_score_program_on_digits(tmp_path, capsys) -> None:  # type: ignore[no-u
         assert samples["image"].dtype == np.uint8
         assert samples["label"].tolist() == [*range(10)] * 2
     assert "recognised by a held-out classifier" in capsys.readouterr().out
-    with pytest.raises(Exception, match="holds a score network already"):
+    with pytest.raises(Exception, match="holds a posterior already"):
         score.main([*options, *quick])
 
 
