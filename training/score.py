@@ -396,7 +396,7 @@ def command_of(settings: ScoreSettings, resolved: PosteriorSettings, best: audit
     """The command of training.run that reads these networks as the audit chose, or else trains those that it chose."""
     chosen = best.settings
     words = ["python", "-m", "training.run", "--objective", "score_direct", "--data", settings.data]
-    for name in ("data_root", "limit", "image_size"):
+    for name in ("data_root", "limit", "image_size", "norm", "eps"):
         if value := getattr(settings, name):
             words += [f"--{name.replace('_', '-')}", str(value)]
     words += ["--posterior", chosen["posterior"]]

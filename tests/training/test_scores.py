@@ -460,6 +460,7 @@ def test_the_posterior_of_a_run_is_audited(call: Any, synthetic: Any) -> None:
     assert ending.status == 0, ending.err
     found = json.loads(Path("run/audit.json").read_text())
     assert (found["points"], found["members"], found["threat_model"]["eps"]) == (17, 2, 0.1)
+    assert "--limit 60 --eps 0.1 --posterior " in ending.out
     assert {row["reading"] for row in found["evidence"]} == {"classifier", "kernel_density", "alone"}
     for options, message in (
         ([*file], "posterior_from: is for --audit, which is not given"),
