@@ -21,6 +21,7 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from torch import Generator, Tensor
+from tqdm import tqdm
 
 from scorematch import ThreatModel, audit
 from scorematch.posteriors import Ensemble, KernelDensity, NoiseConditionalClassifier, Posterior, ScoreNetwork
@@ -189,7 +190,7 @@ def search(
 ) -> dict[Candidate, dict[str, float]]:
     """Mean held-out log p(y|x') in nats: at clean x, after noise as long as the attack, and at the worst x' found."""
     evidence = {}
-    for candidate in tried:
+    for candidate in tqdm(tried, desc="audit", unit="reading", leave=False):
         posterior = build(candidate)
         moved = audit.log_likelihood(posterior, x, y, noise=noise, repeats=2, seed=seed)
         clean = audit.log_likelihood(posterior, x, y, noise=0.0, repeats=1, seed=seed)
