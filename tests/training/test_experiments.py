@@ -329,10 +329,10 @@ def test_the_front_over_radii_pairs_runs_of_both() -> None:
     near[2]["entries"][f"student {direct}"]["clean"] = 100.0
     far = of_real_digits({surrogate: (97.0, 82.0)})
     all_of_them = "\n".join(real_digits_page.over_radii({0.15: near, 0.2: far}))
-    assert "On the 3 folds" in all_of_them
+    assert "the 3 runs that have the same fold and seed" in all_of_them
     assert "direct, score network, eps 0.15, by +0.3" in all_of_them
     two = "\n".join(real_digits_page.over_radii({0.15: near, 0.2: far[:2]}))
-    assert "On the 2 folds" in two
+    assert "the 2 runs that have" in two
     assert "direct, score network, eps 0.15" not in two
     assert tables.OPEN in two
     assert real_digits_page.over_radii({0.15: near}) == real_digits_page.over_radii({0.15: near, 0.2: []}) == []

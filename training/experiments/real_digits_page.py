@@ -54,7 +54,7 @@ def section(cells: Sequence[dict[str, Any]], figures: Path) -> str:
         "the variance is corrected as in Nadeau and Bengio (Inference for the generalization error, 2003).",
     ]
     for radius, group in sorted(by_radius.items()):
-        lines += ["", f"### Trained at eps {radius:g}, {len(group)} runs of each", "", *table(group)]
+        lines += ["", f"### Trained at eps {radius:g}, {runs(len(group))} of each", "", *table(group)]
         lines += ["", *hypotheses(group)]
         lines += masking([cell for cell in group if "square" in cell["entries"][f"student {C}"]])
     return "\n".join(
@@ -71,6 +71,10 @@ def section(cells: Sequence[dict[str, Any]], figures: Path) -> str:
             commands(cells, "real-digits", {"radii": "eps", "folds": "fold", "seeds": "seed"}),
         ]
     )
+
+
+def runs(count: int) -> str:
+    return f"{count} run" if count == 1 else f"{count} runs"
 
 
 def _folds(cells: Sequence[dict[str, Any]]) -> str:
@@ -126,7 +130,7 @@ def leads(scores: Mapping[str, Mapping[str, Sequence[float]]], rivals: Sequence[
 
     The lead is over the rival that comes closest to dominating it, in the measure where it is largest. Runs are paired.
     """
-    means = {name: {measure: float(np.mean(runs)) for measure, runs in by.items()} for name, by in scores.items()}
+    means = {name: {measure: float(np.mean(numbers)) for measure, numbers in by.items()} for name, by in scores.items()}
     found = []
     for name in scores:
         if name in rivals:
@@ -205,8 +209,8 @@ def over_radii(by_radius: Mapping[float, Sequence[dict[str, Any]]]) -> list[str]
     """R5, on the folds and seeds that were run at every radius."""
     if len(by_radius) < 2:
         return []
-    runs = {radius: {(cell["fold"], cell["seed"]): cell for cell in group} for radius, group in by_radius.items()}
-    shared = sorted(set.intersection(*(set(cells) for cells in runs.values())))
+    known = {radius: {(cell["fold"], cell["seed"]): cell for cell in group} for radius, group in by_radius.items()}
+    shared = sorted(set.intersection(*(set(cells) for cells in known.values())))
     if not shared:
         return []
 
@@ -215,16 +219,16 @@ def over_radii(by_radius: Mapping[float, Sequence[dict[str, Any]]]) -> list[str]
 
     scores = {
         trained(form, radius): front_scores([cells[run] for run in shared], form)
-        for radius, cells in runs.items()
+        for radius, cells in known.items()
         for form in (*SURROGATES, *DIRECT)
     }
-    found = leads(scores, rivals=[trained(form, radius) for radius in runs for form in SURROGATES])
+    found = leads(scores, rivals=[trained(form, radius) for radius in known for form in SURROGATES])
     told = "; ".join(text for text, _ in found) or "each is dominated by a surrogate"
     return [
         "",
-        f"### Trained at eps {' and '.join(f'{radius:g}' for radius in sorted(runs))}, together",
+        f"### Trained at eps {' and '.join(f'{radius:g}' for radius in sorted(known))}, together",
         "",
-        f"On the {len(shared)} folds and seeds that were run at each radius:",
+        f"Of each objective and radius the {runs(len(shared))} that have the same fold and seed at every radius:",
         "",
         "- R5, on the front of all objectives and radii some direct setting is not dominated by a surrogate, beyond "
         f"the interval: {verdict(any(clear for _, clear in found), len(shared))}: {told}. This hypothesis was written "
@@ -253,7 +257,7 @@ def masking(group: Sequence[dict[str, Any]]) -> list[str]:
         "",
         "Are gradients masked? Two attacks that need none of the model's: Square alone, and the points that PGD found "
         "on a network trained with PGD-AT KL from an initialisation of its own. The calibration error is the expected "
-        f"one of 15 bins. {len(group)} {'run' if len(group) == 1 else 'runs'} of each. {told}.",
+        f"one of 15 bins. {runs(len(group))} of each. {told}.",
         "",
         "<details><summary>Attacks without gradients, and calibration</summary>",
         "",
@@ -301,8 +305,10 @@ def memory(cells: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def draw(by_radius: Mapping[float, Sequence[dict[str, Any]]], path: Path) -> None:
-    """Clean accuracy against accuracy under AutoAttack: one point an objective and radius."""
-    figure, axis = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
+    """Clean accuracy against accuracy under AutoAttack: one point an objective, one panel a radius of the training."""
+    count = len(by_radius)
+    size = (6.4, 4.8) if count == 1 else (4.9 * count, 4.9)
+    figure, axes = plt.subplots(1, count, figsize=size, layout="constrained", sharex=True, sharey=True, squeeze=False)
     kinds = {
         "PGD-AT": ("#0072b2", "o"),
         "TRADES": ("#009e73", "s"),
@@ -311,15 +317,14 @@ def draw(by_radius: Mapping[float, Sequence[dict[str, Any]]], path: Path) -> Non
             for name, marker in zip(real_digits.POSTERIORS, "v^D<", strict=True)
         },
     }
-    for radius, group in sorted(by_radius.items()):
-        cells = list(group)
+    for axis, (radius, cells) in zip(axes[0], sorted(by_radius.items()), strict=True):
         for form in (*SURROGATES, *DIRECT):
             matching = [kind for kind in kinds if label(form).startswith(kind)]
             if not matching:
                 continue
             kind = max(matching, key=len)
             colour, marker = kinds[kind]
-            x, y = (over_folds([of(cell, form, measure) for cell in cells]) for measure in ("clean", "autoattack"))
+            x, y = (over_folds([of(cell, form, measure) for cell in cells]) for measure in FRONT)
             spread = [0.0 if v.high is None else v.high - v.mean for v in (x, y)]
             face = colour if "drawn" in form else "none"
             axis.errorbar(x.mean, y.mean, spread[1], spread[0], color=FAINT, lw=0.8, zorder=1)
@@ -327,15 +332,18 @@ def draw(by_radius: Mapping[float, Sequence[dict[str, Any]]], path: Path) -> Non
             _, divergence, *words = form.partition(" ")[0].split(":")
             notes = [f"β {word}" if word.isdigit() else word for word in words if word != "drawn"]
             notes += [divergence.upper()] if divergence != "kl" else []
-            notes += [f"eps {radius:g}"] if len(by_radius) > 1 else []
             place, side = ((5, 3), "left") if kind == "TRADES" and divergence == "kl" else ((-5, 3), "right")
             axis.annotate(
                 " ".join(notes), (x.mean, y.mean), xytext=place, textcoords="offset points", fontsize=7, ha=side
             )
+        axis.set(xlabel="clean accuracy, %")
+        if count > 1:
+            axis.set_title(f"trained at eps {radius:g}, {runs(len(cells))}", fontsize=10)
+    first = axes[0][0]
+    first.set(ylabel=f"accuracy under AutoAttack, Linf {EPS:g}, %")
     for kind, (colour, marker) in kinds.items():
-        axis.scatter([], [], s=40, marker=marker, edgecolor=colour, facecolor="white", label=kind)
-    axis.scatter([], [], s=40, marker="o", color="#222222", label="filled: half of every batch drawn")
-    axis.set(xlabel="clean accuracy, %", ylabel=f"accuracy under AutoAttack, Linf {EPS:g}, %")
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+        first.scatter([], [], s=40, marker=marker, edgecolor=colour, facecolor="white", label=kind)
+    first.scatter([], [], s=40, marker="o", color="#222222", label="filled: half of every batch drawn")
+    figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
