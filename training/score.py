@@ -59,6 +59,7 @@ class ScoreSettings:
     data_root: Path | None = None  # folder with the files of CIFAR or SVHN; None is $SCOREMATCH_DATA
     download: bool = False  # let torchvision download them into that folder where they are missing
     image_size: int | None = None  # folder: as for training.run
+    validation_size: int | None = None  # held-out images of CIFAR, SVHN and folders; None as for training.run
     limit: int = 0  # number of training points to keep, class-balanced on images; 0 keeps all
     recipe: str | None = None  # file in training/recipes/scores, by its name without .toml, or a path
     # samples to draw, spread evenly over the classes; 0 draws none, None is 1000 from a score network
@@ -112,7 +113,14 @@ LAYOUT = Layout(
     },
 )
 NOT_SAVED = ("out", "resume", "recipe", "download", "audit", "eps", "norm", "human_labels", "posterior_from")
-OF_FILE = ("data", "limit", "image_size", "posterior", "posterior_settings")  # a posterior.pt knows them
+OF_FILE = (
+    "data",
+    "limit",
+    "image_size",
+    "validation_size",
+    "posterior",
+    "posterior_settings",
+)  # a posterior.pt knows them
 RANGES: dict[str, config.Check] = {
     "samples": (lambda v: v is None or v == 0 or v >= 10, "0 (none), or at least 10"),
     "steps_per_level": (lambda v: v >= 1, "at least 1"),
@@ -122,6 +130,7 @@ RANGES: dict[str, config.Check] = {
     "save_minutes": config.RANGES["save_minutes"],
     "limit": config.RANGES["limit"],
     "image_size": config.RANGES["image_size"],
+    "validation_size": config.RANGES["validation_size"],
     "seed": config.RANGES["seed"],
     "threads": config.RANGES["threads"],
 }
@@ -217,6 +226,7 @@ def settings_of_file(path: Path) -> ScoreSettings:
         data_root=None if root is None else Path(root),
         limit=saved.get("limit", 0),
         image_size=saved.get("image_size"),
+        validation_size=saved.get("validation_size"),
         posterior=name,
         posterior_settings=posteriors.settings_from(path, PosteriorSettings(name)),
     )
@@ -244,12 +254,11 @@ def flat(table: dict[str, Any]) -> dict[str, Any]:
 def run(settings: ScoreSettings, device: torch.device) -> None:
     if settings.precision == "tf32" and device.type != "cuda":
         raise InputError(f"precision: 'tf32' on {device}, allowed: auto, float32 or bfloat16, or a CUDA device")
-    saved = checkpoint.load(settings.posterior_from)["settings"] if settings.posterior_from else {}
     source = DataSettings(
         settings.data,
         settings.limit,
         root=settings.data_root,
-        validation_size=saved.get("validation_size"),
+        validation_size=settings.validation_size,
         download=settings.download,
         image_size=settings.image_size,
     )
@@ -339,8 +348,9 @@ def trained(
 ) -> tuple[Posterior, float]:
     """The posterior with its networks trained, saved as posterior.pt, and the seconds that this took."""
     about = {**tables.plain(resolved), "data": settings.data, "limit": settings.limit}
-    if settings.image_size is not None:
-        about["image_size"] = settings.image_size
+    for name in ("image_size", "validation_size"):
+        if (value := getattr(settings, name)) is not None:
+            about[name] = value
     if distributed.rank() == 0:
         sizes = ", ".join(f"{count} {name}" for name, count in loaded.sizes.items())
         print(f"{settings.posterior.replace('_', ' ')} of {settings.data}: {sizes}; {speed}; folder {out}")
@@ -396,8 +406,8 @@ def command_of(settings: ScoreSettings, resolved: PosteriorSettings, best: audit
     """The command of training.run that reads these networks as the audit chose, or else trains those that it chose."""
     chosen = best.settings
     words = ["python", "-m", "training.run", "--objective", "score_direct", "--data", settings.data]
-    for name in ("data_root", "limit", "image_size", "norm", "eps"):
-        if value := getattr(settings, name):
+    for name in ("data_root", "limit", "image_size", "validation_size", "norm", "eps"):
+        if (value := getattr(settings, name)) not in (None, 0):
             words += [f"--{name.replace('_', '-')}", str(value)]
     words += ["--posterior", chosen["posterior"]]
     changes = chosen["posterior_settings"]

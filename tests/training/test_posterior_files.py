@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from scorematch.matching import fit_temperature
-from scorematch.posteriors import KernelDensity, NoiseConditionalClassifier, Posterior, ScoreNetwork
+from scorematch.posteriors import KernelDensity, NoiseConditionalClassifier, Posterior
 from scorematch.posteriors.base import PointwisePosterior
 from training import data
 from training.data import DataSettings
@@ -72,24 +72,35 @@ def test_a_file_brings_its_settings(
     assert torch.equal(traces[0].log_p, traces[1].log_p)
 
 
-def test_a_file_is_read_at_another_noise_level(saved: Callable[..., FromFile], digits: data.Data) -> None:
-    """Its networks stay, and its anchor is that of the new level."""
+def parts_of(digits: data.Data, folds: int) -> list[tuple[torch.Tensor, ...]]:
+    """What each member learned from, and what was held out: points and labels."""
+    x, y = digits.x_train, digits.y_train
+    if folds == 1:
+        return [(x, y, digits.x_validation, digits.y_validation)]
+    fold_of = posteriors.folds_of(y, folds)
+    return [(x[fold_of != fold], y[fold_of != fold], x[fold_of == fold], y[fold_of == fold]) for fold in range(folds)]
+
+
+@pytest.mark.parametrize("folds", [1, 2])
+@pytest.mark.parametrize("anchor", ["classifier", "kernel_density"])
+def test_a_file_is_read_at_another_noise_level(
+    saved: Callable[..., FromFile], digits: data.Data, anchor: str, folds: int
+) -> None:
+    """Its networks stay, and its anchors are those of the new level."""
     x, y = digits.x_test[:8], digits.y_test[:8]
-    for anchor in ("classifier", "kernel_density"):
-        file = saved("score_network", anchor=anchor, sigma=0.3)
-        moved = read(file, PosteriorSettings("score_network", sigma=0.6), digits)
-        assert isinstance(moved, ScoreNetwork)
-        assert isinstance(file.posterior, ScoreNetwork)
-        assert torch.equal(moved.denoiser.all_scores(x, 0.6), file.posterior.denoiser.all_scores(x, 0.6))
+    file = saved("score_network", anchor=anchor, sigma=0.3, folds=folds)
+    moved = read(file, PosteriorSettings("score_network", sigma=0.6), digits)
+    pairs = zip(posteriors.members_of(file.posterior), posteriors.members_of(moved), strict=True)
+    for (old, new), (points, labels, *held_out) in zip(pairs, parts_of(digits, folds), strict=True):
+        assert torch.equal(new.denoiser.all_scores(x, 0.6), old.denoiser.all_scores(x, 0.6))
         expected: PointwisePosterior
         if anchor == "classifier":
-            network = file.posterior.anchor.network  # type: ignore[union-attr]
-            plain = NoiseConditionalClassifier(network, num_classes=10, sigma=0.6)
-            temperature = fit_temperature(plain.log_prob, digits.x_validation, digits.y_validation, repeats=1)
-            expected = NoiseConditionalClassifier(network, num_classes=10, sigma=0.6, temperature=temperature)
+            plain = NoiseConditionalClassifier(old.anchor.network, num_classes=10, sigma=0.6)
+            temperature = fit_temperature(plain.log_prob, *held_out, repeats=1)
+            expected = NoiseConditionalClassifier(plain.network, num_classes=10, sigma=0.6, temperature=temperature)
         else:
-            expected = KernelDensity(digits.x_train, digits.y_train, num_classes=10, sigma=0.6)
-        assert torch.equal(moved.trace(x, y).log_p, expected.log_prob(x))
+            expected = KernelDensity(points, labels, num_classes=10, sigma=0.6)
+        assert torch.equal(new.trace(x, y).log_p, expected.log_prob(x))
 
 
 @pytest.mark.parametrize(("name", "folds"), [("noise_conditional_classifier", 1), ("joint_energies", 2)])
@@ -99,28 +110,24 @@ def test_classifiers_are_read_at_another_noise_level(
     """Each has the temperature of the new level, chosen on what it has not seen."""
     file = saved(name, folds=folds, sigma=0.2, steps=60, width=64)
     moved = read(file, PosteriorSettings(name, sigma=0.5), digits)
-    x, y, fold_of = digits.x_train, digits.y_train, posteriors.folds_of(digits.y_train, folds)
-    held_out = [(digits.x_validation, digits.y_validation)]
-    if folds > 1:
-        held_out = [(x[fold_of == fold], y[fold_of == fold]) for fold in range(folds)]
-    members = [list(p.members) if folds > 1 else [p] for p in (file.posterior, moved)]  # type: ignore[arg-type]
-    for old, new, own in zip(*members, held_out, strict=True):
-        plain = NoiseConditionalClassifier(old.network, num_classes=10, sigma=0.5)  # type: ignore[arg-type]
-        temperature = fit_temperature(plain.log_prob, *own, repeats=1)
+    pairs = zip(posteriors.members_of(file.posterior), posteriors.members_of(moved), strict=True)
+    for (old, new), (_, _, *held_out) in zip(pairs, parts_of(digits, folds), strict=True):
+        plain = NoiseConditionalClassifier(old.network, num_classes=10, sigma=0.5)
+        temperature = fit_temperature(plain.log_prob, *held_out, repeats=1)
         expected = NoiseConditionalClassifier(plain.network, num_classes=10, sigma=0.5, temperature=temperature)
-        assert float(new.temperature) != float(old.temperature)  # type: ignore[arg-type]
-        assert torch.equal(new(x[:8]), expected(x[:8]))  # type: ignore[operator]
+        assert float(new.temperature) != float(old.temperature)
+        assert torch.equal(new(digits.x_test[:8]), expected(digits.x_test[:8]))
 
 
-def test_a_file_is_read_with_another_anchor(saved: Callable[..., FromFile], digits: data.Data) -> None:
-    file = saved("score_network", anchor="classifier")
+@pytest.mark.parametrize("folds", [1, 2])
+def test_a_file_is_read_with_another_anchor(saved: Callable[..., FromFile], digits: data.Data, folds: int) -> None:
+    file = saved("score_network", anchor="classifier", folds=folds)
     moved = read(file, PosteriorSettings("score_network", anchor="kernel_density"), digits)
-    assert isinstance(moved, ScoreNetwork)
-    assert isinstance(moved.anchor, KernelDensity)
     x, y = digits.x_test[:8], digits.y_test[:8]
-    torch.testing.assert_close(moved.trace(x, y).log_p, moved.anchor.log_prob(x))
-    assert isinstance(file.posterior, ScoreNetwork)
-    assert torch.equal(moved.scores(x), file.posterior.scores(x))
+    for old, new in zip(posteriors.members_of(file.posterior), posteriors.members_of(moved), strict=True):
+        assert isinstance(new.anchor, KernelDensity)
+        torch.testing.assert_close(new.trace(x, y).log_p, new.anchor.log_prob(x))
+        assert torch.equal(new.scores(x), old.scores(x))
 
 
 @pytest.mark.parametrize(
@@ -129,7 +136,7 @@ def test_a_file_is_read_with_another_anchor(saved: Callable[..., FromFile], digi
         ("score_network", {}, {"width": 32}, "posterior_settings.width: 32, but .* was fitted with 16"),
         ("score_network", {"anchor": "label"}, {"anchor": "classifier"}, "posterior_settings.anchor: 'classifier'"),
         ("joint_energies", {"folds": 2}, {"folds": 4}, "posterior_settings.folds: 4, but .* with 2"),
-        ("score_network", {"folds": 2, "sigma": 0.2}, {"sigma": 0.3}, "posterior_settings.sigma: 0.3, but .* with 0.2"),
+        ("score_network", {"folds": 2}, {"folds": 3}, "posterior_settings.folds: 3, but .* with 2"),
     ],
 )
 def test_what_a_file_was_fitted_with_stays(

@@ -460,8 +460,18 @@ def test_the_posterior_of_a_run_is_audited(call: Any, synthetic: Any) -> None:
     assert ending.status == 0, ending.err
     found = json.loads(Path("run/audit.json").read_text())
     assert (found["points"], found["members"], found["threat_model"]["eps"]) == (17, 2, 0.1)
-    assert "--limit 60 --eps 0.1 --posterior " in ending.out
+    (line,) = [line for line in ending.out.splitlines() if line.startswith("to train with them: ")]
+    words = shlex.split(line)[7:]
+    assert words[words.index("--limit") :][:6] == ["--limit", "60", "--validation-size", "17", "--eps", "0.1"]
+    dry = call("run", *words, "--dry-run")
+    assert dry.status == 0, dry.err
     assert {row["reading"] for row in found["evidence"]} == {"classifier", "kernel_density", "alone"}
+    again = call(
+        "score", *of_data[:4], "--limit", "60", *of_data[4:], *of_posterior[2:], "--samples", "0", "--out", "own"
+    )
+    assert again.status == 0, again.err
+    assert call("score", "--posterior-from", "own/posterior.pt", "--audit").status == 0
+    assert json.loads(Path("own/audit.json").read_text())["points"] == 17
     for options, message in (
         ([*file], "posterior_from: is for --audit, which is not given"),
         ([*file, "--audit", "--data", "toy"], "data: 'toy' contradicts run/posterior.pt"),

@@ -108,13 +108,18 @@ def build(
         posterior = members[0] if len(members) == 1 else Ensemble(members)
     posterior = posterior.to(device)
     if state is not None:
-        anchor = {name: value for name, value in posterior.state_dict().items() if name.startswith("anchor.")}
-        given = any(name.startswith("anchor.") for name in state)
+        own = posterior.state_dict()
+        anchors = {name: own[name] for name in own if _of_anchor(name)}
         try:
-            posterior.load_state_dict(state if given else {**anchor, **state})
+            posterior.load_state_dict(state if any(map(_of_anchor, state)) else {**anchors, **state})
         except RuntimeError as error:
             raise ValueError(f"the saved posterior does not fit: {' '.join(str(error).split())[:200]}") from None
     return posterior
+
+
+def _of_anchor(name: str) -> bool:
+    """Whether it names a tensor of the anchor, in the state of a score network or of the mean of several."""
+    return ".anchor." in f".{name}"
 
 
 Part = tuple[Tensor, Tensor, tuple[Tensor, Tensor]]
@@ -170,9 +175,7 @@ def settings_from(path: Path, given: PosteriorSettings) -> PosteriorSettings:
     known = _saved_settings(checkpoint.load(path), path)
     if known.name != given.name:
         raise InputError(f"posterior_from: {path} holds a {known.name}, expected {given.name}")
-    may_change: tuple[str, ...] = ("sigma",)
-    if known.name == "score_network":
-        may_change = READING if known.number_of_folds == 1 else ()
+    may_change = READING if known.name == "score_network" else ("sigma",)
     changes = {}
     for field in dataclasses.fields(given):
         value, old = getattr(given, field.name), getattr(known, field.name)
@@ -208,7 +211,7 @@ def state_from(
         settings, known = settings.resolved(data.name), _saved_settings(saved, path).resolved(data.name)
         moved = (settings.anchor, settings.sigma) != (known.anchor, known.sigma)
         if settings.name == "score_network" and moved and settings.anchor != "classifier":
-            state = {name: value for name, value in state.items() if not name.startswith("anchor.")}
+            state = {name: value for name, value in state.items() if not _of_anchor(name)}
         posterior = build(settings, data, seed=0, device=device, state=state)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
