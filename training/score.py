@@ -113,14 +113,8 @@ LAYOUT = Layout(
     },
 )
 NOT_SAVED = ("out", "resume", "recipe", "download", "audit", "eps", "norm", "human_labels", "posterior_from")
-OF_FILE = (
-    "data",
-    "limit",
-    "image_size",
-    "validation_size",
-    "posterior",
-    "posterior_settings",
-)  # a posterior.pt knows them
+# A posterior.pt knows these.
+OF_FILE = ("data", "limit", "image_size", "validation_size", "posterior", "posterior_settings")
 RANGES: dict[str, config.Check] = {
     "samples": (lambda v: v is None or v == 0 or v >= 10, "0 (none), or at least 10"),
     "steps_per_level": (lambda v: v >= 1, "at least 1"),

@@ -466,9 +466,8 @@ def test_the_posterior_of_a_run_is_audited(call: Any, synthetic: Any) -> None:
     dry = call("run", *words, "--dry-run")
     assert dry.status == 0, dry.err
     assert {row["reading"] for row in found["evidence"]} == {"classifier", "kernel_density", "alone"}
-    again = call(
-        "score", *of_data[:4], "--limit", "60", *of_data[4:], *of_posterior[2:], "--samples", "0", "--out", "own"
-    )
+    own = ["--limit", "60", "--samples", "0", "--out", "own"]
+    again = call("score", *of_data, *of_posterior[2:], *own)
     assert again.status == 0, again.err
     assert call("score", "--posterior-from", "own/posterior.pt", "--audit").status == 0
     assert json.loads(Path("own/audit.json").read_text())["points"] == 17
