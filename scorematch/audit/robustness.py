@@ -67,7 +67,8 @@ def attacked_log_likelihood(
 
     :func:`scorematch.audit.log_likelihood` moves points in random directions, in which an estimate may err little. This
     moves them where the estimate says that their label is least likely. The label of x is no draw from p(y|x') at a
-    point that was chosen so: a low value can be an error of the estimate, or p_d may turn within B(x).
+    point that was chosen so: a low value can be an error of the estimate, or p_d may turn within B(x). And an estimate
+    that integrates along a path starts at clean x, as in training, which tells it more about the label than x' does.
 
     Args:
         posterior: the estimate. One that is anchored at labels is told the label at clean x.
