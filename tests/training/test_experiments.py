@@ -102,6 +102,7 @@ def test_an_experiment_goes_on_where_it_was(evidence: Path, tmp_path: Path, monk
         return train(*arguments, **options)
 
     monkeypatch.setattr(students, "train", watched)
+    torch.set_num_threads(1)  # as many as a cell has in the program
     mixtures.run(mixtures.Cell("mixture", 120, 0, tmp_path, quick=True, dimension=4))
     assert len(trained) == 2
     again = json.loads(path.read_text())["entries"]
@@ -697,6 +698,10 @@ def test_numbers_written_by_hand_follow_from_the_stored_results() -> None:
     assert f"({own:.2f} against {other:.2f})" in ideas
 
     digits = [cell for cell in stored("real-digits") if cell["eps"] == real_digits.EPS]
+    far = [cell for cell in stored("real-digits") if cell["eps"] == 0.2]
+    assert len(far) == 3
+    assert "**fails**: each is dominated by a surrogate" in real_digits_page.hypotheses(far)[0]
+    assert "a surrogate is then better than each direct setting" in readme
     lines = real_digits_page.hypotheses(digits)
     clean, robust = (
         re.search(name + r" ([-+.\d]+) \[([-+.\d]+), ([-+.\d]+)\]", lines[1]) for name in ("clean", "AutoAttack")
