@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from ..attacks.pgd import ascend
 from ..inputs import check_attack, check_count, check_posterior, check_samples, check_tensor, clean_batch
-from ..posteriors.base import Posterior, Trace, begin_trace
+from ..posteriors.base import Posterior, begin_trace
 from ..threat_model import ThreatModel
 
 LARGE = 1e30  # takes a class out of a softmax; smaller than the largest float32 and bfloat16
@@ -106,15 +104,16 @@ def _attacked(
     clean = at_clean.argmax(1) == y
     robust, lowest = clean.clone(), at_clean.gather(1, y[:, None])[:, 0]
     one_hot = torch.nn.functional.one_hot(y, posterior.num_classes).to(x.dtype)
-    for _ in range(restarts):
+
+    def restart() -> None:
         trace = begin_trace(posterior, x, y)
 
-        def judge(x_adv: Tensor, trace: Trace = trace) -> None:
+        def judge(x_adv: Tensor) -> None:
             trace.move(x_adv)
             robust.logical_and_(trace.log_p.argmax(1) == y)
             torch.minimum(lowest, trace.log_p.gather(1, y[:, None])[:, 0], out=lowest)
 
-        def gradient(x_adv: Tensor, trace: Trace = trace, judge: Callable[[Tensor], None] = judge) -> Tensor:
+        def gradient(x_adv: Tensor) -> Tensor:
             judge(x_adv)
             # The direction of −∇ log p(y|x'), but for a factor: the other classes by their shares, minus the label. As
             # −1 + p(y|x') its weight of the label would lose all digits where p(y|x') rounds to 1.
@@ -122,4 +121,7 @@ def _attacked(
             return trace.pull_back(others - one_hot, torch.zeros_like(x_adv))
 
         judge(ascend(x, gradient, threat_model, steps=steps, generator=generator))
+
+    for _ in range(restarts):
+        restart()
     return clean, robust, lowest
