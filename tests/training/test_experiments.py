@@ -312,6 +312,20 @@ def test_a_direct_setting_stands_unless_a_surrogate_dominates_it() -> None:
     assert "clean +1.0 [+1.0, +1.0], AutoAttack -3.0 [-3.0, -3.0] points" in second
 
 
+def test_score_networks_are_told_of_at_the_smallest_radius() -> None:
+    """Each fold once; the noise of the evidence is as long as the attack, so it differs from radius to radius."""
+
+    def cell(fold: int, eps: float) -> dict[str, Any]:
+        read = {"evidence": {"0.25": -eps}, "settings": {"sigma": eps}}
+        entries: dict[str, Any] = {f"posterior {name}": read for name in ("score", "score_regular", "energy_ensemble")}
+        entries |= {name: {"held_out_over_training": {"0.25": 1.0}} for name in ("memory", "memory regular")}
+        return {"fold": fold, "seed": 0, "eps": eps, "entries": entries}
+
+    told = real_digits_page.memory([cell(fold, eps) for eps in (0.15, 0.2) for fold in range(3)])
+    assert told[4].endswith("| -0.150 ± 0.000 |")
+    assert told[-1].startswith("Evidence chose σ = 0.15 for the first")
+
+
 def test_the_front_over_radii_pairs_runs_of_both() -> None:
     direct, surrogate = "direct:kl score", "trades:kl:4"
 

@@ -293,7 +293,8 @@ def memory_ratios(cells: Sequence[dict[str, Any]], entry: str) -> dict[str, Esti
 
 def memory(cells: Sequence[dict[str, Any]]) -> list[str]:
     """How much of their denoising loss the score networks owe to the images that they were trained on."""
-    # The score networks of a fold and seed are the same at every radius of the training.
+    # The score networks of a fold and seed are the same at every radius; how they are read is told of the smallest.
+    cells = sorted(cells, key=lambda cell: -cell["eps"])
     cells = list({(cell["fold"], cell["seed"]): cell for cell in cells}.values())
     plain, regular = (memory_ratios(cells, entry) for entry in ("memory", "memory regular"))
     used = {
