@@ -26,26 +26,24 @@ from typing import Any, Literal
 import numpy as np
 import tomli_w
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from scorematch import ThreatModel, sampling
 from scorematch.networks import Denoiser
 from scorematch.posteriors import Posterior, ScoreNetwork
 from training import data, generate
-from training.data import Data, DataName, DataSettings, toy
+from training.data import Data, DataName, DataSettings
 from training.engine import checkpoint, distributed, hardware, posteriors, scores
 from training.engine.claims import claimed
 from training.engine.hardware import PrecisionWish, Speed, Switch
-from training.measures import judge
-from training.reports import audit
+from training.measures import judge, toy_scores
+from training.reports import audit, score_network
 from training.settings import command_line, config, tables
 from training.settings.errors import InputError, Interrupted, run_program
 from training.settings.help_page import Layout
 from training.settings.posterior import FITTED, PosteriorSettings
 
 CHUNK = 500  # samples drawn at a time
-ROWS = 20  # classes shown in samples.png
 AUDITED = 2000  # points of each split in the audit of the denoising loss
 RECIPES = config.RECIPES / "scores"
 SMALL = 256  # features of an image up to which the distance of pixels says which image is like another
@@ -449,8 +447,8 @@ def pictured(
 ) -> dict[str, Any]:
     """The scores of the toy beside the true ones, or samples and what a classifier says of them."""
     if settings.data == "toy":
-        plot_toy(posterior).savefig(out / "scores.png", dpi=150)
-        return {"oracle": toy_errors(posterior.denoiser)}
+        score_network.scores_of_toy(posterior).savefig(out / "scores.png", dpi=150)
+        return {"oracle": toy_scores.relative_errors(posterior.denoiser)}
     if not settings.draws:
         return {}
     sampler, options = sampler_of(settings, resolved, posterior.denoiser)
@@ -461,7 +459,8 @@ def pictured(
         distances = judge.frechet_distances(features, x, loaded, settings.seed)
         found |= {f"feature_network_{name}": value for name, value in distances.items()}
     like = (lambda images: images.flatten(1)) if x[0].numel() <= SMALL else judge.features_of(network)
-    save_samples(x, y, loaded, like, out)
+    np.savez_compressed(out / "samples.npz", image=score_network.pixels(x, loaded), label=y.cpu().numpy())
+    score_network.samples_by_class(x, y, loaded, like).savefig(out / "samples.png", dpi=150)
     return {"samples": found}
 
 
@@ -503,93 +502,6 @@ def draw(
         for labels in y.split(CHUNK)
     ]
     return torch.cat(parts).clamp(loaded.lower, loaded.upper), y
-
-
-def pixels(x: Tensor, loaded: Data) -> np.ndarray:
-    """x [N, C, H, W] as uint8 [N, H, W, C]."""
-    scaled = 255 * (x - loaded.lower) / (loaded.upper - loaded.lower)
-    return scaled.round().byte().permute(0, 2, 3, 1).cpu().numpy()
-
-
-def save_samples(x: Tensor, y: Tensor, loaded: Data, like: judge.Features, out: Path) -> None:
-    """samples.npz, and a grid with one row a class beside the training image most like its first sample."""
-    images = pixels(x, loaded)
-    np.savez_compressed(out / "samples.npz", image=images, label=y.cpu().numpy())
-    columns, rows = min(12, len(x) // loaded.num_classes), min(ROWS, loaded.num_classes)
-    figure = Figure(figsize=(0.55 * (columns + 1.6), 0.55 * rows + 0.5), layout="constrained")
-    axes = figure.subplots(rows, columns + 1, gridspec_kw={"wspace": 0.02, "hspace": 0.02})
-    of_training = like(loaded.x_train)
-    for label in range(rows):
-        chosen = x[y == label][:columns]
-        closest = torch.cdist(like(chosen[:1]), of_training).argmin()
-        shown = pixels(torch.cat([chosen, loaded.x_train[closest][None]]), loaded)
-        for column, image in enumerate(shown):
-            axis = axes[label][column]
-            axis.imshow(image, cmap="gray_r", vmin=0, vmax=255)  # the colour map is for images of one channel
-            axis.set_xticks([])
-            axis.set_yticks([])
-            for spine in axis.spines.values():
-                spine.set_edgecolor("#0072b2" if column == columns else "#dddddd")
-        axes[label][0].set_ylabel(str(label), rotation=0, labelpad=10, va="center")
-    figure.suptitle("Samples by class; last column (blue): the training image most like the first", fontsize=10)
-    figure.savefig(out / "samples.png", dpi=150)
-
-
-def toy_errors(denoiser: Denoiser, reach: float = 4.0) -> list[dict[str, float]]:
-    """Relative mean squared error of the learned ∇ log p(y|x) to the oracle's ∇ log p_d(y|x) on |x| < reach.
-
-    The learned scores are centred by the estimator's own posterior, never the oracle's: log p_σ(y|x) is integrated from
-    the learned scores themselves, up to one constant for each class, which the class frequencies of the data fix. Means
-    are over p_d(x, y), and over x uniformly with p_d(y|x).
-    """
-    device = denoiser.center.device
-    x = torch.linspace(-reach, reach, 801, device=device)[:, None]
-    oracle = toy.oracle().to(device)
-    log_p, scores = oracle.log_prob_and_scores(x)
-    p = log_p.exp()
-    truth = scores[..., 0] - (p * scores[..., 0]).sum(1, keepdim=True)
-    density = oracle.log_joint(x).logsumexp(1).exp()[:, None]
-    rows = []
-    for sigma in (0.1, 0.15, 0.2):
-        learned_p, learned = own_posterior(denoiser, x, sigma)
-        centred = learned - (learned_p * learned).sum(1, keepdim=True)
-        row = {"sigma": sigma}
-        for name, weight in (("data_weighted", p * density), ("uniform", p)):
-            error = (weight * (centred - truth).square()).sum() / (weight * truth.square()).sum()
-            row[f"relative_error_{name}"] = error.item()
-        rows.append(row)
-    return rows
-
-
-@torch.no_grad()
-def own_posterior(denoiser: Denoiser, x: Tensor, sigma: float, reach: float = 14.0) -> tuple[Tensor, Tensor]:
-    """p_σ(y|x) [G, L] that the class scores of a one-dimensional denoiser themselves imply, and these scores [G, L].
-
-    log p(x|y) is the cumulative integral of the score, normalised on [−reach, reach]; the priors are those of the toy.
-    """
-    grid = torch.linspace(-reach, reach, 5601, device=x.device)[:, None]
-    scores = denoiser.class_scores(grid, sigma)[..., 0].double()
-    log_density = torch.cumulative_trapezoid(scores, grid.double(), dim=0)
-    log_density = torch.cat([torch.zeros_like(log_density[:1]), log_density])
-    log_density = log_density - torch.logsumexp(log_density, 0, keepdim=True)
-    log_joint = log_density + torch.tensor(toy.PRIORS, dtype=torch.float64, device=x.device).log()
-    index = torch.searchsorted(grid[:, 0], x[:, 0]).clamp(max=len(grid) - 1)
-    return log_joint.softmax(1)[index].float(), denoiser.class_scores(x, sigma)[..., 0]
-
-
-def plot_toy(posterior: ScoreNetwork) -> Figure:
-    """The learned class scores beside the oracle's."""
-    x = torch.linspace(-6, 6, 481)[:, None]
-    truth = toy.oracle().smoothed(posterior.sigma).log_prob_and_scores(x)[1][..., 0]
-    learned = posterior.denoiser.class_scores(x, posterior.sigma)[..., 0].detach()
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axis = figure.subplots()
-    for label, color in enumerate(("#0072b2", "#d55e00")):
-        axis.plot(x[:, 0], truth[:, label], color=color, lw=5, alpha=0.25, label=f"class {label}, exact")
-        axis.plot(x[:, 0], learned[:, label], color=color, lw=1.2, label=f"class {label}, learned")
-    axis.set(xlabel="x", ylabel=f"class score of p_σ, σ = {posterior.sigma:g}", xlim=(-6, 6))
-    axis.legend(frameon=False)
-    return figure
 
 
 def print_result(result: dict[str, Any], out: Path) -> None:

@@ -14,6 +14,8 @@ from training import data, score
 from training.data import DataSettings, toy
 from training.engine import checkpoint, posteriors
 from training.engine.hardware import Speed
+from training.measures import toy_scores
+from training.reports import score_network
 from training.settings.errors import InputError
 from training.settings.posterior import TUNED, PosteriorSettings
 
@@ -334,7 +336,7 @@ def test_score_program_on_the_toy(tmp_path) -> None:  # type: ignore[no-untyped-
 
 
 def test_exact_scores_imply_the_exact_posterior() -> None:
-    """`own_posterior` and `toy_errors` on a denoiser whose scores are right: the error is that of σ alone."""
+    """`own_posterior` and `relative_errors` on a denoiser whose scores are right: the error is that of σ alone."""
 
     class Exact:
         center = torch.zeros(())
@@ -343,9 +345,20 @@ def test_exact_scores_imply_the_exact_posterior() -> None:
             return toy.oracle().smoothed(sigma).log_prob_and_scores(x)[1]
 
     x = torch.linspace(-4, 4, 801)[:, None]
-    p, _ = score.own_posterior(Exact(), x, 0.2)  # type: ignore[arg-type]
+    p, _ = toy_scores.own_posterior(Exact(), x, 0.2)  # type: ignore[arg-type]
     expected = toy.oracle().smoothed(0.2).log_prob(x).exp()
     torch.testing.assert_close(p, expected, rtol=0, atol=2e-3)
-    errors = score.toy_errors(Exact())  # type: ignore[arg-type]
+    errors = toy_scores.relative_errors(Exact())  # type: ignore[arg-type]
     assert [row["relative_error_uniform"] < 0.005 for row in errors] == [True, True, True]
     assert errors[2]["relative_error_uniform"] > errors[0]["relative_error_uniform"] > 1e-7
+
+
+def test_the_toy_is_pictured_on_the_device_of_its_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    posterior = build(PosteriorSettings("score_network", **QUICK), data.load(DataSettings("toy", limit=100)))  # type: ignore[arg-type]
+    exact = toy.oracle()
+    monkeypatch.setattr(toy, "oracle", lambda: exact)
+    with torch.device("meta"):  # what does not say where it belongs lands here
+        figure = score_network.scores_of_toy(posterior)  # type: ignore[arg-type]
+    lines = figure.axes[0].lines
+    assert len(lines) == 4
+    assert all(np.isfinite(np.asarray(line.get_ydata(), float)).all() for line in lines)
