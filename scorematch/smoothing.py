@@ -69,7 +69,8 @@ class SmoothedClassifier:
 
     Each sample has a seed of its own, and its noise is drawn with that seed on the device of x. Apart from rounding in
     the model, the result of a sample therefore does not depend on the rest of the batch, and a sample may be certified
-    alone. Calls on the parts of a data set with one generator give what one call on all of it gives.
+    alone. Calls on the parts of a data set with one generator give what one call on all of it gives. Of a seed the CPU
+    counts the lowest 32 bits, so seeds of your own should differ in these.
 
     Args:
         model: the base classifier, maps [N, …] to logits [N, L]. A module is put into eval mode meanwhile; another
@@ -87,7 +88,7 @@ class SmoothedClassifier:
         check_count("num_classes", num_classes, least=2)
         check_length("sigma", sigma)
         check_count("batch", batch)
-        self.model, self.num_classes, self.sigma, self.batch = model, num_classes, sigma, batch
+        self.model, self.num_classes, self.sigma, self.batch = model, num_classes, sigma, int(batch)
 
     @torch.no_grad()
     def predict(

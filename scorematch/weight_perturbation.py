@@ -84,6 +84,7 @@ class WeightPerturbation:
                 length = gradient.norm()
                 scale = torch.where(length > 0, self.gamma * weight.norm() / length, length)
                 weight.add_(gradient * scale)
+        torch.clear_autocast_cache()  # which holds the weights as they were
 
     def __enter__(self) -> WeightPerturbation:
         self._entered = True
@@ -95,5 +96,6 @@ class WeightPerturbation:
     ) -> None:
         for weight, value in self._saved:
             weight.copy_(value)
+        torch.clear_autocast_cache()
         self._saved.clear()
         self._entered = False

@@ -58,7 +58,7 @@ def log_likelihood(
     check_length("noise", noise, zero=True)
     check_count("repeats", repeats)
     check_seed(seed)
-    generator, of_starts = (torch.Generator(x.device).manual_seed(seed + offset) for offset in (0, 1_000_003))
+    generator, of_starts = (torch.Generator(x.device).manual_seed(int(seed) + offset) for offset in (0, 1_000_003))
     total = x.new_zeros(len(x))
     for _ in range(repeats):
         moved = x + noise * normal_like(x, generator)
@@ -102,7 +102,7 @@ def matching_error(
     check_length("sigma", sigma)
     check_count("repeats", repeats)
     check_seed(seed)
-    generator = torch.Generator(x.device).manual_seed(seed)
+    generator = torch.Generator(x.device).manual_seed(int(seed))
     total = x.new_zeros(len(x))
     for _ in range(repeats):
         omega = normal_like(x, generator)
@@ -149,7 +149,7 @@ def calibration(
     check_length("noise", noise, zero=True)
     check_count("bins", bins)
     check_seed(seed)
-    generator = torch.Generator(x.device).manual_seed(seed)
+    generator = torch.Generator(x.device).manual_seed(int(seed))
     trace = begin_trace(posterior, x, y)
     trace.move(x + noise * normal_like(x, generator))
     return reliability(trace.log_p, y, bins=bins)
@@ -233,7 +233,7 @@ def closed_loop(posterior: Posterior, x: Tensor, y: Tensor, *, length: float, se
         raise ValueError("x must have at least two features, a square needs two directions, got one")
     check_length("length", length)
     check_seed(seed)
-    generator = torch.Generator(x.device).manual_seed(seed)
+    generator = torch.Generator(x.device).manual_seed(int(seed))
     a, b = (normal_like(x, generator).flatten(1) for _ in range(2))
     a = a / a.norm(dim=1, keepdim=True)
     b = b - (a * b).sum(1, keepdim=True) * a
@@ -277,7 +277,7 @@ def martingale(
     if not low < high:
         raise ValueError(f"sigmas must rise, got {sigmas}")
     check_seed(seed)
-    generator = torch.Generator(x.device).manual_seed(seed)
+    generator = torch.Generator(x.device).manual_seed(int(seed))
     first = x + low * normal_like(x, generator)
     second = first + (high**2 - low**2) ** 0.5 * normal_like(x, generator)
     p = begin_trace(finer, first, y).log_p.double().exp()
@@ -345,7 +345,7 @@ def energy_identity(
     check_posterior("what at returns", posterior)
     check_samples(x, y, posterior.num_classes, least=1)
     check_seed(seed)
-    generator = torch.Generator(x.device).manual_seed(seed)
+    generator = torch.Generator(x.device).manual_seed(int(seed))
     energy, slope = 0.0, 0.0
     for _ in range(repeats):
         omega = normal_like(x, generator)

@@ -219,7 +219,7 @@ class ClassificationLoss(MatchingLoss):
         self.network = network
         self.weight = weight
         self.energy = energy
-        self._denoiser = (denoiser,)
+        self._denoiser = (None if denoiser is None else denoiser.eval(),)  # in a tuple it is no submodule
 
     def loss(self, batch: Batch) -> Tensor:
         noisy = batch.x + broadcast(batch.sigma, batch.x) * batch.noise
@@ -294,6 +294,7 @@ class Fitting:
     def update(self) -> None:
         """Update the weights, the learning rate and the average, after a backward pass."""
         self.optimizer.step()
+        torch.clear_autocast_cache()  # or autocast around the whole training would go on with the weights before it
         self.schedule.step()
         self.steps += 1
         # A constant decay begins when the learning rate falls, so that the average forgets the first weights.

@@ -142,7 +142,7 @@ def fit_temperature(
     _check_data(x, y)
     check_length("noise", noise, zero=True)
     _check_counts(seed, repeats, chunk)
-    generator = torch.Generator(x.device).manual_seed(seed)
+    generator = torch.Generator(x.device).manual_seed(int(seed))
     omega = [normal_like(x, generator) for _ in range(repeats)]
     values = torch.cat([logits(part) for o in omega for part in (x + noise * o).split(chunk)]).double()
     check_finite(values, "logits")
@@ -200,7 +200,7 @@ def losses_by_level(
     means = {}
     for sigma in sigmas:
         parts = []
-        generator = torch.Generator(x.device).manual_seed(seed)
+        generator = torch.Generator(x.device).manual_seed(int(seed))
         for _ in range(repeats):
             noise = normal_like(x, generator)
             level = torch.full((len(x),), sigma, dtype=x.dtype, device=x.device)

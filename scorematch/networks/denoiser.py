@@ -55,7 +55,8 @@ class Denoiser(nn.Module):
         self.backbone = backbone
         self.num_classes = num_classes
         self.sigma_data = sigma_data
-        self.register_buffer("center", torch.as_tensor(center, dtype=torch.get_default_dtype()))
+        own = torch.as_tensor(center, dtype=torch.get_default_dtype()).detach()
+        self.register_buffer("center", own.clone(memory_format=torch.contiguous_format))
 
     def forward(self, x: Tensor, sigma: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
         """D(x; σ, y) [N, …] for x [N, …], σ a number or [N], labels int64 [N]; None is the unconditional head."""
@@ -175,7 +176,7 @@ class EmbeddedDenoiser(Denoiser):
         check_count("augmentations", augmentations, least=0)
         check_count("chunk", chunk)
         self.augmentations = augmentations
-        self.chunk = chunk
+        self.chunk = int(chunk)
 
     def forward(self, x: Tensor, sigma: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
         scaled, level = self._scaled(x, sigma)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..divergences import check_kind
-from ..inputs import check_inputs, check_like
+from ..inputs import check_inputs, check_like, check_real
 from ..noise import normal_like
 from ..ops._checks import check_number
 from ..ops.divergence import divergence as divergence_of
@@ -158,6 +159,7 @@ def noise_levels(
         TypeError, ValueError: ``sigma`` is none of these; the values of a tensor are looked at on the CPU only.
     """
     least = "above 0" if positive else "at least 0"
+    check_real(x, batch=False)
 
     def allowed(value: float) -> bool:
         return math.isfinite(value) and (value > 0.0 if positive else value >= 0.0)
@@ -175,11 +177,11 @@ def noise_levels(
         low, high = sigma
         share = torch.empty(len(x), dtype=x.dtype, device=x.device).uniform_(generator=generator)
         return (low**2 + (high**2 - low**2) * share).sqrt()
-    if isinstance(sigma, bool) or not isinstance(sigma, (int, float)):
+    if isinstance(sigma, bool) or not isinstance(sigma, Real):
         raise TypeError(f"sigma must be a number, a range (low, high) or a tensor [N], got {type(sigma).__name__}")
     if not allowed(sigma):
         raise ValueError(f"sigma must be finite and {least}, got {sigma}")
-    return x.new_full((len(x),), sigma)
+    return x.new_full((len(x),), float(sigma))
 
 
 def alignment_of(sigma: float, gamma: float) -> float:

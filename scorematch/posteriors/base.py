@@ -193,7 +193,7 @@ def own_precision(x: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False)
 
 
-def check_point(x: Tensor, own: Tensor, shape: torch.Size | None = None) -> None:
+def check_point(x: Tensor, own: Tensor, shape: torch.Size | None = None, *, any_dtype: bool = True) -> None:
     """Refuse points [N, …] at which a posterior with buffers like ``own`` [M, D] has no value; reads no values.
 
     Args:
@@ -201,6 +201,7 @@ def check_point(x: Tensor, own: Tensor, shape: torch.Size | None = None) -> None
         own: a buffer of the posterior.
         shape: that of one sample of its data, if it has data. Images of another shape may have as many features, in
             another order; flat samples [D] fit all.
+        any_dtype: whether x may be of another dtype than the buffer.
 
     Raises:
         TypeError, ValueError: x has other features, or is of a dtype or on a device that does not fit.
@@ -210,6 +211,8 @@ def check_point(x: Tensor, own: Tensor, shape: torch.Size | None = None) -> None
         raise TypeError(f"x is {x.dtype}; on the CPU it must be torch.float32 or torch.float64")
     if x.device != own.device:
         raise ValueError(f"x is on {x.device} but the posterior is on {own.device}")
+    if not any_dtype and x.dtype != own.dtype:
+        raise TypeError(f"x is {x.dtype} but the posterior is {own.dtype}")
     features = x.shape[1:].numel()
     if features != own.shape[-1]:
         raise ValueError(f"x has {features} features a sample, the mixture {own.shape[-1]}")
@@ -242,6 +245,11 @@ def check_parameters(means: Tensor, **others: Tensor) -> None:
         check_like(name, value, means, value.shape, "means")
     if means.dim() != 3 or not means.numel():
         raise ValueError(f"means must be [L, K, D], got {list(means.shape)}")
+
+
+def owned(parameter: Tensor) -> Tensor:
+    """A copy that nobody else can change, without a graph."""
+    return parameter.detach().clone(memory_format=torch.contiguous_format)
 
 
 def log_shares(weights: Tensor | None, means: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import cast
 
@@ -57,10 +58,13 @@ class Ensemble(Posterior):
         """
         values = []
         for member in self.members:
-            if not isinstance(member, PointwisePosterior):
+            if not isinstance(member, (PointwisePosterior, Ensemble)):
                 raise TypeError(f"{type(member).__name__} has values along a path only: use trace")
             values.append(member.log_prob(x))
-        return torch.stack(values).logsumexp(0) - torch.log(torch.tensor(len(values), dtype=x.dtype))
+        stacked = torch.stack(values)  # [M, N, L]
+        impossible = stacked.isneginf().all(0)  # with every member: the gradient of logsumexp would be NaN
+        total = stacked.masked_fill(impossible, 0.0).logsumexp(0) - math.log(len(values))
+        return total.masked_fill(impossible, -torch.inf)
 
 
 class _EnsembleTrace(Trace):

@@ -16,6 +16,7 @@ from .base import (
     check_point,
     class_sizes,
     log_shares,
+    owned,
 )
 
 NOISES = ("isotropic", "diagonal")
@@ -67,6 +68,7 @@ class FactorAnalysers(ClassScorePosterior):
         if not (noise > 0).all():
             raise ValueError(f"noise must be positive variances, got {float(noise.min()):g}")
         log_weights = log_shares(weights, means)
+        means, factors, noise = owned(means), owned(factors), owned(noise)
         self.num_classes = classes
         self.register_buffer("means", means)
         self.register_buffer("factors", factors)
@@ -212,7 +214,7 @@ class FactorAnalysers(ClassScorePosterior):
         if not (counts > components).all():
             label = int((counts <= components).nonzero()[0])
             raise ValueError(f"class {label} has {int(counts[label])} samples, too few for {components} components")
-        classes = []
+        classes, x = [], x.detach()
         for label in range(num_classes):
             points = x[y == label].flatten(1)
             centre = points.mean(0)
@@ -228,7 +230,7 @@ class FactorAnalysers(ClassScorePosterior):
 
     def _features(self, x: Tensor) -> Tensor:
         """[N, D], relative to the centre."""
-        check_point(x, self.means)
+        check_point(x, self.means, any_dtype=False)
         return x.flatten(1) - self._centre
 
     def _project(self, features: Tensor) -> tuple[Tensor, Tensor]:

@@ -42,7 +42,7 @@ class KernelDensity(ClassScorePosterior):
         self.num_classes = num_classes
         self.sigma = sigma
         self._shape = x.shape[1:]
-        self.register_buffer("points", x.flatten(1)[y.argsort(stable=True)].clone())  # sorted by class
+        self.register_buffer("points", x.detach().flatten(1)[y.argsort(stable=True)])  # sorted by class
         self.register_buffer("class_sizes", counts)
         self._sizes: list[int] = counts.tolist()  # a query must not wait for the device to tell them
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..inputs import check_count
-from .base import ClassScorePosterior, check_deviation, check_parameters, check_point, log_shares
+from .base import ClassScorePosterior, check_deviation, check_parameters, check_point, log_shares, owned
 
 
 class GaussianMixture(ClassScorePosterior):
@@ -32,6 +32,7 @@ class GaussianMixture(ClassScorePosterior):
     def __init__(self, means: Tensor, covariances: Tensor, weights: Tensor | None = None) -> None:
         super().__init__()
         check_parameters(means, covariances=covariances)
+        means, covariances = owned(means), owned(covariances)
         classes, _, dimension = means.shape
         log_weights = log_shares(weights, means)
         full = _full_covariances(means, covariances)
@@ -95,7 +96,7 @@ class GaussianMixture(ClassScorePosterior):
         return x, index // self.means.shape[1]
 
     def _difference(self, x: Tensor) -> Tensor:
-        check_point(x, self.means)
+        check_point(x, self.means, any_dtype=False)
         return x.flatten(1)[:, None, None, :] - self.means
 
 

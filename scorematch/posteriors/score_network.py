@@ -47,7 +47,8 @@ class ScoreNetwork(Posterior):
             A whole attack then needs one evaluation of the network. Asks for ``nodes`` = 1.
         top_k: evaluate the scores of the k classes that are most probable at the clean point, 1 ≤ k ≤ L, and take the
             unconditional score for the others; None evaluates all. Only for a
-            :class:`~scorematch.networks.EmbeddedDenoiser`, which is evaluated once for each class.
+            :class:`~scorematch.networks.EmbeddedDenoiser`, which is evaluated once for each class. Labels do not say
+            which of the other classes is probable: without an ``anchor`` k is 1 or L.
 
     Raises:
         ValueError: an argument is outside its range.
@@ -85,6 +86,11 @@ class ScoreNetwork(Posterior):
                 raise ValueError(f"top_k must lie between 1 and {denoiser.num_classes} classes, got {top_k}")
             if centering == "network":
                 raise ValueError(f"top_k needs centering='posterior', got {centering!r}")
+            if anchor is None and 1 < top_k < denoiser.num_classes:
+                raise ValueError(
+                    f"top_k must be 1 or {denoiser.num_classes} without an anchor, as labels do not say which other "
+                    f"classes are probable, got {top_k}"
+                )
         if anchor is not None and anchor.num_classes != denoiser.num_classes:
             raise ValueError(f"anchor has {anchor.num_classes} classes, the denoiser {denoiser.num_classes}")
         self.denoiser = denoiser.eval().requires_grad_(False)

@@ -207,7 +207,8 @@ def test_top_k_of_all_classes_is_all_of_them() -> None:
     backbone = MLPBackbone((6,), 6, width=16, depth=1, conditions=4)
     denoiser = EmbeddedDenoiser(backbone, num_classes=4, sigma_data=1.0)
     x, y = torch.randn(8, 6), torch.arange(8) % 4
-    traces = [ScoreNetwork(denoiser, sigma=0.5, top_k=k).trace(x, y) for k in (None, 4, 2)]
+    anchor = KernelDensity(x, y, num_classes=4, sigma=1.0)
+    traces = [ScoreNetwork(denoiser, sigma=0.5, anchor=anchor, top_k=k).trace(x, y) for k in (None, 4, 2)]
     for trace in traces:
         trace.move(x + 0.3)
     torch.testing.assert_close(traces[1].log_p, traces[0].log_p)
@@ -216,6 +217,7 @@ def test_top_k_of_all_classes_is_all_of_them() -> None:
         "top_k must lie between 1 and 4 classes, got 5": {"top_k": 5},
         "top_k needs centering='posterior'": {"top_k": 2, "centering": "network"},
         "nodes must be 1 where": {"linear": True, "nodes": 2},
+        "top_k must be 1 or 4 without an anchor, .* got 2": {"top_k": 2},
     }.items():
         with pytest.raises(ValueError, match=message):
             ScoreNetwork(denoiser, sigma=0.5, **settings)
@@ -399,6 +401,32 @@ def test_an_ensemble_has_a_gradient_where_a_class_is_out_of_reach() -> None:
     trace = Ensemble(members).trace(torch.ones(1, 1), labels[:1])
     assert trace.log_p.tolist() == [[0.0, -math.inf]]
     assert trace.pull_back(torch.ones(1, 2), torch.zeros(1, 1)).isfinite().all()
+
+
+class Masked(torch.nn.Module):
+    """A class that is impossible everywhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) + torch.tensor([0.0, 0.0, -math.inf])
+
+
+def test_an_ensemble_can_be_attacked_where_no_member_allows_a_class() -> None:
+    torch.manual_seed(0)
+    member = NoiseConditionalClassifier(Masked(), num_classes=3, sigma=0.3)
+    x, found = torch.rand(5, 6), []
+    for model in (member, Ensemble([member, member]), Ensemble([Ensemble([member]), member])):
+        point = x.clone().requires_grad_()
+        log_p = model(point)
+        assert log_p[:, 2].tolist() == [-math.inf] * 5
+        found.append((log_p.detach(), torch.autograd.grad(log_p[:, 0].sum(), point)[0]))
+    assert found[0][1].abs().max() > 0
+    for log_p, gradient in found[1:]:
+        torch.testing.assert_close(log_p, found[0][0])
+        torch.testing.assert_close(gradient, found[0][1])
 
 
 def test_a_class_whose_weight_vanishes_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from library_models import mixture, plain_divergence, small_cnn, smooth_mlp
@@ -313,3 +314,10 @@ def test_what_an_outcome_holds() -> None:
     assert outcome.metrics.keys() == {"accuracy", "natural", "noisy"}
     assert not any(metric.requires_grad or metric.dim() for metric in outcome.metrics.values())
     assert len(objectives.gaussian(small_cnn(), x[:0], y[:0], sigma=(0.1, 0.2), alignment=0.1).loss) == 0
+
+
+def test_levels_are_of_the_dtype_of_x() -> None:
+    x = torch.zeros(3, 2)
+    assert torch.equal(objectives.noise_levels(x, np.float32(0.5)), torch.full((3,), 0.5))
+    with pytest.raises(TypeError, match="x must be floating point"):  # 0.1 would be 0
+        objectives.noise_levels(x.long(), 0.1)

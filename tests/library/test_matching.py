@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from library_models import mixture
@@ -490,3 +491,34 @@ def test_a_temperature_needs_finite_logits() -> None:
     x, y = toy(4)
     with pytest.raises(ValueError, match="logits must be finite, got 16 values that are NaN or infinite"):
         matching.fit_temperature(lambda z: torch.tensor([0.0, -math.inf]).expand(len(z), 2), x, y)
+
+
+def test_autocast_around_a_training_sees_its_steps() -> None:
+    """Its cache would give each step the weights that the first one began with."""
+    x, y = torch.rand(64, 6, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 3
+
+    def fitted(cached: bool) -> dict[float, float]:
+        torch.manual_seed(0)
+        network = MLPBackbone((6,), 3, width=16, depth=1)
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=cached):
+            fit = Fit(steps=30, batch_size=32, lr=1e-2, averaging=0.0)
+            fit_classifier(network, x, y, fit, generator=torch.Generator().manual_seed(1))
+        return matching.losses_by_level(network, x, y, (0.1,))
+
+    assert fitted(True)[0.1] == pytest.approx(fitted(False)[0.1], rel=1e-3)
+
+
+def test_the_fixed_denoiser_of_a_classifier_drops_nothing() -> None:
+    denoiser = Denoiser(MLPBackbone((6,), 24, width=16, depth=1, dropout=0.5), num_classes=3, sigma_data=1.0)
+    loss = matching.ClassificationLoss(MLPBackbone((6,), 3, width=16, depth=1), 1.0, denoiser.train())
+    assert not any(module.training for module in denoiser.modules())
+    assert loss.training
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    x, y, network = torch.rand(8, 6), torch.arange(8) % 3, MLPBackbone((6,), 3, width=8, depth=1)
+    found, expected = (matching.losses_by_level(network, x, y, (0.1,), seed=seed) for seed in (np.int64(3), 3))
+    assert found == expected
+    backbone = MLPBackbone((6,), 6, width=8, depth=1, conditions=3)
+    denoiser = EmbeddedDenoiser(backbone, num_classes=3, sigma_data=1.0, chunk=np.int64(2))
+    assert denoiser.class_scores(x, 0.3).shape == (8, 3, 6)

@@ -245,3 +245,17 @@ def test_conditions_that_a_network_was_not_made_for(count: int) -> None:
     network = MLPBackbone((4,), 3, width=8, depth=1, conditions=count)
     with pytest.raises(ValueError, match=rf"conditions must be \[N, K\] = \[5, {count}\], got \[5, 3\]"):
         network(torch.zeros(5, 4), torch.zeros(5), torch.zeros(5, 3))
+
+
+def test_a_denoiser_owns_its_centre() -> None:
+    center = torch.full((6,), 0.5, requires_grad=True)
+    denoisers = [Denoiser(MLPBackbone((6,), 24, width=4), num_classes=3, sigma_data=1.0, center=center) for _ in "ab"]
+    state = {**denoisers[0].state_dict(), "center": torch.zeros(6)}
+    denoisers[0].load_state_dict(state)
+    assert center.tolist() == denoisers[1].center.tolist() == [0.5] * 6
+    assert not denoisers[1].center.requires_grad
+    # One number, expanded, is one place in memory: nothing could be loaded into it.
+    expanded = Denoiser(
+        MLPBackbone((6,), 24, width=4), num_classes=3, sigma_data=1.0, center=torch.tensor(0.5).expand(6)
+    )
+    expanded.load_state_dict(state)

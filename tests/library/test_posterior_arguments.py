@@ -117,6 +117,45 @@ def test_the_number_of_classes_whose_scores_are_read(top_k: int) -> None:
     assert [score_network(top_k=k).top_k for k in (1, 4)] == [1, 4]
 
 
+@pytest.mark.parametrize(
+    "build",
+    [
+        GaussianMixture,
+        lambda means, noise: GaussianMixture(means, noise[..., None, None] * torch.eye(3)),
+        lambda means, noise: FactorAnalysers(means, torch.ones(2, 1, 3, 1), noise),
+    ],
+)
+def test_a_mixture_owns_its_parameters(build: Any) -> None:
+    means, noise = torch.rand(2, 1, 3, requires_grad=True), torch.ones(2, 1)
+    mixture, other = build(means, noise), build(torch.rand(2, 1, 3), noise)
+    smoothed, before = mixture.smoothed(0.5), {name: value.clone() for name, value in mixture.state_dict().items()}
+    smoothed.load_state_dict(other.state_dict())
+    with torch.no_grad():
+        means.mul_(0.0)
+        noise.mul_(2.0)
+    assert all(torch.equal(value, before[name]) for name, value in mixture.state_dict().items())
+    assert not any(value.requires_grad for value in mixture.state_dict().values())
+
+
+def test_a_kernel_density_takes_no_graph_with_it() -> None:
+    assert not KernelDensity(X.clone().requires_grad_() * 1.0, Y, num_classes=2, sigma=1.0).points.requires_grad
+    fitted = FactorAnalysers.fit(
+        torch.rand(20, 3, requires_grad=True), Y.repeat(5), num_classes=2, components=1, rank=1
+    )
+    assert not fitted.means.requires_grad
+
+
+@pytest.mark.parametrize("own", [torch.float32, torch.float64])
+def test_the_dtype_of_x_is_that_of_a_mixture(own: torch.dtype) -> None:
+    given = torch.float64 if own == torch.float32 else torch.float32
+    means, ones = MEANS.to(own), ONES.to(own)
+    for mixture in (GaussianMixture(means, ones), FactorAnalysers(means, torch.ones(2, 1, 3, 1, dtype=own), ones)):
+        for ask in (mixture.log_joint, mixture, lambda x, mixture=mixture: mixture.trace(x, Y)):
+            with pytest.raises(TypeError, match=f"x is {given} but the posterior is {own}"):
+                ask(X.to(given))
+            ask(X.to(own))
+
+
 def test_labels_of_an_anchor_are_probabilities() -> None:
     network, low = score_network(), torch.tensor([[-0.2, 0.4, 0.4, 0.4]]).expand(4, 4)
     with pytest.raises(ValueError, match=r"y must be probabilities \[N, L\], got values in \[-0.2.*, 0.4.*\]"):

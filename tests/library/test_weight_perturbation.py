@@ -88,6 +88,24 @@ def test_objectives_take_their_loss_at_perturbed_weights(name: str) -> None:
         torch.testing.assert_close(found, value, rtol=1e-3, atol=1e-5)
 
 
+def test_autocast_sees_the_weights_move() -> None:
+    """Its cache holds the weights in half precision, first those of the attack."""
+    x, y = samples()
+    model = small_cnn()
+
+    def run(cached: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=cached):
+            with WeightPerturbation(model, 0.3) as weights:
+                outcome = objectives.pgd_at(
+                    model, x, y, threat_model=ThreatModel("linf", 0.1), steps=2, weights=weights, generator=generator
+                )
+            return outcome.loss.detach(), model(x).detach()
+
+    for found, expected in zip(run(True), run(False), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_batch_norm_counts_the_training_pass_alone(training: bool) -> None:
     x, y = samples()

@@ -98,6 +98,8 @@ class PosteriorSettings:
             raise ValueError(f"noise_mean, noise_deviation: {given} out of range, allowed: finite, the second above 0")
         if self.top_k is not None and self.classes != "embedding":
             raise ValueError(f"top_k: {self.top_k} with classes {self.classes!r}, allowed: with embedding")
+        if self.top_k not in (None, 1) and self.anchor == "label":
+            raise ValueError(f"top_k: {self.top_k} with anchor 'label', to which other classes are alike, allowed: 1")
         if self.linear and self.nodes > 1:
             raise ValueError(f"nodes: {self.nodes} with linear, which reads the scores once, allowed: 1")
         if self.smoothing is not None and not 0.0 < self.smoothing < 1.0:
