@@ -209,7 +209,7 @@ def _refuse_another_run(job: Job, settings: CompareSettings) -> None:
         "divergence": entry.divergence,
         "posterior": entry.posterior,
         "soft_targets": entry.soft,
-        "generated": settings.generated if entry.generated else (),
+        "generated": tuple(path.absolute() for path in settings.generated) if entry.generated else (),
         "data": settings.data,
         "seed": job.seed,
         "out": job.out,

@@ -14,9 +14,11 @@ autoattack.pt exists only until AutoAttack is finished.
 import dataclasses
 import io
 import itertools
+import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,11 @@ from training.settings.config import RunSettings
 from training.settings.errors import InputError, Interrupted, StopError, out_of_memory, run_program
 
 STATE = "autoattack.pt"  # how far AutoAttack has come
+# What a run would take for its own, if it were there.
+GOES_ON_FROM = (
+    *("checkpoint.pt", "best.pt", "posterior.pt", "metrics.jsonl", "summary.json", STATE),
+    *("score-network", "classifier", "fold-*"),
+)
 AUDITED = 500  # test samples on which the posterior is attacked itself
 FOOLED, FOOLED_AMONG = 8, 256  # images that fool the network, shown in the report, among the first so many of the test
 PATH_SAMPLES = 4  # test samples whose posteriors are followed along an attack, for the report
@@ -90,7 +97,9 @@ def run(settings: RunSettings, device: torch.device) -> None:
         weights=fresh,
     ).to(device)
 
-    given = read_posterior(settings, settings.posterior_from, loaded) if settings.posterior_from else None
+    given = None
+    if settings.posterior_from is not None and not has_posterior(settings.resume):
+        given = read_posterior(settings, settings.posterior_from, loaded)
 
     with ExitStack() as claims:
         out = distributed.by_first(lambda: prepare_folder(settings, claims))
@@ -124,37 +133,68 @@ def leave_if_empty(out: Path) -> None:
         out.rmdir()
 
 
+def has_posterior(folder: Path | None) -> bool:
+    """Whether a run that goes on in this folder has its own posterior.pt already."""
+    return folder is not None and (folder / "posterior.pt").exists()
+
+
 def saved(settings: RunSettings, out: Path) -> str:
     """How far an interrupted run has come, and how to go on."""
-    last = len(checkpoint.read_metrics(out / "metrics.jsonl"))
-    return f"{last} of {settings.epochs} epochs are saved; continue with: python -m training.run --resume {out}"
+    path = out / "checkpoint.pt"
+    last = checkpoint.epoch_of(path) if path.exists() else 0
+    command = shlex.join(["python", "-m", "training.run", "--resume", str(out)])
+    return f"{last} of {settings.epochs} epochs are saved; continue with: {command}"
 
 
 def prepare_folder(settings: RunSettings, claims: ExitStack) -> Path:
     """The folder of the run, claimed, with its config.toml. An earlier run in it is continued only if asked for."""
-    out = settings.resume or settings.out or fresh_folder(settings)
+    content = tomli_w.dumps(config.as_table(settings))
+    out = settings.resume or settings.out or begun_before(settings, content) or fresh_folder(settings)
     claims.enter_context(claimed(out))
+    path = out / "config.toml"
     if settings.resume is not None:
+        saved, now = config.read_toml(path), config.as_table(settings)
+        if any(saved.get(name) != now.get(name) for name in config.MAY_MOVE):
+            checkpoint.write_atomically(path, content)
         return out
-    config_of_run = tomli_w.dumps(config.as_table(settings))
-    if (out / "config.toml").exists():
-        if distributed.restarts() and (out / "config.toml").read_text() == config_of_run:
+    if path.exists():
+        if distributed.restarts() and path.read_text() == content:
             return out
         raise InputError(f"out: {out} holds a run already, give --resume {out} or another folder")
-    checkpoint.write_atomically(out / "config.toml", config_of_run)
+    if left := sorted(found.name for pattern in GOES_ON_FROM for found in out.glob(pattern)):
+        raise InputError(f"out: {out} holds {', '.join(left)} without a config.toml, allowed: another folder")
+    checkpoint.write_atomically(path, content)
     return out
 
 
-def fresh_folder(settings: RunSettings) -> Path:
-    """A new folder in runs/, named after what matters most."""
+def usual_folders(settings: RunSettings) -> Iterator[Path]:
+    """Where a run goes by itself: folders in runs/, named after what matters most, and numbered."""
     parts = [data.slug(settings.data), settings.objective, settings.divergence]
     if settings.posterior is not None:
         parts.append(settings.posterior)
     if settings.soft_targets:
         parts.append("soft")
     name = "-".join([*parts, f"seed{settings.seed}"])
-    for number in itertools.count(1):
-        out = Path("runs") / (name if number == 1 else f"{name}-{number}")
+    yield Path("runs") / name
+    for number in itertools.count(2):
+        yield Path("runs") / f"{name}-{number}"
+
+
+def begun_before(settings: RunSettings, content: str) -> Path | None:
+    """Where this run has begun, if torchrun has started it again: the last folder with these settings, unfinished."""
+    if not distributed.restarts():
+        return None
+    found = None
+    for out in itertools.takewhile(Path.exists, usual_folders(settings)):
+        path = out / "config.toml"
+        if path.exists() and not (out / "summary.json").exists() and path.read_text() == content:
+            found = out
+    return found
+
+
+def fresh_folder(settings: RunSettings) -> Path:
+    """The first of the usual folders that there is not yet, made."""
+    for out in usual_folders(settings):
         try:
             out.mkdir(parents=True)  # by this program, even if another one is looking for a name, too
         except FileExistsError:
@@ -259,7 +299,7 @@ def read_posterior(settings: RunSettings, path: Path, loaded: Data) -> dict[str,
         value, expected = saved["settings"].get(name), getattr(settings, name)
         if value not in (None, expected):
             raise InputError(f"posterior_from: {path} is of {name} {value!r}, expected {expected!r} as in this run")
-    data.check_record(saved.get("data"), loaded, path)
+    data.check_record(saved.get("data"), loaded, path, exact=True)  # it may know what is test data here
     return posteriors.state_from(path, settings.posterior_settings, loaded)
 
 
@@ -268,8 +308,9 @@ def get_posterior(settings: RunSettings, loaded: Data, given: dict[str, Any] | N
     path = out / "posterior.pt"
     state = read_posterior(settings, path, loaded) if path.exists() else given
     about = {**tables.plain(settings.posterior_settings), "data": settings.data, "limit": settings.limit}
-    if settings.validation_size is not None:
-        about["validation_size"] = settings.validation_size
+    for name in ("image_size", "validation_size"):
+        if (value := getattr(settings, name)) is not None:
+            about[name] = value
     device = loaded.x_train.device
     speed = speed_of_posterior(settings, hardware.hardware_of(device))
     hardware.prepare(device, speed.precision, deterministic=settings.deterministic)  # it may have to be trained
@@ -424,6 +465,8 @@ def attack_with_ensemble(settings: RunSettings, loaded: Data, network: nn.Module
         seed=settings.seed,
         version=settings.autoattack,
         compile=settings.autoattack_compile,
+        lower=loaded.lower,
+        upper=loaded.upper,
     )
     report = measures.autoattack(adversary, loaded.x_test[:count], loaded.y_test[:count], state=out / STATE)
     return {

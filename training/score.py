@@ -274,7 +274,7 @@ def run(settings: ScoreSettings, device: torch.device) -> None:
     if 0 < settings.draws < loaded.num_classes:
         raise InputError(f"samples: {settings.draws}, allowed: at least {loaded.num_classes}, one of each class")
     features = judge.load_features(settings.feature_network, device) if settings.feature_network else None
-    resolved = config.resolved_posterior(settings.posterior_settings, settings.data, loaded.input_shape)
+    resolved = config.resolved_posterior(settings.posterior_settings, settings.data, loaded.format)
     with ExitStack() as claims:
         out = distributed.by_first(lambda: prepare_folder(settings, claims))
         finished = (out / "score.json").exists()
@@ -299,7 +299,7 @@ def run(settings: ScoreSettings, device: torch.device) -> None:
 
 def audit_file(settings: ScoreSettings, path: Path, loaded: Data, people: Tensor | None) -> None:
     """The audit of a posterior that has been fitted before."""
-    data.check_record(checkpoint.load(path).get("data"), loaded, path)
+    data.check_record(checkpoint.load(path).get("data"), loaded, path, exact=True)
     device = loaded.x_train.device
     state = posteriors.state_from(path, settings.posterior_settings, loaded, device)
     posterior = posteriors.build(settings.posterior_settings, loaded, seed=0, device=device, state=state)

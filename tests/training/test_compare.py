@@ -98,7 +98,7 @@ def test_with_generated_images_and_without(call: Any, tiny: list[str], tmp_path:
     folders = [Path(comparison["runs"][name][0]["folder"]) for name in ("pgd_at:kl", "pgd_at:kl:generated")]
     losses = [checkpoint.read_metrics(folder / "metrics.jsonl")[0]["loss"] for folder in folders]
     assert losses[0] != losses[1]
-    assert comparison["settings"]["pgd_at:kl:generated"]["generated"] == ["more.npz"]
+    assert comparison["settings"]["pgd_at:kl:generated"]["generated"] == [str(tmp_path / "more.npz")]
     assert "PGD-AT KL, generated data too" in (tmp_path / "here" / "report.html").read_text()
     assert "2 are finished" in call("compare", *arguments, "--generated", "more.npz", "--", *tiny).out
     for wrong in (["--objectives", "pgd_at:generated"], ["--objectives", "pgd_at", "--generated", "more.npz"]):
@@ -132,7 +132,7 @@ def test_a_comparison_on_the_toy(call: Any, tiny: list[str], tmp_path: Path) -> 
         ("--data toy --autoattack none", "data: toy after --, allowed: digits"),
         ("--posterior kernel_density", "posterior: kernel_density after --, allowed: None"),
         ("--posterior kernel_density --soft-targets", "posterior: kernel_density after --, allowed: None"),
-        ("--generated more.npz", "generated: more.npz after --, allowed: none"),
+        ("--generated more.npz", "more.npz after --, allowed: none"),
         ("--out elsewhere", "out: elsewhere after --, allowed: here/runs/trades-se-seed0"),
     ],
 )

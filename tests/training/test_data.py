@@ -305,6 +305,9 @@ def test_about_half_of_the_images_are_mirrored() -> None:
 def test_a_shift_is_a_crop_of_the_padded_image() -> None:
     x = images()
     out = shifted(x, 4, torch.Generator().manual_seed(1))
+    framed = shifted(x, 4, torch.Generator().manual_seed(1), border=-1.0)
+    assert torch.equal(framed, out.where(framed >= 0, -1.0))
+    assert (framed == -1.0).any()
     padded = torch.nn.functional.pad(x, (4,) * 4)
     offsets = set()
     for image, around in zip(out, padded, strict=True):

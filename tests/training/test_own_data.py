@@ -399,6 +399,53 @@ def test_the_other_programs_on_a_function(mine: Path, call: Any, tiny: list[str]
     assert "data: my_data:points has inputs [5], allowed: images, and the toy" in ending.err
 
 
+def test_a_posterior_of_another_split_is_refused(mine: Path, rewritten: Any, call: Any, tiny: list[str]) -> None:
+    """Its training points may be test points here."""
+    fitted = ["--posterior-settings.steps", "5", "--posterior-settings.width", "8"]
+    options = ["--objective", "score_direct", "--posterior", "noise_conditional_classifier"]
+    options += ["--data", "my_data:grey", *tiny, "--limit", "0"]
+    assert call("run", *options, *fitted, "--out", "first").status == 0
+    rewritten("y = torch.arange(count) % count_of_classes", "y = (torch.arange(count) + 1) % count_of_classes")
+    given = ["--posterior-from", "first/posterior.pt"]
+    for arguments in (["run", *options, *given, "--out", "second"], ["score", *given, "--audit"]):
+        ending = call(*arguments)
+        assert ending.status == 2, ending
+        assert "first/posterior.pt was trained on: other labels, or in another order" in ending.err
+    assert not Path("second").exists()
+
+
+def test_lengths_are_counted_in_the_box_of_images(mine: Path) -> None:
+    mine.write_text(f"{MODULE}\ndef bytes():\n    return blobs((1, 8, 8), 4, upper=255.0)\n")
+    wide, plain = (
+        config.parse(["--objective", "score_direct", "--data", f"my_data:{name}"]) for name in ("bytes", "grey")
+    )
+    assert wide.eps == pytest.approx(255 * plain.eps)
+    for name in ("sigma", "sigma_min", "sigma_max"):
+        levels = [getattr(settings.posterior_settings, name) for settings in (wide, plain)]
+        assert levels[0] == pytest.approx(255 * levels[1])
+    given = config.parse(
+        ["--objective", "score_direct", "--data", "my_data:bytes", "--eps", "3", "--posterior-settings.sigma", "9"]
+    )
+    assert (given.eps, given.posterior_settings.sigma) == (3, 9)
+    vectors = config.parse(["--objective", "pgd_at", "--data", "my_data:points"])
+    assert vectors.eps == 0.1, "their units are anybody's guess"
+
+
+def test_images_in_another_box_are_shifted_and_attacked_within_it(mine: Path, call: Any, tiny: list[str]) -> None:
+    mine.write_text(
+        f"{MODULE}\ndef moved():\n"
+        "    import dataclasses\n"
+        "    data = blobs((1, 8, 8), 4)\n"
+        "    parts = {f'x_{part}': getattr(data, f'x_{part}') + 1 for part in ('train', 'validation', 'test')}\n"
+        "    return dataclasses.replace(data, lower=1.0, upper=2.0, **parts)\n"
+    )
+    tiny[tiny.index("--autoattack") + 1] = "fast"
+    options = ["--data", "my_data:moved", "--shift", "2", "--autoattack-samples", "5"]
+    ending = call("run", "--objective", "pgd_at", *tiny, *options, "--out", "here")
+    assert ending.status == 0, ending
+    assert "AutoAttack accuracy" in ending.out
+
+
 def test_a_split_without_samples(mine: Path, call: Any) -> None:
     weights = ["--model-from", "my_data:head", "--data", "my_data:unvalidated", "--eps", 1]
     ending = call("evaluate", *weights, "--split", "validation")
@@ -671,6 +718,18 @@ def test_the_other_programs_on_a_folder(make: Make, call: Any, tiny: list[str]) 
 
     ending = call("evaluate", "--model-from", "runs/compare-folder/runs/pgd_at-seed0/best.pt", *source, "--eps", "0.1")
     assert ending.status == 0, ending
+
+
+def test_the_posterior_of_a_run_on_resized_images_can_be_audited(make: Make, call: Any, tiny: list[str]) -> None:
+    make(size=(8, 8))
+    quick = ["--posterior-settings.steps", "5", "--posterior-settings.width", "8"]
+    direct = ["--objective", "score_direct", "--posterior", "noise_conditional_classifier", *quick]
+    source = ["--data", "folder", "--data-root", "images", "--image-size", 4]
+    ending = call("run", *direct, *source, *tiny, "--limit", 30, "--out", "here")
+    assert ending.status == 0, ending
+    ending = call("score", "--posterior-from", "here/posterior.pt", "--audit")
+    assert ending.status == 0, ending
+    assert Path("here/audit.html").exists()
 
 
 # The worked example.

@@ -162,7 +162,7 @@ def test_direct_on_the_digits(
         "run", *options, *tiny, "--limit", "90", "--posterior-from", "here/posterior.pt", "--out", "elsewhere"
     )
     assert ending.status == 2
-    assert "posterior_from: here/posterior.pt is of limit 100, expected 90 as in this run" in ending.err
+    assert "here/posterior.pt is of limit 100, expected 90 as in this run" in ending.err
     assert not Path("elsewhere").exists()
 
 
@@ -315,6 +315,89 @@ def test_a_folder_with_a_run_is_not_overwritten(call: Any, tiny: list[str], tmp_
     for option, value in (("recipe", "table2"), ("out", "elsewhere")):
         ending = call("run", "--resume", "here", f"--{option}", value)
         assert (ending.status, f"{option}: " in ending.err and "with --resume, allowed: " in ending.err) == (2, True)
+
+
+@pytest.mark.parametrize("kept", ["checkpoint.pt", "summary.json", "posterior.pt", "score-network"])
+def test_what_another_run_has_left_is_not_gone_on_from(kept: str, call: Any, tiny: list[str], tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / kept).touch()
+    ending = call("run", "--objective", "standard", *tiny, "--out", "here")
+    assert (ending.status, ending.out) == (2, "")
+    assert f"out: here holds {kept} without a config.toml, allowed: another folder" in ending.err
+    assert [path.name for path in (tmp_path / "here").iterdir()] == [kept]
+
+
+def interrupted(call: Any, monkeypatch: pytest.MonkeyPatch, *options: str) -> Any:
+    """How a run of two epochs ends that is stopped before its second."""
+    epoch = Trainer._epoch
+
+    def stopping(self: Trainer, *args: Any) -> Any:
+        if self.epoch == 1:
+            raise Interrupted("stopped")
+        return epoch(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_epoch", stopping)
+        return call("run", *options)
+
+
+def test_a_run_that_torchrun_starts_again_finds_its_folder(
+    call: Any, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--objective", "standard", *tiny, "--save-every", "1"]
+    assert call("run", *options).status == 0  # an earlier one, finished
+    assert "1 of 2 epochs are saved" in interrupted(call, monkeypatch, *options).err
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    again = call("run", *options)
+    assert again.status == 0, again
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [
+        "digits-standard-kl-seed0",
+        "digits-standard-kl-seed0-2",
+    ]
+    assert [
+        (tmp_path / "runs" / f"digits-standard-kl-seed0{end}" / "metrics.jsonl").read_text().count("\n")
+        for end in ("", "-2")
+    ] == [2, 2]
+
+
+def test_an_interruption_tells_what_is_saved_and_how_to_go_on(
+    call: Any, tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ending = interrupted(
+        call, monkeypatch, "--objective", "standard", *tiny, "--save-every", "2", "--out", "my runs/a b"
+    )
+    assert "0 of 2 epochs are saved; continue with: python -m training.run --resume 'my runs/a b'" in ending.err
+
+
+@pytest.mark.parametrize(("lost", "told"), [("metrics.jsonl", "a file is missing"), ("best.pt", "holds no best.pt")])
+def test_a_run_that_has_lost_a_file_says_so_before_it_goes_on(
+    lost: str, told: str, call: Any, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(call, monkeypatch, "--objective", "standard", *tiny, "--save-every", "1", "--out", "here")
+    (tmp_path / "here" / lost).unlink()
+    ending = call("run", "--resume", "here")
+    assert ending.status == 2
+    assert told in ending.err
+    assert "step/s" not in ending.err
+
+
+def test_a_resumed_run_needs_neither_the_place_of_its_posterior_nor_the_same_number_of_threads(
+    call: Any, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    direct = ["--objective", "score_direct", "--posterior", "kernel_density", *tiny, "--save-every", "1"]
+    assert call("run", *direct, "--out", "first").status == 0
+    given = [*direct, "--posterior-from", "first/posterior.pt", "--out", "second"]
+    interrupted(call, monkeypatch, *given)
+    assert tomllib.loads((tmp_path / "second" / "config.toml").read_text())["posterior_from"] == str(
+        tmp_path / "first" / "posterior.pt"
+    )
+    (tmp_path / "first").rename(tmp_path / "moved")
+    ending = call("run", "--resume", "second", "--threads", "2", "--out", tmp_path / "second")
+    assert ending.status == 0, ending
+    assert tomllib.loads((tmp_path / "second" / "config.toml").read_text())["threads"] == 2
+    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("moved", "second")]
+    assert summaries[1]["threads"] == 2
+    assert summaries[0]["split"] == summaries[1]["split"]
 
 
 def test_without_a_folder_each_run_gets_a_fresh_one(call: Any, tiny: list[str], tmp_path: Path) -> None:

@@ -81,6 +81,12 @@ class Format(NamedTuple):
     validation: int | None = None
     soft: bool = False  # whether its targets are p_d(y|x)
 
+    @property
+    def width(self) -> float:
+        """Of the box of images, in which radii and noise levels are counted; 1 of other data, and without bounds."""
+        width = self.upper - self.lower
+        return width if len(self.input_shape) == 3 and math.isfinite(width) else 1.0
+
     def largest_radius(self, norm: str) -> float:
         """The radius of a ball that holds all allowed values of an input."""
         return largest_radius(norm, math.prod(self.input_shape), self.upper - self.lower)

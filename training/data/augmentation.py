@@ -40,18 +40,18 @@ def _interval(centre: Tensor, length: Tensor, size: int) -> Tensor:
     return (position >= first) & (position < first + pixels)
 
 
-def augmented(x: Tensor, generator: Generator, *, shift: int, flip: bool) -> Tensor:
+def augmented(x: Tensor, generator: Generator, *, shift: int, flip: bool, border: float = 0.0) -> Tensor:
     """Images x [N, C, H, W] shifted by up to ``shift`` pixels and, with ``flip``, mirrored with probability 1/2."""
-    x = shifted(x, shift, generator)
+    x = shifted(x, shift, generator, border)
     return mirror(x, generator)[0] if flip else x
 
 
-def shifted(x: Tensor, pixels: int, generator: Generator) -> Tensor:
-    """Each image of x [N, C, H, W] moved by up to ``pixels`` in both directions, zeros moving in."""
+def shifted(x: Tensor, pixels: int, generator: Generator, border: float = 0.0) -> Tensor:
+    """Each image of x [N, C, H, W] moved by up to ``pixels`` in both directions, with ``border`` around it."""
     if not pixels:
         return x
     count, channels, height, width = x.shape
-    padded = functional.pad(x, (pixels,) * 4)
+    padded = functional.pad(x, (pixels,) * 4, value=border)
     top, left = torch.randint(2 * pixels + 1, (2, count, 1), generator=generator, device=x.device)
     rows = (top + torch.arange(height, device=x.device))[:, None, :, None]
     columns = (left + torch.arange(width, device=x.device))[:, None, None, :]

@@ -72,6 +72,7 @@ class Batches:
         self.settings = settings
         self.x, self.targets = data.x_train, targets
         self.num_classes = data.num_classes
+        self.border = data.lower if math.isfinite(data.lower) else 0.0  # black
         self.order, self.augmentation = order, augmentation
         self.format = torch.channels_last if settings.channels_last and self.x.dim() == 4 else torch.contiguous_format
         self.originals, self.steps = originals_of_batch(settings), steps_of_epoch(settings, len(self.x))
@@ -100,7 +101,7 @@ class Batches:
         if self.settings.label_smoothing:
             settings = self.settings
             targets = smoothed(targets, self.num_classes, settings.label_smoothing, settings.label_smoothing_over)
-        x = augmented(x, self.augmentation, shift=self.settings.shift, flip=self.settings.flip)
+        x = augmented(x, self.augmentation, shift=self.settings.shift, flip=self.settings.flip, border=self.border)
         if self.settings.cutmix:
             if targets.dim() == 1:
                 targets = functional.one_hot(targets, self.num_classes).float()

@@ -182,6 +182,12 @@ def load_values(path: Path, device: torch.device | str = "cpu") -> Any:
             return torch.load(source, map_location=device, weights_only=True)
 
 
+def epoch_of(path: Path) -> int:
+    """The last epoch that a checkpoint has finished; its tensors are not read."""
+    epoch: int = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["epoch"]
+    return epoch
+
+
 def load_weights(network: nn.Module, state: dict[str, Any], path: Path) -> None:
     """Put the saved weights into ``network``, which must have the same shapes."""
     try:
@@ -210,7 +216,10 @@ class MetricsLog:
     def __init__(self, path: Path, last_epoch: int = 0) -> None:
         """Keep the lines up to ``last_epoch``; later ones belong to epochs that no checkpoint has."""
         self.path = path
-        lines = [as_json(entry) + "\n" for entry in read_metrics(path) if entry["epoch"] <= last_epoch]
+        entries = [entry for entry in read_metrics(path) if entry["epoch"] <= last_epoch]
+        if (known := entries[-1]["epoch"] if entries else 0) != last_epoch:
+            raise InputError(f"{path}: ends with epoch {known}, but checkpoint.pt with {last_epoch}: a file is missing")
+        lines = [as_json(entry) + "\n" for entry in entries]
         write_atomically(path, "".join(lines))
 
     def append(self, entry: dict[str, Any]) -> None:

@@ -310,6 +310,8 @@ class Trainer(Engine):
         if is_own(self.settings.data):
             check_record(checkpoint.load(path).get("data"), self.data, path, exact=True)
         super().resume()
+        if self.best and self.settings.selection == "best" and not (self.out / "best.pt").exists():
+            raise InputError(f"resume: {self.out} holds no best.pt, which the run ends with, expected all of its files")
 
     def state(self) -> dict[str, Any]:
         return {

@@ -1,6 +1,7 @@
 """The report of one run: report.html, made from what the run has left in its folder."""
 
 import html
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -215,7 +216,7 @@ def posterior_section(out: Path, summary: Mapping[str, Any]) -> list[str]:
 
 
 def commands(out: Path, summary: Mapping[str, Any]) -> str:
-    evaluate = f"python -m training.evaluate --run {out}"
+    evaluate = shlex.join(["python", "-m", "training.evaluate", "--run", str(out)])
     lines = [f"{evaluate} --attack obfuscation --plot curve.png"]
     if summary["autoattack_acc"] is None or summary["autoattack_version"] != "standard":
         lines.append(f"{evaluate} --attack autoattack")

@@ -234,6 +234,7 @@ LAYOUT = Layout(
         "Posterior: the estimate of p_d(y|x'); None is what was tuned for the data set": "posterior_settings.sigma",
     },
 )
+MAY_MOVE = ("data_root", "threads")  # what a run may go on with otherwise: the same data, the same computation
 NOT_IN_RECIPES = ("out", "resume", "recipe", "dry_run", "download")
 
 Check = tuple[Callable[[Any], bool], str]
@@ -364,13 +365,13 @@ def validate_for(settings: RunSettings, form: Format) -> None:
                 raise InputError(
                     f"{option}: {value} on {name}, whose inputs {shape} are not images, allowed: on images"
                 )
-    in_box = (form.lower, form.upper) == (0.0, 1.0)
-    if settings.autoattack != "none" and (len(shape) != 3 or not in_box):
+    if settings.autoattack != "none" and (len(shape) != 3 or not math.isfinite(form.upper - form.lower)):
         given = f"inputs {shape} from {form.lower:g} to {form.upper:g}"
         raise InputError(
             f"autoattack: {settings.autoattack!r} on {name}, which has {given}, allowed: none; it attacks images in "
-            "[0, 1]"
+            "a finite box"
         )
+    in_box = (form.lower, form.upper) == (0.0, 1.0)
     if settings.generated and not in_box:
         given = f"values from {form.lower:g} to {form.upper:g}"
         raise InputError(f"generated: given on {name}, which has {given}, allowed: on images in [0, 1]")
@@ -388,18 +389,21 @@ def own_kind(input_shape: Sequence[int]) -> OwnKind:
     return "small-images" if max(input_shape[1:]) <= (SMALL_GREY if input_shape[0] == 1 else SMALL) else "images"
 
 
-def resolved_posterior(settings: PosteriorSettings, data: DataName, input_shape: Sequence[int]) -> PosteriorSettings:
+def resolved_posterior(settings: PosteriorSettings, data: DataName, form: data_sets.Format) -> PosteriorSettings:
     """The settings of a posterior, with those that are left open set to what was tuned for the data set.
 
-    For the user's own data this is what was tuned for a data set of similar inputs. A U-Net halves images twice; where
-    their size does not allow this, plain convolutions take its place.
+    For the user's own data this is what was tuned for a data set of similar inputs; noise levels, which were tuned on
+    images in [0, 1], are multiplied by the width of the box. A U-Net halves images twice; where their size does not
+    allow this, plain convolutions take its place.
     """
     if not data_sets.is_own(data):
         return settings.resolved(data)
-    kind = own_kind(input_shape)
-    if kind == "images" and settings.network is None and any(size % 4 for size in input_shape[1:]):
+    kind = own_kind(form.input_shape)
+    if kind == "images" and settings.network is None and any(size % 4 for size in form.input_shape[1:]):
         settings = dataclasses.replace(settings, network="conv")
-    return settings.resolved(POSTERIOR_OF[kind])
+    tuned = settings.resolved(POSTERIOR_OF[kind])
+    open_levels = [name for name in ("sigma", "sigma_min", "sigma_max") if getattr(settings, name) is None]
+    return dataclasses.replace(tuned, **{name: getattr(tuned, name) * form.width for name in open_levels})
 
 
 def _validate_posterior(settings: RunSettings) -> None:
@@ -547,8 +551,13 @@ def parse(arguments: Sequence[str]) -> RunSettings:
     if command_line.value_of(arguments, "posterior-from") is not None:  # the file says how it was fitted
         default = dataclasses.replace(default, posterior_settings=PosteriorSettings())
     settings = _parse(arguments, default)
-    found = data_sets.root_from_anywhere(settings.data, settings.data_root)
-    settings = dataclasses.replace(settings, data_root=found)
+    # A run can then be continued from another folder.
+    settings = dataclasses.replace(
+        settings,
+        data_root=data_sets.root_from_anywhere(settings.data, settings.data_root),
+        posterior_from=None if settings.posterior_from is None else settings.posterior_from.absolute(),
+        generated=tuple(path.absolute() for path in settings.generated),
+    )
     validate(settings)
     validate_machine(settings)
     settings = with_posterior(settings)
@@ -581,8 +590,10 @@ def from_recipes(
         source = DataSettings(
             name, root=root or overlay.get("data_root"), image_size=image_size or overlay.get("image_size")
         )
-        kind = own_kind(data_sets.format_of(source).input_shape)
-        values = {**read_recipe(f"own-{kind}"), "data": name}
+        form = data_sets.format_of(source)
+        values = {**read_recipe(f"own-{own_kind(form.input_shape)}"), "data": name}
+        lengths = [length for length in ("eps", "step_size") if length in values]
+        values |= {length: values[length] * form.width for length in lengths}
     else:
         values = read_recipe(name) if name in data_sets.FORMATS else {}
     posterior = {**values.pop("posterior_settings", {}), **overlay.pop("posterior_settings", {})}
@@ -653,8 +664,7 @@ def with_posterior(settings: RunSettings) -> RunSettings:
         named = dataclasses.replace(settings.posterior_settings, name=settings.posterior or "score_network")
         if settings.posterior_from is not None and settings.resume is None:
             named = settings_from(settings.posterior_from, named)
-        shape = data_sets.format_of(settings.data_settings).input_shape
-        named = resolved_posterior(named, settings.data, shape)
+        named = resolved_posterior(named, settings.data, data_sets.format_of(settings.data_settings))
     except (ValueError, TypeError) as error:
         raise InputError(f"posterior_settings: {error}") from None
     return dataclasses.replace(settings, posterior_settings=named)
@@ -670,12 +680,14 @@ def _resumed(folder: Path, arguments: Sequence[str]) -> RunSettings:
         raise InputError(f"resume: {folder} is no folder of training.run, its config.toml names no objective")
     saved = from_table(table, str(path))
     settings = _parse(arguments, saved)
+    if settings.data_root is not None:
+        settings = dataclasses.replace(settings, data_root=settings.data_root.absolute())
     for name, value in as_table(settings).items():
-        if value != as_table(saved).get(name):
+        if name not in MAY_MOVE and value != as_table(saved).get(name):
             raise InputError(f"{name}: {value!r} contradicts the run in {folder}, a resumed run keeps its settings")
     if settings.recipe is not None:
         raise InputError(f"recipe: {settings.recipe!r} with --resume, allowed: none, a resumed run keeps its settings")
-    if settings.out not in (None, folder):
+    if settings.out is not None and settings.out.resolve() != folder.resolve():
         raise InputError(f"out: {settings.out} with --resume, allowed: {folder}, where a resumed run stays")
     settings = dataclasses.replace(with_posterior(settings), out=folder, resume=folder)
     validate(settings)
