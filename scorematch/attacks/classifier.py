@@ -74,9 +74,9 @@ def predicted(logits: Tensor) -> Tensor:
     So a NaN counts as misclassified, whatever the label is.
 
     Args:
-        logits: [N, L].
+        logits: [N, L]; further dimensions before the classes stay as they are.
     """
-    largest, labels = logits.max(1)  # NaN counts as the largest
+    largest, labels = logits.max(-1)  # NaN counts as the largest
     return labels.masked_fill(largest.isnan(), -1)
 
 

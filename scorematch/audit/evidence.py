@@ -188,7 +188,7 @@ def spread(posteriors: Sequence[Posterior], x: Tensor, y: Tensor) -> tuple[float
     Returns:
         For the gradients E Σ_y p̄_y ‖ĝ_y − ḡ_y‖² / E Σ_y p̄_y ‖ḡ_y‖², an unbiased variance of one member relative to
         their mean, 0 where all gradients are; for the values the mean over the members of E KL(p̄ ‖ p̂) in nats. p̄, ḡ are
-        means over members.
+        means over members. Both are NaN where a member is.
 
     Raises:
         TypeError, ValueError: there are fewer than two, or an argument is not what is said above.
@@ -206,7 +206,7 @@ def spread(posteriors: Sequence[Posterior], x: Tensor, y: Tensor) -> tuple[float
     mean_g = g.mean(0)
     variance = (mean_p * (g - mean_g).square().sum(3)).sum() / (len(posteriors) - 1)
     log_mean = log_p.logsumexp(0) - math.log(len(posteriors))
-    kl = torch.where(mean_p > 0, mean_p * (log_mean - log_p), 0.0).sum(2).mean()
+    kl = torch.where(mean_p == 0, 0.0, mean_p * (log_mean - log_p)).sum(2).mean()
     return ratio(float(variance), float((mean_p * mean_g.square().sum(2)).sum())), float(kl)
 
 

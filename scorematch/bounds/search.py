@@ -126,7 +126,8 @@ def _climb(
             by_model = torch.zeros_like(at)
             if logits.requires_grad:
                 (by_model,) = torch.autograd.grad(logits, point, by_logits, allow_unused=True, materialize_grads=True)
-            return trace.pull_back(weights.contiguous(), by_model)
+            direction = trace.pull_back(weights.contiguous(), by_model)
+            return direction.nan_to_num(nan=0.0)  # a feature of NaN stays where it is
 
         gradient(ascend(x, gradient, moves, steps=steps, start=start))
 

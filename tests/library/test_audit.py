@@ -554,6 +554,44 @@ def test_an_attack_on_a_saturated_posterior_keeps_its_direction() -> None:
     assert 0.1 < found[1] < 0.9
 
 
+class Broken(Altered):
+    """Its values, or else its scores, are NaN where the first feature is above ``threshold``."""
+
+    def __init__(self, truth: GaussianMixture, threshold: float, *, values: bool = True) -> None:
+        super().__init__(truth)
+        self.threshold, self.values = threshold, values
+
+    def log_prob_and_scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        log_p, scores = self.truth.log_prob_and_scores(x)
+        broken = x.flatten(1)[:, :1] > self.threshold
+        if self.values:
+            return log_p.masked_fill(broken, math.nan), scores
+        return log_p, scores.masked_fill(broken[..., None], math.nan)
+
+
+def test_a_nan_of_the_posterior_is_misclassified() -> None:
+    """arg max of NaN is class 0, which is the label here."""
+    truth = two_points(0.01)
+    x, y = truth.means[0].expand(2, -1) + torch.tensor([[0.0], [0.02]], dtype=torch.float64), torch.zeros(2).long()
+    ball = ThreatModel("linf", 0.01)
+    assert audit.robust_accuracy(truth, x, y, ball, steps=5) == (1.0, 1.0)
+    assert audit.robust_accuracy(Broken(truth, 0.215), x, y, ball, steps=5) == (0.5, 0.5)
+    assert audit.robust_accuracy(Broken(truth, 0.205), x, y, ball, steps=5) == (0.5, 0.0)
+    assert audit.attacked_log_likelihood(Broken(truth, 0.215), x, y, ball, steps=5).isnan().tolist() == [False, True]
+
+
+def test_a_nan_of_the_gradient_leaves_a_feature_as_it_is() -> None:
+    truth = two_points(0.01)
+    x, y = truth.means[1], torch.ones(1).long()
+    assert audit.robust_accuracy(Broken(truth, 0.0, values=False), x, y, ThreatModel("linf", 0.01)) == (1.0, 1.0)
+
+
+def test_the_spread_of_a_posterior_that_is_nan_is_none() -> None:
+    truth = two_points(0.01)
+    x, y = truth.means[:, 0], torch.arange(2)
+    assert all(math.isnan(value) for value in audit.spread([truth, Broken(truth, 0.0)], x, y))
+
+
 def test_kernel_density_is_right_about_itself() -> None:
     """Its own points, at no noise, have all of their mass in their class: evidence on them says nothing."""
     x, y = sample(mixture(), 40)

@@ -14,6 +14,7 @@ from scorematch.bounds import Inequality, RobustErrors, Theorem3
 from scorematch.divergences import DIVERGENCES, KINDS
 from scorematch.networks import Denoiser, MLPBackbone
 from scorematch.posteriors import Ensemble, GaussianMixture, KernelDensity, ScoreNetwork
+from scorematch.posteriors.base import PointwisePosterior, Trace
 from training.data import toy
 
 F64 = {"rtol": 1e-9, "atol": 1e-9}
@@ -879,6 +880,56 @@ def test_the_search_finds_where_a_model_close_to_p_d_disagrees() -> None:
     assert int(full.standard.sum()) < 0.1 * int(full.score.sum())
     judged = consistency(model, truth, x, y, threat_model, steps=12, generator=seeded())
     assert int(found.score.sum()) > 1.5 * int(judged.disagrees.sum())
+
+
+@pytest.mark.parametrize("searched", [True, False])
+def test_a_nan_of_the_model_is_a_zero_one_error(searched: bool) -> None:
+    """At sample 0 the model is NaN everywhere, at sample 1 away from it; NaN is no class, whatever arg max says."""
+    truth = mixture(2, 1, 2)
+    x = torch.cat([truth.means[0]] * 3)
+    y = labels(x)
+    assert truth(x).argmax(1).tolist() == [0, 0, 0]
+    threat_model = ThreatModel("l2", 0.01, **UNBOUNDED)
+    given: dict = {"steps": 2} if searched else {"candidates": torch.stack([x, x + 0.001], 1)}
+
+    def model(points: Tensor) -> Tensor:
+        sample = torch.arange(len(points)) // (len(points) // 3)
+        moved = (points != x[sample]).any(1)
+        broken = (sample == 0) | (moved & (sample == 1))
+        return truth.log_joint(points).masked_fill(broken[:, None], math.nan)
+
+    found = bounds.zero_one_errors(model, truth, x, y, threat_model, **given)
+    assert found.standard.tolist() == [True, False, False]
+    for errors in (found.madry, found.score, found.preserving, found.label):
+        assert errors.tolist() == [True, True, False]
+    assert found.invariance.tolist() == [False, True, False]
+    assert not found.flips.any()
+    assert all(holds(inequality) for inequality in bounds.theorem_1(found.errors()))
+    assert all(holds(inequality) for inequality in bounds.theorem_3(found.errors(), beta=1.0))
+
+
+def test_a_nan_of_p_d_has_no_most_likely_class() -> None:
+    truth = mixture(2, 1, 2)
+
+    class Broken(PointwisePosterior):
+        num_classes = 2
+
+        def forward(self, x: Tensor) -> Tensor:
+            return truth(x).masked_fill(x[:, :1] > 0, math.nan)
+
+        def _trace_at(self, x: Tensor) -> Trace:
+            trace = truth.trace(x, labels(x))
+            trace.log_p = self(x)
+            return trace
+
+    x = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=torch.float64)
+    threat_model = ThreatModel("l2", 3.0, **UNBOUNDED)
+    with pytest.raises(ValueError, match=r"posterior must give log p\(y\|x\) at every point, got NaN at 1 of 2"):
+        bounds.zero_one_errors(truth.log_joint, Broken(), x, labels(x), threat_model)
+    with pytest.raises(ValueError, match="got NaN at 1 of 1"):
+        bounds.zero_one_errors(
+            truth.log_joint, Broken(), x[1:], labels(x[1:]), threat_model, candidates=x[None, :1].clone()
+        )
 
 
 # Bad input
