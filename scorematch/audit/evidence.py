@@ -26,10 +26,11 @@ from ..inputs import (
     check_tensor,
 )
 from ..noise import normal_like
-from ..posteriors.base import Posterior, begin_trace
+from ..posteriors.base import Posterior, begin_trace, outside_modes
 from .oracle import posterior_gradients, ratio
 
 
+@outside_modes
 def log_likelihood(
     posterior: Posterior, x: Tensor, y: Tensor, *, noise: float, repeats: int = 4, seed: int = 0
 ) -> Tensor:
@@ -68,6 +69,7 @@ def log_likelihood(
     return total / repeats
 
 
+@outside_modes
 def matching_error(
     posterior: Posterior,
     unconditional: Callable[[Tensor], Tensor],
@@ -128,6 +130,7 @@ class Calibration(NamedTuple):
     accuracy: float
 
 
+@outside_modes
 def calibration(
     posterior: Posterior, x: Tensor, y: Tensor, *, noise: float, bins: int = 15, seed: int = 0
 ) -> Calibration:
@@ -177,6 +180,7 @@ def reliability(log_p: Tensor, y: Tensor, *, bins: int = 15) -> Calibration:
     return Calibration(float(gap.abs().sum() / len(y)), float(confidence.mean()), float(hit.mean()))
 
 
+@outside_modes
 def spread(posteriors: Sequence[Posterior], x: Tensor, y: Tensor) -> tuple[float, float]:
     """The variance over several trainings of one estimator that differ in their seed or their data.
 
@@ -210,6 +214,7 @@ def spread(posteriors: Sequence[Posterior], x: Tensor, y: Tensor) -> tuple[float
     return ratio(float(variance), float((mean_p * mean_g.square().sum(2)).sum())), float(kl)
 
 
+@outside_modes
 def closed_loop(posterior: Posterior, x: Tensor, y: Tensor, *, length: float, seed: int = 0) -> Tensor:
     """How much a walk around a square changes log p(y|x), in nats, [N]: the largest change over the classes.
 
@@ -245,6 +250,7 @@ def closed_loop(posterior: Posterior, x: Tensor, y: Tensor, *, length: float, se
     return (trace.log_p - before).abs().amax(1)
 
 
+@outside_modes
 def martingale(
     finer: Posterior, coarser: Posterior, x: Tensor, y: Tensor, *, sigmas: tuple[float, float], seed: int = 0
 ) -> tuple[float, float]:
@@ -286,6 +292,7 @@ def martingale(
     return float(values.mean()), float(values.std() / len(values) ** 0.5)
 
 
+@outside_modes
 def centre(posterior: Posterior, x: Tensor, y: Tensor) -> float:
     """E ‖Σ_y p̂_y ĝ_y‖² / E Σ_y p̂_y ‖ĝ_y‖², which is 0 for the gradient of any normalised posterior and where all are 0.
 
@@ -305,6 +312,7 @@ def centre(posterior: Posterior, x: Tensor, y: Tensor) -> float:
     return ratio(float((p * g).sum(1).square().sum()), float((p * g.square()).sum()))
 
 
+@outside_modes
 def energy_identity(
     at: Callable[[float], Posterior],
     x: Tensor,

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ..inputs import check_posterior, check_samples, check_tensor
-from ..posteriors.base import Posterior, begin_trace
+from ..posteriors.base import Posterior, begin_trace, outside_modes
 
 
+@outside_modes
 def posterior_gradients(posterior: Posterior, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """log p(y|x) [N, L] and ĝ_y = ∇ₓ log p(y|x) of every class [N, L, …] at clean x, as an attack sees them.
 
@@ -50,6 +51,7 @@ class GradientError(NamedTuple):
     amplitude: float
 
 
+@outside_modes
 def gradient_error(posterior: Posterior, oracle: Posterior, x: Tensor, y: Tensor) -> GradientError:
     """How wrong the gradients of a posterior are.
 
@@ -82,6 +84,7 @@ def ratio(part: float, whole: float) -> float:
     return math.inf if part else 0.0
 
 
+@outside_modes
 def kl_error(posterior: Posterior, oracle: Posterior, x: Tensor, y: Tensor, moved: Tensor | None = None) -> Tensor:
     """KL(p_d(·|x') ‖ p̂(·|x')) in nats, [N].
 

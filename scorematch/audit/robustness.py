@@ -8,12 +8,13 @@ from torch import Tensor
 from ..attacks.classifier import predicted
 from ..attacks.pgd import ascend
 from ..inputs import check_attack, check_count, check_posterior, check_samples, check_tensor, clean_batch
-from ..posteriors.base import Posterior, begin_trace
+from ..posteriors.base import Posterior, begin_trace, outside_modes
 from ..threat_model import ThreatModel
 
 LARGE = 1e30  # takes a class out of a softmax; smaller than the largest float32 and bfloat16
 
 
+@outside_modes
 def robust_accuracy(
     posterior: Posterior,
     x: Tensor,
@@ -55,6 +56,7 @@ def robust_accuracy(
     return float(clean.double().mean()), float(robust.double().mean())
 
 
+@outside_modes
 def attacked_log_likelihood(
     posterior: Posterior,
     x: Tensor,

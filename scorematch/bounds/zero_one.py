@@ -11,7 +11,7 @@ from torch import Tensor
 from ..attacks.classifier import predicted
 from ..attacks.losses import margin_loss
 from ..ops.logit_divergence import logit_divergence
-from ..posteriors.base import Posterior
+from ..posteriors.base import Posterior, outside_modes
 from ..threat_model import ThreatModel
 from .errors import RobustErrors
 from .estimates import Estimate, estimate
@@ -67,6 +67,7 @@ class ZeroOneErrors(NamedTuple):
         return RobustErrors(ZERO_ONE, standard, madry, score, flips, invariance)
 
 
+@outside_modes
 def zero_one_errors(
     model: Callable[[Tensor], Tensor],
     posterior: Posterior,

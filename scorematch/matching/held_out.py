@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ..inputs import check_count, check_finite, check_instance, check_labels, check_length, check_strided
+from ..inputs import check_count, check_finite, check_instance, check_labels, check_length, check_real, check_strided
 from ..networks.denoiser import Denoiser
 from ..noise import normal_like
 from .losses import broadcast, check_logits, denoising
@@ -144,7 +144,10 @@ def fit_temperature(
     _check_counts(seed, repeats, chunk)
     generator = torch.Generator(x.device).manual_seed(seed)
     omega = [normal_like(x, generator) for _ in range(repeats)]
-    values = torch.cat([logits(part) for o in omega for part in (x + noise * o).split(chunk)]).double()
+    parts = [logits(part) for o in omega for part in (x + noise * o).split(chunk)]
+    for part in parts:
+        check_real(part, "what logits returns")
+    values = torch.cat(parts).double()
     check_finite(values, "logits")
     check_logits(values[: len(x)], y, x)
     one_hot = torch.nn.functional.one_hot(y.repeat(repeats), values.shape[1])

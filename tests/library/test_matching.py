@@ -490,3 +490,5 @@ def test_a_temperature_needs_finite_logits() -> None:
     x, y = toy(4)
     with pytest.raises(ValueError, match="logits must be finite, got 16 values that are NaN or infinite"):
         matching.fit_temperature(lambda z: torch.tensor([0.0, -math.inf]).expand(len(z), 2), x, y)
+    with pytest.raises(TypeError, match="what logits returns must be a tensor, got tuple"):
+        matching.fit_temperature(lambda z: (z, z), x, y)
