@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ..inputs import check_count, check_finite, check_instance, check_labels, check_length, check_real, check_strided
+from ..model_state import as_found
 from ..networks.denoiser import Denoiser
 from ..noise import normal_like
 from .losses import broadcast, check_logits, denoising
@@ -172,6 +173,8 @@ def losses_by_level(
 ) -> dict[float, float]:
     """The mean loss of a network at each noise level, in eval mode, with the same noise ω at each and in every call.
 
+    The network is left as found, whatever the modes of its modules are.
+
     Of a :class:`scorematch.networks.Denoiser` the loss is :func:`scorematch.matching.denoising`; of any other network
     it is the cross-entropy at x + σω, in nats.
 
@@ -198,19 +201,17 @@ def losses_by_level(
     for sigma in sigmas:
         check_length("each of sigmas", sigma)
     _check_counts(seed, repeats, chunk)
-    was_training = network.training
-    network.eval()
     means = {}
-    for sigma in sigmas:
-        parts = []
-        generator = torch.Generator(x.device).manual_seed(seed)
-        for _ in range(repeats):
-            noise = normal_like(x, generator)
-            level = torch.full((len(x),), sigma, dtype=x.dtype, device=x.device)
-            chunks = zip(*(tensor.split(chunk) for tensor in (x, y, level, noise)), strict=True)
-            parts += [_loss(network, *part) for part in chunks]
-        means[sigma] = torch.cat(parts).mean().item()
-    network.train(was_training)
+    with as_found(network):
+        for sigma in sigmas:
+            parts = []
+            generator = torch.Generator(x.device).manual_seed(seed)
+            for _ in range(repeats):
+                noise = normal_like(x, generator)
+                level = torch.full((len(x),), sigma, dtype=x.dtype, device=x.device)
+                chunks = zip(*(tensor.split(chunk) for tensor in (x, y, level, noise)), strict=True)
+                parts += [_loss(network, *part) for part in chunks]
+            means[sigma] = torch.cat(parts).mean().item()
     return means
 
 

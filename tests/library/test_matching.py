@@ -2,6 +2,7 @@
 
 import copy
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -258,6 +259,31 @@ def test_losses_by_level_are_the_losses_and_repeat() -> None:
     level = torch.full((300,), 0.2)
     expected = torch.cat([matching.denoising(denoiser, x, y, level, n).detach() for n in noise]).mean()
     assert first[0.2] == pytest.approx(float(expected), rel=1e-5)
+
+
+class Halting(nn.Module):
+    """A classifier of noisy inputs with a batch norm, which stops at more than ``limit`` samples."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit, self.norm, self.head = limit, nn.BatchNorm1d(2), nn.Linear(2, 3)
+
+    def forward(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        if len(x) > self.limit:
+            raise RuntimeError("too many samples")
+        return self.head(self.norm(x))
+
+
+@pytest.mark.parametrize("limit", [10, 3])
+def test_losses_by_level_leave_the_network_as_found(limit: int) -> None:
+    """Each module in its own mode, also after a failure."""
+    network = Halting(limit)
+    network.norm.eval()
+    network.head.weight.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="too many samples") if limit < 10 else nullcontext():
+        matching.losses_by_level(network, torch.rand(10, 2), torch.arange(10) % 3, (0.1,))
+    assert (network.training, network.norm.training, network.head.training) == (True, False, True)
+    assert [parameter.requires_grad for parameter in network.parameters()] == [True, True, False, True]
 
 
 def test_temperature_of_a_tempered_posterior() -> None:
