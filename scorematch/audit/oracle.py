@@ -86,7 +86,7 @@ def ratio(part: float, whole: float) -> float:
 
 @outside_modes
 def kl_error(posterior: Posterior, oracle: Posterior, x: Tensor, y: Tensor, moved: Tensor | None = None) -> Tensor:
-    """KL(p_d(·|x') ‖ p̂(·|x')) in nats, [N].
+    """KL(p_d(·|x') ‖ p̂(·|x')) in nats, [N]; infinite where p̂ rules out a class that p_d does not.
 
     Args:
         posterior: the estimate p̂.
@@ -115,4 +115,5 @@ def kl_error(posterior: Posterior, oracle: Posterior, x: Tensor, y: Tensor, move
             trace.move(moved)
         values.append(trace.log_p)
     truth, estimate = values
-    return (truth.exp() * (truth - estimate)).sum(1)
+    p = truth.exp()
+    return torch.where(p == 0, 0.0, p * (truth - estimate)).sum(1)  # 0 log 0 is 0

@@ -80,6 +80,23 @@ def test_kl_error() -> None:
     assert audit.kl_error(truth, truth, x, y).abs().max() < 1e-12
 
 
+def test_kl_error_where_the_truth_rules_out_a_class() -> None:
+    """0 log 0 is 0, whatever the estimate says of the class, and −∞ where the truth does not say so is infinite."""
+    truth = mixture(2, 1, 5)
+
+    class Without(Altered):
+        def log_prob_and_scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            log_p, scores = self.truth.log_prob_and_scores(x)
+            return torch.tensor([0.0, -math.inf], dtype=x.dtype).expand_as(log_p), scores
+
+    x, y = sample(truth, 5)
+    sure = Without(truth)
+    torch.testing.assert_close(audit.kl_error(truth, sure, x, y), -truth(x)[:, 0])
+    assert audit.kl_error(sure, sure, x, y).tolist() == [0.0] * 5
+    assert audit.kl_error(sure, truth, x, y).tolist() == [math.inf] * 5
+    assert audit.kl_error(Broken(truth, -math.inf), sure, x, y).isnan().all()
+
+
 def test_the_truth_has_the_highest_held_out_likelihood() -> None:
     truth = mixture()
     x, y = sample(truth, 4000)
@@ -159,9 +176,11 @@ def test_reliability_of_stated_probabilities() -> None:
         (torch.tensor([[0.5, 0.5]]), torch.tensor([0]), 5, "log_p must be log probabilities, at most 0"),
         (torch.zeros(3), torch.tensor([0, 0, 0]), 5, r"log_p must be \[N, L\] and not empty, got \[3\]"),
         (torch.zeros(1, 2).long(), torch.tensor([0]), 5, "log_p must be floating point"),
-        (torch.zeros(2, 2), torch.tensor([0]), 5, r"and y \[N\]|y must be"),
-        (torch.zeros(1, 2), torch.tensor([2]), 5, r"y must lie in \[0, 2\)"),
-        (torch.zeros(1, 2), torch.tensor([0]), 0, "bins must be at least 1, got 0"),
+        (torch.full((1, 3), -5.0), torch.tensor([0]), 5, "log_p must be normalised, .* got a sum of 0.02021"),
+        (torch.tensor([[-math.inf, -math.inf]]), torch.tensor([0]), 5, "log_p must be normalised, .* got a sum of 0 "),
+        (torch.zeros(2, 1), torch.tensor([0]), 5, r"and y \[N\]|y must be"),
+        (torch.zeros(1, 1), torch.tensor([2]), 5, r"y must lie in \[0, 1\)"),
+        (torch.zeros(1, 1), torch.tensor([0]), 0, "bins must be at least 1, got 0"),
     ],
 )
 def test_bad_input_of_the_reliability(log_p: Tensor, y: Tensor, bins: int, message: str) -> None:
@@ -316,6 +335,37 @@ def test_agreement_with_people() -> None:
     assert audit.agreement(people.clamp(min=1e-300).log(), people).kl == pytest.approx(0.0, abs=1e-9)
     with pytest.raises(ValueError, match=r"log_p and people must both be \[N, L\]"):
         audit.agreement(log_p[:3], people)
+
+
+@pytest.mark.parametrize(
+    ("log_p", "people", "message"),
+    [
+        (torch.full((4, 3), -5.0), torch.full((4, 3), 1 / 3), "log_p must be normalised, .* got a sum of 0.02021"),
+        (torch.full((4, 2), 0.5).log(), torch.full((4, 2), 0.9), "people must be .* sum to 1 .* got a sum of 1.8"),
+        (torch.full((4, 2), 0.5).log(), torch.full((4, 2), -0.5), r"people must be .* outside \[0, 1\]"),
+    ],
+)
+def test_bad_input_of_the_agreement(log_p: Tensor, people: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        audit.agreement(log_p, people)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("classes", [4, 10, 100])
+def test_an_entropy_that_is_constant_but_for_rounding_has_no_rank(classes: int, dtype: torch.dtype) -> None:
+    """The same probabilities in another order, whose sums round otherwise."""
+    generator = torch.Generator().manual_seed(classes)
+    one = torch.rand(classes, dtype=dtype, generator=generator).softmax(0)
+    constant = torch.stack([one[torch.randperm(classes, generator=generator)] for _ in range(200)])
+    other = torch.randn(200, classes, dtype=dtype, generator=generator).log_softmax(1)
+    assert torch.special.entr(constant).sum(1).unique().numel() > 1
+    assert audit.agreement(other, constant).entropy_rank == 0.0
+    assert audit.agreement(constant.log(), other.exp()).entropy_rank == 0.0
+    assert audit.agreement(other, other.exp()).entropy_rank == pytest.approx(1.0)
+    # Two values of the entropy in two halves: all ties are told.
+    halves = torch.cat([constant[:100], torch.full((100, classes), 1 / classes, dtype=dtype)])
+    rank = spearmanr([0] * 100 + [1] * 100, torch.special.entr(other.exp()).sum(1)).statistic
+    assert audit.agreement(other, halves).entropy_rank == pytest.approx(float(rank), abs=1e-6)
 
 
 def plain_gradient(members: list[PointwisePosterior], x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
