@@ -12,15 +12,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .attacks.classifier import gradient_of
 from .attacks.pgd import ascend
 from .divergences import check_kind
-from .inference import outside_inference_mode
 from .inputs import check_callable, check_count, check_instance, check_points, check_posterior
 from .model_state import as_found
 from .objectives.moving_target import direct_weights
 from .objectives.outcome import check_comparable, training_logits
 from .ops.logit_divergence import logit_divergence
-from .posteriors.base import Posterior, Trace, begin_trace, own_precision
+from .posteriors.base import Posterior, Trace, begin_trace, outside_modes
 from .threat_model import ThreatModel
 
 
@@ -45,7 +45,7 @@ class Consistency(NamedTuple):
     x_score: Tensor
 
 
-@outside_inference_mode
+@outside_modes
 def consistency(
     model: Callable[[Tensor], Tensor],
     posterior: Posterior,
@@ -87,8 +87,7 @@ def consistency(
     check_instance("threat_model", threat_model, ThreatModel)
     check_count("steps", steps)
     check_count("restarts", restarts, least=0)
-    x, y = (t.clone() if t.is_inference() else t for t in (x, y))  # those take no gradients
-    with as_found(model), own_precision(x):
+    with as_found(model):
         return _searched(model, posterior, x, y, threat_model, divergence, steps, restarts, generator)
 
 
@@ -142,7 +141,7 @@ class _Judge:
             logits = training_logits(self.model, point)
         check_comparable(logits, trace.log_p)
         weights, grad_logits = direct_weights(logits.detach(), trace.log_p, self.kind)
-        (model_gradient,) = torch.autograd.grad(logits, point, grad_logits)
+        model_gradient = gradient_of(logits, point, grad_logits, self.model)
         values = logit_divergence(logits.detach(), trace.log_p, kind=self.kind)
         worse = (values > self.worst) | (values.isnan() & ~self.worst.isnan())
         self.worst = torch.where(worse, values, self.worst)

@@ -42,6 +42,33 @@ def check_logits(logits: Any, x: Tensor) -> None:
         raise ValueError(f"the model must return floating-point logits, got {logits.dtype}")
 
 
+def gradient_of(values: Tensor, x: Tensor, weights: Tensor, source: object, name: str = "model") -> Tensor:
+    """Σ_y w_y ∇ₓ v_y for values v(x) [N, L] and weights w [N, L], like x; 0 where the values do not depend on x.
+
+    Args:
+        values: what ``source`` gave at x, with its graph.
+        x: [N, …], where the graph ends.
+        weights: [N, L].
+        source: the model.
+        name: what errors call it.
+
+    Raises:
+        ValueError: the values differ between samples although no graph leads to x, as those of a model that runs under
+            ``no_grad``; their gradient would not be 0.
+    """
+    gradient = None
+    if values.requires_grad:
+        (gradient,) = torch.autograd.grad(values, x, weights, allow_unused=True)
+    if gradient is not None:
+        return gradient
+    if not torch.allclose(values, values[:1].expand_as(values), rtol=0.0, atol=0.0, equal_nan=True):
+        raise ValueError(
+            f"{name} must be differentiable in x, got a {type(source).__name__} whose values differ between samples, "
+            "though no graph leads to x: let it run without no_grad and without detach"
+        )
+    return torch.zeros_like(x)
+
+
 def check_unwritten(x: Tensor, model: Any) -> None:
     """Refuse a model that wrote to its input: it would change the points that an attack goes on from.
 
@@ -74,9 +101,9 @@ def predicted(logits: Tensor) -> Tensor:
     So a NaN counts as misclassified, whatever the label is.
 
     Args:
-        logits: [N, L].
+        logits: [N, L]; further dimensions before the classes stay as they are.
     """
-    largest, labels = logits.max(1)  # NaN counts as the largest
+    largest, labels = logits.max(-1)  # NaN counts as the largest
     return labels.masked_fill(largest.isnan(), -1)
 
 

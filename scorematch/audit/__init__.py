@@ -1,7 +1,7 @@
 """How good an estimated posterior is, measured before a model is trained with it.
 
 ``oracle`` compares with p_d where it is known. ``evidence`` needs held-out data alone. ``robustness`` attacks the
-posterior itself.
+posterior itself. Posteriors and models are evaluated outside of autocast.
 """
 
 from .evidence import (

@@ -26,10 +26,15 @@ from ..inputs import (
     check_tensor,
 )
 from ..noise import normal_like
-from ..posteriors.base import Posterior, begin_trace
+from ..posteriors.base import NORMALISED, Posterior, begin_trace, outside_modes, wrong_sum
 from .oracle import posterior_gradients, ratio
 
+# Rounding of log p by eps / 2 of its size moves an entropy by up to |1 + log p| eps / 2 of its own, and another order
+# of the classes moves it by a few eps more. Entropies that differ by at most this many eps are alike.
+ALIKE = 16
 
+
+@outside_modes
 def log_likelihood(
     posterior: Posterior, x: Tensor, y: Tensor, *, noise: float, repeats: int = 4, seed: int = 0
 ) -> Tensor:
@@ -68,6 +73,7 @@ def log_likelihood(
     return total / repeats
 
 
+@outside_modes
 def matching_error(
     posterior: Posterior,
     unconditional: Callable[[Tensor], Tensor],
@@ -128,6 +134,7 @@ class Calibration(NamedTuple):
     accuracy: float
 
 
+@outside_modes
 def calibration(
     posterior: Posterior, x: Tensor, y: Tensor, *, noise: float, bins: int = 15, seed: int = 0
 ) -> Calibration:
@@ -159,7 +166,7 @@ def reliability(log_p: Tensor, y: Tensor, *, bins: int = 15) -> Calibration:
     """The expected calibration error (Guo et al., ICML 2017) of stated probabilities, such as those of a model.
 
     Args:
-        log_p: [N, K] log-probabilities, in nats: ``logits.log_softmax(1)`` of a model.
+        log_p: [N, K] log-probabilities, in nats, normalised: ``logits.log_softmax(1)`` of a model.
         y: int64 [N] labels.
         bins: how many, of equal width; ≥ 1.
 
@@ -177,6 +184,7 @@ def reliability(log_p: Tensor, y: Tensor, *, bins: int = 15) -> Calibration:
     return Calibration(float(gap.abs().sum() / len(y)), float(confidence.mean()), float(hit.mean()))
 
 
+@outside_modes
 def spread(posteriors: Sequence[Posterior], x: Tensor, y: Tensor) -> tuple[float, float]:
     """The variance over several trainings of one estimator that differ in their seed or their data.
 
@@ -188,7 +196,7 @@ def spread(posteriors: Sequence[Posterior], x: Tensor, y: Tensor) -> tuple[float
     Returns:
         For the gradients E Σ_y p̄_y ‖ĝ_y − ḡ_y‖² / E Σ_y p̄_y ‖ḡ_y‖², an unbiased variance of one member relative to
         their mean, 0 where all gradients are; for the values the mean over the members of E KL(p̄ ‖ p̂) in nats. p̄, ḡ are
-        means over members.
+        means over members. Both are NaN where a member is.
 
     Raises:
         TypeError, ValueError: there are fewer than two, or an argument is not what is said above.
@@ -206,10 +214,11 @@ def spread(posteriors: Sequence[Posterior], x: Tensor, y: Tensor) -> tuple[float
     mean_g = g.mean(0)
     variance = (mean_p * (g - mean_g).square().sum(3)).sum() / (len(posteriors) - 1)
     log_mean = log_p.logsumexp(0) - math.log(len(posteriors))
-    kl = torch.where(mean_p > 0, mean_p * (log_mean - log_p), 0.0).sum(2).mean()
+    kl = torch.where(mean_p == 0, 0.0, mean_p * (log_mean - log_p)).sum(2).mean()
     return ratio(float(variance), float((mean_p * mean_g.square().sum(2)).sum())), float(kl)
 
 
+@outside_modes
 def closed_loop(posterior: Posterior, x: Tensor, y: Tensor, *, length: float, seed: int = 0) -> Tensor:
     """How much a walk around a square changes log p(y|x), in nats, [N]: the largest change over the classes.
 
@@ -245,6 +254,7 @@ def closed_loop(posterior: Posterior, x: Tensor, y: Tensor, *, length: float, se
     return (trace.log_p - before).abs().amax(1)
 
 
+@outside_modes
 def martingale(
     finer: Posterior, coarser: Posterior, x: Tensor, y: Tensor, *, sigmas: tuple[float, float], seed: int = 0
 ) -> tuple[float, float]:
@@ -286,6 +296,7 @@ def martingale(
     return float(values.mean()), float(values.std() / len(values) ** 0.5)
 
 
+@outside_modes
 def centre(posterior: Posterior, x: Tensor, y: Tensor) -> float:
     """E ‖Σ_y p̂_y ĝ_y‖² / E Σ_y p̂_y ‖ĝ_y‖², which is 0 for the gradient of any normalised posterior and where all are 0.
 
@@ -305,6 +316,7 @@ def centre(posterior: Posterior, x: Tensor, y: Tensor) -> float:
     return ratio(float((p * g).sum(1).square().sum()), float((p * g.square()).sum()))
 
 
+@outside_modes
 def energy_identity(
     at: Callable[[float], Posterior],
     x: Tensor,
@@ -378,10 +390,11 @@ def agreement(log_p: Tensor, people: Tensor) -> Agreement:
 
     Args:
         log_p: [N, L] of a posterior or of a model, normalised.
-        people: [N, L] probabilities.
+        people: [N, L] probabilities, normalised.
 
     Raises:
-        TypeError, ValueError: the shapes differ or are empty, or a value is no log probability or no probability.
+        TypeError, ValueError: the shapes differ or are empty, a value is no log probability or no probability, or those
+            of a point do not sum to 1.
     """
     _check_log_p(log_p)
     check_tensor("people", people)
@@ -390,9 +403,13 @@ def agreement(log_p: Tensor, people: Tensor) -> Agreement:
         raise ValueError(f"log_p and people must both be [N, L], got {list(log_p.shape)}, {list(people.shape)}")
     if not bool(((people >= 0) & (people <= 1 + 1e-3)).all()):
         raise ValueError("people must be probabilities, got values outside [0, 1]")
+    sums = people.double().sum(1)
+    if bool(((sums - 1).abs() > NORMALISED + torch.finfo(people.dtype).eps).any()):
+        given = float(sums[(sums - 1).abs().argmax()])
+        raise ValueError(f"people must be probabilities that sum to 1 over the classes, got a sum of {given:.4g}")
     q, p = log_p.double(), people.double()
     kl = (torch.special.entr(p).sum(1).neg() - (p * q.clamp(min=-1e30)).sum(1)).mean()
-    ranks = torch.stack([_ranks(torch.special.entr(values).sum(1)) for values in (p, q.exp())])
+    ranks = torch.stack([_entropy_ranks(p, people.dtype), _entropy_ranks(q.exp(), log_p.dtype)])
     return Agreement(float(kl), float(torch.corrcoef(ranks)[0, 1].nan_to_num()))
 
 
@@ -403,10 +420,20 @@ def _check_log_p(log_p: Tensor) -> None:
         raise ValueError(f"log_p must be [N, L] and not empty, got {list(log_p.shape)}")
     if not bool((log_p <= 1e-3).all()):
         raise ValueError(f"log_p must be log probabilities, at most 0, got values up to {float(log_p.max())}")
+    if (given := wrong_sum(log_p)) is not None:
+        raise ValueError(
+            "log_p must be normalised, so that its exponentials sum to 1 over the classes, got a sum of "
+            f"{given:.4g} (logits need .log_softmax(1))"
+        )
 
 
-def _ranks(values: Tensor) -> Tensor:
-    """The rank of each value [N], the mean rank among equals."""
-    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    return (last - 0.5 * (counts.double() - 1))[inverse]
+def _entropy_ranks(p: Tensor, given: torch.dtype) -> Tensor:
+    """The ranks [N] of the entropies of float64 p [N, L], which was given with less precision; alike ones share theirs.
+
+    Ties are told along the order: two entropies are alike if no gap between them is larger than rounding.
+    """
+    ordered, order = torch.special.entr(p).sum(1).sort()
+    gaps = ordered.diff(prepend=ordered[:1]) > ALIKE * torch.finfo(given).eps * ordered.abs()
+    _, counts = gaps.cumsum(0).unique_consecutive(return_counts=True)
+    means = counts.cumsum(0).double() - 0.5 * (counts.double() - 1)
+    return torch.empty_like(ordered).index_copy_(0, order, means.repeat_interleave(counts))

@@ -5,14 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..attacks.classifier import predicted
 from ..attacks.pgd import ascend
 from ..inputs import check_attack, check_count, check_posterior, check_samples, check_tensor, clean_batch
-from ..posteriors.base import Posterior, begin_trace
+from ..posteriors.base import Posterior, begin_trace, outside_modes
 from ..threat_model import ThreatModel
 
 LARGE = 1e30  # takes a class out of a softmax; smaller than the largest float32 and bfloat16
 
 
+@outside_modes
 def robust_accuracy(
     posterior: Posterior,
     x: Tensor,
@@ -24,6 +26,9 @@ def robust_accuracy(
     generator: torch.Generator | None = None,
 ) -> tuple[float, float]:
     """Accuracy of arg max_y p(y|x') at clean points and under an attack that follows the posterior's own gradient.
+
+    A point at which the posterior gives NaN counts as misclassified. Where an element of its gradient is NaN, the
+    attack leaves that feature as it is.
 
     A model for which direct SCORE is zero on all of B(x) equals the posterior, and so has its robust accuracy. This is
     not a bound: training stops before that, and some trained models have a higher robust accuracy.
@@ -51,6 +56,7 @@ def robust_accuracy(
     return float(clean.double().mean()), float(robust.double().mean())
 
 
+@outside_modes
 def attacked_log_likelihood(
     posterior: Posterior,
     x: Tensor,
@@ -61,7 +67,7 @@ def attacked_log_likelihood(
     restarts: int = 1,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """The lowest log p(y|x') that the attack of :func:`robust_accuracy` meets, in nats, [N].
+    """The lowest log p(y|x') that the attack of :func:`robust_accuracy` meets, in nats, [N]; NaN if it meets a NaN.
 
     :func:`scorematch.audit.log_likelihood` moves points in random directions, in which an estimate may err little. This
     moves them where the estimate says that their label is least likely. The label of x is no draw from p(y|x') at a
@@ -101,7 +107,7 @@ def _attacked(
     x, y = clean_batch(x, y, threat_model)
     check_samples(x, y, posterior.num_classes, least=1)
     at_clean = begin_trace(posterior, x, y).log_p
-    clean = at_clean.argmax(1) == y
+    clean = predicted(at_clean) == y
     robust, lowest = clean.clone(), at_clean.gather(1, y[:, None])[:, 0]
     one_hot = torch.nn.functional.one_hot(y, posterior.num_classes).to(x.dtype)
 
@@ -110,7 +116,7 @@ def _attacked(
 
         def judge(x_adv: Tensor) -> None:
             trace.move(x_adv)
-            robust.logical_and_(trace.log_p.argmax(1) == y)
+            robust.logical_and_(predicted(trace.log_p) == y)
             torch.minimum(lowest, trace.log_p.gather(1, y[:, None])[:, 0], out=lowest)
 
         def gradient(x_adv: Tensor) -> Tensor:
@@ -118,7 +124,7 @@ def _attacked(
             # The direction of −∇ log p(y|x'), but for a factor: the other classes by their shares, minus the label. As
             # −1 + p(y|x') its weight of the label would lose all digits where p(y|x') rounds to 1.
             others = (trace.log_p - LARGE * one_hot).softmax(1)
-            return trace.pull_back(others - one_hot, torch.zeros_like(x_adv))
+            return trace.pull_back(others - one_hot, torch.zeros_like(x_adv)).nan_to_num(nan=0.0)
 
         judge(ascend(x, gradient, threat_model, steps=steps, generator=generator))
 

@@ -1,7 +1,7 @@
 """The theorems of the paper, evaluated: both sides of each, for any model where p_d is known.
 
 ``errors`` has the robust errors and the constant C^D, ``inequalities`` Theorems 1 to 3 and Corollary 1, ``alignment``
-Theorems 4 and 5, ``zero_one`` the criteria of section 5.1.
+Theorems 4 and 5, ``zero_one`` the criteria of section 5.1. Models and posteriors are evaluated outside of autocast.
 
     errors = bounds.robust_errors(model, p_d, x, y, threat_model, divergences=("l1", "kl"))
     lower, upper = bounds.theorem_1(errors["l1"])

@@ -8,9 +8,11 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from ..attacks.classifier import gradient_of, logits_of
+from ..inputs import check_callable
 from ..noise import normal_like
 from ..ops.logit_divergence import logit_divergence
-from ..posteriors.base import Posterior, begin_trace
+from ..posteriors.base import Posterior, begin_trace, outside_modes
 from ..threat_model import DUAL_ORDERS, ThreatModel
 from .estimates import Estimate, estimate
 from .search import Ascent, Problem, clean_values, explore
@@ -41,6 +43,7 @@ class Theorem4(NamedTuple):
     remainder: Estimate
 
 
+@outside_modes
 def theorem_4(
     model: Callable[[Tensor], Tensor],
     posterior: Posterior,
@@ -80,12 +83,8 @@ def theorem_4(
     problem = Problem(model, posterior, x, y, threat_model)
     log_p, logits = clean_values(problem)
     eps = threat_model.eps
-    low, high = (float(v) for v in torch.aminmax(x))
-    if low - eps < threat_model.lower or high + eps > threat_model.upper:
-        raise ValueError(
-            f"x must be at least eps = {eps} inside the box [{threat_model.lower}, {threat_model.upper}] of the threat "
-            f"model, got values in [{low:g}, {high:g}]"
-        )
+    if len(x):
+        _check_inside(x, threat_model)
     p, q = log_p.exp(), logits.softmax(1)
     one_hot = torch.nn.functional.one_hot(log_p.argmax(1), log_p.shape[1]).to(p.dtype)
     signs = 2 * one_hot - 1  # s_y of Eq. (23) under the assumption
@@ -118,14 +117,21 @@ def theorem_4(
     )
 
 
+def _check_inside(x: Tensor, threat_model: ThreatModel) -> None:
+    eps, lower, upper = threat_model.eps, threat_model.lower, threat_model.upper
+    low, high = (float(v) for v in torch.aminmax(x))
+    if low - eps < lower or high + eps > upper:
+        raise ValueError(
+            f"x must be at least eps = {eps} inside the box [{lower}, {upper}] of the threat model, "
+            f"got values in [{low:g}, {high:g}]"
+        )
+
+
 def _difference_gradient(problem: Problem, coefficients: Tensor) -> Tensor:
     """Σ_y c_y (∇ₓ p_d(y|x) − ∇ₓ p_θ(y|x)) for c [N, L], [N, …]."""
     with torch.enable_grad():
         point = problem.x.detach().requires_grad_()
-        value = (coefficients * problem.model(point).softmax(1)).sum()
-        by_model = torch.zeros_like(problem.x)
-        if value.requires_grad:
-            (by_model,) = torch.autograd.grad(value, point, allow_unused=True, materialize_grads=True)
+        by_model = gradient_of(problem.model(point).softmax(1), point, coefficients, problem.model)
     trace = begin_trace(problem.posterior, problem.x, problem.y)
     return trace.pull_back((coefficients * trace.log_p.exp()).contiguous(), -by_model)
 
@@ -164,6 +170,7 @@ class Theorem5(NamedTuple):
     difference: Estimate
 
 
+@outside_modes
 def theorem_5(
     model: Callable[[Tensor], Tensor],
     density: SmoothDensity,
@@ -194,8 +201,9 @@ def theorem_5(
         generator: randomness of the noise, on the device of x.
 
     Raises:
-        ValueError: an argument is outside its range, or shapes do not fit.
-        TypeError: the density cannot be smoothed, or y is not int64.
+        ValueError: an argument is outside its range, shapes do not fit, or the model or the density is not
+            differentiable.
+        TypeError: the model cannot be called, the density cannot be smoothed, or y is not int64.
     """
     if not isinstance(density, SmoothDensity):
         raise TypeError(f"density must have smoothed(sigma) and log_joint(x), got {type(density).__name__}")
@@ -207,29 +215,34 @@ def theorem_5(
         raise TypeError(f"y must be int64, got {y.dtype}")
     if x.dim() < 2 or y.shape != x.shape[:1]:
         raise ValueError(f"x must be [N, …] and y [N], got x {list(x.shape)} and y {list(y.shape)}")
+    check_callable("model", model)
     smooth = density.smoothed(sigma)
+
+    def log_q(point: Tensor) -> Tensor:
+        return logits_of(model, point).log_softmax(1)
+
     left, right, loss = (torch.zeros(len(x), dtype=torch.float64, device=x.device) for _ in range(3))
     for _ in range(repeats):
         omega = normal_like(x, generator)
         for noise in (omega, -omega):
-            log_q, by_model = _label_gradient(lambda point: model(point).log_softmax(1), x + sigma * noise, y)
-            _, score = _label_gradient(smooth.log_joint, x + sigma * noise, y)
+            own, by_model = _label_gradient(log_q, x + sigma * noise, y, model, "model")
+            _, score = _label_gradient(smooth.log_joint, x + sigma * noise, y, density, "density")
             left -= (by_model * noise).flatten(1).sum(1).double() / (2 * sigma)
             right += 0.5 * (by_model.double() * score.double()).flatten(1).sum(1)
-            loss -= log_q.double()
+            loss -= own.double()
     left, right, loss = (total / (2 * repeats) for total in (left, right, loss))
     return Theorem5(left, right, estimate(loss), estimate(left), estimate(right), estimate(left - right))
 
 
-def _label_gradient(values: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Of values(x) [N, L] those of the labels, [N], and their gradients in x, [N, …]."""
+def _label_gradient(
+    values: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, source: object, name: str
+) -> tuple[Tensor, Tensor]:
+    """Of values(x) [N, L] those of the labels, [N], and their gradients in x, [N, …]; see :func:`gradient_of`."""
     with torch.enable_grad():
         point = x.detach().requires_grad_()
         rows = values(point)
         if not bool(((y >= 0) & (y < rows.shape[1])).all()):
             raise ValueError(f"y must lie in [0, {rows.shape[1]}), got values in [{int(y.min())}, {int(y.max())}]")
-        own = rows.gather(1, y[:, None])[:, 0]
-        if not own.requires_grad:
-            return own, torch.zeros_like(x)
-        (gradient,) = torch.autograd.grad(own.sum(), point, allow_unused=True, materialize_grads=True)
-    return own.detach(), gradient
+        one_hot = torch.nn.functional.one_hot(y, rows.shape[1]).to(rows.dtype)
+        gradient = gradient_of(rows, point, one_hot, source, name)
+    return rows.detach().gather(1, y[:, None])[:, 0], gradient

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..divergences import check_kind
 from ..ops.logit_divergence import logit_divergence
-from ..posteriors.base import Posterior
+from ..posteriors.base import Posterior, outside_modes
 from ..threat_model import ThreatModel
 from .estimates import Estimate, estimate
 from .search import Ascent, Problem, clean_values, explore
@@ -52,6 +52,7 @@ class RobustErrors(NamedTuple):
         return self.standard + beta * self.invariance
 
 
+@outside_modes
 def robust_errors(
     model: Callable[[Tensor], Tensor],
     posterior: Posterior,
@@ -77,7 +78,8 @@ def robust_errors(
     maxima over B(x), up to the spacing.
 
     Args:
-        model: maps [N, …] to logits [N, L] of the posterior's dtype, in eval mode.
+        model: maps [N, …] to logits [N, L] of the posterior's dtype, in eval mode; differentiable where there are no
+            candidates.
         posterior: p_d, in closed form; an estimate gives the errors against that estimate.
         x: [N, …] clean inputs inside the box, draws or quadrature nodes of p_d(x).
         y: int64 [N] labels; read only by posteriors that are anchored at labels.
@@ -116,6 +118,7 @@ class DataConstant(NamedTuple):
     mean: Estimate
 
 
+@outside_modes
 def data_constant(
     posterior: Posterior,
     x: Tensor,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..divergences import DIVERGENCES
+from ..posteriors.base import outside_modes
 from .errors import RobustErrors
 from .estimates import Estimate, around, estimate, mean
 
@@ -93,6 +94,7 @@ def theorem_1(errors: RobustErrors, *, weights: Tensor | None = None) -> Theorem
     return Theorem1(_distance_below(madry, constant, score, weights), upper)
 
 
+@outside_modes
 def theorem_2(
     errors: RobustErrors,
     *,

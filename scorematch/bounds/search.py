@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..attacks.classifier import check_logits, gradient_of
 from ..attacks.pgd import ascend
 from ..inputs import check_callable, check_count, check_instance, check_points, check_posterior, check_tensor
 from ..posteriors import Ensemble
@@ -54,7 +55,8 @@ def clean_values(problem: Problem) -> tuple[Tensor, Tensor]:
     """log p(y|x) and the logits of the model at clean x, both [N, L], without a graph.
 
     Raises:
-        ValueError: x and y do not fit each other or the box, or the model has other classes than the posterior.
+        ValueError: x and y do not fit each other or the box, or the model does not return logits, or those of other
+            classes than the posterior.
         TypeError: the model computes in another dtype than the posterior.
     """
     check_callable("model", problem.model)
@@ -64,6 +66,7 @@ def clean_values(problem: Problem) -> tuple[Tensor, Tensor]:
     log_p = begin_trace(problem.posterior, problem.x, problem.y).log_p
     with torch.no_grad():
         logits = problem.model(problem.x)
+    check_logits(logits, problem.x)
     if logits.shape != log_p.shape:
         raise ValueError(f"model must return logits {list(log_p.shape)} as the posterior, got {list(logits.shape)}")
     if logits.dtype != log_p.dtype:
@@ -87,7 +90,8 @@ def explore(
     so that both sides of x are seen. One more search, with a quarter of the step size, starts at the best point so far.
 
     Raises:
-        ValueError, TypeError: an argument is outside its range; the message names it.
+        ValueError, TypeError: an argument is outside its range, or an ascent meets a model that is not differentiable;
+            the message names it.
     """
     check_count("steps", steps)
     check_count("restarts", restarts)
@@ -123,10 +127,9 @@ def _climb(
             better = value > best
             best[better] = value[better].to(best.dtype)
             x_best[better] = at.detach()[better]
-            by_model = torch.zeros_like(at)
-            if logits.requires_grad:
-                (by_model,) = torch.autograd.grad(logits, point, by_logits, allow_unused=True, materialize_grads=True)
-            return trace.pull_back(weights.contiguous(), by_model)
+            by_model = gradient_of(logits, point, by_logits, model)
+            direction = trace.pull_back(weights.contiguous(), by_model)
+            return direction.nan_to_num(nan=0.0)  # a feature of NaN stays where it is
 
         gradient(ascend(x, gradient, moves, steps=steps, start=start))
 

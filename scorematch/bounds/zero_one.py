@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..attacks.classifier import predicted
 from ..attacks.losses import margin_loss
 from ..ops.logit_divergence import logit_divergence
-from ..posteriors.base import Posterior
+from ..posteriors.base import Posterior, outside_modes
 from ..threat_model import ThreatModel
 from .errors import RobustErrors
 from .estimates import Estimate, estimate
@@ -21,7 +22,9 @@ from .search import Ascent, Problem, clean_values, explore
 class ZeroOneErrors(NamedTuple):
     """Which samples have which error; bool [N] each, maxima over the same points of B(x).
 
-    Y_d = arg max_y p_d(y|·) and Y_θ = arg max_y p_θ(y|·); in a tie, the first class.
+    Y_d = arg max_y p_d(y|·) and Y_θ = arg max_y p_θ(y|·); in a tie, the first class. Where a logit of the model is
+    NaN, Y_θ is no class: it differs from every Y_d, from every label and from every class that the model names
+    elsewhere.
 
     Attributes:
         standard: Y_θ(x) ≠ Y_d(x), Eq. (11).
@@ -64,6 +67,7 @@ class ZeroOneErrors(NamedTuple):
         return RobustErrors(ZERO_ONE, standard, madry, score, flips, invariance)
 
 
+@outside_modes
 def zero_one_errors(
     model: Callable[[Tensor], Tensor],
     posterior: Posterior,
@@ -92,7 +96,7 @@ def zero_one_errors(
     The other arguments are those of :func:`scorematch.bounds.robust_errors`.
 
     Raises:
-        ValueError, TypeError: an argument does not fit; the message names it.
+        ValueError, TypeError: an argument does not fit, or p_d gives a NaN; the message names it.
     """
     problem = Problem(model, posterior, x, y, threat_model)
     log_p, logits = clean_values(problem)
@@ -100,13 +104,13 @@ def zero_one_errors(
         raise TypeError(f"y must be int64 [N], got {y.dtype} {list(y.shape)}")
     if not bool(((y >= 0) & (y < log_p.shape[1])).all()):
         raise ValueError(f"y must lie in [0, {log_p.shape[1]}), got values in [{int(y.min())}, {int(y.max())}]")
-    likely, said = log_p.argmax(1), logits.argmax(1)
+    likely, said = _most_likely(log_p), predicted(logits)
     wrong, none = said != likely, torch.zeros_like(likely, dtype=torch.bool)
     found = ZeroOneErrors(wrong, wrong, wrong, none, wrong, none, said != y)
 
     def look(there_p: Tensor, there_logits: Tensor) -> None:
         nonlocal found
-        data, says = there_p.argmax(2), there_logits.argmax(2)
+        data, says = _most_likely(there_p), predicted(there_logits)
         kept = data == likely[:, None]
         found = found._replace(
             madry=found.madry | (says != likely[:, None]).any(1),
@@ -117,14 +121,27 @@ def zero_one_errors(
             label=found.label | (says != y[:, None]).any(1),
         )
 
+    named = said.clamp(min=0)  # no class has no margin; class 0 stands for it
     ascents = [
         Ascent(lambda _, z: margin_loss(z, likely)),
         Ascent(lambda there, z: margin_loss(z, there.detach().argmax(1))),
         Ascent(lambda there, z: logit_divergence(z, there, kind="kl")),
         Ascent(lambda there, z: torch.minimum(margin_loss(z, likely), -margin_loss(there, likely))),
         Ascent(lambda there, _: margin_loss(there, likely)),
-        Ascent(lambda _, z: margin_loss(z, said)),
+        Ascent(lambda _, z: margin_loss(z, named)),
         Ascent(lambda _, z: margin_loss(z, y)),
     ]
     explore(problem, ascents, look, candidates=candidates, steps=steps, restarts=restarts, generator=generator)
     return found
+
+
+def _most_likely(log_p: Tensor) -> Tensor:
+    """arg max over the classes, the last dimension, of the log p of p_d.
+
+    Raises:
+        ValueError: p_d has no most likely class, since it gives a NaN.
+    """
+    if wrong := int(log_p.isnan().any(-1).sum()):
+        points = log_p[..., 0].numel()
+        raise ValueError(f"posterior must give log p(y|x) at every point, got NaN at {wrong} of {points}")
+    return log_p.argmax(-1)

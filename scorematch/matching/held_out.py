@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ..inputs import check_count, check_finite, check_instance, check_labels, check_length, check_strided
+from ..inputs import check_count, check_finite, check_instance, check_labels, check_length, check_real, check_strided
+from ..model_state import as_found
 from ..networks.denoiser import Denoiser
 from ..noise import normal_like
 from .losses import broadcast, check_logits, denoising
@@ -144,7 +145,10 @@ def fit_temperature(
     _check_counts(seed, repeats, chunk)
     generator = torch.Generator(x.device).manual_seed(int(seed))
     omega = [normal_like(x, generator) for _ in range(repeats)]
-    values = torch.cat([logits(part) for o in omega for part in (x + noise * o).split(chunk)]).double()
+    parts = [logits(part) for o in omega for part in (x + noise * o).split(chunk)]
+    for part in parts:
+        check_real(part, "what logits returns")
+    values = torch.cat(parts).double()
     check_finite(values, "logits")
     check_logits(values[: len(x)], y, x)
     one_hot = torch.nn.functional.one_hot(y.repeat(repeats), values.shape[1])
@@ -168,6 +172,8 @@ def losses_by_level(
     chunk: int = 250,
 ) -> dict[float, float]:
     """The mean loss of a network at each noise level, in eval mode, with the same noise ω at each and in every call.
+
+    The network is left as found, whatever the modes of its modules are.
 
     Of a :class:`scorematch.networks.Denoiser` the loss is :func:`scorematch.matching.denoising`; of any other network
     it is the cross-entropy at x + σω, in nats.
@@ -195,19 +201,17 @@ def losses_by_level(
     for sigma in sigmas:
         check_length("each of sigmas", sigma)
     _check_counts(seed, repeats, chunk)
-    was_training = network.training
-    network.eval()
     means = {}
-    for sigma in sigmas:
-        parts = []
-        generator = torch.Generator(x.device).manual_seed(int(seed))
-        for _ in range(repeats):
-            noise = normal_like(x, generator)
-            level = torch.full((len(x),), sigma, dtype=x.dtype, device=x.device)
-            chunks = zip(*(tensor.split(chunk) for tensor in (x, y, level, noise)), strict=True)
-            parts += [_loss(network, *part) for part in chunks]
-        means[sigma] = torch.cat(parts).mean().item()
-    network.train(was_training)
+    with as_found(network):
+        for sigma in sigmas:
+            parts = []
+            generator = torch.Generator(x.device).manual_seed(int(seed))
+            for _ in range(repeats):
+                noise = normal_like(x, generator)
+                level = torch.full((len(x),), sigma, dtype=x.dtype, device=x.device)
+                chunks = zip(*(tensor.split(chunk) for tensor in (x, y, level, noise)), strict=True)
+                parts += [_loss(network, *part) for part in chunks]
+            means[sigma] = torch.cat(parts).mean().item()
     return means
 
 

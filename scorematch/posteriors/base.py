@@ -7,7 +7,10 @@ w_y to Σ_y w_y ∇ₓ log p(y|x'). :class:`Trace` answers both, and remembers t
 
 from __future__ import annotations
 
+import functools
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral
 from typing import Any
@@ -15,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..inference import Parameters, Result, outside_inference_mode
 from ..inputs import check_finite, check_length, check_like, check_real, check_single, check_strided
 from ..ops.score_step import score_step
 
@@ -73,7 +77,7 @@ class Posterior(nn.Module, ABC):
         return self.trace(x, y).log_p
 
 
-NORMALISED = 1e-2  # how far the logarithm of the sum of all classes may be from 0
+NORMALISED = 1e-2  # how far the logarithm of the sum of all classes may be from 0, beside rounding
 
 
 def begin_trace(posterior: Posterior, x: Tensor, y: Tensor) -> Trace:
@@ -97,13 +101,24 @@ def check_values(log_p: Tensor) -> None:
     """
     if not log_p.is_cpu:
         return
-    total = log_p.detach().double().logsumexp(1)
-    if (total.abs() > NORMALISED).any():  # NaN is told by what meets it
-        given = total[total.nan_to_num().abs().argmax()].exp().item()
+    if (given := wrong_sum(log_p)) is not None:
         raise ValueError(
             "posterior must give log p(y|x), whose exponentials sum to 1 over the classes, got a sum of "
             f"{given:.4g} (logits need .log_softmax(1), probabilities .log())"
         )
+
+
+def wrong_sum(log_p: Tensor) -> float | None:
+    """The sum of Σ_y p_y that is furthest from 1, of log p [N, L]; None where rounding explains it.
+
+    Rounding moves log p_y by at most half an eps of its size, and so the logarithm of the sum by half an eps of the
+    entropy, which is at most log L; twice that is allowed. NaN is told by what meets it.
+    """
+    total = log_p.detach().double().logsumexp(1)
+    rounding = torch.finfo(log_p.dtype).eps * math.log(max(log_p.shape[1], 1))
+    if not (total.abs() > NORMALISED + rounding).any():
+        return None
+    return total[total.nan_to_num().abs().argmax()].exp().item()
 
 
 class PointwisePosterior(Posterior):
@@ -191,6 +206,30 @@ def own_precision(x: Tensor) -> AbstractContextManager[object]:
     if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return nullcontext()
     return torch.autocast(device, enabled=False)
+
+
+def outside_modes(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """A function that runs outside of ``torch.inference_mode`` and of autocast, whatever its caller does.
+
+    It is for functions that compare posteriors or take their gradients. Tensors that were made in inference mode take
+    no gradients; the function gets copies of them.
+    """
+
+    @functools.wraps(function)
+    @outside_inference_mode
+    def outside(*arguments: Parameters.args, **options: Parameters.kwargs) -> Result:
+        tensors = [value for value in (*arguments, *options.values()) if isinstance(value, Tensor)]
+        with own_precision(tensors[0]) if tensors else nullcontext():
+            return function(
+                *map(_usable, arguments),  # type: ignore[arg-type]
+                **{name: _usable(value) for name, value in options.items()},  # type: ignore[arg-type]
+            )
+
+    return outside
+
+
+def _usable(value: object) -> object:
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
 def check_point(x: Tensor, own: Tensor, shape: torch.Size | None = None, *, any_dtype: bool = True) -> None:

@@ -15,8 +15,15 @@ from torch.nn.functional import cross_entropy
 from scorematch import ThreatModel, audit
 from scorematch.divergences import KINDS
 from scorematch.matching import fit_temperature
-from scorematch.networks import Denoiser
-from scorematch.posteriors import ClassScorePosterior, Ensemble, GaussianMixture, KernelDensity, ScoreNetwork
+from scorematch.networks import Denoiser, MLPBackbone
+from scorematch.posteriors import (
+    ClassScorePosterior,
+    Ensemble,
+    GaussianMixture,
+    KernelDensity,
+    NoiseConditionalClassifier,
+    ScoreNetwork,
+)
 from scorematch.posteriors.base import PointwisePosterior, Trace
 from scorematch.self_consistency import consistency
 
@@ -71,6 +78,23 @@ def test_kl_error() -> None:
     expected = (p * (p.log() - q.log())).sum(1)
     torch.testing.assert_close(audit.kl_error(Altered(truth, temperature=2.0), truth, x, y, moved), expected, **F64)
     assert audit.kl_error(truth, truth, x, y).abs().max() < 1e-12
+
+
+def test_kl_error_where_the_truth_rules_out_a_class() -> None:
+    """0 log 0 is 0, whatever the estimate says of the class, and −∞ where the truth does not say so is infinite."""
+    truth = mixture(2, 1, 5)
+
+    class Without(Altered):
+        def log_prob_and_scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            log_p, scores = self.truth.log_prob_and_scores(x)
+            return torch.tensor([0.0, -math.inf], dtype=x.dtype).expand_as(log_p), scores
+
+    x, y = sample(truth, 5)
+    sure = Without(truth)
+    torch.testing.assert_close(audit.kl_error(truth, sure, x, y), -truth(x)[:, 0])
+    assert audit.kl_error(sure, sure, x, y).tolist() == [0.0] * 5
+    assert audit.kl_error(sure, truth, x, y).tolist() == [math.inf] * 5
+    assert audit.kl_error(Broken(truth, -math.inf), sure, x, y).isnan().all()
 
 
 def test_the_truth_has_the_highest_held_out_likelihood() -> None:
@@ -152,9 +176,11 @@ def test_reliability_of_stated_probabilities() -> None:
         (torch.tensor([[0.5, 0.5]]), torch.tensor([0]), 5, "log_p must be log probabilities, at most 0"),
         (torch.zeros(3), torch.tensor([0, 0, 0]), 5, r"log_p must be \[N, L\] and not empty, got \[3\]"),
         (torch.zeros(1, 2).long(), torch.tensor([0]), 5, "log_p must be floating point"),
-        (torch.zeros(2, 2), torch.tensor([0]), 5, r"and y \[N\]|y must be"),
-        (torch.zeros(1, 2), torch.tensor([2]), 5, r"y must lie in \[0, 2\)"),
-        (torch.zeros(1, 2), torch.tensor([0]), 0, "bins must be at least 1, got 0"),
+        (torch.full((1, 3), -5.0), torch.tensor([0]), 5, "log_p must be normalised, .* got a sum of 0.02021"),
+        (torch.tensor([[-math.inf, -math.inf]]), torch.tensor([0]), 5, "log_p must be normalised, .* got a sum of 0 "),
+        (torch.zeros(2, 1), torch.tensor([0]), 5, r"and y \[N\]|y must be"),
+        (torch.zeros(1, 1), torch.tensor([2]), 5, r"y must lie in \[0, 1\)"),
+        (torch.zeros(1, 1), torch.tensor([0]), 0, "bins must be at least 1, got 0"),
     ],
 )
 def test_bad_input_of_the_reliability(log_p: Tensor, y: Tensor, bins: int, message: str) -> None:
@@ -309,6 +335,37 @@ def test_agreement_with_people() -> None:
     assert audit.agreement(people.clamp(min=1e-300).log(), people).kl == pytest.approx(0.0, abs=1e-9)
     with pytest.raises(ValueError, match=r"log_p and people must both be \[N, L\]"):
         audit.agreement(log_p[:3], people)
+
+
+@pytest.mark.parametrize(
+    ("log_p", "people", "message"),
+    [
+        (torch.full((4, 3), -5.0), torch.full((4, 3), 1 / 3), "log_p must be normalised, .* got a sum of 0.02021"),
+        (torch.full((4, 2), 0.5).log(), torch.full((4, 2), 0.9), "people must be .* sum to 1 .* got a sum of 1.8"),
+        (torch.full((4, 2), 0.5).log(), torch.full((4, 2), -0.5), r"people must be .* outside \[0, 1\]"),
+    ],
+)
+def test_bad_input_of_the_agreement(log_p: Tensor, people: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        audit.agreement(log_p, people)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("classes", [4, 10, 100])
+def test_an_entropy_that_is_constant_but_for_rounding_has_no_rank(classes: int, dtype: torch.dtype) -> None:
+    """The same probabilities in another order, whose sums round otherwise."""
+    generator = torch.Generator().manual_seed(classes)
+    one = torch.rand(classes, dtype=dtype, generator=generator).softmax(0)
+    constant = torch.stack([one[torch.randperm(classes, generator=generator)] for _ in range(200)])
+    other = torch.randn(200, classes, dtype=dtype, generator=generator).log_softmax(1)
+    assert torch.special.entr(constant).sum(1).unique().numel() > 1
+    assert audit.agreement(other, constant).entropy_rank == 0.0
+    assert audit.agreement(constant.log(), other.exp()).entropy_rank == 0.0
+    assert audit.agreement(other, other.exp()).entropy_rank == pytest.approx(1.0)
+    # Two values of the entropy in two halves: all ties are told.
+    halves = torch.cat([constant[:100], torch.full((100, classes), 1 / classes, dtype=dtype)])
+    rank = spearmanr([0] * 100 + [1] * 100, torch.special.entr(other.exp()).sum(1)).statistic
+    assert audit.agreement(other, halves).entropy_rank == pytest.approx(float(rank), abs=1e-6)
 
 
 def plain_gradient(members: list[PointwisePosterior], x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -529,6 +586,43 @@ def test_points_of_another_shape() -> None:
         audit.kl_error(truth, truth, x, y, x[:1])
 
 
+AUDITS: dict[str, Callable[..., object]] = {
+    "log_likelihood": lambda posterior, x, y: audit.log_likelihood(posterior, x, y, noise=0.1),
+    "matching_error": lambda posterior, x, y: audit.matching_error(posterior, torch.neg, x, y, sigma=0.3),
+    "calibration": lambda posterior, x, y: audit.calibration(posterior, x, y, noise=0.1),
+    "spread": lambda posterior, x, y: audit.spread([posterior, mixture(100, 1, 8).float()], x, y),
+    "closed_loop": lambda posterior, x, y: audit.closed_loop(posterior, x, y, length=0.1),
+    "martingale": lambda posterior, x, y: audit.martingale(posterior, posterior, x, y, sigmas=(0.1, 0.2)),
+    "centre": audit.centre,
+    "energy_identity": lambda posterior, x, y: audit.energy_identity(lambda sigma: posterior, x, y, sigma=0.3),
+    "posterior_gradients": audit.posterior_gradients,
+    "gradient_error": lambda posterior, x, y: audit.gradient_error(posterior, mixture(100, 1, 8).float(), x, y),
+    "kl_error": lambda posterior, x, y: audit.kl_error(posterior, mixture(100, 1, 8).float(), x, y),
+    "robust_accuracy": lambda posterior, x, y: audit.robust_accuracy(
+        posterior, x, y, ThreatModel("l2", 0.3), steps=2, generator=torch.Generator().manual_seed(0)
+    ),
+    "attacked_log_likelihood": lambda posterior, x, y: audit.attacked_log_likelihood(
+        posterior, x, y, ThreatModel("l2", 0.3), steps=2, generator=torch.Generator().manual_seed(0)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AUDITS)
+def test_the_modes_of_the_caller_change_no_audit(name: str) -> None:
+    """In half precision the probabilities of 100 classes that are alike sum to 1.011."""
+    torch.manual_seed(0)
+    network = MLPBackbone((8,), 100, width=8, depth=1)
+    posterior = NoiseConditionalClassifier(network, num_classes=100, sigma=0.3)
+    x, y = torch.rand(5, 8), torch.arange(5)
+    expected = AUDITS[name](posterior, x, y)
+    with torch.inference_mode():
+        torch.testing.assert_close(AUDITS[name](posterior, x, y), expected)
+        made_within = x.clone(), y.clone()
+    torch.testing.assert_close(AUDITS[name](posterior, *made_within), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(AUDITS[name](posterior, x, y), expected)
+
+
 @pytest.mark.parametrize(("options", "message"), [({"steps": 0}, "steps must"), ({"restarts": -1}, "restarts must")])
 def test_bad_input_of_the_judge(options: dict, message: str) -> None:
     truth = mixture()
@@ -552,6 +646,44 @@ def test_an_attack_on_a_saturated_posterior_keeps_its_direction() -> None:
         found.append(audit.robust_accuracy(density, x.to(dtype), y, threat_model, steps=20, generator=start)[1])
     assert found[0] == pytest.approx(found[1], abs=0.03)
     assert 0.1 < found[1] < 0.9
+
+
+class Broken(Altered):
+    """Its values, or else its scores, are NaN where the first feature is above ``threshold``."""
+
+    def __init__(self, truth: GaussianMixture, threshold: float, *, values: bool = True) -> None:
+        super().__init__(truth)
+        self.threshold, self.values = threshold, values
+
+    def log_prob_and_scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        log_p, scores = self.truth.log_prob_and_scores(x)
+        broken = x.flatten(1)[:, :1] > self.threshold
+        if self.values:
+            return log_p.masked_fill(broken, math.nan), scores
+        return log_p, scores.masked_fill(broken[..., None], math.nan)
+
+
+def test_a_nan_of_the_posterior_is_misclassified() -> None:
+    """arg max of NaN is class 0, which is the label here."""
+    truth = two_points(0.01)
+    x, y = truth.means[0].expand(2, -1) + torch.tensor([[0.0], [0.02]], dtype=torch.float64), torch.zeros(2).long()
+    ball = ThreatModel("linf", 0.01)
+    assert audit.robust_accuracy(truth, x, y, ball, steps=10) == (1.0, 1.0)
+    assert audit.robust_accuracy(Broken(truth, 0.215), x, y, ball, steps=10) == (0.5, 0.5)
+    assert audit.robust_accuracy(Broken(truth, 0.205), x, y, ball, steps=10) == (0.5, 0.0)
+    assert audit.attacked_log_likelihood(Broken(truth, 0.215), x, y, ball, steps=10).isnan().tolist() == [False, True]
+
+
+def test_a_nan_of_the_gradient_leaves_a_feature_as_it_is() -> None:
+    truth = two_points(0.01)
+    x, y = truth.means[1], torch.ones(1).long()
+    assert audit.robust_accuracy(Broken(truth, 0.0, values=False), x, y, ThreatModel("linf", 0.01)) == (1.0, 1.0)
+
+
+def test_the_spread_of_a_posterior_that_is_nan_is_none() -> None:
+    truth = two_points(0.01)
+    x, y = truth.means[:, 0], torch.arange(2)
+    assert all(math.isnan(value) for value in audit.spread([truth, Broken(truth, 0.0)], x, y))
 
 
 def test_kernel_density_is_right_about_itself() -> None:

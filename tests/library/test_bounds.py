@@ -13,7 +13,14 @@ from scorematch import ThreatModel, bounds, consistency
 from scorematch.bounds import Inequality, RobustErrors, Theorem3
 from scorematch.divergences import DIVERGENCES, KINDS
 from scorematch.networks import Denoiser, MLPBackbone
-from scorematch.posteriors import Ensemble, GaussianMixture, KernelDensity, ScoreNetwork
+from scorematch.posteriors import (
+    Ensemble,
+    GaussianMixture,
+    KernelDensity,
+    NoiseConditionalClassifier,
+    ScoreNetwork,
+)
+from scorematch.posteriors.base import PointwisePosterior, Trace
 from training.data import toy
 
 F64 = {"rtol": 1e-9, "atol": 1e-9}
@@ -881,6 +888,147 @@ def test_the_search_finds_where_a_model_close_to_p_d_disagrees() -> None:
     assert int(found.score.sum()) > 1.5 * int(judged.disagrees.sum())
 
 
+@pytest.mark.parametrize("searched", [True, False])
+def test_a_nan_of_the_model_is_a_zero_one_error(searched: bool) -> None:
+    """At sample 0 the model is NaN everywhere, at sample 1 away from it; NaN is no class, whatever arg max says."""
+    truth = mixture(2, 1, 2)
+    x = torch.cat([truth.means[0]] * 3)
+    y = labels(x)
+    assert truth(x).argmax(1).tolist() == [0, 0, 0]
+    threat_model = ThreatModel("l2", 0.01, **UNBOUNDED)
+    given: dict = {"steps": 2} if searched else {"candidates": torch.stack([x, x + 0.001], 1)}
+
+    def model(points: Tensor) -> Tensor:
+        sample = torch.arange(len(points)) // (len(points) // 3)
+        moved = (points != x[sample]).any(1)
+        broken = (sample == 0) | (moved & (sample == 1))
+        return truth.log_joint(points).masked_fill(broken[:, None], math.nan)
+
+    found = bounds.zero_one_errors(model, truth, x, y, threat_model, **given)
+    assert found.standard.tolist() == [True, False, False]
+    for errors in (found.madry, found.score, found.preserving, found.label):
+        assert errors.tolist() == [True, True, False]
+    assert found.invariance.tolist() == [False, True, False]
+    assert not found.flips.any()
+    assert all(holds(inequality) for inequality in bounds.theorem_1(found.errors()))
+    assert all(holds(inequality) for inequality in bounds.theorem_3(found.errors(), beta=1.0))
+
+
+def test_a_nan_of_p_d_has_no_most_likely_class() -> None:
+    truth = mixture(2, 1, 2)
+
+    class Broken(PointwisePosterior):
+        num_classes = 2
+
+        def forward(self, x: Tensor) -> Tensor:
+            return truth(x).masked_fill(x[:, :1] > 0, math.nan)
+
+        def _trace_at(self, x: Tensor) -> Trace:
+            trace = truth.trace(x, labels(x))
+            trace.log_p = self(x)
+            return trace
+
+    x = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=torch.float64)
+    threat_model = ThreatModel("l2", 3.0, **UNBOUNDED)
+    with pytest.raises(ValueError, match=r"posterior must give log p\(y\|x\) at every point, got NaN at 1 of 2"):
+        bounds.zero_one_errors(truth.log_joint, Broken(), x, labels(x), threat_model)
+    with pytest.raises(ValueError, match="got NaN at 1 of 1"):
+        bounds.zero_one_errors(
+            truth.log_joint, Broken(), x[1:], labels(x[1:]), threat_model, candidates=x[None, :1].clone()
+        )
+
+
+# The modes of the caller
+
+
+Pair = tuple[nn.Module, NoiseConditionalClassifier]
+
+
+def bound(name: str, pair: Pair, x: Tensor, y: Tensor) -> tuple:
+    """What one of the functions says of a model and a network as p_d."""
+    model, truth = pair
+    smooth = GaussianMixture(torch.linspace(0, 1, 600).reshape(100, 1, 6), torch.ones(100, 1))
+    problem = (model, truth, x, y, ThreatModel("l2", 0.1, **UNBOUNDED))
+    options: dict = {"steps": 2, "generator": seeded()}
+    return {
+        "robust": lambda: bounds.robust_errors(*problem, divergences="l1", **options)["l1"][1:],
+        "zero_one": lambda: bounds.zero_one_errors(*problem, **options),
+        "constant": lambda: bounds.data_constant(*problem[1:], **options),
+        "theorem_2": lambda: bounds.theorem_2(bounds.robust_errors(*problem, divergences="l1", **options)["l1"]),
+        "theorem_4": lambda: bounds.theorem_4(*problem, **options),
+        "theorem_4 at points": lambda: bounds.theorem_4(*problem, candidates=torch.stack([x, x + 0.01], 1)),
+        "theorem_5": lambda: bounds.theorem_5(model, smooth, x, y, sigma=0.1, generator=seeded()),
+    }[name]()
+
+
+BOUNDS = ["robust", "zero_one", "constant", "theorem_2", "theorem_4", "theorem_4 at points", "theorem_5"]
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_the_modes_of_the_caller_change_no_bound(name: str) -> None:
+    torch.manual_seed(0)
+    network = MLPBackbone((6,), 100, width=8, depth=1)
+    pair = nn.Linear(6, 100), NoiseConditionalClassifier(network, num_classes=100, sigma=0.3)
+    x, y = torch.rand(4, 6), torch.arange(4)
+    expected = bound(name, pair, x, y)
+    with torch.inference_mode():
+        torch.testing.assert_close(bound(name, pair, x, y), expected)
+        made_within = x.clone(), y.clone()
+    torch.testing.assert_close(bound(name, pair, *made_within), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(bound(name, pair, x, y), expected)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_model_without_a_graph_is_no_constant_model(trained: bool) -> None:
+    """Its gradient is not 0 although autograd finds none."""
+    truth, model = mixture(), smooth_mlp(5, 3)
+    x, y = truth.sample(3, seeded())
+    threat_model = ThreatModel("l2", 0.5, **UNBOUNDED)
+
+    class Unwired(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if trained:
+                return model(x.detach())
+            with torch.no_grad():
+                return model(x)
+
+    told = "model must be differentiable in x, got a Unwired whose values differ between samples"
+    with pytest.raises(ValueError, match=told):
+        bounds.robust_errors(Unwired(), truth, x, y, threat_model, divergences="l1")
+    with pytest.raises(ValueError, match=told):
+        bounds.theorem_4(Unwired(), truth, x, y, threat_model, candidates=x[:, None])
+    with pytest.raises(ValueError, match=told):
+        bounds.theorem_5(Unwired(), truth, x, y, sigma=0.1)
+    with pytest.raises(ValueError, match=told):
+        consistency(Unwired(), truth, x, y, threat_model)
+
+    class Frozen(GaussianMixture):
+        def smoothed(self, sigma: float) -> "Frozen":
+            return Frozen(self.means, self.covariances)
+
+        def log_joint(self, x: Tensor) -> Tensor:
+            return super().log_joint(x).detach()
+
+    with pytest.raises(ValueError, match="density must be differentiable in x, got a Frozen"):
+        bounds.theorem_5(model, Frozen(truth.means, truth.covariances), x, y, sigma=0.1)
+
+
+def test_a_constant_model_has_errors_like_any_other() -> None:
+    """No graph leads from its logits to x, nor need one."""
+    truth = mixture()
+    x, y = truth.sample(5, seeded())
+    threat_model = ThreatModel("l2", 0.5, **UNBOUNDED)
+    bias = nn.Parameter(torch.tensor([0.1, 0.5, 0.4], dtype=torch.float64))
+    for model in (constant([0.1, 0.5, 0.4]), lambda points: bias.log().expand(len(points), -1)):
+        errors = bounds.robust_errors(model, truth, x, y, threat_model, divergences="kl", generator=seeded())["kl"]
+        judged = consistency(model, truth, x, y, threat_model, generator=seeded())
+        torch.testing.assert_close(judged.divergence, errors.standard, **F64)
+        torch.testing.assert_close(judged.r_score, errors.score, rtol=1e-3, atol=1e-3)
+        assert (judged.r_score > judged.divergence).all()
+        assert bounds.theorem_5(model, truth, x, y, sigma=0.1).right_mean.mean == 0.0
+
+
 # Bad input
 
 
@@ -933,6 +1081,15 @@ def test_bad_input_elsewhere() -> None:
         bounds.data_constant(truth, x[:1], y[:1], threat_model, steps=1)
     with pytest.raises(ValueError, match=r"values must be \[N\]"):
         bounds.estimate(torch.zeros(2, 2))
+    with pytest.raises(ValueError, match=r"at least two samples for an interval, or come with weights, got 0"):
+        bounds.theorem_4(smooth_mlp(5, 3), truth, x[:0], y[:0], threat_model)
+    told = r"the model must return a tensor of logits \[N, L\], got tuple"
+    with pytest.raises(ValueError, match=told):
+        bounds.robust_errors(lambda v: (v, v), truth, x, y, threat_model, divergences="l1")
+    with pytest.raises(ValueError, match=told):
+        bounds.theorem_5(lambda v: (v, v), truth, x, y, sigma=0.1)
+    with pytest.raises(TypeError, match="model must be callable, got str"):
+        bounds.theorem_5("model", truth, x, y, sigma=0.1)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="density must have smoothed"):
         bounds.theorem_5(smooth_mlp(5, 3), nn.Linear(1, 1), x, y, sigma=0.1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="sigma must be positive, got 0"):

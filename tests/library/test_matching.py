@@ -2,6 +2,7 @@
 
 import copy
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -261,6 +262,31 @@ def test_losses_by_level_are_the_losses_and_repeat() -> None:
     assert first[0.2] == pytest.approx(float(expected), rel=1e-5)
 
 
+class Halting(nn.Module):
+    """A classifier of noisy inputs with a batch norm, which stops at more than ``limit`` samples."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit, self.norm, self.head = limit, nn.BatchNorm1d(2), nn.Linear(2, 3)
+
+    def forward(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        if len(x) > self.limit:
+            raise RuntimeError("too many samples")
+        return self.head(self.norm(x))
+
+
+@pytest.mark.parametrize("limit", [10, 3])
+def test_losses_by_level_leave_the_network_as_found(limit: int) -> None:
+    """Each module in its own mode, also after a failure."""
+    network = Halting(limit)
+    network.norm.eval()
+    network.head.weight.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="too many samples") if limit < 10 else nullcontext():
+        matching.losses_by_level(network, torch.rand(10, 2), torch.arange(10) % 3, (0.1,))
+    assert (network.training, network.norm.training, network.head.training) == (True, False, True)
+    assert [parameter.requires_grad for parameter in network.parameters()] == [True, True, False, True]
+
+
 def test_temperature_of_a_tempered_posterior() -> None:
     oracle = mixture()
     x, y = oracle.sample(20_000, torch.Generator().manual_seed(0))
@@ -491,6 +517,8 @@ def test_a_temperature_needs_finite_logits() -> None:
     x, y = toy(4)
     with pytest.raises(ValueError, match="logits must be finite, got 16 values that are NaN or infinite"):
         matching.fit_temperature(lambda z: torch.tensor([0.0, -math.inf]).expand(len(z), 2), x, y)
+    with pytest.raises(TypeError, match="what logits returns must be a tensor, got tuple"):
+        matching.fit_temperature(lambda z: (z, z), x, y)
 
 
 def test_autocast_around_a_training_sees_its_steps() -> None:

@@ -17,7 +17,7 @@ from scorematch.objectives import score_direct
 from scorematch.objectives.moving_target import DirectAscent, MovingTarget, direct_weights
 from scorematch.ops.score_step import score_step
 from scorematch.posteriors import ClassScorePosterior, GaussianMixture, KernelDensity, Trace
-from scorematch.posteriors.base import PointwisePosterior
+from scorematch.posteriors.base import PointwisePosterior, check_values
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -531,6 +531,22 @@ def test_a_posterior_that_states_no_log_probabilities(values: Callable[[Tensor],
     for use in uses:
         with pytest.raises(ValueError, match=rf"posterior must give log p.*, got a sum of {given}.*log_softmax"):
             use()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("classes", [2, 100, 1000])
+def test_log_probabilities_of_half_precision_sum_to_one_but_for_rounding(dtype: torch.dtype, classes: int) -> None:
+    """The sum of 100 classes that are alike is 1.011 in bfloat16; in float32 that would be no rounding."""
+    logits = 1e-3 * torch.randn(32, classes, generator=torch.Generator().manual_seed(0))
+    rounded = logits.log_softmax(1).to(dtype)
+    check_values(rounded)
+    with pytest.raises(ValueError, match="got a sum of"):
+        check_values(rounded.exp())
+    with pytest.raises(ValueError, match="got a sum of"):
+        check_values(rounded - 0.125)
+    if (classes, dtype) == (100, torch.bfloat16):
+        with pytest.raises(ValueError, match=r"got a sum of 1\.01"):
+            check_values(rounded.float())
 
 
 def test_values_that_are_nan_or_on_a_device_are_not_refused() -> None:
