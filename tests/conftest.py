@@ -30,6 +30,7 @@ LONGEST = [
         "ops/test_sanitizers",
         "training/test_distributed",
         "ops/test_build",
+        "training/test_elsewhere",
         "training/test_experiments",
         "training/test_resume",
         "training/test_evaluate",
