@@ -41,10 +41,14 @@ def main() -> None:
         guess = f"did you mean {close[0]}" if close else f"allowed: {', '.join(PROGRAMS)}"
         print(f"error: {name!r} is not a program, {guess}; scorematch --help lists them", file=sys.stderr)
         sys.exit(2)
-    module = importlib.import_module(f"training.{name}")
-    if hasattr(module, "__path__"):
-        module = importlib.import_module(f"training.{name}.__main__")
-    sys.exit(run_program(module.main, arguments))
+
+    def program(arguments: list[str]) -> None:
+        module = importlib.import_module(f"training.{name}")  # here, where an interruption is a line
+        if hasattr(module, "__path__"):
+            module = importlib.import_module(f"training.{name}.__main__")
+        module.main(arguments)
+
+    sys.exit(run_program(program, arguments))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Bad arguments and input: exit status 2 and one line that says what was given and what is allowed."""
 
 import dataclasses
+import os
 import re
 import subprocess
 import sys
@@ -254,6 +255,22 @@ def test_one_command_for_all_programs() -> None:
     refused = one_command("run", "--objective", "trades", "--eps", "0")
     assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr.startswith("error: eps: 0.0 is out of range")
+
+
+@pytest.mark.parametrize("program", [["training.run"], ["training", "run"]])
+def test_an_interruption_of_the_imports_is_a_line(program: list[str], tmp_path: Path) -> None:
+    (tmp_path / "tomli_w.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    ending = subprocess.run(
+        [sys.executable, "-m", *program, "--objective", "standard"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ending.returncode, ending.stdout) == (1, "")
+    assert re.fullmatch(r"stopped: SIGINT.*\n", ending.stderr)
 
 
 def test_a_misspelt_program_is_named() -> None:
