@@ -42,6 +42,30 @@ def check_logits(logits: Any, x: Tensor) -> None:
         raise ValueError(f"the model must return floating-point logits, got {logits.dtype}")
 
 
+def gradient_at(x: Tensor, values: Tensor, weights: Tensor | None = None, *, keep_graph: bool = False) -> Tensor:
+    """The gradient of Σ w v in x, like x.
+
+    Args:
+        x: [N, …], where the graph of the values ends.
+        values: what a model gave at x, or a function of it, with its graph.
+        weights: w, like the values; None is 1.
+        keep_graph: whether the graph will be used again.
+
+    Raises:
+        ValueError: no graph leads from the values to x.
+    """
+    gradient = None
+    if values.requires_grad:
+        ones = torch.ones_like(values) if weights is None else weights
+        (gradient,) = torch.autograd.grad(values, x, ones, retain_graph=keep_graph, allow_unused=True)
+    if gradient is None:
+        raise ValueError(
+            "the model must be differentiable in x, but no graph leads from its logits to x: let it run without "
+            "torch.no_grad and without detach (of the attacks, Square alone needs no gradient)"
+        )
+    return gradient
+
+
 def gradient_of(values: Tensor, x: Tensor, weights: Tensor, source: object, name: str = "model") -> Tensor:
     """Σ_y w_y ∇ₓ v_y for values v(x) [N, L] and weights w [N, L], like x; 0 where the values do not depend on x.
 
@@ -206,7 +230,7 @@ class Classifier:
             with torch.enable_grad():
                 logits = self._logits(x)
                 value = loss(logits, *goals)
-                (gradient,) = torch.autograd.grad(value.sum(), x)
+                gradient = gradient_at(x, value)
             seen.append(logits.detach())
             gradient = self._usable(gradient, passes)
             total = gradient if total is None else total + gradient
@@ -228,8 +252,8 @@ class Classifier:
 
         def gradient(classes: Tensor) -> Tensor:
             with torch.enable_grad():
-                chosen = logits.gather(1, classes[:, None]).sum()
-            return self._usable(torch.autograd.grad(chosen, x, retain_graph=True)[0])
+                chosen = logits.gather(1, classes[:, None])
+            return self._usable(gradient_at(x, chosen, keep_graph=True))
 
         return logits.detach(), gradient
 

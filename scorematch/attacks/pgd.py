@@ -14,7 +14,7 @@ from ..inputs import check_callable, check_classes, check_count, check_threat_mo
 from ..model_state import as_found
 from ..ops.divergence import divergence
 from ..threat_model import Perturbations
-from .classifier import check_unwritten, logits_of
+from .classifier import check_unwritten, gradient_at, logits_of
 from .console import frames_of_the_package
 from .inspection import AutoAttackWarning, probabilities
 from .losses import margin_loss
@@ -57,7 +57,7 @@ def input_gradient(loss: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tenso
     def gradient(x: Tensor) -> Tensor:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            return torch.autograd.grad(loss(x).sum(), x)[0]
+            return gradient_at(x, loss(x))
 
     return gradient
 
@@ -180,7 +180,7 @@ class PGD:
             if last or bool(wrong.all()):
                 return
             with torch.enable_grad():  # the caller may evaluate without gradients
-                (gradient,) = torch.autograd.grad(value.sum(), x_adv)
+                gradient = gradient_at(x_adv, value)
             gradient = gradient.nan_to_num(nan=0.0)  # a pixel of NaN stays where it is
             keep = ~wrong
             alive = alive[keep]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..attacks.classifier import gradient_at
 from ..ops.divergence import divergence as divergence_of
 from ..ops.logit_divergence import logit_divergence
 from ..posteriors.base import Trace, own_precision
@@ -88,7 +89,7 @@ class DirectAscent:
         target = self.target.logits()
         check_comparable(logits, target)
         weights, grad_logits = direct_weights(logits.detach(), target, self.kind, literal=self.literal)
-        (model_gradient,) = torch.autograd.grad(logits, x, grad_logits)
+        model_gradient = gradient_at(x, logits, grad_logits)
         total = self._with_data(weights, model_gradient)
         self._measure(model_gradient, total)
         return total

@@ -8,12 +8,13 @@ import torch
 from library_models import small_cnn
 from torch import nn
 
-from scorematch import PGD, AutoAttack, ThreatModel
-from scorematch.attacks import AutoAttackWarning
+from scorematch import PGD, AutoAttack, ThreatModel, objectives
+from scorematch.attacks import FAB, AutoAttackWarning
 from scorematch.attacks.losses import margin_loss
 from scorematch.attacks.pgd import LOSSES, misclassified
 from scorematch.model_state import borrowed
 from scorematch.objectives import pgd_at
+from scorematch.posteriors import KernelDensity
 from scorematch.threat_model import DUAL_ORDERS, NORMS
 
 
@@ -239,3 +240,34 @@ def test_attacks_within_inference_mode(made_within: bool, called_within: bool) -
         with torch.inference_mode(called_within):
             assert torch.equal(call(own_x, own_y), expected)
             assert torch.is_inference_mode_enabled() == called_within
+
+
+class Blind(nn.Module):
+    """A model from whose logits no graph leads to x."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.linear, self.how = nn.Linear(64, 10), how
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.set_grad_enabled(self.how != "no_grad"):
+            return self.linear(x.detach().flatten(1))
+
+
+@pytest.mark.parametrize("how", ["no_grad", "detach"])
+def test_a_model_without_a_graph_is_told_so(how: str) -> None:
+    model, x, ball = Blind(how).eval(), torch.rand(4, 1, 8, 8), ThreatModel("linf", 0.1)
+    y = model(x).argmax(1)
+    posterior = KernelDensity(x, torch.arange(4) % 2, num_classes=2, sigma=1.0)
+    two = Blind(how)
+    two.linear = nn.Linear(64, 2)
+    calls = [
+        lambda: PGD(ball, steps=2)(model, x, y),
+        lambda: AutoAttack(model, eps=0.1, verbose=False).run_standard_evaluation(x, y),
+        lambda: FAB(ball, targeted=False)(model, x, y),
+        lambda: objectives.pgd_at(model, x, y, threat_model=ball, steps=2),
+        lambda: objectives.score_direct(two, x, y % 2, threat_model=ball, posterior=posterior, steps=2),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="the model must be differentiable in x, but no graph leads"):
+            call()
