@@ -198,6 +198,9 @@ def test_the_strongest_pixels() -> None:
     assert kept[0, 3, 4] == -5.0
 
 
+SQUARED_ERROR = ["--divergence", "se", "--validation-losses", "se", "--lr", "0.05"]
+
+
 def stored(folder: Path, arguments: list[str], **summary: float) -> None:
     """A finished run as training.run leaves it."""
     settings = config.parse([*arguments, "--out", str(folder)])
@@ -207,10 +210,11 @@ def stored(folder: Path, arguments: list[str], **summary: float) -> None:
 
 
 def test_tables_take_the_runs_that_are_theirs(tmp_path: Path) -> None:
-    table2 = ["--recipe", "table2", "--objective", "pgd_at", "--divergence", "se", "--lr", "0.05"]
+    table2 = ["--recipe", "table2", "--objective", "pgd_at", *SQUARED_ERROR]
     for seed, clean in enumerate((82.0, 83.0)):
         stored(tmp_path / f"a{seed}", [*table2, "--seed", str(seed)], clean_acc=clean, autoattack_acc=50.0)
     stored(tmp_path / "short", [*table2, "--epochs", "30"], clean_acc=70.0, autoattack_acc=40.0)
+    stored(tmp_path / "ce", [*table2, "--validation-losses", "ce"], clean_acc=71.0, autoattack_acc=41.0)
     stored(tmp_path / "clip", [*table2, "--clip", "0.4"], clean_acc=84.0, autoattack_acc=49.0)
     stored(tmp_path / "few", [*table2, "--limit", "1000"], clean_acc=30.0, autoattack_acc=10.0)
     page = tables.page(tmp_path)
@@ -218,11 +222,13 @@ def test_tables_take_the_runs_that_are_theirs(tmp_path: Path) -> None:
     assert "| PGD-AT SE, clip 0.4 | table2 | 82.80 ± 0.16 | 84.00 | 49.63 ± 0.17 | 49.00 | 1 |" in page
     assert "| TRADES KL | table2 | 81.47 ± 0.12 | not run | 49.14 ± 0.16 | not run | 0 |" in page
     assert "- PGD-AT SE, short: clean 70.00, robust 40.00, with epochs 30 instead of 110" in page
+    told = "with validation_losses ['ce'] instead of ('se',)"
+    assert f"- PGD-AT SE, ce: clean 71.00, robust 41.00, {told}" in page
     assert "few" not in page
 
 
 def test_runs_with_other_images_or_without_attack_do_not_count_for_a_table(tmp_path: Path) -> None:
-    table2 = ["--recipe", "table2", "--objective", "pgd_at", "--divergence", "se", "--lr", "0.05"]
+    table2 = ["--recipe", "table2", "--objective", "pgd_at", *SQUARED_ERROR]
     stored(tmp_path / "more", [*table2, "--generated", "x.npz"], clean_acc=90.0, autoattack_acc=60.0)
     stored(tmp_path / "a", table2, clean_acc=82.0, autoattack_acc=50.0)
     stored(tmp_path / "b", table2, clean_acc=83.0)
@@ -259,6 +265,7 @@ def test_every_row_of_the_tables_is_there() -> None:
         names = set(RunSettings.__dataclass_fields__)
         assert set(row.settings) <= names
         assert "objective" in {**recipe, **row.settings}
+        config.validate(dataclasses.replace(tables.settings_of(row), originals_only=row.table in (3, 4)))
         clean, _, robust, _ = row.paper
         assert 0 < robust < clean < 100
 

@@ -69,6 +69,11 @@ def unused(settings: RunSettings, arguments: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def reads(settings: RunSettings, name: str) -> bool:
+    """Whether a run with these settings reads the option ``name``."""
+    return all(reader(settings) for options, _, reader in READERS if name in options)
+
+
 def print_notes(found: dict[str, str]) -> None:
     """Say so on standard error, a line for each option."""
     for name, where in found.items():
