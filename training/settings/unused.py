@@ -74,6 +74,11 @@ def reads(settings: RunSettings, name: str) -> bool:
     return all(reader(settings) for options, _, reader in READERS if name in options)
 
 
+def posterior_reads(settings: PosteriorSettings, name: str) -> bool:
+    """Whether a posterior with these settings, in its training or afterwards, reads the one called ``name``."""
+    return all(reader(settings) for options, _, reader in READERS_OF_POSTERIORS if name in options)
+
+
 def print_notes(found: dict[str, str]) -> None:
     """Say so on standard error, a line for each option."""
     for name, where in found.items():
