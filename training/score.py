@@ -14,6 +14,7 @@ generated data: ``image`` uint8, ``label``) or, on the toy, scores.png. ``torchr
 """
 
 import dataclasses
+import math
 import shlex
 import sys
 import time
@@ -273,6 +274,11 @@ def run(settings: ScoreSettings, device: torch.device) -> None:
         )
     if 0 < settings.draws < loaded.num_classes:
         raise InputError(f"samples: {settings.draws}, allowed: at least {loaded.num_classes}, one of each class")
+    if settings.draws and settings.data != "toy" and not math.isfinite(loaded.upper - loaded.lower):
+        raise InputError(
+            f"samples: {settings.draws} of {settings.data}, whose values lie in [{loaded.lower:g}, {loaded.upper:g}], "
+            "allowed: --samples 0, or data with finite bounds, which an image needs"
+        )
     features = judge.load_features(settings.feature_network, device) if settings.feature_network else None
     resolved = config.resolved_posterior(settings.posterior_settings, settings.data, loaded.input_shape)
     with ExitStack() as claims:

@@ -62,6 +62,10 @@ def known():
     data = Data("known", 3, *(tensor for part in parts for tensor in part), lower=-math.inf, upper=math.inf, p_d=p_d)
     return data
 
+def endless():
+    import dataclasses, math
+    return dataclasses.replace(blobs((1, 8, 8), 3), upper=math.inf)
+
 def head(input_shape, num_classes):
     return torch.nn.Linear(5, num_classes)
 
@@ -397,6 +401,18 @@ def test_the_other_programs_on_a_function(mine: Path, call: Any, tiny: list[str]
     ending = call("score", "--data", "my_data:points", *options)
     assert ending.status == 2
     assert "data: my_data:points has inputs [5], allowed: images, and the toy" in ending.err
+
+
+def test_samples_of_images_without_bounds_are_refused_before_the_training(mine: Path, call: Any) -> None:
+    small = ["--posterior-settings.steps", "5", "--posterior-settings.width", "16"]
+    options = ["--data", "my_data:endless", *small, "--out", "here"]
+    ending = call("score", *options)
+    assert ending.status == 2, ending
+    told = "samples: 1000 of my_data:endless, whose values lie in [0, inf], allowed: --samples 0, or data with finite"
+    assert told in ending.err
+    assert not Path("here").exists()
+    ending = call("score", *options, "--samples", "0")
+    assert ending.status == 0, ending
 
 
 def test_a_split_without_samples(mine: Path, call: Any) -> None:
