@@ -335,6 +335,12 @@ def test_a_classifier_of_ones_own(call: Call, tmp_path: Path) -> None:
     assert (tmp_path / "made" / "fig7.png").exists()
 
 
+def test_every_option_is_for_something() -> None:
+    options = {field.name for field in dataclasses.fields(program.FigureSettings)}
+    assert set(program.USES) == options - {"names", "out"}
+    assert {name for names in program.USES.values() for name in names} == {*program.FIGURES, *program.FILES}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -349,6 +355,14 @@ def test_a_classifier_of_ones_own(call: Call, tmp_path: Path) -> None:
         (["--runs", "none"], "runs: none is not a folder, expected one with runs of training.run"),
         (["fig4", "--score-from", "none.pt"], "score_from: none.pt: no such file"),
         (["fig7", "--model-from", "x"], "eps: none given, fig7 needs it with --model-from"),
+        (["fig1", "--images", "7"], "images: is for fig4, got fig1"),
+        (["fig1", "--data", "digits"], "data: is for fig4 and fig7, got fig1"),
+        (["fig1", "--data-root", "x"], "data_root: is for fig4 and fig7, got fig1"),
+        (["fig4", "--data-root", "x"], "data_root: x is for --run and --model-from, none of which is given"),
+        (["fig4", "--jobs", "2"], "jobs: is for fig1 and fig2 and fig3 and fig6 and certified, got fig4"),
+        (["fig4", "--run", "x", "--seeds", "1"], "seeds: (1,) with --run or --model-from, allowed: without, as noth"),
+        (["tables", "--seeds", "1"], "seeds: is for fig1 and fig2 and fig3 and fig6 and certified and fig4, got tabl"),
+        (["tables", "--quick"], "quick: is for fig1 and fig2 and fig3 and fig6 and certified and fig4 and fig7, got"),
         (["fig4", "--images", "2"], "images: 2 is out of range, allowed: at least 6, which are shown"),
         (["tables", "--runs", "."], "runs: . holds no finished run, expected config.toml and summary.json"),
         (["tables", "--runs", "none"], "runs: none is not a folder, expected one with runs of training.run"),
