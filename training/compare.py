@@ -345,7 +345,10 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def gather(settings: CompareSettings, planned: Sequence[Job]) -> dict[str, Any]:
-    """compare.json: every finished run, the means over seeds, and differences from the best surrogate seed by seed."""
+    """compare.json: every finished run, the means over seeds, and differences from the best surrogate seed by seed.
+
+    Runs that are not finished are named.
+    """
     runs: dict[str, dict[int, dict[str, Any]]] = {}
     for job in planned:
         if job.finished:
@@ -363,6 +366,11 @@ def gather(settings: CompareSettings, planned: Sequence[Job]) -> dict[str, Any]:
         "norm": first.norm,
         "eps": first.eps,
         "runs": {name: list(by_seed.values()) for name, by_seed in runs.items()},
+        "failed": [
+            {"objective": job.entry.name, "seed": job.seed, "folder": str(job.out), "log": str(_log(job))}
+            for job in planned
+            if not job.finished
+        ],
         "aggregate": aggregate,
         "paired": _paired(runs, aggregate),
     }
@@ -402,22 +410,38 @@ def _aggregate(entry: Entry, summaries: Sequence[dict[str, Any]]) -> dict[str, A
     return {**entry._asdict(), "label": entry.label, "family": entry.family, **measures, "curve": curve}
 
 
+ACCURACIES = ("clean_acc", "pgd_acc", "autoattack_acc")
+
+
 def _paired(runs: dict[str, dict[int, dict[str, Any]]], aggregate: dict[str, Any]) -> dict[str, Any]:
-    """Differences, seed by seed, from the surrogate with the highest mean robust accuracy."""
+    """Differences, seed by seed, from the best surrogate: the one with the highest mean robust accuracy.
+
+    The means that are compared are over the seeds that all objectives have: where runs failed, others differ in seeds,
+    too.
+    """
+    common = sorted(set.intersection(*map(set, runs.values()))) if runs else []
     surrogates = [name for name, entry in aggregate.items() if report.is_surrogate(entry)]
-    if not surrogates:
+    if not surrogates or not common:
         return {}
-    best = max(surrogates, key=lambda name: aggregate[name]["pgd_acc"]["mean"])
+    in_common = {
+        name: {
+            measure: estimate([by_seed[seed][measure] for seed in common])._asdict()
+            for measure in ACCURACIES
+            if all(by_seed[seed].get(measure) is not None for seed in common)
+        }
+        for name, by_seed in runs.items()
+    }
+    best = max(surrogates, key=lambda name: in_common[name]["pgd_acc"]["mean"])
     differences: dict[str, Any] = {}
     for name, by_seed in runs.items():
-        common = sorted(set(by_seed) & set(runs[best]))
-        if name != best and common:
+        both = sorted(set(by_seed) & set(runs[best]))
+        if name != best:
             differences[name] = {
-                measure: estimate([by_seed[seed][measure] - runs[best][seed][measure] for seed in common])._asdict()
-                for measure in ("clean_acc", "pgd_acc", "autoattack_acc")
-                if all(run[seed].get(measure) is not None for run in (by_seed, runs[best]) for seed in common)
+                measure: estimate([by_seed[seed][measure] - runs[best][seed][measure] for seed in both])._asdict()
+                for measure in ACCURACIES
+                if all(run[seed].get(measure) is not None for run in (by_seed, runs[best]) for seed in both)
             }
-    return {"against": best, "differences": differences}
+    return {"against": best, "seeds": common, "in_common": in_common, "differences": differences}
 
 
 def _check(settings: CompareSettings) -> None:

@@ -30,7 +30,7 @@ from scorematch import AutoAttack, ThreatModel
 from scorematch.attacks import inspection
 from training import data, measures, models
 from training.data import Data, DataName, DataSettings
-from training.engine import checkpoint, distributed, hardware
+from training.engine import checkpoint, claims, distributed, hardware
 from training.engine.forward import Forward
 from training.engine.hardware import PrecisionWish
 from training.measures import certification, obfuscation
@@ -62,8 +62,6 @@ USES = {
     "radii": ("autoattack", "certify"),
     "verdict_passes": ("autoattack",),
 }
-
-OF_A_RUN = ("config.toml", "best.pt", "checkpoint.pt", "posterior.pt", "metrics.jsonl", "summary.json")
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,8 @@ class EvaluateSettings:
     state: Path | None = None  # AutoAttack: file to resume from and to keep up to date
     transfer_from: str | None = None  # obfuscation: a second classifier, as --model-from, whose attacks are tried
     transfer_model: str | None = None  # obfuscation: architecture of --transfer-from, where its weights do not tell
-    # certify: standard deviation of the noise, in input units; None is the run's largest, or .25
+    # certify: standard deviation of the noise, in input units. None is that at the end of the run (of a range the
+    # largest), or .25
     sigma: float | None = None
     n0: int = 100  # certify: noise vectors for each sample that choose its class
     # certify: noise vectors for each sample that bound the probability of that class; more certify larger radii
@@ -132,12 +131,13 @@ LAYOUT = Layout(
 
 
 class Subject(NamedTuple):
-    """A classifier in eval mode, the data and what it was trained against."""
+    """A classifier in eval mode, the data, what it was trained against, and in words for how long."""
 
     name: str
     model: nn.Module
     data: Data
     run: config.RunSettings | None
+    epochs: str = ""
 
 
 def main(arguments: list[str]) -> None:
@@ -170,12 +170,13 @@ def evaluate(settings: EvaluateSettings, device: torch.device) -> None:
 
     if first:
         kind = f"{subject.run.objective} on {subject.data.name}" if subject.run else subject.data.name
-        print(f"{subject.name}: {kind}, {len(x)} {settings.split} samples")
+        print(f"{subject.name}{subject.epochs}: {kind}, {len(x)} {settings.split} samples")
         if settings.export is not None:
             loading.export(subject.model, settings.export)
             print(f"the weights are in {settings.export}, a bare state dict")
         if settings.attack == "certify":
-            print(f"L2, {settings.n0} and {settings.n} noise vectors a sample, alpha {settings.alpha:g}")
+            votes = f"{settings.n0} and {settings.n} noise vectors a sample"
+            print(f"L2, σ {noise_of(settings, subject.run):g}, {votes}, alpha {settings.alpha:g}")
         if threat_model is not None and settings.attack != "clean":
             step = f", step {threat_model.step_length:g}" if settings.attack in USES["step_size"] else ""
             print(f"{threat_model.norm}, eps {threat_model.eps:g}{step}")
@@ -207,7 +208,7 @@ def evaluate(settings: EvaluateSettings, device: torch.device) -> None:
             subject.model,
             x,
             y,
-            sigma=settings.sigma or (subject.run.sigma[-1] if subject.run else certification.SIGMA),
+            sigma=noise_of(settings, subject.run),
             **{name: getattr(settings, name) for name in ("n0", "n", "alpha", "radii", "seed")},
             batch=settings.batch_size,
         )
@@ -216,6 +217,15 @@ def evaluate(settings: EvaluateSettings, device: torch.device) -> None:
     results["seconds"] = time.perf_counter() - begin
     if first:
         report(settings, results)
+
+
+def noise_of(settings: EvaluateSettings, run: config.RunSettings | None) -> float:
+    """The standard deviation of the noise to certify under; a run's is the one that its last epochs saw."""
+    if settings.sigma is not None:
+        return settings.sigma
+    if run is None:
+        return certification.SIGMA
+    return run.final_sigma or run.sigma[-1]
 
 
 def report(settings: EvaluateSettings, results: dict[str, Any]) -> None:
@@ -393,7 +403,16 @@ def restore(path: Path, device: torch.device, data_root: Path | None = None) -> 
         weights=False,
     ).to(device)
     checkpoint.load_weights(model, state, path)
-    return Subject(str(path), model.eval(), loaded, settings)
+    return Subject(str(path), model.eval(), loaded, settings, _epochs(path, state["epoch"], settings.epochs))
+
+
+def _epochs(path: Path, epoch: int, planned: int) -> str:
+    """Which epoch the weights are of, where it is not the last; and how far the run beside them has come."""
+    log = path.with_name("metrics.jsonl")
+    done = len(checkpoint.read_metrics(log)) if log.exists() else planned
+    if done < planned:
+        return f" (epoch {epoch}; the run is at {done} of {planned} epochs)"
+    return f" (epoch {epoch} of {planned})" if epoch < planned else ""
 
 
 def _of_run(settings: config.RunSettings, state: dict[str, Any], path: Path) -> Data:
@@ -522,15 +541,12 @@ def _prepare(path: Path) -> None:
 
 
 def _check_spares(settings: EvaluateSettings, path: Path) -> None:
-    """Refuse to write over a file that this evaluation reads, or that its run needs to be read again."""
+    """Refuse to write over a file that this evaluation reads, or under a name that a run has or will have."""
     read = [Path(name) for name in (settings.model_from, settings.transfer_from) if name is not None]
     if settings.checkpoint is not None:
         read.append(settings.checkpoint)
-    folder = settings.run or (settings.checkpoint and settings.checkpoint.parent)
-    if folder is not None:
-        read += [folder / name for name in OF_A_RUN]
-    if path.exists() and any(other.exists() and path.samefile(other) for other in read):
-        raise InputError(f"{path}: is read by this evaluation or belongs to its run, expected another file to write")
+    if claims.taken(path) or (path.exists() and any(other.exists() and path.samefile(other) for other in read)):
+        raise InputError(f"{path}: is read by this evaluation or belongs to a run, expected another file to write")
 
 
 def _check(settings: EvaluateSettings) -> None:

@@ -14,6 +14,7 @@ generated data: ``image`` uint8, ``label``) or, on the toy, scores.png. ``torchr
 """
 
 import dataclasses
+import math
 import shlex
 import sys
 import time
@@ -273,6 +274,11 @@ def run(settings: ScoreSettings, device: torch.device) -> None:
         )
     if 0 < settings.draws < loaded.num_classes:
         raise InputError(f"samples: {settings.draws}, allowed: at least {loaded.num_classes}, one of each class")
+    if settings.draws and settings.data != "toy" and not math.isfinite(loaded.upper - loaded.lower):
+        raise InputError(
+            f"samples: {settings.draws} of {settings.data}, whose values lie in [{loaded.lower:g}, {loaded.upper:g}], "
+            "allowed: --samples 0, or data with finite bounds, which an image needs"
+        )
     features = judge.load_features(settings.feature_network, device) if settings.feature_network else None
     resolved = config.resolved_posterior(settings.posterior_settings, settings.data, loaded.format)
     with ExitStack() as claims:
@@ -391,10 +397,12 @@ def audited(
     best, told = audit.write(posterior, resolved, loaded, threat_model, seed=settings.seed, out=out, people=people)
     print(told)
     print(f"{out / 'audit.html'} shows it, {out / 'chosen.toml'} has the best settings with their evidence")
-    print(f"to train with them: {command_of(settings, resolved, best, path)}")
+    print(f"to train with them: {command_of(settings, resolved, loaded, best, path)}")
 
 
-def command_of(settings: ScoreSettings, resolved: PosteriorSettings, best: audit.Candidate, path: Path) -> str:
+def command_of(
+    settings: ScoreSettings, resolved: PosteriorSettings, loaded: Data, best: audit.Candidate, path: Path
+) -> str:
     """The command of training.run that reads these networks as the audit chose, or else trains those that it chose."""
     chosen = best.settings
     words = ["python", "-m", "training.run", "--objective", "score_direct", "--data", settings.data]
@@ -402,12 +410,16 @@ def command_of(settings: ScoreSettings, resolved: PosteriorSettings, best: audit
         if (value := getattr(settings, name)) not in (None, 0):
             words += [f"--{name.replace('_', '-')}", str(value)]
     words += ["--posterior", chosen["posterior"]]
-    changes = chosen["posterior_settings"]
     if chosen["posterior"] == settings.posterior:
         words += ["--posterior-from", str(path)]
-        changes = {name: value for name, value in changes.items() if value != getattr(resolved, name)}
+        changes = {key: value for key, value in chosen["posterior_settings"].items() if value != getattr(resolved, key)}
+    else:
+        changes = audit.options_of(best, resolved, loaded)["posterior_settings"]
     for name, value in changes.items():
-        words += [f"--posterior-settings.{name}", str(value)]
+        if isinstance(getattr(PosteriorSettings, name), bool):  # a switch, by its default
+            words.append(f"--posterior-settings.{'' if value else 'no-'}{name}")
+        else:
+            words += [f"--posterior-settings.{name}", *map(str, value if isinstance(value, list) else [value])]
     return shlex.join(words)
 
 

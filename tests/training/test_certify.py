@@ -34,7 +34,7 @@ def test_certify_says_what_the_library_says(call: Any, trained: Path, tmp_path: 
     options = ["--sigma", "0.2", "--radii", "0", "0.1", "0.3", "--out", "report.json", "--plot", "figures/curve.png"]
     ending = call("evaluate", "--run", trained, *FAST, *options)
     assert ending.status == 0, ending
-    assert "L2, 20 and 100 noise vectors a sample, alpha 0.001" in ending.out
+    assert "L2, σ 0.2, 20 and 100 noise vectors a sample, alpha 0.001" in ending.out
     assert "certified     95 % interval" in ending.out
     assert (tmp_path / "figures" / "curve.png").read_bytes().startswith(b"\x89PNG")
     results = json.loads((tmp_path / "report.json").read_text())
@@ -67,6 +67,26 @@ def test_radii_by_default_go_as_far_as_the_votes(call: Any, trained: Path, tmp_p
     assert [point["radius"] for point in results["certified"]] == [0.0, 0.125, 0.25, 0.375]
     assert 0.375 < results["largest_radius"] < 0.5
     assert max(results["radii"]) <= results["largest_radius"]
+
+
+@pytest.mark.parametrize(
+    ("training", "sigma"),
+    [
+        ("--sigma 0.5", 0.5),
+        ("--sigma 0.1 0.3", 0.3),
+        ("--sigma 0.5 --final-sigma 0.1", 0.1),
+        ("--sigma 0.1 --final-sigma 0.4", 0.4),
+    ],
+)
+def test_a_run_is_certified_under_the_noise_of_its_end(
+    call: Any, tiny: list[str], tmp_path: Path, training: str, sigma: float
+) -> None:
+    options = ["--objective", "gaussian", *training.split(), "--out", "run"]
+    assert call("run", *tiny, *options).status == 0
+    ending = call("evaluate", "--run", "run", *FAST, "--limit", "2", "--out", "report.json")
+    assert ending.status == 0, ending
+    assert json.loads((tmp_path / "report.json").read_text())["sigma"] == sigma
+    assert f"L2, σ {sigma:g}, 20 and" in ending.out
 
 
 @pytest.mark.parametrize(

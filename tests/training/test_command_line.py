@@ -99,6 +99,13 @@ BAD = {
     "evaluate nothing": ("evaluate", "", "none given, expected exactly one"),
     "evaluate two": ("evaluate", "--run . --model-from w.pt", "run and model_from given, expected exactly one"),
     "evaluate a missing file": ("evaluate", "--checkpoint none.pt", "no such file"),
+    "evaluate on a device that is not here": (
+        "evaluate",
+        "--checkpoint file --device fpga",
+        "device: 'fpga' cannot be used here, allowed: auto, cpu, cuda, cuda:N",
+    ),
+    "evaluate on a device without values": ("evaluate", "--checkpoint file --device meta", "'meta' cannot be used"),
+    "train on a device that is not here": ("run", "--objective standard --device xla", "'xla' cannot be used here"),
     "evaluate a text file": (
         "evaluate",
         "--checkpoint file",

@@ -153,6 +153,42 @@ def test_a_failed_run_is_reported_with_the_end_of_its_log(call: Any, tiny: list[
     assert "the loss is not finite" in ending.err
 
 
+@pytest.mark.usefixtures("quick_runs")
+def test_a_comparison_with_a_failed_run_says_so_and_compares_on_common_seeds(
+    call: Any, tiny: list[str], tmp_path: Path
+) -> None:
+    names = ["pgd_at:kl", "trades:kl", "score_direct:kernel_density"]
+    arguments = ["--objectives", *names, "--seeds", "0", "1", "--out", "here", "--", *tiny]
+    assert call("compare", *arguments).status == 0
+    assert "failed" not in (tmp_path / "here" / "report.html").read_text()
+    # trades:kl is better than the mean of pgd_at:kl, but not on seed 0, which is the one that it has.
+    for name, accuracies in zip(names, ((60.0, 20.0), (50.0, 90.0), (70.0, 10.0)), strict=True):
+        for seed, accuracy in enumerate(accuracies):
+            path = tmp_path / "here" / "runs" / f"{name.replace(':', '-')}-seed{seed}" / "summary.json"
+            path.write_text(json.dumps({**json.loads(path.read_text()), "pgd_acc": accuracy}))
+    folder = tmp_path / "here" / "runs" / "trades-kl-seed1"
+    (folder / "summary.json").unlink()
+    (folder / "checkpoint.pt").write_bytes(b"damaged")
+
+    ending = call("compare", *arguments)
+    assert (ending.status, "1 of 6 runs failed: trades-kl-seed1" in ending.err) == (1, True), ending
+    comparison = json.loads((tmp_path / "here" / "compare.json").read_text())
+    place = "here/runs/trades-kl-seed1"
+    assert comparison["failed"] == [
+        {"objective": "trades:kl", "seed": 1, "folder": place, "log": f"{place}.log"},
+    ]
+    assert (comparison["paired"]["against"], comparison["paired"]["seeds"]) == ("pgd_at:kl", [0])
+    assert comparison["paired"]["differences"]["trades:kl"]["pgd_acc"]["values"] == [-10.0]
+    assert comparison["paired"]["differences"]["score_direct:kernel_density"]["pgd_acc"]["values"] == [10.0, -10.0]
+    rows = [[cell.strip() for cell in line.split("|")] for line in ending.out.splitlines() if line.startswith("| ")]
+    assert [row[2] for row in rows] == ["seeds", "2", "1", "2"]
+    page = (tmp_path / "here" / "report.html").read_text()
+    assert "Means over 1 to 2 seeds, as the column says," in page
+    assert "on these very samples, over the seeds that all have (0);" in page
+    assert f"1 of 6 runs failed, and nothing here has their numbers: trades:kl with seed 1 ({place}.log)." in page
+    assert "keeps 70.0 % and the best surrogate (PGD-AT KL) 60.0 %" in page
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -276,6 +312,7 @@ def test_a_report_opens_with_its_conclusion(low: float | None, high: float | Non
         },
         "paired": {"against": "strong", "differences": {"score_direct": {"autoattack_acc": gap}}},
     }
+    comparison["paired"]["in_common"] = comparison["aggregate"]
     assert report._headline(comparison).startswith(told)
     comparison["aggregate"]["weak"]["autoattack_acc"]["mean"] = 81.0
     assert (low == 1.0) == ("under AutoAttack, paired by seed), but not of weak. Under" in report._headline(comparison))

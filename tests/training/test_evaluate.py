@@ -21,6 +21,7 @@ from torch import nn
 from scorematch import PGD, AutoAttack, ThreatModel, audit
 from scorematch.attacks import AutoAttackWarning
 from training import evaluate, measures, models, run
+from training.engine import claims
 from training.settings.errors import Interrupted, run_program
 
 TRAINING = (
@@ -28,6 +29,14 @@ TRAINING = (
     "--eval-steps 1 --eval-restarts 1 --curve-points 0 --autoattack none --threads 1"
 )
 SAMPLES = 20
+SIGNED = (  # images in [-1, 1]
+    "import torch\n"
+    "from training.data import Data\n"
+    "def images():\n"
+    "    x = 2 * torch.rand(60, 1, 8, 8, generator=torch.Generator().manual_seed(0)) - 1\n"
+    "    y = torch.arange(60) % 10\n"
+    "    return Data('signed', 10, x, y, x[:20], y[:20], x[20:40], y[20:40], lower=-1.0, upper=1.0)\n"
+)
 FAST = ["--attack", "autoattack", "--version", "fast", "--limit", str(SAMPLES), "--seed", "2"]
 
 
@@ -201,15 +210,59 @@ def test_files_that_are_read_are_not_written_over(
     shutil.copytree(trained, folder)
     given = [source, folder if source == "--run" else folder / "best.pt"]
     given += ["--data", "digits"] if source == "--model-from" else []
-    spared = ["best.pt"] if source == "--model-from" else ["best.pt", "checkpoint.pt", "config.toml", "summary.json"]
-    for name in spared:
+    for name in ("best.pt", "checkpoint.pt", "config.toml", "summary.json"):
         before = (folder / name).read_bytes()
         ending = call("evaluate", *given, "--attack", "clean", option, folder / ".." / "kept" / name)
         assert ending.status == 2, ending
-        assert f"{name}: is read by this evaluation or belongs to its run, expected another file" in ending.err
+        assert f"{name}: is read by this evaluation or belongs to a run, expected another file" in ending.err
         assert (folder / name).read_bytes() == before
     again = [*given, "--attack", "clean", option, folder / "new"]
     assert [call("evaluate", *again).status for _ in range(2)] == [0, 0], "a file of its own is written again"
+
+
+def test_names_that_a_run_is_going_to_write_are_its_own(call: Any, trained: Path, mine: None, tmp_path: Path) -> None:
+    assert not [path for path in trained.iterdir() if not claims.taken(path)], "all that a run writes is known"
+    folder = tmp_path / "under-way"
+    folder.mkdir()
+    shutil.copy(trained / "config.toml", folder)
+    shutil.copy(trained / "checkpoint.pt", folder)
+    for source in (["--checkpoint", folder / "checkpoint.pt"], ["--run", trained]):
+        for name in ("summary.json", "curve.json", "autoattack.pt", "epoch-0003.pt", "score-network/metrics.jsonl"):
+            ending = call("evaluate", *source, "--attack", "clean", "--out", folder / name)
+            assert (ending.status, "belongs to a run" in ending.err) == (2, True), ending
+            assert not (folder / name).exists()
+    own = tmp_path / "other"
+    own.mkdir()
+    (own / "config.toml").write_text("title = 'of another program'\n")
+    assert call("evaluate", "--run", trained, "--attack", "clean", "--out", own / "summary.json").status == 0
+
+
+def test_the_first_line_says_how_far_the_run_has_come(call: Any, trained: Path, tmp_path: Path) -> None:
+    finished = call("evaluate", "--run", trained, "--attack", "clean")
+    assert f"{trained}/best.pt: pgd_at on digits, 500 test samples\n" in finished.out, "validated after the last epoch"
+    folder = tmp_path / "under-way"
+    shutil.copytree(trained, folder)
+    state = torch.load(folder / "best.pt", weights_only=True)
+    torch.save({**state, "epoch": 2}, folder / "best.pt")
+    assert f"{folder}/best.pt (epoch 2 of 8): pgd_at" in call("evaluate", "--run", folder, "--attack", "clean").out
+    log = folder / "metrics.jsonl"
+    log.write_text("".join(line + "\n" for line in log.read_text().splitlines()[:3]))
+    ending = call("evaluate", "--run", folder, "--attack", "clean")
+    assert f"{folder}/best.pt (epoch 2; the run is at 3 of 8 epochs): pgd_at on digits" in ending.out
+
+
+def test_a_checkpoint_of_a_run_on_values_in_another_box_is_refused(
+    call: Any, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "boxed_to_evaluate.py").write_text(SIGNED)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "boxed_to_evaluate", raising=False)
+    source = ["--model-from", trained / "best.pt", "--data", "boxed_to_evaluate:images"]
+    ending = call("evaluate", *source, "--eps", "0.1", "--attack", "clean")
+    assert ending.status == 2, ending
+    told = "was trained on digits, values in [0, 1], expected a classifier for values in [-1, 1]"
+    assert told in ending.err
+    assert call("evaluate", *source[:2], "--data", "digits", "--attack", "clean").status == 0
 
 
 def test_a_function_as_the_source(call: Any, mine: None) -> None:
@@ -492,14 +545,7 @@ def test_autoattack_on_images_in_another_box(
     call: Any, mine: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Images in [-1, 1] are attacked within it; the official package takes [0, 1] alone."""
-    (tmp_path / "signed_to_evaluate.py").write_text(
-        "import torch\n"
-        "from training.data import Data\n"
-        "def images():\n"
-        "    x = 2 * torch.rand(60, 1, 8, 8, generator=torch.Generator().manual_seed(0)) - 1\n"
-        "    y = torch.arange(60) % 10\n"
-        "    return Data('signed', 10, x, y, x[:20], y[:20], x[20:40], y[20:40], lower=-1.0, upper=1.0)\n"
-    )
+    (tmp_path / "signed_to_evaluate.py").write_text(SIGNED)
     monkeypatch.delitem(sys.modules, "signed_to_evaluate", raising=False)
     source = ["--model-from", "mine_to_evaluate:linear", "--data", "signed_to_evaluate:images", "--eps", "0.1"]
     options = ["--attack", "autoattack", "--version", "fast", "--out", "report.json"]

@@ -198,6 +198,9 @@ def test_the_strongest_pixels() -> None:
     assert kept[0, 3, 4] == -5.0
 
 
+SQUARED_ERROR = ["--divergence", "se", "--validation-losses", "se", "--lr", "0.05"]
+
+
 def stored(folder: Path, arguments: list[str], **summary: float) -> None:
     """A finished run as training.run leaves it."""
     settings = config.parse([*arguments, "--out", str(folder)])
@@ -207,10 +210,11 @@ def stored(folder: Path, arguments: list[str], **summary: float) -> None:
 
 
 def test_tables_take_the_runs_that_are_theirs(tmp_path: Path) -> None:
-    table2 = ["--recipe", "table2", "--objective", "pgd_at", "--divergence", "se", "--lr", "0.05"]
+    table2 = ["--recipe", "table2", "--objective", "pgd_at", *SQUARED_ERROR]
     for seed, clean in enumerate((82.0, 83.0)):
         stored(tmp_path / f"a{seed}", [*table2, "--seed", str(seed)], clean_acc=clean, autoattack_acc=50.0)
     stored(tmp_path / "short", [*table2, "--epochs", "30"], clean_acc=70.0, autoattack_acc=40.0)
+    stored(tmp_path / "ce", [*table2, "--validation-losses", "ce"], clean_acc=71.0, autoattack_acc=41.0)
     stored(tmp_path / "clip", [*table2, "--clip", "0.4"], clean_acc=84.0, autoattack_acc=49.0)
     stored(tmp_path / "few", [*table2, "--limit", "1000"], clean_acc=30.0, autoattack_acc=10.0)
     page = tables.page(tmp_path)
@@ -218,11 +222,13 @@ def test_tables_take_the_runs_that_are_theirs(tmp_path: Path) -> None:
     assert "| PGD-AT SE, clip 0.4 | table2 | 82.80 ± 0.16 | 84.00 | 49.63 ± 0.17 | 49.00 | 1 |" in page
     assert "| TRADES KL | table2 | 81.47 ± 0.12 | not run | 49.14 ± 0.16 | not run | 0 |" in page
     assert "- PGD-AT SE, short: clean 70.00, robust 40.00, with epochs 30 instead of 110" in page
+    told = "with validation_losses ['ce'] instead of ('se',)"
+    assert f"- PGD-AT SE, ce: clean 71.00, robust 41.00, {told}" in page
     assert "few" not in page
 
 
 def test_runs_with_other_images_or_without_attack_do_not_count_for_a_table(tmp_path: Path) -> None:
-    table2 = ["--recipe", "table2", "--objective", "pgd_at", "--divergence", "se", "--lr", "0.05"]
+    table2 = ["--recipe", "table2", "--objective", "pgd_at", *SQUARED_ERROR]
     stored(tmp_path / "more", [*table2, "--generated", "x.npz"], clean_acc=90.0, autoattack_acc=60.0)
     stored(tmp_path / "a", table2, clean_acc=82.0, autoattack_acc=50.0)
     stored(tmp_path / "b", table2, clean_acc=83.0)
@@ -259,6 +265,7 @@ def test_every_row_of_the_tables_is_there() -> None:
         names = set(RunSettings.__dataclass_fields__)
         assert set(row.settings) <= names
         assert "objective" in {**recipe, **row.settings}
+        config.validate(dataclasses.replace(tables.settings_of(row), originals_only=row.table in (3, 4)))
         clean, _, robust, _ = row.paper
         assert 0 < robust < clean < 100
 
@@ -328,6 +335,12 @@ def test_a_classifier_of_ones_own(call: Call, tmp_path: Path) -> None:
     assert (tmp_path / "made" / "fig7.png").exists()
 
 
+def test_every_option_is_for_something() -> None:
+    options = {field.name for field in dataclasses.fields(program.FigureSettings)}
+    assert set(program.USES) == options - {"names", "out"}
+    assert {name for names in program.USES.values() for name in names} == {*program.FIGURES, *program.FILES}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -342,6 +355,14 @@ def test_a_classifier_of_ones_own(call: Call, tmp_path: Path) -> None:
         (["--runs", "none"], "runs: none is not a folder, expected one with runs of training.run"),
         (["fig4", "--score-from", "none.pt"], "score_from: none.pt: no such file"),
         (["fig7", "--model-from", "x"], "eps: none given, fig7 needs it with --model-from"),
+        (["fig1", "--images", "7"], "images: is for fig4, got fig1"),
+        (["fig1", "--data", "digits"], "data: is for fig4 and fig7, got fig1"),
+        (["fig1", "--data-root", "x"], "data_root: is for fig4 and fig7, got fig1"),
+        (["fig4", "--data-root", "x"], "data_root: x is for --run and --model-from, none of which is given"),
+        (["fig4", "--jobs", "2"], "jobs: is for fig1 and fig2 and fig3 and fig6 and certified, got fig4"),
+        (["fig4", "--run", "x", "--seeds", "1"], "seeds: (1,) with --run or --model-from, allowed: without, as noth"),
+        (["tables", "--seeds", "1"], "seeds: is for fig1 and fig2 and fig3 and fig6 and certified and fig4, got tabl"),
+        (["tables", "--quick"], "quick: is for fig1 and fig2 and fig3 and fig6 and certified and fig4 and fig7, got"),
         (["fig4", "--images", "2"], "images: 2 is out of range, allowed: at least 6, which are shown"),
         (["tables", "--runs", "."], "runs: . holds no finished run, expected config.toml and summary.json"),
         (["tables", "--runs", "none"], "runs: none is not a folder, expected one with runs of training.run"),

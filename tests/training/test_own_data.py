@@ -62,6 +62,10 @@ def known():
     data = Data("known", 3, *(tensor for part in parts for tensor in part), lower=-math.inf, upper=math.inf, p_d=p_d)
     return data
 
+def endless():
+    import dataclasses, math
+    return dataclasses.replace(blobs((1, 8, 8), 3), upper=math.inf)
+
 def head(input_shape, num_classes):
     return torch.nn.Linear(5, num_classes)
 
@@ -444,6 +448,18 @@ def test_images_in_another_box_are_shifted_and_attacked_within_it(mine: Path, ca
     ending = call("run", "--objective", "pgd_at", *tiny, *options, "--out", "here")
     assert ending.status == 0, ending
     assert "AutoAttack accuracy" in ending.out
+
+
+def test_samples_of_images_without_bounds_are_refused_before_the_training(mine: Path, call: Any) -> None:
+    small = ["--posterior-settings.steps", "5", "--posterior-settings.width", "16"]
+    options = ["--data", "my_data:endless", *small, "--out", "here"]
+    ending = call("score", *options)
+    assert ending.status == 2, ending
+    told = "samples: 1000 of my_data:endless, whose values lie in [0, inf], allowed: --samples 0, or data with finite"
+    assert told in ending.err
+    assert not Path("here").exists()
+    ending = call("score", *options, "--samples", "0")
+    assert ending.status == 0, ending
 
 
 def test_a_split_without_samples(mine: Path, call: Any) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from training import models
 from training.data.batches import originals_of_batch, steps_of_epoch
 from training.engine.optimisation import averaging_decay, build_optimizer, build_schedule
+from training.figures import tables
 from training.settings import config
 from training.settings.config import RunSettings
 
@@ -127,6 +128,22 @@ def test_the_commands_of_the_page_are_valid_and_different(section: str, expected
     for settings in resolved:
         assert bool(settings.generated) == (settings.recipe in GENERATED)
     assert len({str(config.as_table(settings)) for settings in resolved}) == len(found)
+
+
+@pytest.mark.parametrize("table", [1, 2, 3, 4])
+def test_runs_of_the_commands_fill_their_table(table: int) -> None:
+    runs = []
+    for words in commands(f"Table {table}"):
+        if "kl" not in words or table != 4:  # the KL baseline is no row
+            settings = config.parse([*words[2:], "--device", "cpu", "--threads", "1", "--out", "x"])
+            runs.append(tables.Run(Path(str(len(runs))), config.as_table(settings), {}))
+    counted: list[Path] = []
+    for row in (row for row in tables.rows() if row.table == table):
+        wanted = tables.settings_of(row)
+        found = [run for run in runs if tables.belongs(run, row, wanted) and not tables.differences(run, row, wanted)]
+        assert len(found) == (5 if table == 2 else 1), (row.title, [tables.differences(r, row, wanted) for r in runs])
+        counted += [run.folder for run in found]
+    assert sorted(counted) == sorted(run.folder for run in runs), "each is of one row"
 
 
 def test_the_kl_baseline_is_the_published_command() -> None:

@@ -23,10 +23,10 @@ from scorematch.networks import EmbeddedDenoiser
 from scorematch.posteriors import NoiseConditionalClassifier, ScoreNetwork
 from training import data, score
 from training.data import DataSettings
-from training.engine import checkpoint, posteriors, scores
+from training.engine import checkpoint, claims, posteriors, scores
 from training.engine.hardware import Speed
 from training.reports import audit
-from training.settings import tables
+from training.settings import config, tables
 from training.settings.config import tomllib
 from training.settings.errors import InputError
 from training.settings.posterior import PosteriorSettings
@@ -344,6 +344,7 @@ def test_an_audit_says_what_it_found(call: Any, tmp_path: Path, monkeypatch: pyt
     evidence = {(row["sigma"], row["reading"]): row["moved"] for row in found["evidence"]}
     assert {reading for _, reading in evidence} == {"classifier", "kernel_density", "alone"}
     sigma, reading = max(evidence, key=evidence.__getitem__)
+    assert not [path for path in Path("here").iterdir() if not claims.taken(path)], "all that it writes is known"
     chosen = tomllib.loads(Path("here/chosen.toml").read_text())
     name = "noise_conditional_classifier" if reading == "alone" else "score_network"
     assert (chosen["posterior"], chosen["posterior_settings"]["sigma"]) == (name, sigma)
@@ -483,6 +484,30 @@ def test_the_posterior_of_a_run_is_audited(call: Any, synthetic: Any) -> None:
     ):
         refused = call("score", *options)
         assert (refused.status, message in refused.err) == (2, True), refused.err
+
+
+@pytest.mark.parametrize("reading", ["alone", "classifier"])
+def test_what_the_audit_chose_is_trained_with_the_settings_of_its_networks(
+    reading: str, call: Any, digits: data.Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = {"network": "unet", "width": 24, "steps": 30, "multipliers": (1, 3), "energy_weight": 7.0, "mirror": True}
+    of_scores = {"augment": 0.3, "centering": "network", "anchor": "classifier"}
+    fitted = PosteriorSettings(**given, temperature=False, dropout=0.1, **of_scores).resolved("digits")  # type: ignore[arg-type]
+    best = audit.Candidate(0.35, reading)
+    Path("chosen.toml").write_text(audit.recipe(audit.options_of(best, fitted, digits), {best: {"moved": -0.1}}))
+    command = score.command_of(score.ScoreSettings(posterior_settings=fitted), fitted, digits, best, Path("p.pt"))
+    assert ("--posterior-from p.pt" in command) == (reading == "classifier")
+    recipe = ["--data", "digits", "--objective", "score_direct", "--recipe", "chosen.toml"]
+    for words in (recipe, shlex.split(command)[3:]):
+        if "--posterior-from" in words:
+            assert words[-2:] == ["--posterior-settings.sigma", "0.35"], "the file has the rest"
+            continue
+        trained = config.parse(words).posterior_settings
+        expected = {**given, "temperature": False, "dropout": 0.1, "sigma": 0.35}
+        expected |= of_scores if reading == "classifier" else {"augment": 0.0}
+        assert {name: getattr(trained, name) for name in expected} == expected
+        assert trained.name == ("score_network" if reading == "classifier" else "noise_conditional_classifier")
 
 
 def test_an_audit_on_the_toy(call: Any) -> None:

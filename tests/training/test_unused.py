@@ -10,7 +10,7 @@ import torch
 from training import compare
 from training.settings import config
 from training.settings.posterior import PosteriorSettings
-from training.settings.unused import READERS, READERS_OF_POSTERIORS, unused
+from training.settings.unused import OF_ASKING, READERS, READERS_OF_POSTERIORS, unused
 
 TRADES, DIRECT = "--objective trades", "--objective score_direct"
 POSTERIOR = "--posterior-settings"
@@ -36,6 +36,18 @@ POSTERIOR = "--posterior-settings"
         ),
         (f"{TRADES} --beta 2 --clip 0.1 --clip-form robust --steps 3 --optimizer sgd --momentum 0.8 --nesterov", {}),
         (f"{TRADES} --posterior kernel_density {POSTERIOR}.max-points 50", {}),
+        (
+            f"{TRADES} --posterior kernel_density --transport 0 {POSTERIOR}.sigma 0.3",
+            dict.fromkeys(("posterior", "posterior_settings.sigma"), OF_ASKING),
+        ),
+        (f"{TRADES} --posterior kernel_density --transport 0 --soft-targets {POSTERIOR}.sigma 0.3", {}),
+        (f"{TRADES} --posterior kernel_density --transport 0.5", {}),
+        (
+            "--objective pgd_at --recipe table2 --epochs 30 --device cpu",
+            {"milestones 100 105": "with more epochs than 30"},
+        ),
+        (f"{TRADES} --schedule multistep --milestones 3 5 --epochs 5", {"milestones 5": "with more epochs than 5"}),
+        ("--objective pgd_at --recipe table2 --device cpu", {}),
         ("--objective gaussian --sigma 0.1 0.2 --antithetic --schedule multistep --milestones 3 --lr-decay 0.2", {}),
     ],
 )

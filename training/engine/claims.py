@@ -1,13 +1,29 @@
-"""One program for each folder: a second one that wants to write into it is refused, or waits."""
+"""One program for each folder: a second one that wants to write into it is refused, or waits.
+
+Names of files in it are taken as well, whether or not they are written already.
+"""
 
 import contextlib
 import fcntl
+import fnmatch
 import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 from training.settings.errors import InputError
+
+MARK = "config.toml"  # of a folder of training.run or training.score, which write it first
+OF_RUN = (
+    *(MARK, "metrics.jsonl", "checkpoint.pt", "best.pt", "epoch-*.pt", "posterior.pt", "autoattack.pt*"),
+    *("curve.json", "paths.json", "fooled.npz", "toy.json", "summary.json", "report.html"),
+)
+OF_SCORE = (
+    *("posterior.pt", "score.json", "samples.npz", "samples.png", "scores.png"),
+    *("audit.json", "audit.html", "chosen.toml"),
+)
+OF_BOTH = ("tensorboard", "score-network", "classifier", "fold-*")  # folders
+TAKEN = (*OF_RUN, *OF_SCORE, *OF_BOTH)
 
 
 @contextlib.contextmanager
@@ -50,3 +66,22 @@ def is_claimed(folder: Path) -> bool:
             return False
     except InputError:
         return True
+
+
+def taken(path: Path) -> bool:
+    """Whether a file of this name belongs to a training in whose folder it lies, or is going to be written by it."""
+    path = path.parent.resolve() / path.name
+    inner = path
+    for folder in path.parents:
+        if any(fnmatch.fnmatchcase(inner.name, name) for name in TAKEN) and _is_of_training(folder):
+            return True
+        inner = folder
+    return False
+
+
+def _is_of_training(folder: Path) -> bool:
+    """Whether its config.toml is that of training.run or training.score: other programs have such files, too."""
+    try:
+        return "posterior_settings" in (folder / MARK).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False

@@ -66,12 +66,16 @@ RANGES: dict[str, config.Check] = {
     "eps": (lambda v: v is None or v > 0, "above 0"),
 }
 FEWER_SEEDS = {"fig4": figure_4.SEEDS, "certified": certified.SEEDS}
+TRAINED = ("fig1", "fig2", "fig3", "fig6", "certified")  # by as many trainings side by side as asked for
+# What reads each option; given with nothing of it, the option is refused.
 USES = {
-    "run": ("fig4", "fig7"),
-    "model_from": ("fig4", "fig7"),
-    "score_from": ("fig4",),
+    **dict.fromkeys(("run", "model_from", "model", "data", "data_root", "image_size"), ("fig4", "fig7")),
+    **dict.fromkeys(("score_from", "images"), ("fig4",)),
     "eps": ("fig7",),
     "runs": ("tables",),
+    "jobs": TRAINED,
+    "seeds": (*TRAINED, "fig4"),
+    "quick": (*TRAINED, "fig4", "fig7"),
 }
 
 
@@ -118,15 +122,21 @@ def check(settings: FigureSettings) -> tuple[str, ...]:
         if name not in (*FIGURES, *FILES):
             raise unknown_name("names", name, [*FIGURES, *FILES])
     names = settings.names or (*FIGURES, "tables")
+    defaults = FigureSettings()
     for option, figures in USES.items():
-        if getattr(settings, option) is not None and not set(figures) & set(names):
+        if getattr(settings, option) != getattr(defaults, option) and not set(figures) & set(names):
             raise InputError(f"{option}: is for {' and '.join(figures)}, got {' '.join(names)}")
     if settings.run is not None and settings.model_from is not None:
         raise InputError("run, model_from: both given, expected one of them")
     for option in ("model", "data", "image_size", "eps"):
         if getattr(settings, option) is not None and settings.model_from is None:
             raise InputError(f"{option}: {getattr(settings, option)} is for --model-from, which is not given")
-    if "fig7" in names and not source_of(settings).given:
+    given = source_of(settings).given
+    if settings.data_root is not None and not given:
+        raise InputError(f"data_root: {settings.data_root} is for --run and --model-from, none of which is given")
+    if settings.seeds != defaults.seeds and given and not set(TRAINED) & set(names):
+        raise InputError(f"seeds: {settings.seeds} with --run or --model-from, allowed: without, as nothing is trained")
+    if "fig7" in names and not given:
         raise InputError("run, model_from: none given, fig7 needs a trained classifier by one of them")
     if "fig7" in names and settings.model_from is not None and settings.eps is None:
         raise InputError("eps: none given, fig7 needs it with --model-from")

@@ -3,8 +3,9 @@
 A row of a table is a recipe with a few settings, such as recipe table2 with PGD-AT, squared error and no clipping. A
 stored run is about a row if it has these settings, its data set, norm, eps and network, and used all training images
 (no ``limit``). It counts for the row if all other settings that can change an accuracy are the recipe's, too; else it
-is listed below the table with the differences, as its numbers are not those of the table. Accuracies are per cent, of
-the test split; ours are the mean over runs with their standard deviation.
+is listed below the table with the differences, as its numbers are not those of the table. Settings that the row does
+not read change nothing. Accuracies are per cent, of the test split; ours are the mean over runs with their standard
+deviation.
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
-from training.settings import config
+from training.settings import config, unused
+from training.settings.config import RunSettings
 from training.settings.errors import InputError
 
 RATES = (0.1, 0.05, 0.01)  # columns of Table 1
 ROUNDING = 1e-4  # relative
 DEFAULTS: dict[str, Any] = {
-    field.name: field.default
-    for field in dataclasses.fields(config.RunSettings)
-    if field.default is not dataclasses.MISSING
+    field.name: field.default for field in dataclasses.fields(RunSettings) if field.default is not dataclasses.MISSING
 }
+OF_SUBJECT = ("objective", "data", "norm", "eps", "model", "limit")
+OF_SELECTION = ("validation_losses",)  # how the epoch is chosen: part of a row, but not what it is about
 # Settings that change no accuracy but for rounding, or say where files are and how often to save.
 INDIFFERENT = (
     *("seed", "data_root", "download", "generated", "threads", "device", "out", "resume", "deterministic", "graph"),
@@ -37,7 +39,9 @@ INDIFFERENT = (
 def _of_table_2(objective: str, divergence: str, lr: float, clip: float = 0.0) -> tuple[str, dict[str, Any]]:
     title = {"pgd_at": "PGD-AT", "trades": "TRADES"}[objective]
     words = f"{title} {divergence.upper()}" + (f", clip {clip:g}" if clip else "")
-    return words, {"objective": objective, "divergence": divergence, "lr": lr, "clip": clip}
+    settings = {"objective": objective, "divergence": divergence, "lr": lr, "clip": clip}
+    # The paper chooses the epoch by the loss of training; that of the recipe is "ce".
+    return words, settings | ({"validation_losses": ("se",)} if divergence == "se" else {})
 
 
 OF_TABLE_2 = {
@@ -159,27 +163,38 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def belongs(run: Run, row: Row, recipe: dict[str, Any]) -> bool:
+def settings_of(row: Row) -> RunSettings:
+    """What a run of the row is trained with: the recipe over that of its data set, and what the row says."""
+    return dataclasses.replace(config.from_recipes(None, row.recipe), **row.settings)
+
+
+def value_of(run: Run, name: str) -> Any:
+    """A setting of a run; a config.toml leaves out what is None."""
+    return run.settings.get(name, DEFAULTS.get(name))
+
+
+def belongs(run: Run, row: Row, wanted: RunSettings) -> bool:
     """Whether a run is about what the row is about, however it was trained."""
-    subject: dict[str, Any] = {
-        key: recipe[key] for key in ("objective", "data", "norm", "eps", "model") if key in recipe
-    }
     if row.table in (3, 4) and not run.settings.get("generated"):
         return False
-    wanted: dict[str, Any] = {"limit": 0, **subject, **row.settings}
-    return all(same(run.settings.get(key, DEFAULTS.get(key)), value) for key, value in wanted.items())
+    subject = (*OF_SUBJECT, *(name for name in row.settings if name not in OF_SELECTION))
+    return all(same(value_of(run, name), getattr(wanted, name)) for name in subject)
 
 
-def differences(run: Run, row: Row, recipe: dict[str, Any]) -> list[str]:
+def differences(run: Run, row: Row, wanted: RunSettings) -> list[str]:
     """In which settings a run differs from its row, each as ``name value instead of value``."""
-    wanted: dict[str, Any] = {**DEFAULTS, **recipe, **row.settings}
     generated = run.settings.get("generated")
+    compared = [
+        field.name
+        for field in dataclasses.fields(RunSettings)
+        if field.name not in INDIFFERENT and unused.reads(wanted, field.name)
+    ]
     return [
         *(["generated images instead of none"] if generated and row.table in (1, 2) else []),
         *(
-            f"{key} {run.settings.get(key, DEFAULTS.get(key))} instead of {value}"
-            for key, value in wanted.items()
-            if key not in INDIFFERENT and not same(run.settings.get(key, DEFAULTS.get(key)), value)
+            f"{name} {value_of(run, name)} instead of {getattr(wanted, name)}"
+            for name in compared
+            if not same(value_of(run, name), getattr(wanted, name))
         ),
     ]
 
@@ -194,7 +209,6 @@ def page(folder: Path | None) -> str:
         InputError: the folder holds no finished run.
     """
     runs, listed = stored(folder), rows()
-    recipes = {row.recipe: config.read_recipe(row.recipe) for row in listed}
     lines = [
         "# Tables 1 to 4 of the paper, and ours",
         "",
@@ -212,10 +226,11 @@ def page(folder: Path | None) -> str:
         ]
         notes: list[str] = []
         for row in chosen:
-            members = [run for run in runs if belongs(run, row, recipes[row.recipe])]
-            exact = [run for run in members if not differences(run, row, recipes[row.recipe])]
+            wanted = settings_of(row)
+            members = [run for run in runs if belongs(run, row, wanted)]
+            exact = [run for run in members if not differences(run, row, wanted)]
             lines.append(line(row, exact))
-            notes += [note(run, row, recipes[row.recipe]) for run in members if run not in exact]
+            notes += [note(run, row, wanted) for run in members if run not in exact]
         lines += ["", *([*notes, ""] if notes else [])]
     return "\n".join(lines)
 
@@ -248,10 +263,10 @@ def ours(values: Sequence[float]) -> str:
     return shown(fmean(values), stdev(values) if len(values) > 1 else None)
 
 
-def note(run: Run, row: Row, recipe: dict[str, Any]) -> str:
+def note(run: Run, row: Row, wanted: RunSettings) -> str:
     """A run that is about a row, but not trained as its recipe says."""
     robust = run.summary.get(row.robust)
     of_robust = "not run" if robust is None else f"{robust:.2f}"
-    changed = ", ".join(differences(run, row, recipe))
+    changed = ", ".join(differences(run, row, wanted))
     clean = run.summary["clean_acc"]
     return f"- {row.title}, {run.folder.name}: clean {clean:.2f}, robust {of_robust}, with {changed}"

@@ -48,7 +48,7 @@ def load(
 
     Raises:
         InputError: the file cannot be read or holds something else, the architecture is not known, or its weights do
-            not fit ``model`` or the number of classes.
+            not fit ``model``, the number of classes, or the values that the data may take.
     """
     is_function = isinstance(source, str) and ":" in source and not Path(source).exists()
     state = {} if is_function else _read(Path(source))
@@ -57,7 +57,7 @@ def load(
     if is_function:
         network = _from_function(str(source), shape, classes)
     elif state.get("format") == checkpoint.FORMAT:
-        network = _from_run(state, Path(source), model, shape, classes)
+        network = _from_run(state, Path(source), model, shape, classes, _box(data))
     else:
         # Published weights expect the statistics of their data set.
         named = data or ("cifar100" if classes == 100 else "cifar10")
@@ -88,6 +88,14 @@ def _trained_on(state: dict[str, Any]) -> tuple[tuple[int, ...], int]:
     if "data" in state:
         return tuple(state["data"]["input_shape"]), state["data"]["num_classes"]
     return data_format(state["settings"]["data"])
+
+
+def _box(named: str | Data | None) -> tuple[float, float] | None:
+    """The smallest and the largest value that a feature of the data may take; None where no data are named."""
+    if named is None:
+        return None
+    form = named.format if isinstance(named, Data) else data.format_of(data.DataSettings(named))
+    return form.lower, form.upper
 
 
 def data_format(name: str) -> tuple[tuple[int, ...], int]:
@@ -131,7 +139,12 @@ def _from_function(source: str, input_shape: tuple[int, ...], num_classes: int) 
 
 
 def _from_run(
-    state: dict[str, Any], path: Path, model: str | None, input_shape: tuple[int, ...], num_classes: int
+    state: dict[str, Any],
+    path: Path,
+    model: str | None,
+    input_shape: tuple[int, ...],
+    num_classes: int,
+    box: tuple[float, float] | None,
 ) -> nn.Module:
     """The classifier of a checkpoint, whose settings name its architecture and its data."""
     settings = state["settings"]
@@ -143,6 +156,14 @@ def _from_run(
     if _trained_on(state) != (tuple(input_shape), num_classes):
         wanted = f"{num_classes} classes of inputs {list(input_shape)}"
         raise InputError(f"model_from: {path} was trained on {settings['data']}, expected a classifier for {wanted}")
+    saved = state.get("data")
+    trained = (saved["lower"], saved["upper"]) if saved else _box(settings["data"])
+    if box is not None and trained is not None and box != trained:
+        (low, high), (lower, upper) = trained, box
+        raise InputError(
+            f"model_from: {path} was trained on {settings['data']}, values in [{low:g}, {high:g}], expected a "
+            f"classifier for values in [{lower:g}, {upper:g}]"
+        )
     statistics = statistics_of(state, settings["data"])
     pretrained = bool(settings.get("pretrained"))
     network = models.build(own, input_shape, num_classes, statistics, pretrained=pretrained, weights=False)

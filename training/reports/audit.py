@@ -5,6 +5,7 @@ anchor and its classifier alone. Audits the best, and says in words what was fou
 chosen.toml with the settings and their evidence.
 """
 
+import dataclasses
 import html
 import itertools
 import math
@@ -30,6 +31,7 @@ from training.data import Data, npy
 from training.engine import checkpoint, posteriors, scores
 from training.engine.posteriors import Part
 from training.reports import pages, plots
+from training.settings import config, tables, unused
 from training.settings.errors import InputError
 from training.settings.posterior import PosteriorSettings
 
@@ -61,12 +63,32 @@ class Candidate(NamedTuple):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Options of training.run that read the networks so."""
+        """Options of training.run that read networks so which are there."""
         if self.reading in ANCHORS:
             changes = {"sigma": self.sigma, "anchor": self.reading}
             return {"posterior": "score_network", "posterior_settings": changes}
         name = "noise_conditional_classifier" if self.reading == "alone" else self.reading
         return {"posterior": name, "posterior_settings": {"sigma": self.sigma}}
+
+
+def options_of(candidate: Candidate, settings: PosteriorSettings, data: Data) -> dict[str, Any]:
+    """Options of training.run that train such networks anew and read them so.
+
+    Args:
+        candidate: the reading.
+        settings: those that the networks were trained with; what is not usual for the data is among the options.
+        data: of the networks.
+    """
+    reading = candidate.settings
+    name, changes = reading["posterior"], reading["posterior_settings"]
+    fitted = dataclasses.replace(settings, name=name, **changes)
+    usual = tables.plain(config.resolved_posterior(PosteriorSettings(name), data.name, data.format))
+    trained = {
+        key: value
+        for key, value in tables.plain(fitted).items()
+        if value != usual.get(key) and unused.posterior_reads(fitted, key)
+    }
+    return {"posterior": name, "posterior_settings": {**trained, **changes}}
 
 
 def reach(threat_model: ThreatModel, features: int) -> float:
@@ -118,17 +140,17 @@ def write(
     found["findings"] = [finding._asdict() for finding in findings]
     found["verdict"] = verdict(findings)
     checkpoint.write_json(out / "audit.json", found)
-    checkpoint.write_atomically(out / "chosen.toml", recipe(best, evidence))
+    checkpoint.write_atomically(out / "chosen.toml", recipe(options_of(best, settings, data), evidence))
     checkpoint.write_atomically(out / "audit.html", page(found, findings, data.name))
     return best, "\n".join([*(f"{finding.mark} {finding.text}" for finding in findings), found["verdict"]])
 
 
-def recipe(best: Candidate, evidence: dict[Candidate, dict[str, float]]) -> str:
-    """chosen.toml: a recipe of training.run, with the evidence for it as comments."""
+def recipe(options: dict[str, Any], evidence: dict[Candidate, dict[str, float]]) -> str:
+    """chosen.toml: a recipe of training.run that trains what was chosen, with the evidence for it as comments."""
     ranked = sorted(evidence, key=lambda candidate: -evidence[candidate]["moved"])
     lines = [f"#   {evidence[candidate]['moved']:.4f}  {candidate.title}" for candidate in ranked]
     told = "# Chosen by the mean log p(y|x + noise) of held-out points, in nats:"
-    return "\n".join([told, *lines, tomli_w.dumps(best.settings)])
+    return "\n".join([told, *lines, tomli_w.dumps(options)])
 
 
 def candidates(posterior: Posterior, name: str) -> list[Candidate]:

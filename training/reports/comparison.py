@@ -53,6 +53,11 @@ def toy(comparison: Comparison) -> bool:
     return comparison["data"] == "toy"
 
 
+def seeds_of_rows(comparison: Comparison) -> list[int]:
+    """How many seeds each objective has; fewer than the others where runs failed."""
+    return [len(runs) for runs in comparison["runs"].values()]
+
+
 def interval(estimate: Mapping[str, Any] | None, form: str = ".1f", factor: float = 1.0) -> str:
     """``mean ± half width`` of an estimate over seeds."""
     if estimate is None:
@@ -76,8 +81,10 @@ def table_rows(comparison: Comparison) -> list[list[str]]:
     header += ["R_Standard, nat", "R_SCORE, nat", "R_Madry, nat"] if on_toy else ["AutoAttack, %", *gaps]
     header += ["calibration error, points", "data / model gradient, %", "step signs changed, %", "training, s"]
     rows = [header]
-    paired = comparison["paired"]
-    for name, entry in comparison["aggregate"].items():
+    paired, seeds = comparison["paired"], seeds_of_rows(comparison)
+    if differ := len(set(seeds)) > 1:
+        header.insert(1, "seeds")
+    for (name, entry), count in zip(comparison["aggregate"].items(), seeds, strict=True):
         row = [entry["label"], interval(entry["clean_acc"]), interval(entry["pgd_acc"])]
         if on_toy:
             errors = {"r_standard": ".5f", "r_score": ".5f", "r_madry": ".4f"}
@@ -93,6 +100,8 @@ def table_rows(comparison: Comparison) -> list[list[str]]:
             interval(entry.get("sign_change_share"), ".1f", 100),
         ]
         row += [f"{entry['train_seconds']['mean'] + entry['posterior_seconds']['mean']:.0f}"]
+        if differ:
+            row.insert(1, str(count))
         rows.append(row)
     return rows
 
@@ -149,13 +158,14 @@ def page(comparison: Comparison) -> str:
     """The whole report as one HTML page without references to anything outside it."""
     any_run = next(iter(comparison["runs"].values()))[0]
     title = f"Direct SCORE and its surrogates on the {comparison['data']}"
-    seeds = len(comparison["seeds"])
     sections = [
         f"<h1>{title}</h1>",
         f"<p class='lead'>{_headline(comparison)}</p>",
         "<h2>Results</h2>",
         pages.table(table_rows(comparison)),
-        f"<p class='note'>{_how_many(seeds)} on {any_run['split']['test']:,} test samples.{_ensemble(comparison)}</p>",
+        f"<p class='note'>{_how_many(comparison)} on {any_run['split']['test']:,} test samples."
+        f"{_ensemble(comparison)}</p>",
+        *failed_section(comparison),
         *(toy_section(comparison) if toy(comparison) else accuracy_section(comparison)),
         "<h2>Training</h2>",
         training_section(comparison),
@@ -166,14 +176,30 @@ def page(comparison: Comparison) -> str:
     return pages.page(title, sections)
 
 
-def _how_many(seeds: int) -> str:
-    if seeds == 1:
+def _how_many(comparison: Comparison) -> str:
+    seeds = seeds_of_rows(comparison)
+    if max(seeds) == 1:
         return "One seed, so there is no interval,"
+    count, best = f"{max(seeds)} seeds", ""
+    if min(seeds) < max(seeds):
+        count = f"{min(seeds)} to {max(seeds)} seeds, as the column says,"
+        common = ", ".join(map(str, comparison["paired"].get("seeds", [])))
+        best = f", over the seeds that all have ({common or 'none'})"
     return (
-        f"Means over {seeds} seeds ± half the width of Student's 95 % interval over seeds, which covers the randomness "
+        f"Means over {count} ± half the width of Student's 95 % interval over seeds, which covers the randomness "
         "of training, not that of the test set; differences are paired by seed; the best is the one with the highest "
-        "mean under PGD on these very samples;"
+        f"mean under PGD on these very samples{best};"
     )
+
+
+def failed_section(comparison: Comparison) -> list[str]:
+    """The runs whose numbers are missing, with their logs."""
+    failed = comparison["failed"]
+    if not failed:
+        return []
+    names = [f"{run['objective']} with seed {run['seed']} ({run['log']})" for run in failed]
+    count = f"{len(failed)} of {len(failed) + sum(seeds_of_rows(comparison))} runs failed"
+    return [f"<p class='note'>{count}, and nothing here has their numbers: {html.escape(', '.join(names))}.</p>"]
 
 
 def _ensemble(comparison: Comparison) -> str:
@@ -187,21 +213,23 @@ def _headline(comparison: Comparison) -> str:
     aggregate = comparison["aggregate"].values()
     direct = [entry for entry in aggregate if entry["objective"] == "score_direct"]
     surrogates = [entry for entry in aggregate if is_surrogate(entry)]
-    if not direct or not surrogates:
-        counts = {"objective": len(aggregate), "seed": len(comparison["seeds"])}
+    in_common = comparison["paired"].get("in_common")
+    if not direct or not surrogates or (in_common is None and not toy(comparison)):
+        counts = {"objective": len(aggregate), "seed": max(seeds_of_rows(comparison))}
         return ", ".join(f"{count} {name}{'s' * (count != 1)}" for name, count in counts.items()) + "."
     if toy(comparison):
         found = [*direct, *surrogates]
         shown = (f"{interval(entry.get('r_score'), '.5f')} nat with {entry['label']}" for entry in found)
         return f"R_SCORE after training: {', '.join(shown)}."
-    best, other = (max(group, key=lambda e: e["pgd_acc"]["mean"]) for group in (direct, surrogates))
+    best, other = (max(group, key=lambda e: in_common[e["name"]]["pgd_acc"]["mean"]) for group in (direct, surrogates))
+    ours, theirs = (in_common[entry["name"]] for entry in (best, other))
     attacks = {"clean": "clean_acc"}
-    if all("autoattack_acc" in entry for entry in (best, other)):
+    if "autoattack_acc" in ours and "autoattack_acc" in theirs:
         attacks = {"under AutoAttack": "autoattack_acc", **attacks}
-    rest = "; ".join(f"{name}, {interval(best[key])} % and {interval(other[key])} %" for name, key in attacks.items())
+    rest = "; ".join(f"{name}, {interval(ours[key])} % and {interval(theirs[key])} %" for name, key in attacks.items())
     return _verdict(comparison, best) + (
         f"Under PGD at eps {comparison['eps']:g}, the best direct objective ({best['label']}) keeps "
-        f"{interval(best['pgd_acc'])} % and the best surrogate ({other['label']}) {interval(other['pgd_acc'])} %; "
+        f"{interval(ours['pgd_acc'])} % and the best surrogate ({other['label']}) {interval(theirs['pgd_acc'])} %; "
         f"{rest}."
     )
 
@@ -218,8 +246,12 @@ def _verdict(comparison: Comparison, direct: Mapping[str, Any]) -> str:
         return f"One seed cannot tell direct SCORE and its surrogates apart ({shown}). "
     if gap["low"] > 0:
         # The best surrogate is the best under PGD; another one may be better under AutoAttack.
-        rivals = [entry for entry in comparison["aggregate"].values() if is_surrogate(entry) and measure in entry]
-        level = [entry["label"] for entry in rivals if entry[measure]["mean"] >= direct[measure]["mean"]]
+        in_common = comparison["paired"]["in_common"]
+        own = in_common[direct["name"]][measure]["mean"]
+        rivals = {
+            entry["label"]: in_common[name] for name, entry in comparison["aggregate"].items() if is_surrogate(entry)
+        }
+        level = [label for label, values in rivals.items() if measure in values and values[measure]["mean"] >= own]
         but = f", but not of {' and '.join(level)}" if level else ""
         return f"Direct SCORE is ahead of its best surrogate under PGD ({shown}){but}. "
     if gap["high"] < 0:
@@ -256,7 +288,7 @@ def toy_section(comparison: Comparison) -> list[str]:
 
 
 def accuracy_section(comparison: Comparison) -> list[str]:
-    bands = " Bands are 95 % intervals over seeds." if len(comparison["seeds"]) > 1 else ""
+    bands = " Bands are 95 % intervals over seeds." if max(seeds_of_rows(comparison)) > 1 else ""
     return [
         "<h2>Accuracy against perturbation size</h2>",
         plots.as_image(accuracy_figure(comparison), "accuracy under PGD against perturbation size"),

@@ -528,6 +528,11 @@ def resolve_device(name: str) -> torch.device:
         raise InputError(f"device: {name!r} is unknown, allowed: auto, cpu, cuda, cuda:N") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"device: {name!r} is not there, {torch.cuda.device_count()} CUDA devices are visible")
+    if device.type not in ("cpu", "cuda"):  # torch knows the names of devices that this machine or build does not have
+        try:
+            torch.zeros(1, device=device).item()
+        except (RuntimeError, AssertionError, ImportError):
+            raise InputError(f"device: {name!r} cannot be used here, allowed: auto, cpu, cuda, cuda:N") from None
     return device
 
 

@@ -16,11 +16,13 @@ OF_NETWORKS = tuple(name for name in OF_POSTERIORS if name not in ("sigma", "max
 
 
 def _asks_posterior(settings: RunSettings) -> bool:
-    return settings.objective == "score_direct" or settings.posterior is not None
+    return settings.objective == "score_direct" or settings.soft_targets or settings.transported > 0
 
 
 # What options there are, what reads them, and whether this run does. All lines that name an option must hold for it.
+OF_ASKING = "with transport above 0, soft_targets or objective score_direct"
 READERS: tuple[tuple[tuple[str, ...], str, Callable[[RunSettings], bool]], ...] = (
+    (("posterior", "posterior_from"), OF_ASKING, lambda s: s.posterior is None or _asks_posterior(s)),
     (("beta",), "with objective trades", lambda s: s.objective == "trades"),
     (OF_GAUSSIAN, "with objective gaussian", lambda s: s.objective == "gaussian"),
     (OF_SEARCH, "with objectives pgd_at, trades and score_direct", lambda s: s.searches),
@@ -53,7 +55,10 @@ READERS_OF_POSTERIORS: tuple[tuple[tuple[str, ...], str, Callable[[PosteriorSett
 
 
 def unused(settings: RunSettings, arguments: Sequence[str]) -> dict[str, str]:
-    """The options among ``arguments`` that a run with these settings does not read, each with what does read it."""
+    """The options among ``arguments`` that a run with these settings does not read, each with what does read it.
+
+    Milestones that come too late are among them even if a recipe names them.
+    """
     found: dict[str, str] = {}
     for name in _names(arguments):
         group, _, own = name.rpartition(".")
@@ -63,10 +68,23 @@ def unused(settings: RunSettings, arguments: Sequence[str]) -> dict[str, str]:
             posterior = settings.posterior_settings
             where = [where for names, where, reads in READERS_OF_POSTERIORS if own in names and not reads(posterior)]
         else:
-            where = ["with a posterior"]
+            where = ["with a posterior" if settings.posterior is None else OF_ASKING]
         if where:
             found[name] = where[0]
+    late = [epoch for epoch in settings.milestones if epoch >= settings.epochs]
+    if settings.schedule == "multistep" and late:  # those of a recipe are given by no option, but --epochs may be
+        found[" ".join(["milestones", *map(str, late)])] = f"with more epochs than {settings.epochs}"
     return found
+
+
+def reads(settings: RunSettings, name: str) -> bool:
+    """Whether a run with these settings reads the option ``name``."""
+    return all(reader(settings) for options, _, reader in READERS if name in options)
+
+
+def posterior_reads(settings: PosteriorSettings, name: str) -> bool:
+    """Whether a posterior with these settings, in its training or afterwards, reads the one called ``name``."""
+    return all(reader(settings) for options, _, reader in READERS_OF_POSTERIORS if name in options)
 
 
 def print_notes(found: dict[str, str]) -> None:
