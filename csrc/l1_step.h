@@ -18,6 +18,13 @@ SCOREMATCH_INLINE A l1_room(A change, A x0, Box<T> box) {
   return select(room > A(0), room, A(0));
 }
 
+// Whether |v| >= bound, which is above 0. Where denormal numbers count as 0, the bound may be such a number.
+template <typename A, typename T = scalar_of<A>>
+SCOREMATCH_INLINE auto reaches(A v, T bound) {
+  const A m = magnitude(v);
+  return select(m > A(0), m, A(-1)) >= A(bound);
+}
+
 // A positive number b such that |v_j| >= b holds for the `wanted` largest elements of a row, and for those that are equal
 // to the smallest of them; for all that are not 0 if these are fewer. It bisects until that many elements are found, or
 // until no floating-point number is left between the bounds.
@@ -35,7 +42,7 @@ SCOREMATCH_INLINE T magnitude_of_largest(Lanes lanes, V v, int64_t count, T want
   const auto at_least = [&](T bound) {
     A number(0);
     for (int64_t j = lanes.lane(); j < count; j += lanes.width())
-      number += select(magnitude(v(j)) >= A(bound), A(1), A(0));
+      number += select(reaches(v(j), bound), A(1), A(0));
     return uniform(lanes.sum(number));
   };
   T few = largest < finite ? largest : finite;  // infinite ones are among the largest
@@ -98,13 +105,13 @@ SCOREMATCH_INLINE void l1_step_row(Lanes lanes, X x, Grad grad, X0 x0, Out out, 
     smallest = magnitude_of_largest<A>(lanes, grad, count, moving);
     A number(0);
     for (int64_t j = lanes.lane(); j < count; j += lanes.width())
-      number += select(magnitude(grad(j)) >= A(smallest), A(1), A(0));
+      number += select(reaches(grad(j), smallest), A(1), A(0));
     const T moves = uniform(lanes.sum(number));
     if (moves > T(0)) unit = step_size / moves;
   }
   const auto stepped = [=](int64_t j) {
     const A g = grad(j);
-    return x(j) + select(magnitude(g) >= A(smallest), A(unit) * sign(g), A(0));
+    return x(j) + select(reaches(g, smallest), A(unit) * sign(g), A(0));
   };
   const auto change = [=](int64_t j) { return stepped(j) - x0(j); };
   A changes(0);

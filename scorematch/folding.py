@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -29,7 +31,8 @@ class Folding:
         self._folded: list[tuple[Tensor, Tensor]] = []
         self._versions: tuple[int, ...] = ()
         try:
-            graph = _Tracer().trace(copy_sharing_tensors(model))
+            with _TRACING:
+                graph = _Tracer().trace(copy_sharing_tensors(model))
         except Exception:  # whatever a model raises when it is copied, or called without values
             return
         modules = dict(model.named_modules())
@@ -46,7 +49,8 @@ class Folding:
             # A weight that is computed anew at each call (weight norm) is no parameter that could be replaced.
             if not isinstance(conv, _ConvNd) or conv._parameters.get("weight") is None:
                 continue
-            if not conv.transposed and len(source.users) == 1:
+            own = "forward" in vars(conv) or "forward" in vars(norm)  # does something else
+            if not conv.transposed and len(source.users) == 1 and not own:
                 self.pairs.append((conv, norm))
 
     @contextmanager
@@ -69,10 +73,11 @@ class Folding:
 
     @torch.no_grad()
     def _refresh(self) -> None:
-        """Fold anew if a weight or a statistic has changed since."""
+        """Fold anew if a weight or a statistic has changed since; what is written through ``.data`` does not show."""
         tensors = [t for pair in self.pairs for module in pair for t in (*module.parameters(), *module.buffers())]
         # A CUDA graph has to fold by itself: what was folded before it was recorded is of those weights.
-        versions = (_recording(tensors), *map(id, tensors), *(t._version for t in tensors))
+        places = (place for t in tensors for place in (id(t), t.data_ptr(), t._version))
+        versions = (_recording(tensors), *places)
         if versions == self._versions:
             return
         self._versions, self._folded = versions, []
@@ -85,8 +90,30 @@ class Folding:
             self._folded.append((weight.detach(), bias.detach()))
 
 
+# While it traces, torch.fx puts functions of its own in the place of two methods of all modules, and then what it has
+# found there back: two traces at a time would leave them there.
+_TRACING = threading.Lock()
+
+
 class _Tracer(fx.Tracer):
-    """Convolutions and batch norms are leaves, those of derived classes too; so is what has hooks, which do not run."""
+    """Convolutions and batch norms are leaves, those of derived classes too; so is what has hooks, which do not run.
+
+    Modules that other threads call meanwhile do what they always do.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         hooked = bool(m._forward_hooks or m._forward_pre_hooks)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -45,7 +46,8 @@ def borrowed(model: nn.Module, attack_mode: str = "eval") -> Iterator[None]:
     if attack_mode not in ATTACK_MODES:
         raise ValueError(f"attack_mode must be one of {', '.join(ATTACK_MODES)}, got {attack_mode!r}")
     training = [(m, m.training) for m in model.modules() if hasattr(m, "training")]  # a frozen script has no mode
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    # Those that were made in inference mode take no gradients, and could not be given back.
+    trainable = [p for p in model.parameters() if p.requires_grad and not p.is_inference()]
     try:
         for parameter in trainable:
             parameter.requires_grad_(False)
@@ -92,9 +94,19 @@ def unchanged_buffers(model: Any, warn: Callable[[str], None] = lambda text: Non
 
 def _equal(now: Tensor | None, before: Tensor) -> bool:
     """Whether a tensor is what it was, NaN being equal to NaN."""
-    if now is None or now.shape != before.shape or now.dtype != before.dtype:
+    if now is None or now.shape != before.shape or now.dtype != before.dtype or now.layout != before.layout:
         return False
+    now, before = plain(now), plain(before)
     return bool(((now == before) | (now.isnan() & before.isnan())).all())
+
+
+def plain(t: Tensor) -> Tensor:
+    """The values of a tensor that is sparse, quantised or a view of other values, in one that can be compared."""
+    if t.layout != torch.strided:
+        t = t.to_dense()
+    if t.is_quantized:
+        t = t.int_repr()
+    return t.resolve_conj().resolve_neg()
 
 
 @contextmanager

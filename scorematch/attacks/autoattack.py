@@ -25,6 +25,7 @@ from .evaluation import Options, check_class_range, evaluate
 from .evaluation_state import EvaluationState
 from .fab import FAB
 from .parts import Attack, run_alone
+from .precision import full_precision
 from .randomness import ATTACK_KEYS
 from .report import result_line, table
 from .settings import AttackSettings, refuse_unknown
@@ -437,7 +438,8 @@ class AutoAttack:
         fell_at = torch.full((len(x),), torch.inf, dtype=torch.float64, device="cpu")
         state: EvaluationState | None = None
         for index, ball in enumerate(balls):
-            if index and self.verdict_passes == 1:
+            # A search in low precision may have found points that the check did not confirm, and so forgot.
+            if index and self.verdict_passes == 1 and self.search_dtype is None:
                 attacks = [attack for attack in attacks if depends_on_radius(attack)]
             left = None if self.budget is None else max(self.budget - (time.perf_counter() - began), 1e-9)
             path = None if state_path is None else Path(f"{state_path}.eps{ball.eps!r}")
@@ -466,7 +468,8 @@ class AutoAttack:
         with as_found(self.model):
             classifier = Classifier(self.model, verdict_passes=self.verdict_passes)
             for x, y in zip(x_orig.split(int(bs)), y_orig.split(int(bs)), strict=True):
-                logits = classifier.logits(x.to(device, copy=True))
+                with full_precision(device):
+                    logits = classifier.logits(x.to(device, copy=True))
                 check_class_range(y_orig, logits.shape[1])
                 hits += int((predicted(logits) == y.to(device)).sum())
         return hits / len(x_orig)

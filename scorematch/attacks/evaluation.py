@@ -126,10 +126,17 @@ def evaluate(
         if len(stations) == 1:
             stations *= _workers(model, first_x, options, doubts)
         engine = _Engine(stations, x, y, stages, state, options, console, mine, started)
+        finished, searches = state.finished.clone(), dict(state.searches)
         try:
             engine.run()
         except OutOfTime:
             console.say(f"stopped: the budget of {options.budget:g} s is spent")
+            paused = any(state.searches.get(number) is not found for number, found in searches.items())
+            if torch.equal(finished, state.finished) and not paused and len(searches) == len(state.searches):
+                console.warn(
+                    f"no batch came to its end within the budget of {options.budget:g} s, so the same call would begin "
+                    "it anew; give a larger budget or a smaller bs"
+                )
         finally:
             console.end_progress()
             if options.state_path is not None:  # before what was borrowed is given back, which may fail
@@ -457,13 +464,14 @@ class _Engine:
         """Take in what a job has found within eps, and points that do not count."""
         state, name, fallen = self.state, self.stages[index].attack.name, within.samples
         with self._lock:
+            lengths = self._distances(within)
             for beyond in further:
                 self._remember(beyond)
-            state.robust[fallen] = False
-            state.fallen_by[fallen] = index
             state.adversarial[fallen] = within.points
             state.labels[fallen] = within.labels
-            state.nearest[fallen] = self._distances(within)
+            state.nearest[fallen] = lengths
+            state.fallen_by[fallen] = index
+            state.robust[fallen] = False  # last: Ctrl-C in between leaves the samples to be attacked again
             state.finished[job.samples] = index + 1
             state.searches.pop(job.number, None)
             state.costs[name].unverified += unverified
@@ -501,7 +509,10 @@ class _Engine:
             return
         farthest = float(distance(counted.double(), x[wrong].double(), ball.norm).max())
         low, high = (float(bound) for bound in torch.aminmax(counted))
-        slack = 1e-3 * ball.eps  # more than rounding, less than a mistake
+        largest = max(abs(low), abs(high), float(x[wrong].abs().max()))
+        features = x[0].numel()
+        rounding = torch.finfo(x.dtype).eps * largest * {"linf": 1, "l2": features**0.5, "l1": features}[ball.norm]
+        slack = 1e-3 * ball.eps + rounding  # less than a mistake
         inside = farthest <= ball.eps + slack and low >= ball.lower - slack and high <= ball.upper + slack
         if not inside:  # NaN is not
             raise ValueError(

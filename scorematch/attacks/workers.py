@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from enum import Enum
 from numbers import Number
-from types import BuiltinFunctionType, FrameType, FunctionType, MethodType, NoneType
+from types import BuiltinFunctionType, CellType, FrameType, FunctionType, MethodType, NoneType
 from typing import Any, TypeVar
 
 import torch
@@ -155,8 +155,9 @@ def can_be_shared(model: Any, x: Tensor) -> bool:
     """Whether several threads may call a model at the same time, as far as can be seen.
 
     They may call a module of Python that has no hooks, and sets no attribute and changes no tensor while it predicts.
-    It may hold tensors, modules, functions, plain values, and containers of these that stay the same. Another object
-    may keep anything. A scripted module or another callable may be as harmless; nothing shows it.
+    It may hold tensors, modules, functions, plain values, and containers of these that stay the same; so must what its
+    class holds, and what its functions read around them. Another object may keep anything. A scripted module or another
+    callable may be as harmless; nothing shows it.
 
     Args:
         model: in eval mode.
@@ -170,6 +171,7 @@ def can_be_shared(model: Any, x: Tensor) -> bool:
     modules = {id(value): value for value, _ in before if isinstance(value, nn.Module)}
     if any(isinstance(module, torch.jit.ScriptModule) or _has_hooks(module) for module in modules.values()):
         return False
+    around = _surroundings(modules.values())
     writes = 0
 
     def count_write(frame: FrameType) -> None:
@@ -178,8 +180,8 @@ def can_be_shared(model: Any, x: Tensor) -> bool:
 
     with watched((nn.Module.__setattr__, nn.Module.__delattr__), count_write), torch.enable_grad():
         model(x.detach().requires_grad_())
-    after = _contents(model)
-    one, other = ([(id(value), version) for value, version in contents] for contents in (before, after))
+    after = _contents(model) + _surroundings(modules.values())
+    one, other = ([(id(value), version) for value, version in contents] for contents in (before + around, after))
     return not writes and one == other
 
 
@@ -210,6 +212,43 @@ def _entries(value: Any) -> list[Any]:
     if isinstance(value, MethodType):
         return [value.__self__]
     return []
+
+
+def _surroundings(modules: Iterable[nn.Module]) -> list[tuple[Any, int | None]]:
+    """What the classes of modules hold, and what functions of theirs read outside of themselves; torch's own left out.
+
+    A pass may keep something there: in a class, in a variable of its file, or in one that a function has around it.
+    """
+    found: list[tuple[Any, int | None]] = []
+    seen: set[int] = set()
+
+    def note(value: Any) -> None:
+        found.append((value, _version(value)))
+        if isinstance(value, (staticmethod, classmethod)):
+            value = value.__func__
+        elif isinstance(value, property):
+            value = value.fget
+        if id(value) in seen:
+            return
+        seen.add(id(value))
+        if isinstance(value, (dict, list, tuple, set)):
+            found.extend(_contents(value))
+        elif isinstance(value, FunctionType) and not value.__module__.startswith("torch."):
+            cells = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
+            read = [value.__globals__[name] for name in value.__code__.co_names if name in value.__globals__]
+            for outside in (*cells, *read):
+                note(outside)
+
+    classes = {kind: None for module in modules for kind in type(module).__mro__}  # in their order
+    for kind in classes:
+        if kind is not object and not kind.__module__.startswith("torch."):
+            for value in vars(kind).values():
+                note(value)
+    for module in modules:
+        for value in vars(module).values():
+            if isinstance(value, FunctionType):
+                note(value)
+    return found
 
 
 def _version(value: Any) -> int | None:

@@ -299,3 +299,22 @@ def test_two_processes_find_the_curve_of_one(processes: ForkServerContext, tmp_p
         nearest, adversarial = torch.load(tmp_path / f"result{rank}.pt")
         torch.testing.assert_close(nearest, expected.nearest, rtol=0, atol=1e-9)
         torch.testing.assert_close(adversarial, expected.adversarial, rtol=0, atol=1e-9)
+
+
+def test_a_search_in_low_precision_loses_no_success_at_a_larger_radius() -> None:
+    """What FAB finds nearest lies so close to the boundary that the check in full precision may not confirm it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4)).eval()
+    x, radii = torch.rand(64, 1, 8, 8), (0.001, 0.05)
+    y = model(x).argmax(1)
+
+    def fab(eps: float) -> AutoAttack:
+        adversary = alone(model, "fab-t", eps=eps, search_dtype=torch.bfloat16)
+        adversary.fab.n_iter = 20
+        return adversary
+
+    adversary = fab(radii[1])
+    adversary.run_standard_evaluation(x, y)
+    robust = torch.tensor(adversary.report["robust"])
+    curve = fab(radii[1]).accuracy_curve(x, y, radii=radii)
+    assert not (~robust & (curve.nearest > radii[1])).any()

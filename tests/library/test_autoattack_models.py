@@ -354,3 +354,74 @@ def test_perturb_leaves_samples_of_nan_that_have_no_label() -> None:
     found = adversary.apgd.perturb(x)
     assert torch.equal(found[3], x[3])
     assert not torch.equal(found, x)
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("Linf", 1e-5), ("L2", 1e-4), ("L1", 1e-4)])
+@pytest.mark.parametrize("name", ["apgd-ce", "square"])
+@pytest.mark.filterwarnings("ignore::scorematch.attacks.AutoAttackWarning")
+def test_a_radius_close_to_the_rounding_of_pixels(norm: str, eps: float, name: str) -> None:
+    """A pixel near 1 is rounded by 3e-8; so may be a point at the very edge of the ball."""
+    torch.manual_seed(0)
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(768, 3)).double()
+
+    class Wide(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return linear(x.double())
+
+    x = torch.rand(64, 3, 16, 16).double()
+    for _ in range(5):  # close to the boundary
+        x.requires_grad_()
+        best = linear(x).topk(2, 1).values
+        gap = best[:, 0] - best[:, 1]
+        (slope,) = torch.autograd.grad(gap.sum(), x)
+        length = slope.abs().flatten(1).sum(1) if norm == "Linf" else slope.square().flatten(1).sum(1)
+        way = slope.sign() if norm == "Linf" else slope
+        x = (x - 0.9999 * (gap / length)[:, None, None, None] * way).detach().clamp(0, 1)
+    x = x.float()
+    adversary = alone(Wide().eval(), name, norm, eps=eps)
+    adversary.run_standard_evaluation(x, linear(x.double()).argmax(1))
+    assert adversary.report["robust_accuracy"] < 1
+
+
+class Holding(nn.Module):
+    """A network that holds a tensor of an unusual kind."""
+
+    def __init__(self, model: nn.Module, held: Tensor) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer("held", held)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        torch.eye(3).to_sparse(),
+        torch.eye(3).to_sparse_csr(),
+        torch.quantize_per_tensor(torch.eye(3), 0.1, 0, torch.quint8),
+        torch.ones(3, dtype=torch.complex64).conj(),
+    ],
+    ids=["sparse", "csr", "quantised", "conjugate"],
+)
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_buffers_of_any_kind(held: Tensor, tmp_path: Path) -> None:
+    model, x, y = data()
+    expected = alone(model, "apgd-ce").run_standard_evaluation(x, y)
+    for _ in range(2):  # made, and read again
+        found = alone(Holding(model, held), "apgd-ce").run_standard_evaluation(x, y, state_path=tmp_path / "state.pt")
+        assert torch.equal(found, expected)
+
+
+def test_a_model_that_was_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    model.eval()
+    x = torch.rand(8, 1, 8, 8)
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    adversary = alone(model, "square")
+    adversary.run_standard_evaluation(x, y)
+    assert adversary.report["complete"]
+    assert all(parameter.requires_grad for parameter in model.parameters())

@@ -147,3 +147,17 @@ def test_bad_budgets(budget: float) -> None:
     model, _, _ = data()
     with pytest.raises(ValueError, match="budget must be a positive number of seconds, or None"):
         attack(model, budget=budget)
+
+
+def test_a_budget_in_which_nothing_ends_says_so(tmp_path: Path) -> None:
+    model, x, y = data()
+    options = {"budget": 1e-9, "workers": 1}
+    warned = []
+    for _ in range(2):
+        adversary = attack(model, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            adversary.run_standard_evaluation(x, y, state_path=tmp_path / "state.pt")
+        warned.append([text for text in adversary.report["warnings"] if "no batch came to its end" in text])
+    assert [len(texts) for texts in warned] == [0, 1], "the first call has classified the clean samples"
+    assert "give a larger budget or a smaller bs" in warned[1][0]

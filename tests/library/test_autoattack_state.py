@@ -4,6 +4,7 @@ import copy
 import warnings
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from library_autoattack import COUNT, alone, attack, data
 from torch import Tensor, nn
 
-from scorematch.attacks import AutoAttackWarning, EvaluationState
+from scorematch.attacks import AutoAttackWarning, EvaluationState, evaluation
 
 
 @pytest.fixture
@@ -226,3 +227,31 @@ def test_numbers_of_numpy_and_fractions_are_numbers(rng: str, path: Path) -> Non
         adversary.run_standard_evaluation(x, y, bs=whole(16), state_path=path)
         adversary.accuracy_curve(x, y, radii=[real(0.015625), real(0.03125)], bs=whole(16), state_path=path)
         assert adversary.clean_accuracy(x, y, bs=whole(16)) == EvaluationState.from_disk(path).clean_accuracy
+
+
+def test_an_interruption_while_successes_are_booked_loses_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each sample is fooled with its point, or not at all."""
+    model, x, y = data()
+    path = tmp_path / "state.pt"
+
+    class Interrupting:
+        """Successes that are read until their points are asked for."""
+
+        def __init__(self, found: evaluation._Found) -> None:
+            self.samples, self.labels = found.samples, found.labels
+
+        @property
+        def points(self) -> Tensor:
+            raise KeyboardInterrupt
+
+    commit = evaluation._Engine._commit
+
+    def interrupted(self: evaluation._Engine, index: int, worker: int, job: Any, within: Any, *more: Any) -> None:
+        commit(self, index, worker, job, Interrupting(within), *more)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation._Engine, "_commit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            alone(model, "apgd-ce", workers=1).run_standard_evaluation(x, y, state_path=path)
+    points = alone(model, "apgd-ce", workers=1).run_standard_evaluation(x, y, state_path=path)
+    assert torch.equal(points, alone(model, "apgd-ce").run_standard_evaluation(x, y))

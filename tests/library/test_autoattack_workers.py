@@ -346,6 +346,53 @@ class Remembers(nn.Module):
         return self.model(x)
 
 
+KEPT: dict[str, Tensor] = {}
+LATEST: Tensor | None = None
+
+
+def keep(x: Tensor) -> None:
+    global LATEST  # noqa: PLW0603 (a module that does so is what is looked for)
+    LATEST = x
+
+
+def keeping() -> Callable[[Tensor], Tensor]:
+    last = None
+
+    def features(x: Tensor) -> Tensor:
+        nonlocal last
+        last = x
+        return last
+
+    return features
+
+
+class RemembersElsewhere(nn.Module):
+    """Keeps its input outside of itself."""
+
+    features: Tensor | None = None
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.model, self.how = small_cnn().double(), how
+        self.around = keeping() if how == "closure" else torch.relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "class":
+            type(self).features = x
+        if self.how == "dictionary of the file":
+            KEPT["features"] = x
+        if self.how == "variable of the file":
+            keep(x)
+        return self.model(self.around(x))
+
+
+@pytest.mark.parametrize("how", ["class", "dictionary of the file", "variable of the file", "closure"])
+def test_models_that_keep_something_elsewhere_are_not_shared(how: str) -> None:
+    x = torch.rand(2, 1, 8, 8, dtype=torch.float64)
+    assert can_be_shared(RemembersElsewhere("nothing").eval(), x)
+    assert not can_be_shared(RemembersElsewhere(how).eval(), x)
+
+
 def hooked(kind: str) -> nn.Module:
     model = small_cnn().double()
     if kind == "pre":

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -153,3 +154,63 @@ def test_rounding_is_measured_by_the_largest_logit(scale):
     assert not _same(logits + torch.tensor([0.0, 5e-3, 0.0]) * scale, logits)
     assert _same(torch.tensor([[1.0, math.nan]]), torch.tensor([[1.0, math.nan]]))
     assert not _same(torch.tensor([[1.0, math.nan]]), torch.tensor([[1.0, 0.0]]))
+
+
+STARTED, GO = threading.Event(), threading.Event()
+
+
+class Slow(nn.Module):
+    """Tells when it is traced, and waits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        STARTED.set()
+        GO.wait()
+        return self.norm(self.conv(x))
+
+
+def test_other_threads_go_on_while_a_model_is_traced(net: Net) -> None:
+    """torch.fx changes all modules of the process meanwhile."""
+    STARTED.clear()
+    GO.clear()
+    called, got = nn.Module.__call__, nn.Module.__getattr__
+    slow, x = Slow().eval(), torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    expected, found = net(x), []
+    threads = [threading.Thread(target=lambda model=model: found.append(Folding(model))) for model in (slow, net)]
+    threads[0].start()
+    STARTED.wait()
+    threads[1].start()  # it waits for the first
+    try:
+        assert torch.equal(net(x), expected)
+        assert isinstance(slow.conv.weight, nn.Parameter)
+    finally:
+        GO.set()
+        for thread in threads:
+            thread.join()
+    assert sorted(len(folding.pairs) for folding in found) == [1, 2]
+    assert (nn.Module.__call__, nn.Module.__getattr__) == (called, got)
+
+
+def test_weights_in_another_place_fold_anew(net: Net) -> None:
+    x = torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    folding = Folding(net)
+    with folding.applied(), torch.no_grad():
+        before = net(x)
+    net.conv1.weight.data = 2 * net.conv1.weight.data
+    with torch.no_grad():
+        expected = net(x)
+        with folding.applied():
+            torch.testing.assert_close(net(x), expected)
+    assert not torch.allclose(before, expected)
+
+
+def test_a_norm_with_a_forward_of_its_own_is_left_alone(net: Net) -> None:
+    net.norm5.forward = own = lambda x: 3 * x  # type: ignore[method-assign]
+    folding = Folding(net)
+    assert folding.pairs == [(net.conv1, net.norm1)]
+    with folding.applied():
+        pass
+    assert net.norm5.forward is own

@@ -532,3 +532,11 @@ def test_bad_values_are_nan_on_cuda(device):
         loss = divergence(logits, target)
         assert loss.isnan().tolist() == [False, True, False]
         assert torch.autograd.grad(loss.sum(), logits)[0][1].isnan().all()
+
+
+@pytest.mark.parametrize("kind", ["se", "kl"])
+def test_logits_without_classes_are_refused(kind: str, device: torch.device) -> None:
+    logits = torch.zeros(3, 0, device=device)
+    for call in (lambda: divergence(logits, logits, kind=kind), lambda: logit_divergence(logits, logits, kind=kind)):
+        with pytest.raises((ValueError, RuntimeError), match=r"logits has shape \[3, 0\], expected at least one class"):
+            call()

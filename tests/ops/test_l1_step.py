@@ -12,7 +12,7 @@ from torch.library import opcheck
 from scorematch import reference
 from scorematch.ops import l1_project, l1_step
 
-from .conftest import assert_close
+from .conftest import assert_close, runs_cuda_code
 
 SHAPES = [(7,), (5, 1), (3, 16), (5, 3, 5, 7), (4, 3, 4, 5, 6), (6, 3, 33, 31), (0, 3, 4, 4), (3, 0)]
 OPTIONS = [{"eps": 2.0}, {"eps": 0.3, "lower": -0.5, "upper": 2.0}, {"eps": 5.0, "lower": -math.inf, "upper": math.inf}]
@@ -237,3 +237,15 @@ def test_bad_input(change, error, message):
     other = {"step_size": torch.rand(2), "moving": torch.ones(2, dtype=torch.int64), "eps": 1.0}
     with pytest.raises(error, match=message):
         l1_step(**{**tensors, **other, **change})
+
+
+def test_zeros_do_not_move_where_denormal_numbers_count_as_zero() -> None:
+    if runs_cuda_code("cpu") or not torch.set_flush_denormal(True):
+        pytest.skip("the processor has no such mode, or it is not the one that computes")
+    try:
+        x, grad = torch.full((1, 100), 0.5), torch.zeros(1, 100)
+        grad[0, :2] = 1.0
+        moved = l1_step(x, grad, x, torch.tensor([0.4]), torch.tensor([20]), eps=1.0)
+    finally:
+        torch.set_flush_denormal(False)
+    assert (moved - x).flatten().tolist() == pytest.approx([0.2, 0.2, *[0.0] * 98], abs=1e-6)
