@@ -356,7 +356,7 @@ def test_smoothing_refuses(y: torch.Tensor, classes: int, amount: float, message
         ("--transport 1", "transport: 1.0 with pgd_at, allowed: with trades"),
         ("--objective trades --transport 1", "transport: 1.0 without a posterior, allowed: with --posterior NAME"),
         ("--soft-targets", "soft_targets: True without a posterior, allowed: with --posterior NAME"),
-        ("--posterior-from a.pt", "a.pt without a posterior, allowed: with --posterior NAME"),
+        ("--posterior-from a.pt", "posterior_from: a.pt without a posterior, allowed: with --posterior NAME"),
         ("--posterior kernel_density", "posterior: 'kernel_density' with pgd_at, which asks none, allowed: with score"),
         (
             "--objective score_direct --soft-targets",

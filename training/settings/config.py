@@ -556,19 +556,18 @@ def parse(arguments: Sequence[str]) -> RunSettings:
     if command_line.value_of(arguments, "posterior-from") is not None:  # the file says how it was fitted
         default = dataclasses.replace(default, posterior_settings=PosteriorSettings())
     settings = _parse(arguments, default)
-    # A run can then be continued from another folder.
-    settings = dataclasses.replace(
-        settings,
-        data_root=data_sets.root_from_anywhere(settings.data, settings.data_root),
-        posterior_from=None if settings.posterior_from is None else settings.posterior_from.absolute(),
-        generated=tuple(path.absolute() for path in settings.generated),
-    )
+    found = data_sets.root_from_anywhere(settings.data, settings.data_root)
+    settings = dataclasses.replace(settings, data_root=found)
     validate(settings)
     validate_machine(settings)
     settings = with_posterior(settings)
     if settings.data != data_sets.FOLDER:
         validate_for(settings, data_sets.format_of(settings.data_settings))
-    return settings
+    return dataclasses.replace(  # a run can then be continued from another folder
+        settings,
+        posterior_from=None if settings.posterior_from is None else settings.posterior_from.absolute(),
+        generated=tuple(path.absolute() for path in settings.generated),
+    )
 
 
 def _parse(arguments: Sequence[str], default: RunSettings) -> RunSettings:
