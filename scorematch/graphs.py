@@ -26,6 +26,7 @@ class AttackGraphs:
     ==============================================  ==========================================================
     an attack that asks the device for a value      the recording fails, with this explanation
     an input in other memory, or of another shape   inputs are copied; each shape has a recording of its own
+    a module in another mode, another autocast      each has a recording of its own
     parameters or buffers in other memory           an error before the next replay
     another momentum of a batch norm, a number      an error before the next replay
     weights cast before, in the cache of autocast   an error instead of the recording
@@ -61,12 +62,12 @@ class AttackGraphs:
             modules: what the attack calls; those that are an ``nn.Module`` are watched.
         """
         self._check(inputs)
-        key = tuple((value.shape, value.stride(), value.dtype, value.device) for value in inputs)
+        key = key_of(inputs, modules)
         if key not in self._recordings:
+            _refuse_cached_casts(inputs)
             self._calls[key] += 1
             if self._calls[key] <= self.warmup:
                 return attack(*inputs)
-            _refuse_cached_casts(inputs)
             self._fixed = self._fixed or _Fixed(modules)
             self._recordings[key] = _Recording(attack, inputs)
         if self._fixed is not None:
@@ -78,6 +79,15 @@ class AttackGraphs:
         for value in inputs:
             if not value.is_cuda:
                 raise ValueError(f"AttackGraphs records CUDA kernels, got an input on {value.device}")
+
+
+def key_of(inputs: Sequence[Tensor], modules: Sequence[object]) -> tuple[object, ...]:
+    """What must be the same for a recording to be replayed: the inputs but for their values, modes, and autocast."""
+    device = inputs[0].device.type if inputs else "cuda"
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    modes = (inner.training for module in modules if isinstance(module, nn.Module) for inner in module.modules())
+    kinds = ((value.shape, value.stride(), value.dtype, value.device) for value in inputs)
+    return (*kinds, autocast, *modes)
 
 
 def _refuse_cached_casts(inputs: tuple[Tensor, ...]) -> None:

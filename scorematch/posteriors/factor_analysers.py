@@ -16,6 +16,7 @@ from .base import (
     check_point,
     class_sizes,
     log_shares,
+    outside_modes,
     owned,
 )
 
@@ -160,6 +161,7 @@ class FactorAnalysers(ClassScorePosterior):
         return x.reshape(count, *shape), index // components
 
     @classmethod
+    @outside_modes
     def fit(
         cls,
         x: Tensor,

@@ -284,3 +284,16 @@ def fit(x: Tensor = X, y: Tensor = Y, **settings) -> FactorAnalysers:  # type: i
 def test_bad_input(build, message: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_a_fit_does_not_depend_on_autocast() -> None:
+    x, y = torch.rand(40, 6, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 2
+
+    def fitted() -> FactorAnalysers:
+        generator = torch.Generator().manual_seed(1)
+        return FactorAnalysers.fit(x, y, num_classes=2, components=2, rank=2, iterations=5, generator=generator)
+
+    expected = fitted()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = fitted()
+    assert all(torch.equal(value, found.state_dict()[name]) for name, value in expected.state_dict().items())

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from scorematch import ThreatModel, objectives
 from scorematch.folding import Folding
-from scorematch.graphs import AttackGraphs
+from scorematch.graphs import AttackGraphs, key_of
 from scorematch.posteriors import KernelDensity
 
 SIZES = (8, 8, 5, 8, 8, 8, 5, 8)  # batches of two shapes: 8 is recorded at its fourth, 5 never
@@ -168,7 +168,8 @@ def test_casts_that_autocast_keeps_are_refused(monkeypatch: pytest.MonkeyPatch) 
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="cache_enabled=False"):
         call()
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-        call()
+        for _ in range(AttackGraphs().warmup + 1):
+            call()
     assert Replayed.made == 1
 
 
@@ -222,3 +223,17 @@ def test_bad_input() -> None:
         AttackGraphs(warmup=0)
     with pytest.raises(ValueError, match="AttackGraphs records CUDA kernels, got an input on cpu"):
         AttackGraphs()(copy.copy, torch.zeros(1))
+
+
+def test_what_a_recording_is_for() -> None:
+    """A replay knows nothing of the modes of modules, nor of autocast."""
+    model, x = small_cnn(batch_norm=True).train(), torch.rand(2, 1, 8, 8)
+    keys = [key_of([x], [model, None]), key_of([x + 1], [model, None])]
+    assert keys[0] == keys[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        keys.append(key_of([x], [model, None]))
+    with torch.autocast("cpu", torch.float16):
+        keys.append(key_of([x], [model, None]))
+    next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d)).eval()
+    keys += [key_of([x], [model, None]), key_of([x.double()], [model, None]), key_of([x[:1]], [model, None])]
+    assert len(set(keys[1:])) == 6
