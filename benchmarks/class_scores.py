@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from scorematch.matching import losses_by_level
 from scorematch.posteriors import ScoreNetwork
 from training import data
 from training.data import DataName, DataSettings
@@ -65,9 +66,7 @@ def main(arguments: list[str]) -> None:
     seconds = times(compared, x[: settings.batch], y[: settings.batch], settings.rounds)
     for name, posterior in compared.items():
         found = answers(posterior, x, moved, y)
-        held_out = scores.losses_by_level(
-            posterior.denoiser, scores.denoising_loss, loaded.x_validation, loaded.y_validation, seed=0
-        )
+        held_out = losses_by_level(posterior.denoiser, loaded.x_validation, loaded.y_validation, scores.SIGMAS, seed=0)
         line = {
             "scores": name,
             "total_variation": round(float(0.5 * (found[0] - exact[0]).abs().sum(1).mean()), 4),

@@ -178,7 +178,7 @@ def _attacked(run: RunSettings, model: nn.Module, x: Tensor, y: Tensor, threat_m
         with torch.no_grad():
             model(x)
     x_adv = x
-    for _ in range(run.steps):
+    for _ in range(run.attack_steps):
         point = x_adv.detach().requires_grad_()
         divergence(model(point), y, kind=run.divergence).sum().backward()
         assert point.grad is not None
@@ -191,12 +191,12 @@ def _attacked(run: RunSettings, model: nn.Module, x: Tensor, y: Tensor, threat_m
 def show(settings: PlanSettings, run: RunSettings, cost: Plan) -> None:
     if told := fewer_steps(run, cost.steps):
         print(told)
-    share = -(-run.batch_size // settings.gpus)
+    share = -(-run.batch_size // (settings.gpus * run.accumulate))
     epoch = cost.samples * cost.operations
     print(f"{run.objective} ({run.divergence}), {run.model}, {run.data}, batch {run.batch_size}")
     print(f"as it would run on {'GPUs' if settings.hardware == 'gpu' else 'this CPU'}: {cost.speed}")
     updates = updates_of_step(run)
-    unit, of, attack = "step", "", f", attack of {run.steps} steps" if run.searches else ""
+    unit, of, attack = "step", "", f", attack of {run.attack_steps} steps" if run.searches else ""
     if run.free_replays:
         unit, of, attack = "update", f" of {updates} updates", ""
     rows = [

@@ -21,7 +21,7 @@ from torch import nn
 
 from training import run
 from training.engine import checkpoint, distributed
-from training.settings.errors import run_program
+from training.settings.errors import InputError, run_program
 
 SOAKING = "SCOREMATCH_SOAK" in os.environ
 DICE = random.SystemRandom()  # of a soak
@@ -229,3 +229,13 @@ def test_every_batchnorm_is_synchronised() -> None:
     network = distributed.synchronise_batchnorm(nn.Sequential(nn.Linear(3, 3), bare, nn.BatchNorm1d(3)))
     kinds = [type(module) for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     assert kinds == [distributed.SyncBatchNorm] * 2
+
+
+class Activated(nn.BatchNorm2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).relu()
+
+
+def test_a_batch_norm_that_does_more_is_not_replaced() -> None:
+    with pytest.raises(InputError, match=r"sync_batchnorm: 1 is a Activated, .* allowed: --no-sync-batchnorm"):
+        distributed.synchronise_batchnorm(nn.Sequential(nn.Conv2d(1, 2, 3), Activated(2)))

@@ -146,6 +146,12 @@ def test_one_cycle(by: str) -> None:
     assert found == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize(("by", "epochs", "steps"), [("epoch", 1, 5), ("epoch", 2, 5), ("step", 1, 1), ("step", 1, 2)])
+def test_a_cycle_of_one_or_two_moves_stays_at_its_rate(by: str, epochs: int, steps: int) -> None:
+    made = settings(optimizer="sgd", lr=0.2, schedule="onecycle", schedule_by=by, epochs=epochs)
+    assert [rate for rate, _ in rates(made, steps)] == pytest.approx([0.2] * epochs * steps)
+
+
 @pytest.mark.parametrize("by", ["step", "epoch"])
 def test_momentum_cycles_against_the_rate(by: str) -> None:
     made = settings(

@@ -52,6 +52,7 @@ def forward_operations(name: str) -> int:
         ("gaussian", 3),
         ("gaussian --gamma 0.5 --antithetic", 9),
         ("pgd_at", 20 + 3),
+        ("pgd_at --attack fgsm_rs", 2 + 3),
         ("trades", 20 + 1 + 6),
         ("pgd_at --free-replays 4", 3),
     ],
@@ -67,9 +68,28 @@ def test_operations(objective: str, passes: int) -> None:
     assert cost.state == 4 * cost.parameters * 3
 
 
+def test_parts_of_a_batch_share_the_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    found = []
+    for parts in ("1", "4"):
+        options = "--recipe cifar10 --objective pgd_at --attack n_fgsm --model wrn-10-1 --batch-size 1024 --accumulate"
+        assert run_program(plan.main, [*options.split(), parts]) == 0
+        printed = capsys.readouterr().out
+        assert "attack of 1 steps" in printed
+        found.append(float(re.search(r"([\d.]+) GiB a GPU\n", printed)[1]))  # type: ignore[index]
+    assert found[0] == pytest.approx(4 * found[1], abs=0.21)
+
+
 @pytest.mark.parametrize(
     "objective",
-    ["standard", "pgd_at", "trades", "pgd_at --free-replays 3", "pgd_at --awp 0.01", "trades --awp 0.01"],
+    [
+        "standard",
+        "pgd_at",
+        "trades",
+        "pgd_at --attack fgsm_rs",
+        "pgd_at --free-replays 3",
+        "pgd_at --awp 0.01",
+        "trades --awp 0.01",
+    ],
 )
 def test_a_run_makes_the_operations_that_are_counted(objective: str, tmp_path: Path) -> None:
     run = parsed(f"--objective {objective} --model digits_cnn_bn --limit 100 --batch-size 20 --steps 4 --device cpu")

@@ -369,6 +369,12 @@ def test_an_interruption_tells_what_is_saved_and_how_to_go_on(
     assert "0 of 2 epochs are saved; continue with: python -m training.run --resume 'my runs/a b'" in ending.err
 
 
+def test_short_epochs_are_saved_as_often_as_steps(call: Any, tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step an epoch, so that only its end can be the time."""
+    options = ["--objective", "standard", *tiny, "--limit", "50", "--save-every", "1000", "--save-minutes", "1e-9"]
+    assert "1 of 2 epochs are saved" in interrupted(call, monkeypatch, *options, "--out", "here").err
+
+
 @pytest.mark.parametrize(("lost", "told"), [("metrics.jsonl", "a file is missing"), ("best.pt", "holds no best.pt")])
 def test_a_run_that_has_lost_a_file_says_so_before_it_goes_on(
     lost: str, told: str, call: Any, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

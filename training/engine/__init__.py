@@ -73,6 +73,7 @@ class Engine(ABC):
         self._writer = checkpoint.Writer()
         self._pace = _Pace()
         self._saved_epoch = 0  # of the last checkpoint
+        self._last_save = time.monotonic()
 
     # What a training says of itself.
 
@@ -142,7 +143,11 @@ class Engine(ABC):
             "seconds": self.seconds,
         }
         self._write("checkpoint.pt", training=training)
-        self._saved_epoch = self.epoch
+        self._saved_epoch, self._last_save = self.epoch, time.monotonic()
+
+    def _is_due(self) -> bool:
+        """Whether the last checkpoint is as old as one may be."""
+        return time.monotonic() - self._last_save >= 60 * self.course.save_minutes
 
     def _write(self, name: str, **rest: Any) -> None:
         """By the first process; all have the same weights."""
@@ -199,8 +204,8 @@ class Engine(ABC):
                     log.append(entry)
                     for name, value in entry.items():
                         curves.add_scalar(name, value, self.epoch)
-                name_of_signal = self._agreed(signal(), due=False)[0]
-                if self.epoch % course.save_every == 0 or last or name_of_signal:
+                name_of_signal, due = self._agreed(signal(), self._is_due())
+                if self.epoch % course.save_every == 0 or last or name_of_signal or due:
                     self.save()
                     if self.rank == 0:
                         self._writer.keep_copy(self.out / "checkpoint.pt", self.epoch, course.keep_last)
@@ -223,7 +228,6 @@ class Engine(ABC):
     def _epoch(self, progress: tqdm, signal: Callable[[], str | None]) -> dict[str, float]:
         """One pass over the steps of an epoch, or what is left of it; the means of its metrics over the samples."""
         begin = time.perf_counter() - self.seconds
-        last_save = time.monotonic()
         for values in self.steps_from(self.step):
             for name, value in values.items():
                 self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value
@@ -239,12 +243,10 @@ class Engine(ABC):
                 break
             # Several processes see a signal, or the time pass, at different steps: then they have to agree.
             if self.world == 1 or self.step % STEPS_BETWEEN_CHECKS == 0:
-                due = time.monotonic() - last_save >= 60 * self.course.save_minutes
-                name_of_signal, due = self._agreed(signal(), due)
+                name_of_signal, due = self._agreed(signal(), self._is_due())
                 if name_of_signal or due:
                     self._check()
                     self.save()
-                    last_save = time.monotonic()
                 if name_of_signal:
                     raise Interrupted(name_of_signal)
         self._check()

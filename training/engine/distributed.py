@@ -180,8 +180,21 @@ class SyncBatchNorm(_BatchNorm):
         return y.to(x.dtype)
 
 
+PLAIN_BATCHNORMS = (_BatchNorm.forward, SyncBatchNorm.forward, nn.SyncBatchNorm.forward)
+
+
 def synchronise_batchnorm(module: nn.Module) -> nn.Module:
-    """``module`` with its batch normalisation over all processes: torch's on GPUs, ours elsewhere."""
+    """``module`` with its batch normalisation over all processes: torch's on GPUs, ours elsewhere.
+
+    Raises:
+        InputError: a batch norm does something else besides, such as timm's, which has the activation in itself.
+    """
+    for name, norm in module.named_modules():
+        if isinstance(norm, _BatchNorm) and type(norm).forward not in PLAIN_BATCHNORMS:
+            raise InputError(
+                f"sync_batchnorm: {name} is a {type(norm).__name__}, which does more than to normalise, allowed: "
+                "--no-sync-batchnorm, with statistics of its own in each process"
+            )
     if next(module.parameters()).is_cuda:
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
     return _with_our_batchnorm(module)

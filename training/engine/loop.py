@@ -178,7 +178,7 @@ def speed_of(settings: RunSettings, device: Hardware, steps: int, processes: int
         InputError: a graph is asked for, but the attack communicates between processes, which a graph cannot record.
     """
     searches = settings.searches and not settings.free_replays
-    passes = settings.free_replays or 1 + (settings.steps if searches else 0)
+    passes = settings.free_replays or 1 + (settings.attack_steps if searches else 0)
     attack_mode = settings.attack_mode or (
         objectives.default_of(settings.objective, "attack_mode") if searches else None
     )

@@ -73,7 +73,7 @@ def build_schedule(settings: RunSettings, optimizer: optim.Optimizer, steps_per_
 
 def _schedule(settings: RunSettings, optimizer: optim.Optimizer, moves_per_epoch: int) -> lr_scheduler.LRScheduler:
     total = settings.epochs * moves_per_epoch
-    if settings.schedule == "onecycle":
+    if settings.schedule == "onecycle" and total > 2:  # in fewer moves it would never reach its rate
         # torch divides by zero where the rise would end at step 0: it lasts a step and a half at least.
         rise = max(settings.warmup, min(0.75, 1.5 / total))
         return lr_scheduler.OneCycleLR(

@@ -31,7 +31,7 @@ OF_SELECTION = ("validation_losses",)  # how the epoch is chosen: part of a row,
 # Settings that change no accuracy but for rounding, or say where files are and how often to save.
 INDIFFERENT = (
     *("seed", "data_root", "download", "generated", "threads", "device", "out", "resume", "deterministic", "graph"),
-    *("fused", "precision", "channels_last", "compile", "fold", "accumulate", "autoattack_compile", "curve_points"),
+    *("fused", "precision", "channels_last", "compile", "fold", "autoattack_compile", "curve_points"),
     *("save_every", "save_minutes", "keep_last", "posterior_from", "posterior_settings"),
 )
 

@@ -142,7 +142,7 @@ class RunSettings:
     compile: Switch = "auto"  # train with torch.compile(model): compiles for minutes, then saves memory traffic
     graph: Switch = "auto"  # on CUDA: the whole attack of a step as one CUDA graph
     fold: bool = False  # attacks in eval mode: batch norm folded into the convolution before it
-    accumulate: int = 1  # parts that a batch is cut into, for less memory; batch norm sees one part at a time
+    accumulate: int = 1  # parts that a batch is cut into, for less memory; batch norm and awp see one part at a time
     sync_batchnorm: bool = True  # under torchrun: batch norm over the samples of all processes
 
     # Validation and the final evaluation
@@ -191,6 +191,11 @@ class RunSettings:
         if self.objective != "trades" or self.posterior is None:
             return 0.0
         return float(not self.soft_targets) if self.transport is None else self.transport
+
+    @property
+    def attack_steps(self) -> int:
+        """Gradients of an attack: single-step attacks do not read ``steps``."""
+        return self.steps if self.attack == "pgd" else 1
 
     @property
     def searches(self) -> bool:
