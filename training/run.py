@@ -37,7 +37,7 @@ from training.data import Data, toy
 from training.data.batches import fewer_steps
 from training.data.generated import EXPECTED
 from training.engine import checkpoint, distributed, hardware, posteriors
-from training.engine.claims import claimed
+from training.engine.claims import OF_RUNS_FOLDER, claimed
 from training.engine.hardware import Hardware, Speed
 from training.engine.loop import Trainer, generator
 from training.reports import run as report
@@ -46,11 +46,6 @@ from training.settings.config import RunSettings
 from training.settings.errors import InputError, Interrupted, StopError, out_of_memory, run_program
 
 STATE = "autoattack.pt"  # how far AutoAttack has come
-# What a run would take for its own, if it were there.
-GOES_ON_FROM = (
-    *("checkpoint.pt", "best.pt", "posterior.pt", "metrics.jsonl", "summary.json", STATE),
-    *("score-network", "classifier", "fold-*"),
-)
 AUDITED = 500  # test samples on which the posterior is attacked itself
 FOOLED, FOOLED_AMONG = 8, 256  # images that fool the network, shown in the report, among the first so many of the test
 PATH_SAMPLES = 4  # test samples whose posteriors are followed along an attack, for the report
@@ -161,7 +156,7 @@ def prepare_folder(settings: RunSettings, claims: ExitStack) -> Path:
         if distributed.restarts() and path.read_text() == content:
             return out
         raise InputError(f"out: {out} holds a run already, give --resume {out} or another folder")
-    if left := sorted(found.name for pattern in GOES_ON_FROM for found in out.glob(pattern)):
+    if left := sorted(found.name for name in OF_RUNS_FOLDER for found in out.glob(name)):
         raise InputError(f"out: {out} holds {', '.join(left)} without a config.toml, allowed: another folder")
     checkpoint.write_atomically(path, content)
     return out

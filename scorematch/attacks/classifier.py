@@ -54,11 +54,8 @@ def gradient_at(x: Tensor, values: Tensor, weights: Tensor | None = None, *, kee
     Raises:
         ValueError: no graph leads from the values to x.
     """
-    gradient = None
-    if values.requires_grad:
-        ones = torch.ones_like(values) if weights is None else weights
-        (gradient,) = torch.autograd.grad(values, x, ones, retain_graph=keep_graph, allow_unused=True)
-    if gradient is None:
+    weights = torch.ones_like(values) if weights is None else weights
+    if (gradient := _along_graph(values, x, weights, keep_graph)) is None:
         raise ValueError(
             "the model must be differentiable in x, but no graph leads from its logits to x: let it run without "
             "torch.no_grad and without detach (of the attacks, Square alone needs no gradient)"
@@ -80,10 +77,7 @@ def gradient_of(values: Tensor, x: Tensor, weights: Tensor, source: object, name
         ValueError: the values differ between samples although no graph leads to x, as those of a model that runs under
             ``no_grad``; their gradient would not be 0.
     """
-    gradient = None
-    if values.requires_grad:
-        (gradient,) = torch.autograd.grad(values, x, weights, allow_unused=True)
-    if gradient is not None:
+    if (gradient := _along_graph(values, x, weights)) is not None:
         return gradient
     if not torch.allclose(values, values[:1].expand_as(values), rtol=0.0, atol=0.0, equal_nan=True):
         raise ValueError(
@@ -91,6 +85,13 @@ def gradient_of(values: Tensor, x: Tensor, weights: Tensor, source: object, name
             "though no graph leads to x: let it run without no_grad and without detach"
         )
     return torch.zeros_like(x)
+
+
+def _along_graph(values: Tensor, x: Tensor, weights: Tensor, keep_graph: bool = False) -> Tensor | None:
+    """The gradient of Σ w v in x; None where no graph leads from v to x."""
+    if not values.requires_grad:
+        return None
+    return torch.autograd.grad(values, x, weights, retain_graph=keep_graph, allow_unused=True)[0]
 
 
 def check_unwritten(x: Tensor, model: Any) -> None:

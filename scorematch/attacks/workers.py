@@ -233,7 +233,7 @@ def _surroundings(modules: Iterable[nn.Module]) -> list[tuple[Any, int | None]]:
         seen.add(id(value))
         if isinstance(value, (dict, list, tuple, set)):
             found.extend(_contents(value))
-        elif isinstance(value, FunctionType) and not value.__module__.startswith("torch."):
+        elif isinstance(value, FunctionType) and not str(value.__module__).startswith("torch."):
             cells = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
             read = [value.__globals__[name] for name in value.__code__.co_names if name in value.__globals__]
             for outside in (*cells, *read):
@@ -241,7 +241,7 @@ def _surroundings(modules: Iterable[nn.Module]) -> list[tuple[Any, int | None]]:
 
     classes = {kind: None for module in modules for kind in type(module).__mro__}  # in their order
     for kind in classes:
-        if kind is not object and not kind.__module__.startswith("torch."):
+        if kind is not object and not str(kind.__module__).startswith("torch."):
             for value in vars(kind).values():
                 note(value)
     for module in modules:

@@ -393,6 +393,15 @@ def test_models_that_keep_something_elsewhere_are_not_shared(how: str) -> None:
     assert not can_be_shared(RemembersElsewhere(how).eval(), x)
 
 
+def test_a_function_of_no_file_can_be_shared() -> None:
+    """Functions that other functions make, as those of dataclasses, need not know a module."""
+    model, made = RemembersElsewhere("nothing"), {"__builtins__": {}}
+    exec("def around(x):\n    return x", made)
+    model.around = made["around"]
+    model.around.__module__ = None
+    assert can_be_shared(model.eval(), torch.rand(2, 1, 8, 8, dtype=torch.float64))
+
+
 def hooked(kind: str) -> nn.Module:
     model = small_cnn().double()
     if kind == "pre":

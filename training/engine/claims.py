@@ -23,7 +23,8 @@ OF_SCORE = (
     *("audit.json", "audit.html", "chosen.toml"),
 )
 OF_BOTH = ("tensorboard", "score-network", "classifier", "fold-*")  # folders
-TAKEN = (*OF_RUN, *OF_SCORE, *OF_BOTH)
+OF_RUNS_FOLDER = (*OF_RUN, *OF_BOTH)
+TAKEN = (*OF_RUNS_FOLDER, *OF_SCORE)
 
 
 @contextlib.contextmanager
