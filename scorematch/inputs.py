@@ -290,7 +290,7 @@ def check_labels(x: Tensor, y: Tensor, num_classes: int | None = None) -> None:
     check_classes(y, x, num_classes)
 
 
-def check_samples(x: Tensor, y: Tensor, num_classes: int, least: int = 0) -> None:
+def check_samples(x: Tensor, y: Tensor, num_classes: int | None, least: int = 0) -> None:
     """:func:`check_labels` where values of x count, too: float32 or float64, finite, and at least so many samples.
 
     Raises:

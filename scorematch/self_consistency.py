@@ -17,10 +17,11 @@ from .attacks.pgd import ascend
 from .divergences import check_kind
 from .inputs import check_callable, check_count, check_instance, check_points, check_posterior
 from .model_state import as_found
+from .modes import outside_modes
 from .objectives.moving_target import direct_weights
 from .objectives.outcome import check_comparable, training_logits
 from .ops.logit_divergence import logit_divergence
-from .posteriors.base import Posterior, Trace, begin_trace, outside_modes
+from .posteriors.base import Posterior, Trace, begin_trace
 from .threat_model import ThreatModel
 
 

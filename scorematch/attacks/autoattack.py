@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..inference import outside_inference_mode
 from ..inputs import clean_batch, joined
 from ..model_state import as_found
+from ..modes import outside_inference_mode
 from ..threat_model import ThreatModel
 from .apgd import APGD
 from .classifier import Classifier, predicted

@@ -9,9 +9,9 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ..inference import outside_inference_mode
 from ..inputs import clean_batch
 from ..model_state import as_found
+from ..modes import outside_inference_mode
 from ..threat_model import ThreatModel
 from .classifier import Classifier, check_unwritten, predicted
 from .randomness import KeyedNoise, Noise

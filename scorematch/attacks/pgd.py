@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..divergences import KINDS
-from ..inference import outside_inference_mode
 from ..inputs import check_callable, check_classes, check_count, check_threat_model, clean_batch
 from ..model_state import as_found
+from ..modes import outside_inference_mode
 from ..ops.divergence import divergence
 from ..threat_model import Perturbations
 from .classifier import check_unwritten, gradient_at, logits_of

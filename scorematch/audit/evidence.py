@@ -25,8 +25,9 @@ from ..inputs import (
     check_share,
     check_tensor,
 )
+from ..modes import outside_modes
 from ..noise import normal_like
-from ..posteriors.base import NORMALISED, Posterior, begin_trace, outside_modes, wrong_sum
+from ..posteriors.base import NORMALISED, Posterior, begin_trace, wrong_sum
 from .oracle import posterior_gradients, ratio
 
 # Rounding of log p by eps / 2 of its size moves an entropy by up to |1 + log p| eps / 2 of its own, and another order

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..inputs import check_posterior, check_samples, check_tensor
-from ..posteriors.base import Posterior, begin_trace, outside_modes
+from ..modes import outside_modes
+from ..posteriors.base import Posterior, begin_trace
 
 
 @outside_modes

@@ -8,7 +8,8 @@ from torch import Tensor
 from ..attacks.classifier import predicted
 from ..attacks.pgd import ascend
 from ..inputs import check_attack, check_count, check_posterior, check_samples, check_tensor, clean_batch
-from ..posteriors.base import Posterior, begin_trace, outside_modes
+from ..modes import outside_modes
+from ..posteriors.base import Posterior, begin_trace
 from ..threat_model import ThreatModel
 
 LARGE = 1e30  # takes a class out of a softmax; smaller than the largest float32 and bfloat16

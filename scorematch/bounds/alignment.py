@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ..attacks.classifier import gradient_of, logits_of
-from ..inputs import check_callable
+from ..inputs import check_callable, check_count, check_length, check_samples
+from ..modes import outside_modes
 from ..noise import normal_like
 from ..ops.logit_divergence import logit_divergence
-from ..posteriors.base import Posterior, begin_trace, outside_modes
+from ..posteriors.base import Posterior, begin_trace
 from ..threat_model import DUAL_ORDERS, ThreatModel
 from .estimates import Estimate, estimate
 from .search import Ascent, Problem, clean_values, explore
@@ -203,19 +204,14 @@ def theorem_5(
     Raises:
         ValueError: an argument is outside its range, shapes do not fit, or the model or the density is not
             differentiable.
-        TypeError: the model cannot be called, the density cannot be smoothed, or y is not int64.
+        TypeError: an argument is of another type, or the density cannot be smoothed.
     """
     if not isinstance(density, SmoothDensity):
         raise TypeError(f"density must have smoothed(sigma) and log_joint(x), got {type(density).__name__}")
-    if not sigma > 0.0:
-        raise ValueError(f"sigma must be positive, got {sigma}")
-    if repeats < 1:
-        raise ValueError(f"repeats must be at least 1, got {repeats}")
-    if y.dtype != torch.int64:
-        raise TypeError(f"y must be int64, got {y.dtype}")
-    if x.dim() < 2 or y.shape != x.shape[:1]:
-        raise ValueError(f"x must be [N, …] and y [N], got x {list(x.shape)} and y {list(y.shape)}")
     check_callable("model", model)
+    check_samples(x, y, None, least=2)
+    check_length("sigma", sigma)
+    check_count("repeats", repeats)
     smooth = density.smoothed(sigma)
 
     def log_q(point: Tensor) -> Tensor:

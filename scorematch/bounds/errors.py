@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..divergences import check_kind
+from ..modes import outside_modes
 from ..ops.logit_divergence import logit_divergence
-from ..posteriors.base import Posterior, outside_modes
+from ..posteriors.base import Posterior
 from ..threat_model import ThreatModel
 from .estimates import Estimate, estimate
 from .search import Ascent, Problem, clean_values, explore

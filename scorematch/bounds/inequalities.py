@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..divergences import DIVERGENCES
-from ..posteriors.base import outside_modes
+from ..modes import outside_modes
 from .errors import RobustErrors
 from .estimates import Estimate, around, estimate, mean
 

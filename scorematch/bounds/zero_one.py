@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..attacks.classifier import predicted
 from ..attacks.losses import margin_loss
+from ..modes import outside_modes
 from ..ops.logit_divergence import logit_divergence
-from ..posteriors.base import Posterior, outside_modes
+from ..posteriors.base import Posterior
 from ..threat_model import ThreatModel
 from .errors import RobustErrors
 from .estimates import Estimate, estimate

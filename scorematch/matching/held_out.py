@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from ..inputs import check_count, check_finite, check_instance, check_labels, check_length, check_real, check_strided
 from ..model_state import as_found
+from ..modes import outside_modes
 from ..networks.denoiser import Denoiser
 from ..noise import normal_like
 from .losses import broadcast, check_logits, denoising
@@ -107,6 +108,7 @@ class BestWeights:
         network.load_state_dict(self._state)
 
 
+@outside_modes
 @torch.no_grad()
 def fit_temperature(
     logits: Callable[[Tensor], Tensor],
@@ -121,7 +123,7 @@ def fit_temperature(
     """The temperature by which the logits of a classifier are best divided on held-out data.
 
     Minimises the cross-entropy at x + noise · ω (Guo et al., ICML 2017), which is convex in 1 / temperature; the answer
-    lies between 0.05 and 20.
+    lies between 0.05 and 20. It is computed outside of autocast.
 
     Args:
         logits: maps x [N, …] to logits [N, L]; log p(y|x) of a posterior will do.

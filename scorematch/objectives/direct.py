@@ -9,9 +9,10 @@ from ..attacks.single_step import SINGLE_STEP
 from ..graphs import AttackGraphs
 from ..inputs import check_like, check_posterior
 from ..model_state import borrowed
+from ..modes import own_precision
 from ..ops._checks import check_number
 from ..ops.logit_divergence import logit_divergence
-from ..posteriors.base import Posterior, begin_trace, own_precision
+from ..posteriors.base import Posterior, begin_trace
 from ..threat_model import Perturbations
 from ..weight_perturbation import WeightPerturbation
 from .moving_target import DirectAscent, MovingTarget

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks.classifier import gradient_at
+from ..modes import own_precision
 from ..ops.divergence import divergence as divergence_of
 from ..ops.logit_divergence import logit_divergence
-from ..posteriors.base import Trace, own_precision
+from ..posteriors.base import Trace
 from .outcome import check_comparable, training_logits
 
 LOWEST = -1e30  # log p of a class of probability 0 where two of them are subtracted: −∞ would give NaN

@@ -15,7 +15,8 @@ from ..attacks.console import frames_of_the_package
 from ..attacks.inspection import probabilities
 from ..divergences import clip_bound
 from ..inputs import check_classes, readable
-from ..posteriors.base import Posterior, check_values, own_precision
+from ..modes import own_precision
+from ..posteriors.base import Posterior, check_values
 
 CLIP_FORMS = ("total", "robust", "threshold")
 _heard: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose logits have been looked at

@@ -12,10 +12,11 @@ from ..attacks.pgd import input_gradient
 from ..graphs import AttackGraphs
 from ..inputs import check_posterior
 from ..model_state import borrowed
+from ..modes import own_precision
 from ..ops._checks import check_number
 from ..ops.divergence import divergence as divergence_of
 from ..ops.logit_divergence import logit_divergence
-from ..posteriors.base import Posterior, begin_trace, own_precision
+from ..posteriors.base import Posterior, begin_trace
 from ..threat_model import Perturbations
 from ..weight_perturbation import WeightPerturbation
 from .moving_target import DirectAscent, MovingTarget

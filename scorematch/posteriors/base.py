@@ -7,19 +7,16 @@ w_y to Σ_y w_y ∇ₓ log p(y|x'). :class:`Trace` answers both, and remembers t
 
 from __future__ import annotations
 
-import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..inference import Parameters, Result, outside_inference_mode
 from ..inputs import check_finite, check_length, check_like, check_real, check_single, check_strided
+from ..modes import own_precision
 from ..ops.score_step import score_step
 
 
@@ -198,38 +195,6 @@ class _LogPosterior(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         log_p, scores = ctx.saved_tensors
         return score_step(centred(grad, log_p), scores, torch.zeros_like(scores[:, 0])), None
-
-
-def own_precision(x: Tensor) -> AbstractContextManager[object]:
-    """No autocast, for a posterior: log-densities of thousands of nats differ by less than half precision resolves."""
-    device = x.device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)
-
-
-def outside_modes(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """A function that runs outside of ``torch.inference_mode`` and of autocast, whatever its caller does.
-
-    It is for functions that compare posteriors or take their gradients. Tensors that were made in inference mode take
-    no gradients; the function gets copies of them.
-    """
-
-    @functools.wraps(function)
-    @outside_inference_mode
-    def outside(*arguments: Parameters.args, **options: Parameters.kwargs) -> Result:
-        tensors = [value for value in (*arguments, *options.values()) if isinstance(value, Tensor)]
-        with own_precision(tensors[0]) if tensors else nullcontext():
-            return function(
-                *map(_usable, arguments),  # type: ignore[arg-type]
-                **{name: _usable(value) for name, value in options.items()},  # type: ignore[arg-type]
-            )
-
-    return outside
-
-
-def _usable(value: object) -> object:
-    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
 def check_point(x: Tensor, own: Tensor, shape: torch.Size | None = None, *, any_dtype: bool = True) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..inputs import check_count, check_length, check_shape, check_single
+from ..modes import outside_modes
 from .base import (
     ClassScorePosterior,
     check_deviation,
@@ -16,7 +17,6 @@ from .base import (
     check_point,
     class_sizes,
     log_shares,
-    outside_modes,
     owned,
 )
 

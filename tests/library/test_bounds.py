@@ -732,6 +732,29 @@ def test_both_signs_of_the_noise_of_theorem_5_cancel_a_constant_gradient() -> No
     assert found.left.abs().max() < 2 * slope**2  # one sign alone leaves terms of the order of the slope
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"x": [[0.0], [1.0]]}, "x must be a tensor"),
+        ({"x": torch.tensor([[0.0], [math.nan]])}, "x must be finite"),
+        ({"x": torch.zeros(1, 1), "y": torch.zeros(1, dtype=torch.int64)}, "at least 2 samples, got 1"),
+        ({"y": [0, 1]}, "y must be a tensor"),
+        ({"y": torch.tensor([0.0, 1.0])}, "y must be int64"),
+        ({"y": torch.tensor([0, -1])}, "y must"),
+        ({"y": torch.tensor([0, 1, 1])}, r"and y \[3\]"),
+        ({"sigma": "0.5"}, "sigma must be a number"),
+        ({"sigma": math.inf}, "sigma must be finite and positive, got inf"),
+        ({"repeats": 1.5}, "repeats must be a whole number, got 1.5"),
+        ({"repeats": 0}, "repeats must be at least 1, got 0"),
+    ],
+    ids=str,
+)
+def test_theorem_5_names_what_does_not_fit(wrong: dict, message: str) -> None:
+    arguments = {"x": torch.zeros(2, 1), "y": torch.tensor([0, 1]), "sigma": 0.5, **wrong}
+    with pytest.raises((TypeError, ValueError), match=message):
+        bounds.theorem_5(nn.Linear(1, 2), mixture(2, 1, 1), **arguments)
+
+
 def test_theorem_5_in_five_dimensions_by_monte_carlo() -> None:
     truth, model = mixture(3, 2, 5), steep(5, 3, 2.0)
     x, y = truth.sample(40_000, seeded())
@@ -1092,7 +1115,7 @@ def test_bad_input_elsewhere() -> None:
         bounds.theorem_5("model", truth, x, y, sigma=0.1)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="density must have smoothed"):
         bounds.theorem_5(smooth_mlp(5, 3), nn.Linear(1, 1), x, y, sigma=0.1)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="sigma must be positive, got 0"):
+    with pytest.raises(ValueError, match="sigma must be finite and positive, got 0"):
         bounds.theorem_5(smooth_mlp(5, 3), truth, x, y, sigma=0.0)
     with pytest.raises(ValueError, match="repeats must be at least 1"):
         bounds.theorem_5(smooth_mlp(5, 3), truth, x, y, sigma=0.1, repeats=0)

@@ -209,6 +209,16 @@ def test_a_temperature_lies_between_a_twentieth_and_twenty() -> None:
     assert fit_temperature(right, x, 1 - y) == pytest.approx(20.0)
 
 
+def test_a_temperature_does_not_depend_on_modes() -> None:
+    torch.manual_seed(0)
+    classifier, x = torch.nn.Linear(FEATURES, CLASSES), X.float()
+    found = fit_temperature(classifier, x, Y, noise=0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fit_temperature(classifier, x, Y, noise=0.5) == found
+    with torch.inference_mode():
+        assert fit_temperature(classifier, x.clone(), Y, noise=0.5) == found
+
+
 def test_of_equal_losses_the_first_is_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
     best, classifier = BestWeights(HeldOut(X, Y, sigma=0.5)), Classifier()
     for step, loss in ((1, 2.0), (2, 1.0), (3, 1.0)):

@@ -363,6 +363,12 @@ def test_every_option_is_for_something() -> None:
         (["fig4", "--run", "x", "--seeds", "1"], "seeds: (1,) with --run or --model-from, allowed: without, as noth"),
         (["tables", "--seeds", "1"], "seeds: is for fig1 and fig2 and fig3 and fig6 and certified and fig4, got tabl"),
         (["tables", "--quick"], "quick: is for fig1 and fig2 and fig3 and fig6 and certified and fig4 and fig7, got"),
+        (
+            ["fig1", "--quick", "--seeds", "1", "2"],
+            "seeds: (1, 2) with --quick, which takes one seed, 6 images and one",
+        ),
+        (["fig4", "--quick", "--images", "9"], "images: 9 with --quick, which takes one seed, 6 images and one job"),
+        (["fig1", "--quick", "--jobs", "2"], "jobs: 2 with --quick, which takes one seed, 6 images and one job"),
         (["fig4", "--images", "2"], "images: 2 is out of range, allowed: at least 6, which are shown"),
         (["tables", "--runs", "."], "runs: . holds no finished run, expected config.toml and summary.json"),
         (["tables", "--runs", "none"], "runs: none is not a folder, expected one with runs of training.run"),

@@ -126,6 +126,13 @@ def check(settings: FigureSettings) -> tuple[str, ...]:
     for option, figures in USES.items():
         if getattr(settings, option) != getattr(defaults, option) and not set(figures) & set(names):
             raise InputError(f"{option}: is for {' and '.join(figures)}, got {' '.join(names)}")
+    more = {"seeds": len(settings.seeds) > 1, "images": settings.images != figure_4.SHOWN, "jobs": settings.jobs != 1}
+    for option, is_more in more.items():
+        value = getattr(settings, option)
+        if settings.quick and is_more and value != getattr(defaults, option):
+            raise InputError(
+                f"{option}: {value} with --quick, which takes one seed, {figure_4.SHOWN} images and one job"
+            )
     if settings.run is not None and settings.model_from is not None:
         raise InputError("run, model_from: both given, expected one of them")
     for option in ("model", "data", "image_size", "eps"):
