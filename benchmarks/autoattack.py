@@ -20,7 +20,6 @@ seconds of the processor, which say more on a machine with other work.
 """
 
 import json
-import shlex
 import statistics
 import sys
 import time
@@ -33,7 +32,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from benchmarks.kernels import device_name
+from benchmarks import record
 from scorematch import AutoAttack
 from scorematch.attacks.autoattack import VERSIONS
 from training import data, measures
@@ -89,17 +88,24 @@ def main(arguments: list[str]) -> None:
         program="python -m benchmarks.autoattack",
         description="Compare AutoAttack with the official package: verdicts and seconds.",
     )
-    device = distributed.device_of_this_process(torch.device(settings.device))
+    ranges = {
+        "eps": record.LENGTH,
+        **dict.fromkeys(("samples", "seed"), record.NUMBER),
+        **dict.fromkeys(("batch", "repeats"), record.COUNT),
+        "workers": record.COUNTS,
+        "seeds": (lambda v: all(seed >= 0 for seed in v), "numbers of 0 or more"),
+    }
+    record.check_names("attacks", settings.attacks, VERSIONS["plus"])
+    device = distributed.device_of_this_process(record.check(settings, ranges))
     with distributed.processes(device):
         compare(settings, arguments, device)
 
 
 def compare(settings: BenchmarkSettings, arguments: list[str], device: torch.device) -> None:
-    first, world = distributed.rank() == 0, distributed.world_size()
-    torch.set_num_threads(settings.threads)
+    first, world, threads = distributed.rank() == 0, distributed.world_size(), torch.get_num_threads()
     loaded = data.load(DataSettings(settings.data, root=settings.data_root))
-    count = settings.samples or len(loaded.x_test)
-    x, y = loaded.x_test[:count].to(device), loaded.y_test[:count].to(device)
+    x, y = (t[: settings.samples or len(t)].to(device) for t in (loaded.x_test, loaded.y_test))
+    count = len(x)
     model = loading.load(settings.model_from, model=settings.model, data=settings.data, device=device)
 
     def ours(names: Sequence[str], seed: int, **options: Any) -> Run:
@@ -137,9 +143,10 @@ def compare(settings: BenchmarkSettings, arguments: list[str], device: torch.dev
     clean, lines = len(alive), []
     if first:
         print(f"{settings.model_from}, {settings.norm} {settings.eps:g}: {clean} of {count} correct", flush=True)
-    rounds = [((name,), settings.seed) for name in settings.attacks]
+    rounds: list[tuple[tuple[str, ...], int]] = [((name,), settings.seed) for name in settings.attacks]
     if settings.seeds:
         rounds = [(settings.attacks, seed) for seed in settings.seeds]
+    total: dict[str, float] = {}
     for names, seed in rounds:
         xs, ys = x[alive], y[alive]
         line: dict[str, Any] = {"attack": ", ".join(names), "seed": seed, "before": len(alive)}
@@ -153,13 +160,14 @@ def compare(settings: BenchmarkSettings, arguments: list[str], device: torch.dev
             if label != "official":
                 x_adv = run(xs, ys)
             elif first:  # its verdicts alone count
-                torch.set_num_threads(world * settings.threads)
+                torch.set_num_threads(world * threads)
                 x_adv = run(xs, ys)
-                torch.set_num_threads(settings.threads)
+                torch.set_num_threads(threads)
             seconds[label].append(time.perf_counter() - begin)
             processor_seconds[label].append(time.process_time() - processor)
             verdicts[label] = distributed.from_first(measures.correct(model, x_adv, ys, settings.batch))
         for label in runs:
+            total[label] = total.get(label, 0.0) + statistics.median(seconds[label])
             line[label] = {
                 "stand": int(verdicts[label].sum()),
                 "seconds": round(statistics.median(seconds[label]), 2),
@@ -175,29 +183,11 @@ def compare(settings: BenchmarkSettings, arguments: list[str], device: torch.dev
             alive = alive[verdicts[baseline]]
     if not first:
         return
-    total = {label: round(sum(line[label]["seconds"] for line in lines), 1) for label in runs}
-    ratios = {label: round(total[baseline] / seconds, 2) for label, seconds in total.items()}
+    ratios = {label: round(total[baseline] / taken, 2) for label, taken in total.items()}
+    total = {label: round(taken, 1) for label, taken in total.items()}
     print(f"seconds {total}; times as fast as {baseline} {ratios}")
-    if settings.out is not None:
-        launcher = "python" if world == 1 else f"torchrun --standalone --nproc-per-node {world}"
-        settings.out.write_text(
-            json.dumps(
-                {
-                    "command": f"{launcher} -m benchmarks.autoattack {shlex.join(arguments)}",
-                    "device": device_name(settings.device),
-                    "processes": world,
-                    "threads": settings.threads,
-                    "repeats": settings.repeats,
-                    "torch": torch.__version__,
-                    "samples": count,
-                    "clean": clean,
-                    "attacks": lines,
-                    "seconds": total,
-                },
-                indent=1,
-            )
-            + "\n"
-        )
+    counted = {"processes": world, "repeats": settings.repeats, "samples": count, "clean": clean}
+    record.write(settings.out, "autoattack", arguments, device, **counted, attacks=lines, seconds=total)
 
 
 if __name__ == "__main__":

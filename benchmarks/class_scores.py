@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks import record
 from scorematch.matching import losses_by_level
 from scorematch.posteriors import ScoreNetwork
 from training import data
@@ -42,6 +43,7 @@ class ClassScoreSettings:
     batch: int = 64  # images of a timed batch
     rounds: int = 9  # timed batches of each, after one that is not counted
     threads: int = 1  # CPU threads
+    out: Path | None = None  # JSON file to write
 
 
 def main(arguments: list[str]) -> None:
@@ -51,7 +53,8 @@ def main(arguments: list[str]) -> None:
         program="python -m benchmarks.class_scores",
         description="Compare ways to the scores of all classes: error and cost.",
     )
-    torch.set_num_threads(settings.threads)
+    counts = dict.fromkeys(("points", "batch", "rounds"), record.COUNT)
+    device = record.check(settings, {**counts, "eps": record.LENGTH, "top_k": record.COUNTS})
     loaded = data.load(DataSettings(settings.data, root=settings.data_root))
     reference = posteriors.read(settings.teacher, loaded)[1]
     compared = {"teacher": reference}
@@ -64,6 +67,7 @@ def main(arguments: list[str]) -> None:
     moved = (x + settings.eps * (2 * noise - 1)).clamp(loaded.lower, loaded.upper)
     exact = answers(reference, x, moved, y)
     seconds = times(compared, x[: settings.batch], y[: settings.batch], settings.rounds)
+    lines = []
     for name, posterior in compared.items():
         found = answers(posterior, x, moved, y)
         held_out = losses_by_level(posterior.denoiser, loaded.x_validation, loaded.y_validation, scores.SIGMAS, seed=0)
@@ -74,7 +78,9 @@ def main(arguments: list[str]) -> None:
             "held_out_loss": {f"{sigma:g}": round(value, 4) for sigma, value in held_out.items()},
             "milliseconds": round(1e3 * seconds[name], 2),
         }
+        lines.append(line)
         print(json.dumps(line), flush=True)
+    record.write(settings.out, "class_scores", arguments, device, lines=lines)
 
 
 def answers(posterior: ScoreNetwork, x: Tensor, moved: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -34,6 +34,7 @@ import scipy.stats
 import torch
 from tqdm import tqdm
 
+from benchmarks import record
 from scorematch.attacks.classifier import Classifier
 from training import evaluate, run
 from training.engine import checkpoint
@@ -71,9 +72,8 @@ def main(arguments: list[str]) -> None:
         program="python -m benchmarks.endurance",
         description="Train, interrupt, resume and evaluate in one process, and watch its memory.",
     )
-    for name in ("epochs", "limit", "samples"):
-        if getattr(settings, name) < 1:
-            raise InputError(f"{name}: {getattr(settings, name)} is out of range, allowed: 1 and more")
+    ranges = {"minutes": record.LENGTH, **dict.fromkeys(("epochs", "limit", "samples"), record.COUNT)}
+    config.check_ranges(settings, {**ranges, "threads": config.RANGES["threads"], "seed": config.RANGES["seed"]})
     if settings.out.exists():
         raise InputError(f"out: {settings.out} is there already, give a new folder")
     settings = dataclasses.replace(settings, threads=config.resolve_threads(settings.threads))
@@ -89,11 +89,12 @@ def main(arguments: list[str]) -> None:
             if first.setdefault(objective, result) != result:
                 raise StopError(f"cycle {len(cycles)} ({objective}) differs from the first of its objective")
             gc.collect()
-            now = {"minutes": (time.monotonic() - begin) / 60, "objective": objective, **held()}
+            minutes = (time.monotonic() - begin) / 60
+            now = {"minutes": minutes, "objective": objective, **held()}
             cycles.append(now)
             with open(settings.out / "memory.jsonl", "a") as file:
                 file.write(json.dumps(now) + "\n")
-            progress.n = min(now["minutes"], settings.minutes)
+            progress.n = min(minutes, settings.minutes)
             progress.set_postfix_str(f"{len(cycles)} cycles, {now['resident_mb']:.0f} MB")
     summary = {
         "command": shlex.join(["python", "-m", "benchmarks.endurance", *arguments]),

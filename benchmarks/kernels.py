@@ -1,6 +1,6 @@
 """Times every kernel beside eager PyTorch and torch.compile, in one run, and writes benchmarks/results/<device>.json.
 
-    python -m benchmarks.kernels [--device cpu] [--threads 2] [--rounds 60] [--only NAME ...] [--no-compile] [--floor]
+    python -m benchmarks.kernels --threads 2 --rounds 60 --only pgd_step --no-compile --floor
     python -m benchmarks.kernels --compare OLD.json NEW.json
 
 The variants of a case take turns in every round, in random order, so that whatever else the machine does meets all of
@@ -15,7 +15,6 @@ bytes; of all of them the lower decile counts, since other work on the machine o
 ``--compare`` ends with status 1 if a case has become slower beyond the noise of both files.
 """
 
-import argparse
 import itertools
 import json
 import math
@@ -35,9 +34,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import scorematch
-from benchmarks import floor
+from benchmarks import floor, record
 from benchmarks.floor import Run, Work, work
 from scorematch import _extension, ops, reference
+from training.engine import checkpoint
+from training.settings import command_line
+from training.settings.errors import InputError, StopError, run_program
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -287,7 +289,7 @@ def auto_attack_cases(device: str) -> list[Case]:
 
     elements = x0.numel()
     # Start and gradient are each read from one of two places; the best ones are written where they have improved.
-    best = [t[improved] for t in (best_x, best_grad)]
+    written = [t[improved] for t in (best_x, best_grad)]
     # Two steps into ball and box, and the momentum between them: 6
     of_apgd = {
         "linf": 2 * (4 + 2) + 3 + 6,  # sign, × step, +
@@ -304,7 +306,7 @@ def auto_attack_cases(device: str) -> list[Case]:
             f"apgd_step {norm} [128,3,32,32]",
             partial(ops.apgd_step, norm=norm, eps=eps, momentum=0.75),
             partial(eager_apgd_step, norm=norm, eps=eps),
-            work([x, grad, x_prev, x0], [x, x_prev, *best], of_apgd[norm] * elements),
+            work([x, grad, x_prev, x0], [x, x_prev, *written], of_apgd[norm] * elements),
             *apgd,
         )
         if norm == "l2":
@@ -319,11 +321,10 @@ def auto_attack_cases(device: str) -> list[Case]:
             0.1 * grad,
             difference,
         )
-    sorting = {"norm": "l1"}  # in eager: scorematch.reference, which sorts
     case(
         "fab_step l1 [128,3,32,32]",
-        partial(ops.fab_step, **sorting),
-        partial(reference.fab_step, **sorting),
+        partial(ops.fab_step, norm="l1"),
+        partial(reference.fab_step, norm="l1"),  # which sorts
         work([x, x0, grad], [x], of_fab * elements),
         best_x.clone(),
         x0,
@@ -529,14 +530,15 @@ def score_cases(device: str) -> list[Case]:
         move,
     )
     integral.others = {"read": lambda: (scores0.sum(), scores1.sum())}
-    few = [t[:1, ..., :8].contiguous() for t in (scores0, grad)]
+    few, few_grads = (t[:1, ..., :8].contiguous() for t in (scores0, grad))
     fixed = case(
         "score_step fixed [1,10,8]",
         scorematch.score_step,
         eager_score_step,
-        of_step(weights[:1], *few),
+        of_step(weights[:1], few, few_grads),
         weights[:1],
-        *few,
+        few,
+        few_grads,
     )
     return [step, from_memory, integral, fixed]
 
@@ -590,26 +592,23 @@ def measure(
     return result
 
 
-def device_name(device: str) -> str:
-    """What the figures were measured on."""
-    if device != "cpu":
-        return torch.cuda.get_device_name(device)
-    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return models[0].split(":")[1].strip() if models else platform.processor()
+def compare(old: Path, new: Path) -> None:
+    """Prints what has become slower.
 
-
-def compare(old: Path, new: Path) -> int:
-    """Prints what has become slower; the exit status."""
+    Raises:
+        InputError: the files cannot be compared.
+        StopError: a case has become slower.
+    """
     try:
         records = [json.loads(path.read_text()) for path in (old, new)]
         lines = floor.regressions(*records)
     except (OSError, ValueError, KeyError, floor.Unusable) as error:
-        print(f"{old} and {new} cannot be compared: {error}", file=sys.stderr)
-        return 2
+        raise InputError(f"compare: {old} and {new} cannot be compared: {error}") from None
     for name in floor.only_in_one(*records):
         print(f"only in one file: {name}")
     print("\n".join(lines) or f"no case is slower (by more than {floor.THRESHOLD} times and beyond the noise)")
-    return 1 if lines else 0
+    if lines:
+        raise StopError(f"{len(lines)} of {len(records[1]['results'])} cases are slower")
 
 
 def print_floor(result: dict[str, Any]) -> None:
@@ -622,40 +621,50 @@ def print_floor(result: dict[str, Any]) -> None:
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of torch")
-    parser.add_argument("--rounds", type=int, default=60, help="turns of each variant")
-    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="cases whose name contains one of these")
-    parser.add_argument(
-        "--no-compile", action="store_true", help="leave torch.compile out (its compilations take most of the time)"
+@dataclass(frozen=True)
+class BenchmarkSettings:
+    """What to time."""
+
+    device: str = "cpu"  # torch device; auto is cuda where there is one
+    threads: int = 0  # CPU threads; 0 is all
+    rounds: int = 60  # turns of each variant
+    only: tuple[str, ...] = ()  # cases whose name contains one of these; their result is written with --out alone
+    compile: bool = True  # beside torch.compile, too; its compilations take most of the time
+    floor: bool = False  # also what no implementation could be faster than
+    compare: tuple[Path, Path] | None = None  # do not measure, compare an old file that was written with a new one
+    out: Path | None = None  # JSON file to write; None is benchmarks/results/DEVICE.json
+
+
+def main(arguments: list[str]) -> None:
+    settings = command_line.parse(
+        BenchmarkSettings,
+        arguments,
+        program="python -m benchmarks.kernels",
+        description="Time every kernel beside eager PyTorch and torch.compile.",
     )
-    parser.add_argument("--floor", action="store_true", help="also what no implementation could be faster than")
-    parser.add_argument(
-        "--compare",
-        nargs=2,
-        type=Path,
-        metavar=("OLD", "NEW"),
-        help="do not measure, compare two files that were written",
-    )
-    parser.add_argument("--out", type=Path, default=None, help="default: benchmarks/results/<device>.json")
-    options = parser.parse_args(arguments)
-    if options.compare is not None:
-        return compare(*options.compare)
-    torch.set_num_threads(options.threads)
+    if settings.compare is not None:
+        compare(*settings.compare)
+        return
+    device = record.check(settings, {"rounds": (lambda v: v >= 2, "at least 2")})
+    out = settings.out
+    if out is None and not settings.only:
+        out = RESULTS / f"{device.type}.json"
+        checkpoint.check_writable(out)
     torch.manual_seed(0)
     random.seed(0)
 
     suites = (threat_model_cases, auto_attack_cases, divergence_cases, score_cases)
-    cases = [case for suite in suites for case in suite(options.device)]
-    if options.only:
-        cases = [case for case in cases if any(part in case.name for part in options.only)]
+    cases = [case for suite in suites for case in suite(device.type)]
+    names = [case.name for case in cases]
+    if settings.only:
+        cases = [case for case in cases if any(part in case.name for part in settings.only)]
+    if not cases:
+        raise InputError(f"only: {' '.join(settings.only)} is in the name of no case, allowed: parts of {names}")
     columns = ["ours", "eager", "compiled", "baddbmm", "read"]
     peak, machine = None, {}
-    if options.floor:
-        peak = floor.measure_peak(options.device, seconds)
-        bandwidth = floor.measure_bandwidth(options.device, seconds, floor.larger_than_caches(options.device))
+    if settings.floor:
+        peak = floor.measure_peak(device.type, seconds)
+        bandwidth = floor.measure_bandwidth(device.type, seconds, floor.larger_than_caches(device.type))
         machine = {"machine": {"peak": asdict(peak), "bandwidth": bandwidth}}
         print(f"{peak.operations / 1e9:.0f} G operations, {peak.exponentials / 1e9:.2f} G exponentials a second")
         for line in bandwidth:
@@ -668,7 +677,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     results = []
     for case in cases:
-        result = measure(case, options.rounds, not options.no_compile, options.device, peak)
+        result = measure(case, settings.rounds, settings.compile, device.type, peak)
         results.append(result)
         cells = [f"{result[name]['median_us']:10.1f}" if name in result else " " * 10 for name in columns]  # type: ignore[index]
         ratios = [result.get("eager/ours"), result.get("compiled/ours")]
@@ -679,29 +688,21 @@ def main(arguments: list[str] | None = None) -> int:
             flush=True,
         )
 
-    if options.floor:
-        names = ["kB read", "written", "M operat.", "M exponen.", "floor µs", "ours µs", "ratio"]
-        print(f"\n{'floor':45}" + "".join(f"{name:>10}" for name in names) + "  bound by")
+    if settings.floor:
+        headings = ["kB read", "written", "M operat.", "M exponen.", "floor µs", "ours µs", "ratio"]
+        print(f"\n{'floor':45}" + "".join(f"{name:>10}" for name in headings) + "  bound by")
         for result in results:
             print_floor(result)
-    record = {
-        "command": "python -m benchmarks.kernels " + " ".join(sys.argv[1:] if arguments is None else arguments),
-        "device": device_name(options.device),
-        "threads": options.threads,
-        "rounds": options.rounds,
-        "torch": torch.__version__,
+    about = {
+        "rounds": settings.rounds,
         "python": platform.python_version(),
         "scorematch": scorematch.__version__,
         "build": _extension.build_info(),
         **machine,
-        "results": results,
     }
-    out = options.out or RESULTS / f"{options.device}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    print(f"written to {out}")
-    return 0
+    record.write(out, "kernels", arguments, device, **about, results=results)
+    print(f"written to {out}" if out else "not written, as these are not all cases; --out FILE writes them")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

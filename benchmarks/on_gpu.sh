@@ -5,7 +5,8 @@
 #
 #   build       the kernels, for the GPU at hand
 #   checks      every test that is parametrised over the device, graphs and waits among them
-#   kernels     each operator beside eager PyTorch and torch.compile; OPTIONS of benchmarks.kernels
+#   kernels     each operator beside eager PyTorch and torch.compile; OPTIONS of benchmarks.kernels, such as
+#               --only NAME --out FILE for a part of them
 #   training    seconds a step of ResNet-18 with PGD-10, every switch by itself; three of them compile, so one of
 #               OBJECTIVES (default "pgd_at trades") a call may be as much as fits
 #   large       the same for WRN-28-10 and WRN-70-16, bfloat16 alone
@@ -22,7 +23,7 @@ shift || true
 results=benchmarks/results
 mkdir -p "$results"
 usage() {
-  sed -n '2,18s/^# \{0,1\}//p' "$0"
+  sed -n '2,19s/^# \{0,1\}//p' "$0"
   exit 2
 }
 case "$part" in

@@ -10,7 +10,6 @@ Seconds are those of the processor, which other work on the machine lengthens li
 """
 
 import json
-import shlex
 import statistics
 import sys
 import time
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.kernels import device_name
+from benchmarks import record
 from scorematch import AutoAttack
 from scorematch.attacks import classifier
 from scorematch.attacks.autoattack import VERSIONS
@@ -102,13 +101,13 @@ def measure(model: torch.nn.Module, x: Tensor, attack: str, settings: BenchmarkS
     adversary.square.n_queries = settings.queries
     y = classifier.predicted(model(x))
     recorder = Recorder(classifier.logits_of)
-    classifier.logits_of = recorder
+    vars(classifier)["logits_of"] = recorder
     try:
         begin = time.process_time()
         adversary.run_standard_evaluation(x, y, bs=len(x))
         taken = time.process_time() - begin - recorder.seconds
     finally:
-        classifier.logits_of = recorder.call
+        vars(classifier)["logits_of"] = recorder.call
     lowest = recorder.floor_seconds()
     counts = {
         kind: sum(n for (k, _), n in recorder.passes.items() if k == kind) for kind in ("logits", "graph", "back")
@@ -130,7 +129,9 @@ def main(arguments: list[str]) -> None:
         program="python -m benchmarks.overhead",
         description="Share of AutoAttack's time outside the network's passes.",
     )
-    torch.set_num_threads(settings.threads)
+    counts = dict.fromkeys(("classes", "samples", "steps", "queries"), record.COUNT)
+    device = record.check(settings, {**counts, "input_shape": record.COUNTS, "eps": record.LENGTH})
+    record.check_names("attacks", settings.attacks, VERSIONS["plus"])
     torch.manual_seed(0)
     model = models.build(settings.model, settings.input_shape, settings.classes, None).eval().requires_grad_(False)
     x = torch.rand(settings.samples, *settings.input_shape)
@@ -138,14 +139,7 @@ def main(arguments: list[str]) -> None:
     for attack in settings.attacks:
         lines.append(measure(model, x, attack, settings))
         print(json.dumps(lines[-1]), flush=True)
-    if settings.out is not None:
-        head = {
-            "command": f"python -m benchmarks.overhead {shlex.join(arguments)}",
-            "device": device_name("cpu"),
-            "threads": settings.threads,
-            "torch": torch.__version__,
-        }
-        settings.out.write_text(json.dumps({**head, "attacks": lines}, indent=1) + "\n")
+    record.write(settings.out, "overhead", arguments, device, attacks=lines)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ over threads, which other work on the machine lengthens little.
 
 import dataclasses
 import json
-import shlex
 import statistics
 import sys
 import tempfile
@@ -26,7 +25,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from benchmarks.kernels import device_name
+from benchmarks import record
 from scorematch.posteriors import Posterior, Trace
 from training import data, models
 from training.data import DataName, DataSettings
@@ -104,16 +103,21 @@ def main(arguments: list[str]) -> None:
         program="python -m benchmarks.training",
         description="Time the steps of training, with each switch for speed.",
     )
+    if not settings.objectives:
+        raise InputError(f"objectives: none given, allowed: {', '.join(get_args(config.Objective))}")
     for objective in settings.objectives:
         name, _, kind = objective.partition(":")
         allowed = ("", "linear", *POSTERIORS) if name == "score_direct" else ("",)
         if name not in get_args(config.Objective) or kind not in allowed:
             names = ", ".join([*get_args(config.Objective), "score_direct:linear", "score_direct:POSTERIOR"])
             raise InputError(f"objectives: {objective!r} is unknown, allowed: {names}")
-    if settings.outside and settings.device != "cpu":
+    record.check_names("variants", settings.variants, list(VARIANTS))
+    device = record.check(settings, dict.fromkeys(("batch", "steps", "rounds", "attack_steps"), record.COUNT))
+    if settings.outside and device.type != "cpu":
         raise InputError(f"outside: is for the CPU, got --device {settings.device}")
-    torch.set_num_threads(settings.threads)
-    loaded = data.load(DataSettings(settings.data, root=settings.data_root)).to(torch.device(settings.device))
+    loaded = data.load(DataSettings(settings.data, root=settings.data_root)).to(device)
+    if settings.batch > len(loaded.x_train):
+        raise InputError(f"batch: {settings.batch} samples, {settings.data} has {len(loaded.x_train)} to train on")
     lines = []
     with tempfile.TemporaryDirectory() as folder:
         cases = [(objective, variant) for objective in settings.objectives for variant in settings.variants]
@@ -143,14 +147,7 @@ def main(arguments: list[str]) -> None:
             }
         )
         print(json.dumps(lines[-1]), flush=True)
-    if settings.out is not None:
-        head = {
-            "command": f"python -m benchmarks.training {shlex.join(arguments)}",
-            "device": device_name(settings.device),
-            "threads": settings.threads,
-            "torch": torch.__version__,
-        }
-        settings.out.write_text(json.dumps({**head, "lines": lines}, indent=1) + "\n")
+    record.write(settings.out, "training", arguments, device, lines=lines)
 
 
 class Run(NamedTuple):

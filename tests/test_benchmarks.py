@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import endurance, floor, kernels, overhead, training
+from benchmarks import autoattack, class_scores, endurance, floor, kernels, overhead, record, training
 from scorematch.attacks import classifier, precision
+from training.settings.errors import run_program
+
+pytestmark = pytest.mark.usefixtures("untouched_process")
 
 PEAK = floor.Peak(operations=1e9, exponentials=1e8)
 
@@ -94,7 +97,7 @@ def test_interval_of_the_median(count, outside):
     assert floor.interval_of_median(values) == (outside, count - 1 - outside)
 
 
-def record(*, ours: float, eager: float, noise: float = 0.02, **changes: object) -> dict:
+def measured(*, ours: float, eager: float, noise: float = 0.02, **changes: object) -> dict:
     results = {
         "name": "step",
         "ours": {"median_us": ours, "low_us": ours * (1 - noise), "high_us": ours * (1 + noise)},
@@ -107,44 +110,45 @@ def record(*, ours: float, eager: float, noise: float = 0.02, **changes: object)
 @pytest.mark.parametrize(
     ("new", "slower"),
     [
-        (record(ours=10, eager=30), False),
-        (record(ours=13, eager=30), True),
-        (record(ours=11, eager=30), False),  # less than the threshold
-        (record(ours=13, eager=30, noise=0.35), False),  # the intervals overlap
-        (record(ours=13, eager=39), False),  # the machine is slower
-        (record(ours=10, eager=20), False),  # PyTorch is faster
-        (record(ours=7, eager=30), False),
+        (measured(ours=10, eager=30), False),
+        (measured(ours=13, eager=30), True),
+        (measured(ours=11, eager=30), False),  # less than the threshold
+        (measured(ours=13, eager=30, noise=0.35), False),  # the intervals overlap
+        (measured(ours=13, eager=39), False),  # the machine is slower
+        (measured(ours=10, eager=20), False),  # PyTorch is faster
+        (measured(ours=7, eager=30), False),
     ],
 )
 def test_regressions(new, slower, tmp_path, capsys):
     files = [tmp_path / name for name in ("old.json", "new.json")]
-    for file, content in zip(files, (record(ours=10, eager=30), new), strict=True):
+    for file, content in zip(files, (measured(ours=10, eager=30), new), strict=True):
         file.write_text(json.dumps(content))
-    assert kernels.main(["--compare", *map(str, files)]) == int(slower)
-    printed = capsys.readouterr().out
+    assert run_program(kernels.main, ["--compare", *map(str, files)]) == int(slower)
+    printed, told = capsys.readouterr()
+    assert told == ("stopped: 1 of 1 cases are slower\n" if slower else "")
     assert ("step: 1.30 times as long (10.0 to 13.0 µs), 1.30 times beside eager PyTorch" in printed) == slower
     assert ("no case is slower" in printed) != slower
 
 
 def test_what_cannot_be_compared(tmp_path, capsys):
     old, new = tmp_path / "old.json", tmp_path / "new.json"
-    old.write_text(json.dumps(record(ours=10, eager=30)))
+    old.write_text(json.dumps(measured(ours=10, eager=30)))
     cases = {
-        "threads must be the same in both files, got 2 and 1": record(ours=10, eager=30, threads=1),
-        "the new file has no intervals": record(ours=10, eager=30, results=[{"name": "step", "ours": {}}]),
+        "threads must be the same in both files, got 2 and 1": measured(ours=10, eager=30, threads=1),
+        "the new file has no intervals": measured(ours=10, eager=30, results=[{"name": "step", "ours": {}}]),
     }
     for message, content in cases.items():
         new.write_text(json.dumps(content))
-        assert kernels.main(["--compare", str(old), str(new)]) == 2
+        assert run_program(kernels.main, ["--compare", str(old), str(new)]) == 2
         assert message in capsys.readouterr().err
-    assert kernels.main(["--compare", str(old), str(tmp_path / "missing.json")]) == 2
+    assert run_program(kernels.main, ["--compare", str(old), str(tmp_path / "missing.json")]) == 2
 
 
 def test_a_case_in_one_file_alone_is_named(tmp_path, capsys):
     old, new = tmp_path / "old.json", tmp_path / "new.json"
-    old.write_text(json.dumps(record(ours=10, eager=30)))
-    new.write_text(json.dumps(record(ours=10, eager=30, results=[])))
-    assert kernels.main(["--compare", str(old), str(new)]) == 0
+    old.write_text(json.dumps(measured(ours=10, eager=30)))
+    new.write_text(json.dumps(measured(ours=10, eager=30, results=[])))
+    assert run_program(kernels.main, ["--compare", str(old), str(new)]) == 0
     assert "only in one file: step" in capsys.readouterr().out
 
 
@@ -153,15 +157,15 @@ def test_a_measured_file_can_be_compared(tmp_path):
     files = [tmp_path / name for name in ("a.json", "b.json")]
     options = ["--only", "score_step fixed", "--no-compile", "--rounds", "7", "--threads", "1"]
     for file in files:
-        assert kernels.main([*options, "--out", str(file)]) == 0
-    assert kernels.main(["--compare", *map(str, files)]) in (0, 1)
+        assert run_program(kernels.main, [*options, "--out", str(file)]) == 0
+    assert run_program(kernels.main, ["--compare", *map(str, files)]) in (0, 1)
 
 
 def test_a_measured_floor_is_complete(tmp_path, monkeypatch):
     monkeypatch.setattr(floor, "larger_than_caches", lambda device: 2**22)
     out = Path(tmp_path / "floor.json")
     options = ["--only", "score_step fixed", "--no-compile", "--rounds", "7", "--threads", "1", "--floor"]
-    assert kernels.main([*options, "--out", str(out)]) == 0
+    assert run_program(kernels.main, [*options, "--out", str(out)]) == 0
     written = json.loads(out.read_text())
     assert written["machine"]["peak"]["operations"] > 0
     assert [line["bytes"] for line in written["machine"]["bandwidth"]][-1] == 2**22
@@ -229,7 +233,6 @@ def test_a_short_run_says_nothing_about_growth():
     assert endurance.growth(cycles(0.0)[:11]) is None
 
 
-@pytest.mark.usefixtures("untouched_process")
 def test_a_cycle_is_interrupted_and_repeats_itself(tmp_path):
     settings = endurance.EnduranceSettings(epochs=1, limit=64, samples=4, threads=1)
     first, second = (endurance.cycle(settings, "pgd_at", tmp_path / "cycle", random.Random(seed)) for seed in (0, 1))
@@ -237,7 +240,6 @@ def test_a_cycle_is_interrupted_and_repeats_itself(tmp_path):
     assert len(first[1]) == 4
 
 
-@pytest.mark.usefixtures("untouched_process")
 def test_each_variant_is_timed_with_the_arithmetic_that_it_asks_for(tmp_path, monkeypatch):
     """Whether TF32 is allowed holds for the process; runs are made first, and then take turns."""
     found = []
@@ -269,3 +271,88 @@ def test_shares_of_a_step(tmp_path, monkeypatch):
     assert direct["outside_per_cent"]["median"] == pytest.approx(100 * 8 / 17, abs=0.1)
     # Of PGD-AT's one second all is for the passes, which take one when they are repeated.
     assert surrogate["posterior_per_cent"]["median"] == surrogate["outside_per_cent"]["median"] == 0
+
+
+def test_attacks_and_packages_side_by_side(tmp_path, monkeypatch, capsys):
+    """Each attack on the samples that the one before has left, and every stream and number of workers on the same."""
+    (tmp_path / "network_of_mine.py").write_text(
+        "import torch\n\n\n"
+        "def build():\n"
+        "    torch.manual_seed(0)\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(autoattack, "official_class", lambda: None)
+    out = tmp_path / "made" / "result.json"
+    options = ["--model-from", "network_of_mine:build", "--eps", "0.02", "--samples", "60", "--workers", "1", "2"]
+    options += ["--attacks", "apgd-ce", "apgd-t", "--repeats", "2", "--out", str(out)]
+    assert run_program(autoattack.main, options) == 0
+    written = json.loads(out.read_text())
+    assert (written["samples"], written["repeats"], written["processes"]) == (60, 2, 1)
+    first, second = written["attacks"]
+    assert first["before"] == written["clean"] > first["reference stream"]["stand"] == second["before"] > 0
+    labels = {"reference stream", "own stream", "workers 1", "workers 2"}
+    assert set(written["seconds"]) == labels < set(first)
+    for line in written["attacks"]:
+        stand = {line[label]["stand"] for label in labels}
+        assert max(stand) - min(stand) <= max(len(line[label]["differ"]) for label in labels)
+        assert line["workers 1"]["differ"] == line["workers 2"]["differ"]
+        assert line["reference stream"]["differ"] == []
+    assert "times as fast as reference stream" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("program", "options", "message"),
+    [
+        (kernels, "--rounds 1", "rounds: 1 is out of range, allowed: at least 2"),
+        (kernels, "--only nothing", "only: nothing is in the name of no case, allowed: parts of ['pgd_step linf"),
+        (kernels, "--threads -1", "threads: -1 is out of range"),
+        (kernels, "--device abacus", "device: 'abacus' is unknown"),
+        (kernels, "--out made/file/x.json", "made/file/x.json: its folder cannot be made"),
+        (kernels, "--out made", "made: is a folder, expected a file to write"),
+        (autoattack, "--model-from x.pt --eps 0", "eps: 0.0 is out of range, allowed: a finite number above 0"),
+        (autoattack, "--model-from x.pt --eps 0.1 --samples -1", "samples: -1 is out of range, allowed: 0 or more"),
+        (autoattack, "--model-from x.pt --eps 0.1 --workers 0", "workers: (0,) is out of range"),
+        (
+            autoattack,
+            "--model-from x.pt --eps 0.1 --attacks apgd",
+            "attacks: 'apgd' is unknown, allowed: apgd-ce, apgd-",
+        ),
+        (training, "--batch 0", "batch: 0 is out of range, allowed: at least 1"),
+        (training, "--data toy --batch 100000", "batch: 100000 samples, toy has"),
+        (training, "--variants quick", "variants: 'quick' is unknown, allowed: plain, fused optimiser, channels_last"),
+        (training, "--variants", "variants: none given, allowed: plain"),
+        (training, "--objectives", "objectives: none given, allowed: standard, gaussian, pgd_at, trades, score_direct"),
+        (overhead, "--samples 0", "samples: 0 is out of range, allowed: at least 1"),
+        (overhead, "--input-shape 0", "input_shape: (0,) is out of range, allowed: numbers of at least 1"),
+        (class_scores, "--teacher x.pt --points 0", "points: 0 is out of range, allowed: at least 1"),
+        (endurance, "--minutes nan", "minutes: nan is out of range, allowed: a finite number above 0"),
+        (endurance, "--out made", "out: made is there already, give a new folder"),
+    ],
+    ids=lambda given: given if isinstance(given, str) else given.__name__,
+)
+def test_what_cannot_be_measured_is_told_before(program, options, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "file").touch()
+    assert run_program(program.main, options.split()) == 2
+    told = capsys.readouterr().err
+    assert f"error: {message}" in told
+    assert told.count("\n") == 1
+
+
+def test_some_cases_leave_the_record_of_all_as_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(kernels, "RESULTS", tmp_path)
+    options = ["--only", "score_step fixed", "--no-compile", "--rounds", "7", "--threads", "1"]
+    assert run_program(kernels.main, options) == 0
+    assert not list(tmp_path.iterdir())
+    assert "not written, as these are not all cases" in capsys.readouterr().out
+
+
+def test_a_record_says_how_it_was_made(tmp_path):
+    record.write(tmp_path / "x.json", "kernels", ["--only", "a b"], torch.device("cpu"), found=float("nan"))
+    written = json.loads((tmp_path / "x.json").read_text())
+    assert written["command"] == "python -m benchmarks.kernels --only 'a b'"
+    assert written["threads"] == torch.get_num_threads()
+    assert written["device"] == record.device_name(torch.device("cpu"))
+    assert written["found"] is None  # JSON has no word for it

@@ -165,7 +165,7 @@ def evaluate(settings: EvaluateSettings, device: torch.device) -> None:
     doubt = inspection.probabilities(_probe(subject, x[:1]))
     first = distributed.rank() == 0
     for path in filter(None, (settings.out, settings.plot, settings.export, settings.state)):
-        _prepare(path)
+        checkpoint.check_writable(path)
         _check_spares(settings, path)
 
     if first:
@@ -526,18 +526,6 @@ def _official() -> ModuleType:
         return importlib.import_module("autoattack")
     except ImportError as error:
         raise InputError(f"engine: the official package cannot be imported ({error}), install it: {OFFICIAL}") from None
-
-
-def _prepare(path: Path) -> None:
-    """Find out now whether a file can be written later."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path}: its folder cannot be made ({error.strerror})") from None
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder, expected a file to write")
-    if not os.access(path.parent, os.W_OK):
-        raise InputError(f"{path}: its folder cannot be written")
 
 
 def _check_spares(settings: EvaluateSettings, path: Path) -> None:

@@ -54,6 +54,22 @@ def write_json(path: Path, value: object) -> None:
     write_atomically(path, as_json(value, indent=2) + "\n")
 
 
+def check_writable(path: Path) -> None:
+    """Find out before the work whether a file can be written after it; makes its folder.
+
+    Raises:
+        InputError: it cannot.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: its folder cannot be made ({error.strerror})") from None
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder, expected a file to write")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path}: its folder cannot be written")
+
+
 def as_json(value: object, indent: int | None = None) -> str:
     """``value`` as JSON, which has no word for numbers that are not finite: they become null."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
