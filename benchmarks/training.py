@@ -63,6 +63,7 @@ VARIANTS: dict[str, dict[str, str]] = {
     "bfloat16, graph": {**FOLDED, **BFLOAT16, "graph": "on"},
     "bfloat16, compiled, graph": {**USUAL, **BFLOAT16, "compile": "on", "graph": "on"},
 }
+Case = tuple[str, str]  # an objective and a variant
 BEFORE = 5  # steps before the first round: kernels are chosen, networks compiled, graphs recorded
 ON_A_CPU = ("plain", "fused optimiser", "channels_last", "folded", "all three", "all three, bfloat16")
 
@@ -118,12 +119,12 @@ def main(arguments: list[str]) -> None:
     loaded = data.load(DataSettings(settings.data, root=settings.data_root)).to(device)
     if settings.batch > len(loaded.x_train):
         raise InputError(f"batch: {settings.batch} samples, {settings.data} has {len(loaded.x_train)} to train on")
-    lines = []
+    lines: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         cases = [(objective, variant) for objective in settings.objectives for variant in settings.variants]
         runs = {case: run_of(settings, *case, loaded, Path(folder)) for case in cases}
-        seconds: dict[tuple[str, str], list[float]] = {case: [] for case in cases}
-        shares: dict[tuple[str, str], list[Shares]] = {case: [] for case in cases}
+        seconds: dict[Case, list[float]] = {case: [] for case in cases}
+        shares: dict[Case, list[Shares]] = {case: [] for case in cases}
         index = torch.arange(settings.batch, device=loaded.x_train.device)
         for number in tqdm(range(settings.rounds + 1), desc="benchmark", unit="round"):
             for case, run in runs.items():
@@ -132,22 +133,35 @@ def main(arguments: list[str]) -> None:
                     seconds[case].append(taken)
                 if number and settings.outside:
                     shares[case].append(shares_of(run, index))
-    for (objective, variant), values in seconds.items():
-        median = statistics.median(values)
-        lines.append(
-            {
-                "objective": objective,
-                "variant": variant,
-                "seconds_per_step": round(median, 4),
-                "samples_per_second": round(settings.batch / median, 1),
-                "seconds_per_epoch": round(median * runs[objective, variant].trainer.course.steps, 1),
-                "times_first": round(statistics.median(seconds[objective, settings.variants[0]]) / median, 2),
-                "times_first_objective": round(median / statistics.median(seconds[cases[0][0], variant]), 2),
-                **per_cent(shares[objective, variant]),
-            }
-        )
-        print(json.dumps(lines[-1]), flush=True)
-    record.write(settings.out, "training", arguments, device, lines=lines)
+            if number:  # what was measured so far is kept if the benchmark is stopped
+                lines = lines_of(settings, runs, seconds, shares)
+                record.write(settings.out, "training", arguments, device, rounds=number, lines=lines)
+    for line in lines:
+        print(json.dumps(line), flush=True)
+
+
+def lines_of(
+    settings: BenchmarkSettings,
+    runs: "dict[Case, Run]",
+    seconds: dict[Case, list[float]],
+    shares: "dict[Case, list[Shares]]",
+) -> list[dict[str, Any]]:
+    """The medians of the rounds so far, a line for each case."""
+    medians = {case: statistics.median(values) for case, values in seconds.items()}
+    first_objective = next(iter(medians))[0]
+    return [
+        {
+            "objective": objective,
+            "variant": variant,
+            "seconds_per_step": round(median, 4),
+            "samples_per_second": round(settings.batch / median, 1),
+            "seconds_per_epoch": round(median * runs[objective, variant].trainer.course.steps, 1),
+            "times_first": round(medians[objective, settings.variants[0]] / median, 2),
+            "times_first_objective": round(median / medians[first_objective, variant], 2),
+            **per_cent(shares[objective, variant]),
+        }
+        for (objective, variant), median in medians.items()
+    ]
 
 
 class Run(NamedTuple):

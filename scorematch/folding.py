@@ -73,9 +73,14 @@ class Folding:
 
     @torch.no_grad()
     def _refresh(self) -> None:
-        """Fold anew if a weight or a statistic has changed since; what is written through ``.data`` does not show."""
+        """Fold anew if a weight or a statistic has changed since.
+
+        What is written through ``.data`` does not show, nor what a fused optimiser of torch writes: call
+        ``torch.autograd.graph.increment_version`` after it.
+        """
         tensors = [t for pair in self.pairs for module in pair for t in (*module.parameters(), *module.buffers())]
-        # A CUDA graph has to fold by itself: what was folded before it was recorded is of those weights.
+        # A CUDA graph has to fold by itself: what was folded before it was recorded is of those weights, and what
+        # another graph has folded changes when that one is replayed. Each is recorded on a stream of its own.
         places = (place for t in tensors for place in (id(t), t.data_ptr(), t._version))
         versions = (_recording(tensors), *places)
         if versions == self._versions:
@@ -127,9 +132,11 @@ def copy_sharing_tensors(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, shared)
 
 
-def _recording(tensors: Sequence[Tensor]) -> bool:
-    """Whether a CUDA graph is being recorded; only asked where there is a device."""
-    return bool(tensors) and tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
+def _recording(tensors: Sequence[Tensor]) -> int:
+    """The stream on which a CUDA graph is being recorded, 0 for none; only asked where there is a device."""
+    if not (tensors and tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()):
+        return 0
+    return torch.cuda.current_stream(tensors[0].device).cuda_stream
 
 
 def _identity(x: Tensor) -> Tensor:

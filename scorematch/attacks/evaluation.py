@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compilation import compiled
 from ..model_state import borrowed, unchanged_buffers
 from ..threat_model import ThreatModel
 from . import inspection
@@ -196,7 +197,7 @@ def _searched(model: Any, x: Tensor, options: Options) -> Iterator[Any]:
     randomised model may take another path than the one that was traced for folding.
     """
     if options.compile:
-        yield torch.compile(model, dynamic=True)
+        yield compiled(model, dynamic=True)
     elif options.rng == "reference" or _for_randomised(options):
         yield model
     else:

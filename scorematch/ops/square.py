@@ -33,6 +33,11 @@ def _check_images(best: Tensor, x0: Tensor, corner: Tensor, corners: int, sign: 
         raise ValueError(f"side must be between 1 and the image's {min(best.shape[2:])}, got {side}")
 
 
+def _check_finite_radius(eps: float) -> None:
+    if not math.isfinite(eps):
+        raise ValueError(f"eps must be finite, got {eps}")
+
+
 def square_linf(
     best: Tensor,
     x0: Tensor,
@@ -55,7 +60,7 @@ def square_linf(
         corner: first row and column of the window, int64 `[N, 2]`; clamped to 0 … H - side and 0 … W - side.
         sign: 1 or -1 for each channel, `[N, C]`, like `best` (only its sign is used).
         side: rows and columns of the window, 1 … min(H, W).
-        eps: radius of the ball, greater than 0.
+        eps: radius of the ball, greater than 0 and finite.
         lower, upper: the box, `lower < upper`; either may be infinite.
 
     Returns:
@@ -73,6 +78,7 @@ def square_linf(
         raise TypeError(f"side must be an int, got {type(side).__name__}")
     _check_images(best, x0, corner, 2, sign, side)
     check_ball_and_box(eps, lower, upper)
+    _check_finite_radius(eps)
     return torch.ops.scorematch.square_linf.default(
         without_graph(best), without_graph(x0), corner, without_graph(sign), side, eps, lower, upper
     )
@@ -132,8 +138,7 @@ def square_l2(
     check_same_kind("pattern", pattern, "best", best)
     check_flags("transpose", transpose, "best", best)
     check_ball_and_box(eps, lower, upper)
-    if not math.isfinite(eps):
-        raise ValueError(f"eps must be finite, got {eps}")
+    _check_finite_radius(eps)
     return torch.ops.scorematch.square_l2.default(
         without_graph(best),
         without_graph(x0),

@@ -213,6 +213,12 @@ def test_bad_input(move, plain, case, change, error, message):
         move(**{**case((2, 3, 8, 8), 3, "cpu", torch.float32), **change})
 
 
+@pytest.mark.parametrize(("move", "case"), [(square_linf, linf_case), (square_l2, l2_case)])
+def test_a_ball_without_an_end_is_refused(move, case):
+    with pytest.raises(ValueError, match=r"eps must be finite, got inf"):
+        move(**{**case((2, 3, 8, 8), 3, "cpu", torch.float32), "eps": math.inf})
+
+
 @pytest.mark.parametrize("side", [0, 9, -1])
 def test_bad_side(side):
     with pytest.raises(ValueError, match=rf"side must be between 1 and the image's 8, got {side}"):
@@ -227,7 +233,6 @@ def test_bad_side(side):
         ({"pattern": torch.ones(3, 3).double()}, TypeError, r"pattern is torch.float64 but best is torch.float32"),
         ({"transpose": torch.ones(2)}, TypeError, r"transpose is torch.float32, expected torch.bool"),
         ({"transpose": torch.ones(3).bool()}, ValueError, r"transpose has shape \[3\] but best has shape .*: expected \[2\]"),
-        ({"eps": math.inf}, ValueError, r"eps must be finite, got inf"),
     ],
 )  # fmt: skip
 def test_bad_l2_input(change, error, message):

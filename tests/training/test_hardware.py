@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scorematch import PGD, ThreatModel
-from training import engine, measures
+from scorematch import PGD, AutoAttack, ThreatModel
+from training import engine, measures, models
 from training.engine import checkpoint, hardware
 from training.engine.hardware import GPU, PASSES_WORTH_COMPILING, Hardware, hardware_of
 from training.engine.loop import speed_of
@@ -87,6 +87,33 @@ def test_this_gpu() -> None:
     assert torch.backends.cudnn.benchmark
     hardware.prepare(torch.device("cuda"), "bfloat16", deterministic=True)
     assert not torch.backends.cudnn.benchmark
+
+
+class Watching(nn.Module):
+    """A network that keeps how cuDNN would have chosen its convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = models.build("digits_cnn", (1, 8, 8), 10).eval()
+        self.found: set[bool] = set()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.found.add(torch.backends.cudnn.benchmark)
+        return self.network(x)
+
+
+def test_convolutions_are_not_timed_for_batches_that_shrink(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    network, x, y = Watching(), torch.rand(8, 1, 8, 8), torch.zeros(8, dtype=torch.int64)
+    threat_model = ThreatModel("linf", 0.1)
+    attack = PGD(threat_model, steps=2)
+    measures.robust(network, x, y, attack, torch.Generator())
+    measures.fooled(network, x, y, attack, torch.Generator(), 2)
+    adversary = AutoAttack(network, "Linf", 0.1, version="custom", attacks_to_run=["apgd-ce"], verbose=False)
+    measures.autoattack(adversary, x, y)
+    measures.accuracy_curve(adversary, x, y, (0.1, 0.2))
+    assert network.found == {False}
+    assert torch.backends.cudnn.benchmark
 
 
 class Deceived(nn.Module):

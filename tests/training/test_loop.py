@@ -172,6 +172,28 @@ def test_best_of_standard_training_is_chosen_by_clean_accuracy(tmp_path: Path) -
     assert checkpoint.load(tmp_path / "best.pt")["epoch"] == 2
 
 
+@pytest.mark.parametrize("fused", ["--fused", "--no-fused"])
+def test_a_step_folds_the_weights_of_the_step_before(fused: str, tmp_path: Path) -> None:
+    """Nothing else changes with frozen batch norms, and a fused optimiser does not tell that it writes."""
+    training = trainer(tmp_path, "--fold", fused)
+    for module in training.model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+            module.train = lambda mode=True, module=module: module  # type: ignore[method-assign,misc]
+    x = training.data.x_train[:5]
+
+    def look() -> None:
+        training.model.train(False).requires_grad_(False)
+        torch.testing.assert_close(training.forward(x), training.model(x), rtol=1e-4, atol=1e-4)
+        training.model.train(True).requires_grad_(True)
+
+    assert not training.forward.folds_nothing
+    for _ in range(2):
+        look()
+        training._step(torch.arange(25))
+    look()
+
+
 @pytest.mark.parametrize("objective", ["trades", "pgd_at --attack-mode eval"])
 def test_switches_for_speed_change_rounding_alone(objective: str, tmp_path: Path) -> None:
     options = ["--objective", *objective.split(), "--attack-start", "uniform", "--optimizer", "sgd", "--lr", "0.05"]

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from scorematch.compilation import compiled
 from scorematch.folding import Folding
 from training.engine.hardware import Precision, Speed
 
@@ -29,7 +30,7 @@ class Forward(nn.Module):
         super().__init__()
         self.network = network
         self.precision = precision
-        self._call = torch.compile(network) if compile else network
+        self._call = compiled(network) if compile else network
         self._folding = Folding(network) if fold and not compile else None
 
     def forward(self, x: Tensor, *more: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ are always float32.
 """
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -96,6 +98,20 @@ def prepare(device: torch.device, precision: Precision, *, deterministic: bool) 
     """What torch decides for the whole process: TF32 products, and convolutions timed before one is chosen."""
     allow_tf32(precision == "tf32")
     torch.backends.cudnn.benchmark = device.type == "cuda" and not deterministic
+
+
+@contextmanager
+def sizes_vary() -> Iterator[None]:
+    """For attacks whose batches shrink: cuDNN takes the convolution that it expects to be fast.
+
+    Else it would time several anew for each size that it meets, for longer than the passes themselves take.
+    """
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def parameters_of(network: nn.Module) -> str:

@@ -421,6 +421,8 @@ class Trainer(Engine):
     def _update(self) -> None:
         self.lr = float(self.schedule.get_last_lr()[0])
         self.optimizer.step()
+        if self.speed.fused:  # it does not tell that it has written
+            torch.autograd.graph.increment_version(list(self.model.parameters()))
         self.schedule.step()
         if self.average is not None:
             self.average.update_parameters(self.model)

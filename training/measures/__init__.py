@@ -17,6 +17,7 @@ from scorematch.attacks import AccuracyCurve, AutoAttackWarning
 from scorematch.attacks.precision import full_precision
 from scorematch.posteriors import Posterior
 from training.engine import distributed
+from training.engine.hardware import sizes_vary
 from training.settings.errors import InputError
 
 BATCH = 512  # samples at a time; decides memory, not the numbers of AutoAttack
@@ -62,6 +63,7 @@ def calibration(model: nn.Module, x: Tensor, y: Tensor, batch: int = BATCH) -> d
     }
 
 
+@sizes_vary()
 def robust(
     model: nn.Module,
     x: Tensor,
@@ -94,6 +96,7 @@ def robust(
     return torch.cat(parts)
 
 
+@sizes_vary()
 def autoattack(
     adversary: AutoAttack, x: Tensor, y: Tensor, *, batch: int = BATCH, state: Path | None = None
 ) -> dict[str, Any]:
@@ -109,6 +112,7 @@ def autoattack(
     return adversary.report
 
 
+@sizes_vary()
 def accuracy_curve(
     adversary: AutoAttack,
     x: Tensor,
@@ -205,6 +209,7 @@ def self_consistency(
     }
 
 
+@sizes_vary()
 def fooled(model: nn.Module, x: Tensor, y: Tensor, attack: PGD, generator: Generator, count: int) -> dict[str, Tensor]:
     """The first samples that ``model`` classifies as y [N] and that ``attack`` fools, ``count`` at most.
 
