@@ -64,14 +64,27 @@ def log_likelihood(
     check_length("noise", noise, zero=True)
     check_count("repeats", repeats)
     check_seed(seed)
-    generator, of_starts = (torch.Generator(x.device).manual_seed(int(seed) + offset) for offset in (0, 1_000_003))
+    generators = _generators(x, seed)
     total = x.new_zeros(len(x))
     for _ in range(repeats):
-        moved = x + noise * normal_like(x, generator)
-        trace = begin_trace(posterior, moved + noise * normal_like(x, of_starts), y)
-        trace.move(moved)
-        total = total + trace.log_p.gather(1, y[:, None])[:, 0]
+        total = total + _log_p_at_noise(posterior, x, y, noise, *generators).gather(1, y[:, None])[:, 0]
     return total / repeats
+
+
+def _generators(x: Tensor, seed: int) -> tuple[torch.Generator, torch.Generator]:
+    """Of the noise, and of where paths start."""
+    noise, starts = (torch.Generator(x.device).manual_seed(int(seed) + offset) for offset in (0, 1_000_003))
+    return noise, starts
+
+
+def _log_p_at_noise(
+    posterior: Posterior, x: Tensor, y: Tensor, noise: float, generator: torch.Generator, of_starts: torch.Generator
+) -> Tensor:
+    """log p̂(·|x'), x' = x + noise · ω, [N, L], on a path that tells no more about the label than x' does."""
+    moved = x + noise * normal_like(x, generator)
+    trace = begin_trace(posterior, moved + noise * normal_like(x, of_starts), y)
+    trace.move(moved)
+    return trace.log_p
 
 
 @outside_modes
@@ -139,10 +152,10 @@ class Calibration(NamedTuple):
 def calibration(
     posterior: Posterior, x: Tensor, y: Tensor, *, noise: float, bins: int = 15, seed: int = 0
 ) -> Calibration:
-    """The expected calibration error (Guo et al., ICML 2017) at x + noise · ω.
+    """The expected calibration error (Guo et al., ICML 2017) at x + noise · ω, reached as in :func:`log_likelihood`.
 
     Args:
-        posterior: the estimate.
+        posterior: the estimate. One that is anchored at labels is told the label, so its value here means nothing.
         x: [N, …] held-out inputs.
         y: int64 [N] their labels.
         noise: standard deviation in input units, ≥ 0.
@@ -157,10 +170,7 @@ def calibration(
     check_length("noise", noise, zero=True)
     check_count("bins", bins)
     check_seed(seed)
-    generator = torch.Generator(x.device).manual_seed(int(seed))
-    trace = begin_trace(posterior, x, y)
-    trace.move(x + noise * normal_like(x, generator))
-    return reliability(trace.log_p, y, bins=bins)
+    return reliability(_log_p_at_noise(posterior, x, y, noise, *_generators(x, seed)), y, bins=bins)
 
 
 def reliability(log_p: Tensor, y: Tensor, *, bins: int = 15) -> Calibration:
@@ -272,7 +282,9 @@ def martingale(
         seed: decides the noise.
 
     Returns:
-        The mean, which is positive where the coarser posterior is not sure enough, and its standard error.
+        The mean, which is positive where the coarser posterior is not sure enough, and its standard error. It is 0
+        for the truth and for a coarser posterior that is the same for all classes, so it grows with the error of
+        values near the truth alone.
 
     Raises:
         TypeError, ValueError: an argument is not what is said above; the message names it.

@@ -97,6 +97,24 @@ def test_kl_error_where_the_truth_rules_out_a_class() -> None:
     assert audit.kl_error(Broken(truth, -math.inf), sure, x, y).isnan().all()
 
 
+class Still(Trace):
+    def __init__(self, x: Tensor, log_p: Tensor) -> None:
+        self.x, self.log_p = x, log_p
+
+    def move(self, x: Tensor) -> None:
+        self.x = x
+
+    def pull_back(self, weights: Tensor, grad: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Lazy(Altered):
+    """Keeps the value of the point where its path began."""
+
+    def trace(self, x: Tensor, y: Tensor) -> Trace:
+        return Still(x, self.log_prob_and_scores(x)[0])
+
+
 def test_the_truth_has_the_highest_held_out_likelihood() -> None:
     truth = mixture()
     x, y = sample(truth, 4000)
@@ -108,21 +126,7 @@ def test_the_truth_has_the_highest_held_out_likelihood() -> None:
     assert max(values, key=values.__getitem__) == 1.0
 
     # An estimate that stays where its path began is no better for it, though the label is that of another point.
-    class Still(Trace):
-        def __init__(self, x: Tensor) -> None:
-            self.x, self.log_p = x, truth.smoothed(noise)(x)
-
-        def move(self, x: Tensor) -> None:
-            self.x = x
-
-        def pull_back(self, weights: Tensor, grad: Tensor) -> Tensor:
-            raise NotImplementedError
-
-    class Lazy(Altered):
-        def trace(self, x: Tensor, y: Tensor) -> Trace:
-            return Still(x)
-
-    assert float(audit.log_likelihood(Lazy(truth), x, y, noise=noise).mean()) < values[1.0] - 0.005
+    assert float(audit.log_likelihood(Lazy(truth.smoothed(noise)), x, y, noise=noise).mean()) < values[1.0] - 0.005
     # and at no noise it is the log-likelihood of the labels
     plain = audit.log_likelihood(truth, x, y, noise=0.0, repeats=1)
     torch.testing.assert_close(plain, truth(x).gather(1, y[:, None])[:, 0], **F64)
@@ -157,6 +161,15 @@ def test_calibration() -> None:
     assert good.accuracy == pytest.approx(float((truth(x).argmax(1) == y).double().mean()))
     assert sure.error > 4 * good.error
     assert sure.confidence > sure.accuracy
+
+
+def test_calibration_at_noise_does_not_start_where_more_is_known() -> None:
+    """An estimate that keeps the value of its start would else be as accurate as at clean x."""
+    truth = mixture()
+    x, y = sample(truth, 20_000)
+    clean, noisy = (audit.calibration(truth, x, y, noise=noise).accuracy for noise in (0.0, 2.0))
+    lazy = audit.calibration(Lazy(truth), x, y, noise=2.0).accuracy
+    assert lazy < noisy < clean - 0.02
 
 
 def test_reliability_of_stated_probabilities() -> None:

@@ -1,7 +1,8 @@
 """Real images, where only labels are known: the 8×8 digits, all 1,797 of them over five folds.
 
 Hypotheses, written down before the runs (Linf; every objective has its weights chosen on validation images by their
-robust accuracy, and among the objectives of a family one is chosen in the same way; test images choose nothing):
+robust accuracy, and among the objectives of a family one is chosen in the same way; test images choose nothing, but for
+R4):
 
 R1  Somewhere on the front of clean and robust accuracy direct SCORE is not dominated: no surrogate of the same budget
     is better in one of the two and as good in the other.
@@ -9,7 +10,8 @@ R2  With samples drawn from the score network in half of every batch, each objec
 R3  The ablation of H4, judged by robust accuracy by label: B is above A, C above B and D.
 R4  A score network that is trained on augmented images, of which it is told, with dropout of .3 remembers less: its
     held-out denoising loss is within 10 % of that on training images at every noise level, and direct SCORE with it is
-    more robust than with the plain one. Both settings were chosen by held-out loss and likelihood on fold 0, seed 0.
+    more robust than with the plain one. Both settings were chosen by held-out loss and likelihood on fold 0, seed 0,
+    by images that the other folds test on.
 R5  Trained within a larger ball, direct SCORE trades some of its clean accuracy for robustness on better terms than the
     surrogates do: on the front of all objectives at eps .15 and .2 together, some direct setting is not dominated,
     beyond the interval. Written down after the results at .15, where R1 holds within the interval alone, and before
