@@ -470,7 +470,7 @@ def check_floating(x: Tensor, name: str = "x") -> None:
     Raises:
         TypeError: x has another dtype.
     """
-    if not x.dtype.is_floating_point:
+    if not x.is_floating_point():  # of the dtype TorchScript could not ask it
         hint = "; divide pixels in 0…255 by 255: x.float() / 255" if x.dtype == torch.uint8 else ""
         raise TypeError(f"{name} must be floating point, got {x.dtype}{hint}")
 
