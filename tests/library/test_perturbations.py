@@ -1,5 +1,7 @@
 """A B(x) of one's own in attacks and objectives: the L1 ball of examples/l1_ball.py."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from library_models import mixture, small_cnn, smooth_mlp
@@ -98,3 +100,9 @@ def test_where_a_ball_is_needed_another_one_is_named() -> None:
         sm.consistency(small_cnn(), truth, x, y, BALL)
     with pytest.raises(TypeError, match="threat_model must be a ThreatModel, got L1Ball"):
         sm.bounds.robust_errors(small_cnn(), truth, x, y, BALL, divergences="l1")
+
+
+@pytest.mark.parametrize("attack", [sm.attacks.APGD, sm.attacks.FAB, sm.attacks.Square, sm.FreeAttack])
+def test_attacks_made_for_balls_refuse_another_one_at_once(attack: Callable[[object], object]) -> None:
+    with pytest.raises(TypeError, match="threat_model must be a ThreatModel, got L1Ball"):
+        attack(BALL)
