@@ -1,5 +1,6 @@
 """Both sides of the theorems, on grids in one and two dimensions and by search, against definitions in float64."""
 
+import copy
 import math
 from collections.abc import Callable
 from itertools import pairwise
@@ -1000,6 +1001,23 @@ def test_the_modes_of_the_caller_change_no_bound(name: str) -> None:
     torch.testing.assert_close(bound(name, pair, *made_within), expected)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(bound(name, pair, x, y), expected)
+
+
+@pytest.mark.parametrize("name", [name for name in BOUNDS if name != "constant"])
+def test_a_model_is_borrowed_in_eval_mode(name: str) -> None:
+    """In train mode dropout and the statistics of each batch would be part of every error."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm1d(6), nn.Dropout(), nn.Linear(6, 100))
+    model(torch.rand(50, 6))
+    network = MLPBackbone((6,), 100, width=8, depth=1)
+    truth = NoiseConditionalClassifier(network, num_classes=100, sigma=0.3)
+    state, (x, y) = copy.deepcopy(model.state_dict()), (torch.rand(4, 6), torch.arange(4))
+    expected = bound(name, (copy.deepcopy(model).eval(), truth), x, y)
+    torch.testing.assert_close(bound(name, (model, truth), x, y), expected)
+    assert all(module.training for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+    assert model(x).requires_grad
 
 
 @pytest.mark.parametrize("trained", [True, False])
