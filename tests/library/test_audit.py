@@ -506,7 +506,7 @@ CALIBRATION = partial(audit.calibration, noise=0.1)
         (audit.closed_loop, {"length": 0.0}, "length must be finite and positive, got 0.0"),
         (audit.robust_accuracy, {"threat_model": ThreatModel("l2", 0.5), "restarts": 0}, "restarts must be at least 1"),
         (audit.robust_accuracy, {"threat_model": ThreatModel("l2", 0.5), "steps": -1}, "steps must be at least 0"),
-        (audit.robust_accuracy, {"threat_model": 0.5}, "threat_model must be a ThreatModel, .*got 0.5"),
+        (audit.robust_accuracy, {"threat_model": 0.5}, "threat_model must be a ThreatModel, .*got float, which lacks"),
     ],
 )
 def test_arguments_outside_their_range(function: Callable[..., object], options: dict, message: str) -> None:
