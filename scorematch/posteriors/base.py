@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..inputs import check_finite, check_length, check_like, check_real, check_single, check_strided
 from ..modes import own_precision
+from ..ops._checks import accumulator
 from ..ops.score_step import score_step
 
 
@@ -149,7 +150,8 @@ class ClassScorePosterior(PointwisePosterior):
             x: [N, …].
 
         Returns:
-            log p(y|x) [N, L], and s_y(x) [N, L, …] up to a field that is the same for all classes.
+            log p(y|x) [N, L], and s_y(x) [N, L, …] up to a field that is the same for all classes; both in the dtype of
+            x. Anything else is refused by what uses them.
         """
 
     def _trace_at(self, x: Tensor) -> Trace:
@@ -169,8 +171,7 @@ class _ClassScoreTrace(Trace):
     def move(self, x: Tensor) -> None:
         check_real(x)
         self.x = x.detach()
-        with own_precision(x):
-            self.log_p, self.scores = self.posterior.log_prob_and_scores(self.x)
+        self.log_p, self.scores = _values_and_scores(self.posterior, self.x)
 
     def pull_back(self, weights: Tensor, grad: Tensor) -> Tensor:
         check_pull(weights, grad, self)
@@ -185,8 +186,7 @@ class _LogPosterior(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, posterior: ClassScorePosterior) -> Tensor:
-        with own_precision(x):
-            log_p, scores = posterior.log_prob_and_scores(x.detach())
+        log_p, scores = _values_and_scores(posterior, x.detach())
         ctx.save_for_backward(log_p, scores)
         return log_p
 
@@ -195,6 +195,33 @@ class _LogPosterior(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         log_p, scores = ctx.saved_tensors
         return score_step(centred(grad, log_p), scores, torch.zeros_like(scores[:, 0])), None
+
+
+def _values_and_scores(posterior: ClassScorePosterior, x: Tensor) -> tuple[Tensor, Tensor]:
+    """``posterior.log_prob_and_scores(x)``, which may be that of a user; reads no values.
+
+    Raises:
+        TypeError, ValueError: it returns no log p [N, L] and scores [N, L, …] of the dtype and device of x.
+    """
+    with own_precision(x):
+        found = posterior.log_prob_and_scores(x)
+    shapes = [[len(x), posterior.num_classes], [len(x), posterior.num_classes, *x.shape[1:]]]
+    parts = found if isinstance(found, tuple | list) else (found,)
+    typed = len(parts) == 2 and all(isinstance(part, Tensor) for part in parts)
+    typed = typed and parts[1].dtype == x.dtype and parts[0].dtype in (x.dtype, accumulator(x.dtype))
+    if typed and [list(part.shape) for part in parts] == shapes and all(part.device == x.device for part in parts):
+        return parts[0], parts[1]
+    raise (ValueError if typed else TypeError)(
+        f"posterior.log_prob_and_scores must return log p [N, L] = {shapes[0]} and scores [N, L, …] = {shapes[1]} like "
+        f"x, {x.dtype} on {x.device}, got {' and '.join(map(_described, parts)) or 'nothing'}"
+    )
+
+
+def _described(part: object) -> str:
+    """What a message says of something that may be a tensor."""
+    if not isinstance(part, Tensor):
+        return type(part).__name__
+    return f"{part.dtype} {list(part.shape)} on {part.device}"
 
 
 def check_point(x: Tensor, own: Tensor, shape: torch.Size | None = None, *, any_dtype: bool = True) -> None:
