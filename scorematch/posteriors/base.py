@@ -78,15 +78,54 @@ class Posterior(nn.Module, ABC):
 NORMALISED = 1e-2  # how far the logarithm of the sum of all classes may be from 0, beside rounding
 
 
-def begin_trace(posterior: Posterior, x: Tensor, y: Tensor) -> Trace:
-    """``posterior.trace(x, y)``, whose first values are looked at.
+def begin_trace(posterior: Posterior, x: Tensor, y: Tensor, *, nan: bool = False) -> Trace:
+    """``posterior.trace(x, y)``, whose first values are looked at; only with ``nan`` may some of them be NaN.
 
     Raises:
         ValueError: they are no log-probabilities.
     """
     trace = posterior.trace(x, y)
     check_values(trace.log_p)
+    if not nan and trace.log_p.is_cpu:
+        check_known(trace.log_p)
     return trace
+
+
+def check_known(log_p: Tensor) -> None:
+    """Refuse log p [N, …, L] that is NaN somewhere; it reads the values, so a GPU has to be waited for.
+
+    Raises:
+        ValueError: as said.
+    """
+    unknown = log_p.isnan().any(-1)
+    if wrong := int(unknown.sum()):
+        given = f"NaN at {wrong} of {unknown.numel()} points"
+        raise ValueError(f"posterior must give log p(y|x) at every point, got {given}")
+
+
+def check_scores(trace: Trace, x: Tensor) -> None:
+    """Refuse class scores that are NaN at x [N, …], where the trace is; a GPU has to be waited for.
+
+    An attack would leave such a sample where it is, and find nothing. A feature of NaN among others is no reason, and a
+    sample whose log p is NaN has been told.
+
+    Raises:
+        ValueError: as said.
+    """
+    likeliest = torch.nn.functional.one_hot(trace.log_p.argmax(1), trace.log_p.shape[1]).to(trace.log_p.dtype)
+    gradient = trace.pull_back(likeliest, torch.zeros_like(x))
+    refuse_lost(gradient.isnan().flatten(1).all(1) & ~trace.log_p.isnan().any(1))
+
+
+def refuse_lost(lost: Tensor) -> None:
+    """Refuse a posterior whose gradient is NaN at the samples ``lost``, bool [N]; a GPU has to be waited for.
+
+    Raises:
+        ValueError: as said.
+    """
+    if wrong := int(lost.sum()):
+        given = f"a gradient of NaN at {wrong} of {len(lost)} points"
+        raise ValueError(f"posterior must give scores that are numbers, got {given}")
 
 
 def check_values(log_p: Tensor) -> None:
@@ -110,7 +149,7 @@ def wrong_sum(log_p: Tensor) -> float | None:
     """The sum of Σ_y p_y that is furthest from 1, of log p [N, L]; None where rounding explains it.
 
     Rounding moves log p_y by at most half an eps of its size, and so the logarithm of the sum by half an eps of the
-    entropy, which is at most log L; twice that is allowed. NaN is told by what meets it.
+    entropy, which is at most log L; twice that is allowed. NaN is left to :func:`check_known`.
     """
     total = log_p.detach().double().logsumexp(1)
     rounding = torch.finfo(log_p.dtype).eps * math.log(max(log_p.shape[1], 1))
