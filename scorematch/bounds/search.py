@@ -18,7 +18,7 @@ from ..attacks.pgd import ascend
 from ..inputs import check_callable, check_count, check_instance, check_points, check_posterior, check_tensor
 from ..model_state import as_found
 from ..posteriors import Ensemble
-from ..posteriors.base import PointwisePosterior, Posterior, begin_trace
+from ..posteriors.base import PointwisePosterior, Posterior, begin_trace, check_scores
 from ..threat_model import ORDERS, ThreatModel
 
 ROWS = 2**15  # candidates that are evaluated at a time
@@ -91,8 +91,8 @@ def explore(
     so that both sides of x are seen. One more search, with a quarter of the step size, starts at the best point so far.
 
     Raises:
-        ValueError, TypeError: an argument is outside its range, or an ascent meets a model that is not differentiable;
-            the message names it.
+        ValueError, TypeError: an argument is outside its range, or an ascent meets a model that is not differentiable,
+            or a posterior whose gradient at clean x is NaN; the message names it.
     """
     check_count("steps", steps)
     check_count("restarts", restarts)
@@ -100,6 +100,7 @@ def explore(
         if candidates is not None:
             _look_at(problem, candidates, look)
             return
+        check_scores(begin_trace(problem.posterior, problem.x, problem.y), problem.x)
         for ascent in ascents:
             _climb(problem, ascent, look, steps, restarts, generator)
 

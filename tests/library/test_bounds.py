@@ -962,6 +962,26 @@ def test_a_nan_of_p_d_has_no_most_likely_class() -> None:
         )
 
 
+def test_scores_of_nan_are_no_search() -> None:
+    """No ascent would move, and the errors at clean x would pass for those in B(x); candidates need no scores."""
+    x = torch.cat([mixture(2, 1, 2).means[0]] * 3)
+    threat_model = ThreatModel("l2", 0.1, **UNBOUNDED)
+
+    class Blind(GaussianMixture):
+        def log_prob_and_scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            log_p, scores = super().log_prob_and_scores(x)
+            return log_p, scores * math.nan
+
+    truth = mixture(2, 1, 2)
+    problem = (smooth_mlp(2, 2), Blind(truth.means, truth.covariances), x, labels(x), threat_model)
+    with pytest.raises(ValueError, match="scores that are numbers, got a gradient of NaN at 3 of 3 points"):
+        bounds.robust_errors(*problem, divergences="kl")
+    with pytest.raises(ValueError, match="scores that are numbers"):
+        bounds.data_constant(*problem[1:])
+    at_points = bounds.robust_errors(*problem, divergences="kl", candidates=x[:, None])["kl"]
+    assert at_points.score.isfinite().all()
+
+
 # The modes of the caller
 
 
