@@ -21,6 +21,7 @@ from .threat_model import Perturbations
 
 SLACK = 1e-4  # of the width of the box, or of 1 where that is infinite, for rounding in the data pipeline of a training
 OUTSIDE = 1e-6  # of its largest bound: what rounding may add to points that are attacked, eight steps of float32 at 1
+MOVES, BOUNDS = ("random_start", "step", "project", "check_radius"), ("lower", "upper")  # of Perturbations
 _seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose images on a GPU have been looked at
 
 
@@ -115,12 +116,15 @@ def check_threat_model(threat_model: Perturbations) -> None:
     """Refuse what is not a B(x).
 
     Raises:
-        TypeError: as said.
+        TypeError: as said; the message names what it lacks.
     """
-    if isinstance(threat_model, type) or not isinstance(threat_model, Perturbations):
-        raise TypeError(
-            f"threat_model must be a ThreatModel, or have the methods of scorematch.Perturbations, got {threat_model!r}"
-        )
+    told = "threat_model must be a ThreatModel, or have all of scorematch.Perturbations, got"
+    if isinstance(threat_model, type):
+        raise TypeError(f"{told} the class {threat_model.__name__} itself")
+    lacking = [name for name in MOVES if not callable(getattr(threat_model, name, None))]
+    lacking += [name for name in BOUNDS if not hasattr(threat_model, name)]
+    if lacking:
+        raise TypeError(f"{told} {type(threat_model).__name__}, which lacks {', '.join(lacking)}")
 
 
 def check_count(name: str, value: int, least: int = 1) -> None:
@@ -470,7 +474,7 @@ def check_floating(x: Tensor, name: str = "x") -> None:
     Raises:
         TypeError: x has another dtype.
     """
-    if not x.dtype.is_floating_point:
+    if not x.is_floating_point():  # of the dtype TorchScript could not ask it
         hint = "; divide pixels in 0…255 by 255: x.float() / 255" if x.dtype == torch.uint8 else ""
         raise TypeError(f"{name} must be floating point, got {x.dtype}{hint}")
 

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx, nn
 
+from .inputs import check_floating
+
 
 class Normalised(nn.Module):
     """Takes x and hands (x − mean) / std to a model, channel by channel.
@@ -15,7 +17,7 @@ class Normalised(nn.Module):
             units of x, std > 0. Kept as buffers in the default dtype, or that of a tensor of floating-point numbers.
 
     Raises:
-        TypeError: ``model`` is not a module.
+        TypeError: ``model`` is not a module; in a call: x is not floating point.
         ValueError: mean or std is not finite, they are not equally many, or a std is not positive; in a call: x has
             another number of channels.
     """
@@ -48,8 +50,10 @@ def normalised(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         mean, std: [C], or [1] for all channels.
 
     Raises:
+        TypeError: x is not floating point.
         ValueError: x has another number of channels.
     """
+    check_floating(x)
     if x.dim() < 2 or (len(mean) != 1 and len(mean) != x.shape[1]):
         channels = len(mean)
         raise ValueError(f"x must be [N, {channels}, …], as mean and std have {channels} channels, got {list(x.shape)}")

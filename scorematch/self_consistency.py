@@ -21,7 +21,7 @@ from .modes import outside_modes
 from .objectives.moving_target import direct_weights
 from .objectives.outcome import check_comparable, training_logits
 from .ops.logit_divergence import logit_divergence
-from .posteriors.base import Posterior, Trace, begin_trace
+from .posteriors.base import Posterior, Trace, begin_trace, check_known, check_scores
 from .threat_model import ThreatModel
 
 
@@ -79,7 +79,8 @@ def consistency(
         One value for each sample, see :class:`Consistency`.
 
     Raises:
-        TypeError, ValueError: an argument is not what is said above; the message names it.
+        TypeError, ValueError: an argument is not what is said above, or values or scores of the posterior are NaN at
+            clean x; the message names it.
     """
     check_callable("model", model)
     check_posterior("posterior", posterior)
@@ -105,7 +106,10 @@ def _searched(
 ) -> Consistency:
     """:func:`consistency` of arguments that are checked."""
     judge = _Judge(model, divergence, x)
-    judge.look(begin_trace(posterior, x, y), x)
+    at_clean = begin_trace(posterior, x, y)
+    check_known(at_clean.log_p)
+    check_scores(at_clean, x)
+    judge.look(at_clean, x)
     clean = judge.worst.clone()
     for search in range(restarts + 2):
         trace = begin_trace(posterior, x, y)

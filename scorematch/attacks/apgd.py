@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..inputs import check_instance
 from ..ops.apgd_step import apgd_step
 from ..threat_model import ThreatModel
 from .apgd_l1 import ascend_sparsely
@@ -53,6 +54,7 @@ class APGD(AttackSettings):
             in that of 2 eps, each from the projection of the best point so far, as in the paper on l1.
 
     Raises:
+        TypeError: threat_model is none.
         ValueError: an argument is outside its range.
     """
 
@@ -70,7 +72,8 @@ class APGD(AttackSettings):
         self.check()
 
     def check(self) -> None:
-        """Raise ValueError for settings outside their range."""
+        """Raise ValueError for settings outside their range, TypeError for a threat model that is none."""
+        check_instance("threat_model", self.threat_model, ThreatModel)
         if not callable(self.loss) and self.loss not in LOSSES:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}, or a function, got {self.loss!r}")
         self.check_counts("n_iter", "n_restarts", "n_target_classes", "eot_iter")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..inputs import check_instance
 from ..ops.fab_step import fab_step
 from ..threat_model import DUAL_ORDERS, ThreatModel
 from .ascent import SETTLE_EVERY, beside
@@ -43,6 +44,7 @@ class FAB(AttackSettings):
         beta: share of the distance to the original that is kept after a success, in [0, 1].
 
     Raises:
+        TypeError: threat_model is none.
         ValueError: an argument is outside its range.
     """
 
@@ -60,7 +62,8 @@ class FAB(AttackSettings):
         self.check()
 
     def check(self) -> None:
-        """Raise ValueError for settings outside their range."""
+        """Raise ValueError for settings outside their range, TypeError for a threat model that is none."""
+        check_instance("threat_model", self.threat_model, ThreatModel)
         self.check_counts("n_iter", "n_restarts", "n_target_classes")
         self.check_share("alpha_max")
         self.check_share("beta")

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ..divergences import KINDS
-from ..inputs import check_callable, check_classes, check_count, check_threat_model, clean_batch
+from ..inputs import check_callable, check_classes, check_count, check_like, check_threat_model, clean_batch
 from ..model_state import as_found
 from ..modes import outside_inference_mode
 from ..ops.divergence import divergence
-from ..threat_model import Perturbations
+from ..threat_model import Perturbations, ThreatModel
 from .classifier import check_unwritten, gradient_at, logits_of
 from .console import frames_of_the_package
 from .inspection import AutoAttackWarning, probabilities
@@ -43,12 +43,23 @@ def ascend(
 
     Returns:
         [N, …], inside B(x), without a graph.
+
+    Raises:
+        TypeError, ValueError: the step of a B(x) of your own returns something else than points like x.
     """
     with torch.no_grad():
         x_adv = threat_model.random_start(x, generator) if start is None else start
         for _ in range(steps):
-            x_adv = threat_model.step(x_adv, gradient(x_adv), x)
+            x_adv = _next(threat_model, x_adv, gradient(x_adv), x)
     return x_adv
+
+
+def _next(threat_model: Perturbations, x: Tensor, grad: Tensor, x0: Tensor) -> Tensor:
+    """``threat_model.step``; of a B(x) of one's own it is looked at what that returns, but for the values."""
+    moved = threat_model.step(x, grad, x0)
+    if not isinstance(threat_model, ThreatModel):
+        check_like("what threat_model.step returns", moved, x0)
+    return moved
 
 
 def input_gradient(loss: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -125,6 +136,7 @@ class PGD:
         Raises:
             TypeError: x is not floating point, or the model cannot be called.
             ValueError: x is outside the box, shapes or labels do not fit, or the model changes its input in place.
+            TypeError, ValueError: the step of a B(x) of your own returns something else than points like x.
 
         Warns:
             AutoAttackWarning: the model seems to return probabilities.
@@ -184,7 +196,7 @@ class PGD:
             gradient = gradient.nan_to_num(nan=0.0)  # a pixel of NaN stays where it is
             keep = ~wrong
             alive = alive[keep]
-            x_adv = self.threat_model.step(x_adv.detach()[keep], gradient[keep], x[alive])
+            x_adv = _next(self.threat_model, x_adv.detach()[keep], gradient[keep], x[alive])
 
 
 def attack_loss(logits: Tensor, labels: Tensor, loss: str) -> Tensor:

@@ -9,6 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+from ..inputs import check_instance
 from ..ops.square import square_l2, square_linf
 from ..threat_model import ThreatModel
 from . import repeats
@@ -38,6 +39,7 @@ class Square(AttackSettings):
         rescale_schedule: stretch the schedule of window sizes, made for 10,000 queries, to ``n_queries``.
 
     Raises:
+        TypeError: threat_model is none.
         ValueError: an argument is outside its range.
     """
 
@@ -54,7 +56,8 @@ class Square(AttackSettings):
         self.check()
 
     def check(self) -> None:
-        """Raise ValueError for settings outside their range."""
+        """Raise ValueError for settings outside their range, TypeError for a threat model that is none."""
+        check_instance("threat_model", self.threat_model, ThreatModel)
         self.check_counts("n_queries", "n_restarts")
         if not 0 < self.p_init <= 1:
             raise ValueError(f"p_init must lie in (0, 1], got {self.p_init}")

@@ -27,7 +27,7 @@ from ..inputs import (
 )
 from ..modes import outside_modes
 from ..noise import normal_like
-from ..posteriors.base import NORMALISED, Posterior, begin_trace, wrong_sum
+from ..posteriors.base import NORMALISED, Posterior, begin_trace, check_known, wrong_sum
 from .oracle import posterior_gradients, ratio
 
 # Rounding of log p by eps / 2 of its size moves an entropy by up to |1 + log p| eps / 2 of its own, and another order
@@ -57,7 +57,8 @@ def log_likelihood(
         seed: decides them.
 
     Raises:
-        TypeError, ValueError: an argument is not what is said above; the message names it.
+        TypeError, ValueError: an argument is not what is said above, or the posterior gives a NaN; the message names
+            it.
     """
     check_posterior("posterior", posterior)
     check_samples(x, y, posterior.num_classes)
@@ -84,6 +85,7 @@ def _log_p_at_noise(
     moved = x + noise * normal_like(x, generator)
     trace = begin_trace(posterior, moved + noise * normal_like(x, of_starts), y)
     trace.move(moved)
+    check_known(trace.log_p)
     return trace.log_p
 
 

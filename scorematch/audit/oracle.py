@@ -29,7 +29,7 @@ def posterior_gradients(posterior: Posterior, x: Tensor, y: Tensor) -> tuple[Ten
     """
     check_posterior("posterior", posterior)
     check_samples(x, y, posterior.num_classes, least=1)
-    trace = begin_trace(posterior, x, y)
+    trace = begin_trace(posterior, x, y, nan=True)
     one_hot = torch.eye(posterior.num_classes, dtype=x.dtype, device=x.device)
     rows = [trace.pull_back(row.expand(len(x), -1).contiguous(), torch.zeros_like(x)) for row in one_hot]
     return trace.log_p, torch.stack(rows, 1)
@@ -87,7 +87,7 @@ def ratio(part: float, whole: float) -> float:
 
 @outside_modes
 def kl_error(posterior: Posterior, oracle: Posterior, x: Tensor, y: Tensor, moved: Tensor | None = None) -> Tensor:
-    """KL(p_d(·|x') ‖ p̂(·|x')) in nats, [N]; infinite where p̂ rules out a class that p_d does not.
+    """KL(p_d(·|x') ‖ p̂(·|x')) in nats, [N]; infinite where p̂ rules out a class that p_d does not; NaN where one is.
 
     Args:
         posterior: the estimate p̂.
@@ -111,7 +111,7 @@ def kl_error(posterior: Posterior, oracle: Posterior, x: Tensor, y: Tensor, move
             raise ValueError("moved must be finite")
     values = []
     for one in (oracle, posterior):
-        trace = begin_trace(one, x, y)
+        trace = begin_trace(one, x, y, nan=True)
         if moved is not None:
             trace.move(moved)
         values.append(trace.log_p)

@@ -9,7 +9,7 @@ from ..attacks.classifier import predicted
 from ..attacks.pgd import ascend
 from ..inputs import check_attack, check_count, check_posterior, check_samples, check_tensor, clean_batch
 from ..modes import outside_modes
-from ..posteriors.base import Posterior, begin_trace
+from ..posteriors.base import Posterior, begin_trace, check_known, check_scores
 from ..threat_model import ThreatModel
 
 LARGE = 1e30  # takes a class out of a softmax; smaller than the largest float32 and bfloat16
@@ -29,7 +29,8 @@ def robust_accuracy(
     """Accuracy of arg max_y p(y|x') at clean points and under an attack that follows the posterior's own gradient.
 
     A point at which the posterior gives NaN counts as misclassified. Where an element of its gradient is NaN, the
-    attack leaves that feature as it is.
+    attack leaves that feature as it is. A posterior of which nothing could be said is refused: one that gives NaN at
+    all clean points, or whose gradient at one of them is NaN in every feature.
 
     A model for which direct SCORE is zero on all of B(x) equals the posterior, and so has its robust accuracy. This is
     not a bound: training stops before that, and some trained models have a higher robust accuracy.
@@ -50,8 +51,8 @@ def robust_accuracy(
         Clean and robust accuracy, each in [0, 1].
 
     Raises:
-        TypeError, ValueError: x, y and the threat model do not fit, see :func:`scorematch.inputs.clean_batch`, or
-            steps or restarts are outside their range.
+        TypeError, ValueError: x, y and the threat model do not fit, see :func:`scorematch.inputs.clean_batch`, steps
+            or restarts are outside their range, or the posterior gives NaN where it is refused.
     """
     clean, robust, _ = _attacked(posterior, x, y, threat_model, steps, restarts, generator)
     return float(clean.double().mean()), float(robust.double().mean())
@@ -107,13 +108,17 @@ def _attacked(
     check_tensor("y", y)
     x, y = clean_batch(x, y, threat_model)
     check_samples(x, y, posterior.num_classes, least=1)
-    at_clean = begin_trace(posterior, x, y).log_p
+    trace = begin_trace(posterior, x, y, nan=True)
+    at_clean = trace.log_p
+    if bool(at_clean.isnan().any(1).all()):
+        check_known(at_clean)
+    check_scores(trace, x)
     clean = predicted(at_clean) == y
     robust, lowest = clean.clone(), at_clean.gather(1, y[:, None])[:, 0]
     one_hot = torch.nn.functional.one_hot(y, posterior.num_classes).to(x.dtype)
 
     def restart() -> None:
-        trace = begin_trace(posterior, x, y)
+        trace = begin_trace(posterior, x, y, nan=True)
 
         def judge(x_adv: Tensor) -> None:
             trace.move(x_adv)

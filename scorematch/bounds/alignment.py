@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..attacks.classifier import gradient_of, logits_of
 from ..inputs import check_callable, check_count, check_length, check_samples
+from ..model_state import as_found
 from ..modes import outside_modes
 from ..noise import normal_like
 from ..ops.logit_divergence import logit_divergence
@@ -130,7 +131,7 @@ def _check_inside(x: Tensor, threat_model: ThreatModel) -> None:
 
 def _difference_gradient(problem: Problem, coefficients: Tensor) -> Tensor:
     """Σ_y c_y (∇ₓ p_d(y|x) − ∇ₓ p_θ(y|x)) for c [N, L], [N, …]."""
-    with torch.enable_grad():
+    with as_found(problem.model), torch.enable_grad():
         point = problem.x.detach().requires_grad_()
         by_model = gradient_of(problem.model(point).softmax(1), point, coefficients, problem.model)
     trace = begin_trace(problem.posterior, problem.x, problem.y)
@@ -193,7 +194,8 @@ def theorem_5(
     empirical distribution of a training set has none.
 
     Args:
-        model: maps [N, …] to logits [N, L], in eval mode; differentiable almost everywhere and continuous.
+        model: maps [N, …] to logits [N, L], differentiable almost everywhere and continuous; used in eval mode and left
+            as found.
         density: p_d(x, y) before noise, in closed form, such as :class:`scorematch.posteriors.GaussianMixture`.
         x: [N, …] draws from it, N ≥ 2.
         y: int64 [N] their labels in [0, L).
@@ -218,14 +220,15 @@ def theorem_5(
         return logits_of(model, point).log_softmax(1)
 
     left, right, loss = (torch.zeros(len(x), dtype=torch.float64, device=x.device) for _ in range(3))
-    for _ in range(repeats):
-        omega = normal_like(x, generator)
-        for noise in (omega, -omega):
-            own, by_model = _label_gradient(log_q, x + sigma * noise, y, model, "model")
-            _, score = _label_gradient(smooth.log_joint, x + sigma * noise, y, density, "density")
-            left -= (by_model * noise).flatten(1).sum(1).double() / (2 * sigma)
-            right += 0.5 * (by_model.double() * score.double()).flatten(1).sum(1)
-            loss -= own.double()
+    with as_found(model):
+        for _ in range(repeats):
+            omega = normal_like(x, generator)
+            for noise in (omega, -omega):
+                own, by_model = _label_gradient(log_q, x + sigma * noise, y, model, "model")
+                _, score = _label_gradient(smooth.log_joint, x + sigma * noise, y, density, "density")
+                left -= (by_model * noise).flatten(1).sum(1).double() / (2 * sigma)
+                right += 0.5 * (by_model.double() * score.double()).flatten(1).sum(1)
+                loss -= own.double()
     left, right, loss = (total / (2 * repeats) for total in (left, right, loss))
     return Theorem5(left, right, estimate(loss), estimate(left), estimate(right), estimate(left - right))
 

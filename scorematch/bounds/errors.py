@@ -79,8 +79,8 @@ def robust_errors(
     maxima over B(x), up to the spacing.
 
     Args:
-        model: maps [N, …] to logits [N, L] of the posterior's dtype, in eval mode; differentiable where there are no
-            candidates.
+        model: maps [N, …] to logits [N, L] of the posterior's dtype; differentiable where there are no candidates;
+            used in eval mode and left as found.
         posterior: p_d, in closed form; an estimate gives the errors against that estimate.
         x: [N, …] clean inputs inside the box, draws or quadrature nodes of p_d(x).
         y: int64 [N] labels; read only by posteriors that are anchored at labels.

@@ -16,8 +16,9 @@ from torch import Tensor
 from ..attacks.classifier import check_logits, gradient_of
 from ..attacks.pgd import ascend
 from ..inputs import check_callable, check_count, check_instance, check_points, check_posterior, check_tensor
+from ..model_state import as_found
 from ..posteriors import Ensemble
-from ..posteriors.base import PointwisePosterior, Posterior, begin_trace
+from ..posteriors.base import PointwisePosterior, Posterior, begin_trace, check_scores
 from ..threat_model import ORDERS, ThreatModel
 
 ROWS = 2**15  # candidates that are evaluated at a time
@@ -25,7 +26,7 @@ FEATURES = 2**24  # and their features
 
 
 class Problem(NamedTuple):
-    """A model, p_d, and the samples around which they are compared."""
+    """A model, p_d, and the samples around which they are compared; a module is borrowed with ``as_found``."""
 
     model: Callable[[Tensor], Tensor]
     posterior: Posterior
@@ -64,7 +65,7 @@ def clean_values(problem: Problem) -> tuple[Tensor, Tensor]:
     check_points(problem.x, problem.y, problem.threat_model)
     check_instance("threat_model", problem.threat_model, ThreatModel)
     log_p = begin_trace(problem.posterior, problem.x, problem.y).log_p
-    with torch.no_grad():
+    with as_found(problem.model), torch.no_grad():
         logits = problem.model(problem.x)
     check_logits(logits, problem.x)
     if logits.shape != log_p.shape:
@@ -90,16 +91,18 @@ def explore(
     so that both sides of x are seen. One more search, with a quarter of the step size, starts at the best point so far.
 
     Raises:
-        ValueError, TypeError: an argument is outside its range, or an ascent meets a model that is not differentiable;
-            the message names it.
+        ValueError, TypeError: an argument is outside its range, or an ascent meets a model that is not differentiable,
+            or a posterior whose gradient at clean x is NaN; the message names it.
     """
     check_count("steps", steps)
     check_count("restarts", restarts)
-    if candidates is not None:
-        _look_at(problem, candidates, look)
-        return
-    for ascent in ascents:
-        _climb(problem, ascent, look, steps, restarts, generator)
+    with as_found(problem.model):
+        if candidates is not None:
+            _look_at(problem, candidates, look)
+            return
+        check_scores(begin_trace(problem.posterior, problem.x, problem.y), problem.x)
+        for ascent in ascents:
+            _climb(problem, ascent, look, steps, restarts, generator)
 
 
 def _climb(

@@ -12,7 +12,7 @@ from ..attacks.classifier import predicted
 from ..attacks.losses import margin_loss
 from ..modes import outside_modes
 from ..ops.logit_divergence import logit_divergence
-from ..posteriors.base import Posterior
+from ..posteriors.base import Posterior, check_known
 from ..threat_model import ThreatModel
 from .errors import RobustErrors
 from .estimates import Estimate, estimate
@@ -142,7 +142,5 @@ def _most_likely(log_p: Tensor) -> Tensor:
     Raises:
         ValueError: p_d has no most likely class, since it gives a NaN.
     """
-    if wrong := int(log_p.isnan().any(-1).sum()):
-        points = log_p[..., 0].numel()
-        raise ValueError(f"posterior must give log p(y|x) at every point, got NaN at {wrong} of {points}")
+    check_known(log_p)
     return log_p.argmax(-1)

@@ -75,7 +75,7 @@ def score_direct(
     Raises:
         TypeError, ValueError: an argument is not what it must be; see :func:`scorematch.inputs.check_inputs` for x, y.
             ``target_mix`` must be 1 with a posterior whose ``centering`` is ``"network"``: the literal form of Eq. (34)
-            has no mixed target.
+            has no mixed target. On the CPU, log p of clean x and the first data gradient must not be NaN.
     """
     check_search(model, x, y, threat_model, steps, divergence, clip)
     check_number("target_mix", target_mix)

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks.classifier import gradient_at
+from ..inputs import readable
 from ..modes import own_precision
 from ..ops.divergence import divergence as divergence_of
 from ..ops.logit_divergence import logit_divergence
-from ..posteriors.base import Trace
+from ..posteriors.base import Trace, refuse_lost
 from .outcome import check_comparable, training_logits
 
 LOWEST = -1e30  # log p of a class of probability 0 where two of them are subtracted: −∞ would give NaN
@@ -92,6 +93,8 @@ class DirectAscent:
         weights, grad_logits = direct_weights(logits.detach(), target, self.kind, literal=self.literal)
         model_gradient = gradient_at(x, logits, grad_logits)
         total = self._with_data(weights, model_gradient)
+        if self.scores and self.last is None and readable(total):
+            refuse_lost(_broken(total) & ~_broken(model_gradient) & ~_broken(weights))
         self._measure(model_gradient, total)
         return total
 
@@ -119,6 +122,11 @@ class DirectAscent:
             "sign_change_share": torch.as_tensor(self.sign_changes / self.features),
             "zero_gradient_share": (self.last == 0).float().mean(),
         }
+
+
+def _broken(x: Tensor) -> Tensor:
+    """Whether there is a NaN in each sample of x [N, …], bool [N]."""
+    return x.isnan().flatten(1).any(1)
 
 
 def _lengths(x: Tensor) -> Tensor:

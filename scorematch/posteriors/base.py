@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..inputs import check_finite, check_length, check_like, check_real, check_single, check_strided
 from ..modes import own_precision
+from ..ops._checks import accumulator
 from ..ops.score_step import score_step
 
 
@@ -77,15 +78,54 @@ class Posterior(nn.Module, ABC):
 NORMALISED = 1e-2  # how far the logarithm of the sum of all classes may be from 0, beside rounding
 
 
-def begin_trace(posterior: Posterior, x: Tensor, y: Tensor) -> Trace:
-    """``posterior.trace(x, y)``, whose first values are looked at.
+def begin_trace(posterior: Posterior, x: Tensor, y: Tensor, *, nan: bool = False) -> Trace:
+    """``posterior.trace(x, y)``, whose first values are looked at; only with ``nan`` may some of them be NaN.
 
     Raises:
         ValueError: they are no log-probabilities.
     """
     trace = posterior.trace(x, y)
     check_values(trace.log_p)
+    if not nan and trace.log_p.is_cpu:
+        check_known(trace.log_p)
     return trace
+
+
+def check_known(log_p: Tensor) -> None:
+    """Refuse log p [N, …, L] that is NaN somewhere; it reads the values, so a GPU has to be waited for.
+
+    Raises:
+        ValueError: as said.
+    """
+    unknown = log_p.isnan().any(-1)
+    if wrong := int(unknown.sum()):
+        given = f"NaN at {wrong} of {unknown.numel()} points"
+        raise ValueError(f"posterior must give log p(y|x) at every point, got {given}")
+
+
+def check_scores(trace: Trace, x: Tensor) -> None:
+    """Refuse class scores that are NaN at x [N, …], where the trace is; a GPU has to be waited for.
+
+    An attack would leave such a sample where it is, and find nothing. A feature of NaN among others is no reason, and a
+    sample whose log p is NaN has been told.
+
+    Raises:
+        ValueError: as said.
+    """
+    likeliest = torch.nn.functional.one_hot(trace.log_p.argmax(1), trace.log_p.shape[1]).to(trace.log_p.dtype)
+    gradient = trace.pull_back(likeliest, torch.zeros_like(x))
+    refuse_lost(gradient.isnan().flatten(1).all(1) & ~trace.log_p.isnan().any(1))
+
+
+def refuse_lost(lost: Tensor) -> None:
+    """Refuse a posterior whose gradient is NaN at the samples ``lost``, bool [N]; a GPU has to be waited for.
+
+    Raises:
+        ValueError: as said.
+    """
+    if wrong := int(lost.sum()):
+        given = f"a gradient of NaN at {wrong} of {len(lost)} points"
+        raise ValueError(f"posterior must give scores that are numbers, got {given}")
 
 
 def check_values(log_p: Tensor) -> None:
@@ -109,7 +149,7 @@ def wrong_sum(log_p: Tensor) -> float | None:
     """The sum of Σ_y p_y that is furthest from 1, of log p [N, L]; None where rounding explains it.
 
     Rounding moves log p_y by at most half an eps of its size, and so the logarithm of the sum by half an eps of the
-    entropy, which is at most log L; twice that is allowed. NaN is told by what meets it.
+    entropy, which is at most log L; twice that is allowed. NaN is left to :func:`check_known`.
     """
     total = log_p.detach().double().logsumexp(1)
     rounding = torch.finfo(log_p.dtype).eps * math.log(max(log_p.shape[1], 1))
@@ -149,7 +189,8 @@ class ClassScorePosterior(PointwisePosterior):
             x: [N, …].
 
         Returns:
-            log p(y|x) [N, L], and s_y(x) [N, L, …] up to a field that is the same for all classes.
+            log p(y|x) [N, L], and s_y(x) [N, L, …] up to a field that is the same for all classes; both in the dtype of
+            x. Anything else is refused by what uses them.
         """
 
     def _trace_at(self, x: Tensor) -> Trace:
@@ -169,8 +210,7 @@ class _ClassScoreTrace(Trace):
     def move(self, x: Tensor) -> None:
         check_real(x)
         self.x = x.detach()
-        with own_precision(x):
-            self.log_p, self.scores = self.posterior.log_prob_and_scores(self.x)
+        self.log_p, self.scores = _values_and_scores(self.posterior, self.x)
 
     def pull_back(self, weights: Tensor, grad: Tensor) -> Tensor:
         check_pull(weights, grad, self)
@@ -185,8 +225,7 @@ class _LogPosterior(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, posterior: ClassScorePosterior) -> Tensor:
-        with own_precision(x):
-            log_p, scores = posterior.log_prob_and_scores(x.detach())
+        log_p, scores = _values_and_scores(posterior, x.detach())
         ctx.save_for_backward(log_p, scores)
         return log_p
 
@@ -195,6 +234,33 @@ class _LogPosterior(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         log_p, scores = ctx.saved_tensors
         return score_step(centred(grad, log_p), scores, torch.zeros_like(scores[:, 0])), None
+
+
+def _values_and_scores(posterior: ClassScorePosterior, x: Tensor) -> tuple[Tensor, Tensor]:
+    """``posterior.log_prob_and_scores(x)``, which may be that of a user; reads no values.
+
+    Raises:
+        TypeError, ValueError: it returns no log p [N, L] and scores [N, L, …] of the dtype and device of x.
+    """
+    with own_precision(x):
+        found = posterior.log_prob_and_scores(x)
+    shapes = [[len(x), posterior.num_classes], [len(x), posterior.num_classes, *x.shape[1:]]]
+    parts = found if isinstance(found, tuple | list) else (found,)
+    typed = len(parts) == 2 and all(isinstance(part, Tensor) for part in parts)
+    typed = typed and parts[1].dtype == x.dtype and parts[0].dtype in (x.dtype, accumulator(x.dtype))
+    if typed and [list(part.shape) for part in parts] == shapes and all(part.device == x.device for part in parts):
+        return parts[0], parts[1]
+    raise (ValueError if typed else TypeError)(
+        f"posterior.log_prob_and_scores must return log p [N, L] = {shapes[0]} and scores [N, L, …] = {shapes[1]} like "
+        f"x, {x.dtype} on {x.device}, got {' and '.join(map(_described, parts)) or 'nothing'}"
+    )
+
+
+def _described(part: object) -> str:
+    """What a message says of something that may be a tensor."""
+    if not isinstance(part, Tensor):
+        return type(part).__name__
+    return f"{part.dtype} {list(part.shape)} on {part.device}"
 
 
 def check_point(x: Tensor, own: Tensor, shape: torch.Size | None = None, *, any_dtype: bool = True) -> None:

@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from ..inputs import check_instance, check_posterior
 from .base import PointwisePosterior, Posterior, Trace, check_pull
 
 
@@ -23,14 +24,16 @@ class Ensemble(Posterior):
         members: posteriors over the same classes, at least one, all with ``centering="posterior"``.
 
     Raises:
+        TypeError: one is no posterior; the message says which.
         ValueError: there is none, their numbers of classes differ, or one has another ``centering``.
     """
 
     def __init__(self, members: Sequence[Posterior]) -> None:
         super().__init__()
         listed = list(members) if isinstance(members, Iterable) else [members]
-        if not all(isinstance(member, Posterior) for member in listed):
-            raise TypeError(f"members must be posteriors, got {', '.join(type(member).__name__ for member in listed)}")
+        for index, member in enumerate(listed):
+            check_posterior(f"members[{index}]", member)
+            check_instance(f"members[{index}]", member, Posterior)
         members = listed
         if not members:
             raise ValueError("members must be at least one posterior, got none")

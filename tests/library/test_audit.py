@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from scorematch import ThreatModel, audit
+from scorematch import ThreatModel, audit, objectives
 from scorematch.divergences import KINDS
 from scorematch.matching import fit_temperature
 from scorematch.networks import Denoiser, MLPBackbone
@@ -519,7 +519,7 @@ CALIBRATION = partial(audit.calibration, noise=0.1)
         (audit.closed_loop, {"length": 0.0}, "length must be finite and positive, got 0.0"),
         (audit.robust_accuracy, {"threat_model": ThreatModel("l2", 0.5), "restarts": 0}, "restarts must be at least 1"),
         (audit.robust_accuracy, {"threat_model": ThreatModel("l2", 0.5), "steps": -1}, "steps must be at least 0"),
-        (audit.robust_accuracy, {"threat_model": 0.5}, "threat_model must be a ThreatModel, .*got 0.5"),
+        (audit.robust_accuracy, {"threat_model": 0.5}, "threat_model must be a ThreatModel, .*got float, which lacks"),
     ],
 )
 def test_arguments_outside_their_range(function: Callable[..., object], options: dict, message: str) -> None:
@@ -662,18 +662,19 @@ def test_an_attack_on_a_saturated_posterior_keeps_its_direction() -> None:
 
 
 class Broken(Altered):
-    """Its values, or else its scores, are NaN where the first feature is above ``threshold``."""
+    """Its values, or else the scores of these features, are NaN where the first feature is above ``threshold``."""
 
-    def __init__(self, truth: GaussianMixture, threshold: float, *, values: bool = True) -> None:
+    def __init__(self, truth: GaussianMixture, threshold: float, *, values: bool = True, of: slice = slice(0)) -> None:
         super().__init__(truth)
-        self.threshold, self.values = threshold, values
+        self.threshold, self.values, self.of = threshold, values, of
 
     def log_prob_and_scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
         log_p, scores = self.truth.log_prob_and_scores(x)
         broken = x.flatten(1)[:, :1] > self.threshold
         if self.values:
             return log_p.masked_fill(broken, math.nan), scores
-        return log_p, scores.masked_fill(broken[..., None], math.nan)
+        scores[..., self.of] = scores[..., self.of].masked_fill(broken[..., None], math.nan)
+        return log_p, scores
 
 
 def test_a_nan_of_the_posterior_is_misclassified() -> None:
@@ -688,9 +689,43 @@ def test_a_nan_of_the_posterior_is_misclassified() -> None:
 
 
 def test_a_nan_of_the_gradient_leaves_a_feature_as_it_is() -> None:
+    """What the other feature reaches by itself, from a start that is drawn for both."""
     truth = two_points(0.01)
-    x, y = truth.means[1], torch.ones(1).long()
-    assert audit.robust_accuracy(Broken(truth, 0.0, values=False), x, y, ThreatModel("linf", 0.01)) == (1.0, 1.0)
+    x, y = truth.means[1].expand(64, -1), torch.ones(64).long()
+    free = ThreatModel("linf", 0.45)
+    assert audit.robust_accuracy(truth, x, y, free, steps=10) == (1.0, 0.0)
+    half = Broken(truth, -math.inf, values=False, of=slice(1, 2))
+    clean, robust = audit.robust_accuracy(half, x, y, free, steps=10, generator=torch.Generator().manual_seed(0))
+    assert clean == 1.0
+    assert 0.1 < robust < 0.9
+
+
+@pytest.mark.parametrize("wrong", [1, 5, 6])
+@pytest.mark.parametrize("values", [True, False])
+def test_a_posterior_of_nan_is_refused(values: bool, wrong: int) -> None:
+    """Numbers would come of it, such as the robust accuracy of an attack that cannot move."""
+    truth, ball = two_points(0.01), ThreatModel("linf", 0.01)
+    x, y = truth.means[1].repeat(6, 1), torch.ones(6).long()
+    x[wrong:, 0] -= 0.1
+    broken = Broken(truth, 0.75, values=values, of=slice(None))
+    model = nn.Linear(2, 2).double()
+    told = rf"(log p\(y\|x\) at every point|scores that are numbers), got .*NaN at {wrong} of 6 points"
+    uses: dict[str, Callable[[], object]] = {
+        "objective": lambda: objectives.score_direct(model, x, y, threat_model=ball, posterior=broken, steps=3),
+        "surrogate": lambda: objectives.trades(model, x, y, threat_model=ball, posterior=broken, steps=3),
+        "consistency": lambda: consistency(model, broken, x, y, ball, steps=2),
+        "likelihood": lambda: audit.log_likelihood(broken, x, y, noise=0.0),
+        "accuracy": lambda: audit.robust_accuracy(broken, x, y, ball, steps=2),
+        "lowest": lambda: audit.attacked_log_likelihood(broken, x, y, ball, steps=2),
+    }
+    if not values:
+        assert torch.equal(uses.pop("likelihood")(), audit.log_likelihood(truth, x, y, noise=0.0))  # reads no scores
+    elif wrong < 6:
+        assert uses.pop("accuracy")()[0] == pytest.approx(1 - wrong / 6)  # NaN is misclassified
+        assert int(uses.pop("lowest")().isnan().sum()) == wrong
+    for use in uses.values():
+        with pytest.raises(ValueError, match=told):
+            use()
 
 
 def test_the_spread_of_a_posterior_that_is_nan_is_none() -> None:

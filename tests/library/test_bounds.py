@@ -1,5 +1,6 @@
 """Both sides of the theorems, on grids in one and two dimensions and by search, against definitions in float64."""
 
+import copy
 import math
 from collections.abc import Callable
 from itertools import pairwise
@@ -961,6 +962,26 @@ def test_a_nan_of_p_d_has_no_most_likely_class() -> None:
         )
 
 
+def test_scores_of_nan_are_no_search() -> None:
+    """No ascent would move, and the errors at clean x would pass for those in B(x); candidates need no scores."""
+    x = torch.cat([mixture(2, 1, 2).means[0]] * 3)
+    threat_model = ThreatModel("l2", 0.1, **UNBOUNDED)
+
+    class Blind(GaussianMixture):
+        def log_prob_and_scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            log_p, scores = super().log_prob_and_scores(x)
+            return log_p, scores * math.nan
+
+    truth = mixture(2, 1, 2)
+    problem = (smooth_mlp(2, 2), Blind(truth.means, truth.covariances), x, labels(x), threat_model)
+    with pytest.raises(ValueError, match="scores that are numbers, got a gradient of NaN at 3 of 3 points"):
+        bounds.robust_errors(*problem, divergences="kl")
+    with pytest.raises(ValueError, match="scores that are numbers"):
+        bounds.data_constant(*problem[1:])
+    at_points = bounds.robust_errors(*problem, divergences="kl", candidates=x[:, None])["kl"]
+    assert at_points.score.isfinite().all()
+
+
 # The modes of the caller
 
 
@@ -1000,6 +1021,23 @@ def test_the_modes_of_the_caller_change_no_bound(name: str) -> None:
     torch.testing.assert_close(bound(name, pair, *made_within), expected)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(bound(name, pair, x, y), expected)
+
+
+@pytest.mark.parametrize("name", [name for name in BOUNDS if name != "constant"])
+def test_a_model_is_borrowed_in_eval_mode(name: str) -> None:
+    """In train mode dropout and the statistics of each batch would be part of every error."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm1d(6), nn.Dropout(), nn.Linear(6, 100))
+    model(torch.rand(50, 6))
+    network = MLPBackbone((6,), 100, width=8, depth=1)
+    truth = NoiseConditionalClassifier(network, num_classes=100, sigma=0.3)
+    state, (x, y) = copy.deepcopy(model.state_dict()), (torch.rand(4, 6), torch.arange(4))
+    expected = bound(name, (copy.deepcopy(model).eval(), truth), x, y)
+    torch.testing.assert_close(bound(name, (model, truth), x, y), expected)
+    assert all(module.training for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+    assert model(x).requires_grad
 
 
 @pytest.mark.parametrize("trained", [True, False])

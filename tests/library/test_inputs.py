@@ -116,7 +116,7 @@ def test_labels_that_are_no_tensor_are_named() -> None:
 
 def test_attacks_made_for_a_model_are_told_what_they_take() -> None:
     for given in (model(), 0.1):
-        with pytest.raises(TypeError, match="threat_model must be a ThreatModel, or have the methods of"):
+        with pytest.raises(TypeError, match="threat_model must be a ThreatModel, or have all of scorematch"):
             PGD(given)
     with pytest.raises(TypeError, match=r"steps must be a whole number, got 2\.5"):
         PGD(BALL, steps=2.5)

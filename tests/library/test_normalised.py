@@ -81,3 +81,14 @@ def test_inputs_of_other_channels_are_refused() -> None:
             wrapped(torch.rand(shape))
     with pytest.raises(TypeError, match="model must be a module, got function"):
         sm.Normalised(lambda x: x, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("scripted", [False, True])
+def test_pixels_in_whole_numbers_are_refused(scripted: bool) -> None:
+    """In uint8 the mean would be 0 and the inputs infinite or wrapped."""
+    wrapped: nn.Module = sm.Normalised(nn.Identity(), [0.5] * 3, [0.25] * 3)
+    wrapped = torch.jit.script(wrapped) if scripted else wrapped
+    error: type[Exception] = torch.jit.Error if scripted else TypeError
+    for pixels in ((255 * torch.rand(2, 3, 8, 8)).byte(), torch.ones(2, 3, 8, 8).long()):
+        with pytest.raises(error, match="x must be floating point, got"):
+            wrapped(pixels)

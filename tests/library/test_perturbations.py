@@ -1,5 +1,7 @@
 """A B(x) of one's own in attacks and objectives: the L1 ball of examples/l1_ball.py."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from library_models import mixture, small_cnn, smooth_mlp
@@ -98,3 +100,51 @@ def test_where_a_ball_is_needed_another_one_is_named() -> None:
         sm.consistency(small_cnn(), truth, x, y, BALL)
     with pytest.raises(TypeError, match="threat_model must be a ThreatModel, got L1Ball"):
         sm.bounds.robust_errors(small_cnn(), truth, x, y, BALL, divergences="l1")
+
+
+@pytest.mark.parametrize("attack", [sm.attacks.APGD, sm.attacks.FAB, sm.attacks.Square, sm.FreeAttack])
+def test_attacks_made_for_balls_refuse_another_one_at_once(attack: Callable[[object], object]) -> None:
+    with pytest.raises(TypeError, match="threat_model must be a ThreatModel, got L1Ball"):
+        attack(BALL)
+
+
+@pytest.mark.parametrize("name", ["random_start", "step", "project", "check_radius", "lower", "upper"])
+def test_what_a_ball_lacks_is_named(name: str) -> None:
+    x, y = images()
+    has = {part: getattr(BALL, part) for part in ("random_start", "step", "project", "check_radius", "lower", "upper")}
+    lacking = type("Lacking", (), {part: value for part, value in has.items() if part != name})()
+    for use in (sm.PGD, lambda ball: sm.objectives.pgd_at(small_cnn(), x, y, threat_model=ball)):
+        with pytest.raises(TypeError, match=rf"got Lacking, which lacks {name}$"):
+            use(lacking)
+    with pytest.raises(TypeError, match="got the class L1Ball itself"):
+        sm.PGD(L1Ball)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("altered", "error", "told"),
+    [
+        (lambda moved: None, TypeError, "must be a tensor, got NoneType"),
+        (lambda moved: moved.double(), TypeError, "must be torch.float32 as x, got torch.float64"),
+        (lambda moved: moved.flatten(1), ValueError, r"must be \[12, 1, 8, 8\] .* got \[12, 64\]"),
+    ],
+    ids=["none", "dtype", "shape"],
+)
+def test_a_step_that_returns_no_points_is_named(
+    altered: Callable[[Tensor], object], error: type[Exception], told: str
+) -> None:
+    class Odd(L1Ball):
+        def step(self, x: Tensor, grad: Tensor, x0: Tensor) -> Tensor:
+            return altered(super().step(x, grad, x0))  # type: ignore[return-value]
+
+    (x, _), model, ball = images(), small_cnn(), Odd(eps=1.5, step_size=0.5)
+    y = model(x).argmax(1)
+    truth = sm.posteriors.KernelDensity(x, torch.arange(12) % 10, num_classes=10, sigma=1.0)
+    uses: list[Callable[[], object]] = [
+        lambda: sm.PGD(ball, steps=2, random_start=False)(model, x, y),
+        lambda: sm.objectives.pgd_at(model, x, y, threat_model=ball, steps=2),
+        lambda: sm.objectives.score_direct(model, x, y, threat_model=ball, posterior=truth, steps=2),
+        lambda: sm.audit.robust_accuracy(truth, x, y, ball, steps=2),
+    ]
+    for use in uses:
+        with pytest.raises(error, match="what threat_model.step returns " + told):
+            use()

@@ -1,14 +1,24 @@
 """What posteriors refuse, argument by argument, and what they take as it is."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import scorematch as sm
 from scorematch.networks import EmbeddedDenoiser, MLPBackbone
-from scorematch.posteriors import FactorAnalysers, GaussianMixture, KernelDensity, Posterior, ScoreNetwork
+from scorematch.posteriors import (
+    ClassScorePosterior,
+    Ensemble,
+    FactorAnalysers,
+    GaussianMixture,
+    KernelDensity,
+    Posterior,
+    ScoreNetwork,
+)
 from scorematch.posteriors.base import check_deviation
 from scorematch.posteriors.factor_analysers import _k_means
 
@@ -205,3 +215,59 @@ def test_images_have_the_shape_of_the_data() -> None:
         posterior(images.permute(0, 2, 3, 1))
     flat = KernelDensity(images.flatten(1), Y, num_classes=2, sigma=1.0)
     assert torch.equal(flat(images), posterior(images.flatten(1)))
+
+
+class Returning(ClassScorePosterior):
+    """Of two classes, with something else than the values and the scores of these."""
+
+    num_classes = 2
+
+    def __init__(self, altered: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.altered = altered
+
+    def log_prob_and_scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = torch.stack([x, -x], 1)
+        return self.altered(scores.flatten(2).sum(2).log_softmax(1), scores)
+
+
+@pytest.mark.parametrize(
+    ("altered", "error", "told"),
+    [
+        (lambda log_p, scores: log_p, TypeError, r"got torch.float32 \[6, 2\] on cpu$"),
+        (lambda log_p, scores: None, TypeError, "got NoneType$"),
+        (lambda log_p, scores: (), TypeError, "got nothing$"),
+        (lambda log_p, scores: (log_p, None), TypeError, r"got torch.float32 \[6, 2\] on cpu and NoneType$"),
+        (lambda log_p, scores: (log_p, scores.double()), TypeError, "and torch.float64 .6, 2, 3, 4, 4. on cpu$"),
+        (lambda log_p, scores: (log_p.double(), scores), TypeError, "got torch.float64 .6, 2. on cpu and"),
+        (lambda log_p, scores: (log_p, scores.flatten(2)), ValueError, r"and torch.float32 \[6, 2, 48\] on cpu$"),
+        (lambda log_p, scores: (log_p[:, :1], scores), ValueError, r"got torch.float32 \[6, 1\] on cpu and"),
+        (lambda log_p, scores: (log_p, scores[:, :1]), ValueError, r"and torch.float32 \[6, 1, 3, 4, 4\] on cpu$"),
+        (lambda log_p, scores: (log_p, scores.to("meta")), ValueError, r"\[6, 2, 3, 4, 4\] on meta$"),
+    ],
+    ids=["values", "none", "empty", "half", "wide", "wide values", "flat", "classes", "scores of classes", "device"],
+)
+def test_values_and_scores_of_ones_own_are_looked_at(
+    altered: Callable[[Tensor, Tensor], Any], error: type[Exception], told: str
+) -> None:
+    x, y, ball = torch.rand(6, 3, 4, 4), torch.zeros(6, dtype=torch.int64), sm.ThreatModel("linf", 0.1)
+    model, posterior = nn.Sequential(nn.Flatten(), nn.Linear(48, 2)), Returning(altered)
+    expected = r"must return log p .* = \[6, 2\] and scores .* = \[6, 2, 3, 4, 4\] like x, torch.float32"
+    uses: list[Callable[[], object]] = [
+        lambda: posterior.log_prob(x),
+        lambda: sm.objectives.score_direct(model, x, y, threat_model=ball, posterior=posterior),
+        lambda: sm.audit.robust_accuracy(posterior, x, y, ball),
+        lambda: sm.consistency(model, posterior, x, y, ball),
+    ]
+    for use in uses:
+        with pytest.raises(error, match=expected + ".*" + told):
+            use()
+
+
+def test_members_of_an_ensemble_are_told_apart() -> None:
+    member = Returning(lambda *both: both)
+    nameless = KernelDensity(X, Y, num_classes=2, sigma=0.3)
+    del nameless.num_classes
+    for odd, given in ((nn.Linear(3, 2), "Linear"), (KernelDensity, "ABCMeta"), (nameless, "KernelDensity")):
+        with pytest.raises(TypeError, match=rf"members\[1\] must be a posterior, with num_classes .*, got {given}$"):
+            Ensemble([member, odd])  # type: ignore[list-item]
