@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..attacks.classifier import check_logits
+from ..attacks.classifier import check_logits, output_of
 from ..attacks.console import frames_of_the_package
 from ..attacks.inspection import probabilities
 from ..divergences import clip_bound
@@ -98,8 +98,9 @@ def training_logits(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
     Raises:
         ValueError: they are not logits.
+        RuntimeError, TypeError, ValueError: the model fails; see :func:`scorematch.attacks.classifier.output_of`.
     """
-    logits = model(x)
+    logits = output_of(model, x)
     check_logits(logits, x)
     return logits.to(torch.promote_types(logits.dtype, x.dtype))
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scorematch import PGD, AutoAttack, FreeAttack, ThreatModel, inputs, objectives
+from scorematch import PGD, AutoAttack, FreeAttack, Normalised, ThreatModel, inputs, objectives
 from scorematch.inputs import check_inputs
 from scorematch.objectives import Outcome
 from scorematch.posteriors import KernelDensity
+from scorematch.smoothing import SmoothedClassifier
 
 BALL = ThreatModel("linf", 0.1)
 X = torch.rand(6, 1, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -120,3 +121,77 @@ def test_attacks_made_for_a_model_are_told_what_they_take() -> None:
             PGD(given)
     with pytest.raises(TypeError, match=r"steps must be a whole number, got 2\.5"):
         PGD(BALL, steps=2.5)
+
+
+def smoothed(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return SmoothedClassifier(model, num_classes=3, sigma=0.1).predict(x, n=5)
+
+
+CALLERS = {
+    **OBJECTIVES,
+    "standard": objectives.standard,
+    "gaussian": partial(objectives.gaussian, sigma=0.1),
+    "PGD": PGD(BALL, steps=1),
+    "AutoAttack": lambda model, x, y: AutoAttack(model.eval(), "Linf", 0.1, verbose=False).run_standard_evaluation(
+        x, y
+    ),
+    "smoothing": smoothed,
+}
+
+
+@pytest.mark.parametrize("name", CALLERS)
+@pytest.mark.parametrize(
+    ("x", "told"),
+    [
+        (X.double(), r"float64 inputs \[\d+, 1, 4, 4\] on cpu \(mat1 and mat2 must have the same dtype.*"),
+        (X[..., :3], r"float32 inputs \[\d+, 1, 4, 3\] on cpu \(mat1 and mat2 shapes cannot be multiplied.*"),
+    ],
+    ids=["float64", "shape"],
+)
+def test_inputs_that_the_model_is_not_made_for_are_named(name: str, x: Tensor, told: str) -> None:
+    if name == "score_direct":  # whose posterior must take them
+        density = KernelDensity(x, Y, num_classes=3, sigma=0.3)
+        call = partial(objectives.score_direct, threat_model=BALL, posterior=density, steps=1)
+    else:
+        call = CALLERS[name]
+    with pytest.raises(
+        RuntimeError, match=rf"^the model failed on {told}\); its parameters are float32 on cpu$"
+    ) as found:
+        call(model(), x, Y)
+    assert str(found.value.__cause__).startswith("mat1 and mat2")
+
+
+def test_inputs_on_another_device_are_named() -> None:
+    with pytest.raises(RuntimeError, match=r"float32 inputs .* on cpu \(.*\); its parameters are float32 on meta$"):
+        objectives.standard(model().to("meta"), X, Y)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "^CUDA out of memory$"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "^DefaultCPUAllocator"),
+        (NotImplementedError("another day"), "^another day$"),
+        (KeyError("missing"), "missing"),
+    ],
+)
+def test_errors_that_say_enough_stay_as_they_are(error: Exception, told: str) -> None:
+    def fails(x: Tensor) -> Tensor:
+        raise error
+
+    with pytest.raises(type(error), match=told) as found:
+        PGD(BALL, steps=1)(fails, X, Y)
+    assert found.value is error
+
+
+def test_checks_of_the_package_within_a_model_stay_as_they_are() -> None:
+    with pytest.raises(ValueError, match=r"^x must be \[N, 3, …\], as mean and std have 3 channels"):
+        PGD(BALL, steps=1)(Normalised(model(), [0.5] * 3, [0.2] * 3), X, Y)
+
+
+def test_what_a_function_raises_is_told_beside_its_inputs() -> None:
+    def fails(x: Tensor) -> Tensor:
+        raise ValueError("first line\nsecond line")
+
+    with pytest.raises(ValueError, match=r"^the model failed on float32 inputs \[6, 1, 4, 4\] on cpu \(first line\)$"):
+        PGD(BALL, steps=1)(fails, X, Y)
