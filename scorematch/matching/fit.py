@@ -256,12 +256,18 @@ class Fitting:
 
     Raises:
         TypeError: an argument is not what is said above; the message names it.
+        ValueError: the network has no parameter to train.
     """
 
     def __init__(self, network: nn.Module, loss: nn.Module, fit: Fit, *, fused: bool = False) -> None:
         check_instance("network", network, nn.Module)
         check_instance("loss", loss, nn.Module)
         check_instance("fit", fit, Fit)
+        if not any(parameter.requires_grad for parameter in network.parameters()):
+            raise ValueError(
+                "network has no parameter that requires a gradient (a posterior keeps its network fixed; pass a copy: "
+                "copy.deepcopy(network).requires_grad_())"
+            )
         self.network, self.loss, self.fit = network, loss, fit
         self.optimizer = torch.optim.AdamW(
             network.parameters(), lr=fit.lr, weight_decay=fit.weight_decay, fused=True if fused else None
@@ -349,7 +355,8 @@ def fit_denoiser(
     """Train a denoiser by :func:`scorematch.matching.denoising`, in place, and return it in eval mode.
 
     Args:
-        denoiser: the network; gets the averaged weights of the last step, or of the best one by ``held_out``.
+        denoiser: the network, with parameters that require gradients; gets the averaged weights of the last step, or of
+            the best one by ``held_out``.
         x: [M, …] training inputs, on the device of the network.
         y: int64 [M] labels.
         fit: how to train.
@@ -385,7 +392,7 @@ def fit_classifier(
     """Train a noise-conditional classifier with cross-entropy on x + σω, in place; see :func:`fit_denoiser`.
 
     Args:
-        network: maps (x [N, …], sigma [N]) to logits [N, L].
+        network: maps (x [N, …], sigma [N]) to logits [N, L]; its parameters require gradients.
         denoiser: supplies the unconditional score of :func:`scorematch.matching.denoising_likelihood`; needed if
             ``fit.likelihood_weight`` > 0.
         energy: train the network as a joint energy, see :func:`scorematch.matching.joint_energy`.

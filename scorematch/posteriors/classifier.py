@@ -17,7 +17,8 @@ class NoiseConditionalClassifier(PointwisePosterior):
     denoising likelihood score matching (Chao et al., ICLR 2022).
 
     Args:
-        network: maps (x [N, …], sigma [N]) to logits [N, L].
+        network: maps (x [N, …], sigma [N]) to logits [N, L]; fixed from now on: in eval mode, and its parameters
+            require no gradients. To train it further, pass a copy.
         num_classes: L.
         sigma: the noise level p_σ at which it is read, in input units; > 0.
         temperature: divides the logits; 1 leaves the estimate as trained. Saved with the state, see

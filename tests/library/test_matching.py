@@ -13,6 +13,7 @@ from torch import nn
 from scorematch import matching
 from scorematch.matching import DenoisingLoss, Fit, Fitting, fit_classifier, fit_denoiser
 from scorematch.networks import Denoiser, EmbeddedDenoiser, MLPBackbone
+from scorematch.posteriors import NoiseConditionalClassifier, ScoreNetwork
 
 
 def gaussian(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -550,3 +551,17 @@ def test_numbers_of_numpy_are_numbers() -> None:
     backbone = MLPBackbone((6,), 6, width=8, depth=1, conditions=3)
     denoiser = EmbeddedDenoiser(backbone, num_classes=3, sigma_data=1.0, chunk=np.int64(2))
     assert denoiser.class_scores(x, 0.3).shape == (8, 3, 6)
+
+
+def test_a_network_that_a_posterior_keeps_fixed_is_not_trained() -> None:
+    x, y = toy(16)
+    denoiser, classifier = small_denoiser(), MLPBackbone((1,), 2, width=8, depth=1)
+    ScoreNetwork(denoiser, sigma=0.5)
+    NoiseConditionalClassifier(classifier, num_classes=2, sigma=0.5)
+    fit, generator = Fit(steps=2, batch_size=4), torch.Generator()
+    told = r"network has no parameter that requires a gradient \(a posterior keeps its network fixed; pass a copy"
+    with pytest.raises(ValueError, match=told):
+        fit_denoiser(denoiser, x, y, fit, generator=generator)
+    with pytest.raises(ValueError, match=told):
+        fit_classifier(classifier, x, y, fit, generator=generator)
+    fit_classifier(copy.deepcopy(classifier).requires_grad_(), x, y, fit, generator=generator)
