@@ -15,6 +15,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -220,6 +221,11 @@ class ClassificationLoss(MatchingLoss):
         self.weight = weight
         self.energy = energy
         self._denoiser = (None if denoiser is None else denoiser.eval(),)  # in a tuple it is no submodule
+        self._check_all: Callable[[int], None] | None = None
+
+    def expect(self, x: Tensor, y: Tensor) -> None:
+        """Check all labels y [M] of a training on x [M, …] as soon as a first batch says how many classes there are."""
+        self._check_all = partial(check_labels, x, y)
 
     def loss(self, batch: Batch) -> Tensor:
         noisy = batch.x + broadcast(batch.sigma, batch.x) * batch.noise
@@ -233,16 +239,22 @@ class ClassificationLoss(MatchingLoss):
                 center=self.energy.center,
                 sigma_data=self.energy.sigma_data,
             )
-            return cross_entropy(logits, batch.y, reduction="none") + self.energy.weight * matching
+            return self._cross_entropy(logits, batch.y) + self.energy.weight * matching
         (denoiser,) = self._denoiser
         if denoiser is None or self.weight == 0.0:
             logits = self.network(noisy, batch.sigma)
             check_logits(logits, batch.y, noisy)
-            return cross_entropy(logits, batch.y, reduction="none")
+            return self._cross_entropy(logits, batch.y)
         with torch.no_grad():
             unconditional = denoiser.score(noisy, batch.sigma)
         matching, logits = denoising_likelihood(self.network, unconditional, noisy, batch.y, batch.sigma, batch.noise)
-        return cross_entropy(logits, batch.y, reduction="none") + self.weight * matching
+        return self._cross_entropy(logits, batch.y) + self.weight * matching
+
+    def _cross_entropy(self, logits: Tensor, y: Tensor) -> Tensor:
+        if self._check_all is not None:
+            self._check_all(logits.shape[1])
+            self._check_all = None
+        return cross_entropy(logits, y, reduction="none")
 
 
 class Fitting:
@@ -368,11 +380,12 @@ def fit_denoiser(
             to read it waits for the device.
 
     Raises:
-        TypeError, ValueError: an argument is not what is said above, the teacher has another number of classes, or no
-            held-out loss was finite.
+        TypeError, ValueError: an argument is not what is said above, a label is no class, the teacher has another
+            number of classes, or no held-out loss was finite.
     """
     loss = DenoisingLoss(denoiser) if teacher is None else DistillationLoss(denoiser, teacher)
-    _run(Fitting(denoiser, loss, fit), x, y, generator, augment, held_out, progress)
+    classes = denoiser.num_classes if teacher is None else None  # a teacher stands in for the labels
+    _run(Fitting(denoiser, loss, fit), x, y, generator, augment, held_out, progress, classes)
     return denoiser
 
 
@@ -398,11 +411,13 @@ def fit_classifier(
         energy: train the network as a joint energy, see :func:`scorematch.matching.joint_energy`.
 
     Raises:
-        TypeError, ValueError: an argument is not what is said above, a likelihood weight without a denoiser, or beside
-            ``energy``; or no held-out loss was finite.
+        TypeError, ValueError: an argument is not what is said above, a label is no class (all of them are looked at
+            before the first step), a likelihood weight is given without a denoiser or beside ``energy``, or no held-out
+            loss was finite.
     """
     check_instance("fit", fit, Fit)
     loss = ClassificationLoss(network, fit.likelihood_weight, denoiser, energy)
+    loss.expect(x, y)
     _run(Fitting(network, loss, fit), x, y, generator, augment, held_out, progress)
     return network
 
@@ -415,8 +430,9 @@ def _run(
     augment: Augment | None,
     held_out: HeldOut | None,
     progress: Progress | None,
+    num_classes: int | None = None,
 ) -> None:
-    check_labels(x, y)
+    check_labels(x, y, num_classes)
     check_finite(x, "x")
     if len(x) == 0:
         raise ValueError(f"x must be [M, …] with at least one sample, got {list(x.shape)}")

@@ -3,6 +3,7 @@
 import copy
 import math
 from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import pytest
@@ -565,3 +566,19 @@ def test_a_network_that_a_posterior_keeps_fixed_is_not_trained() -> None:
     with pytest.raises(ValueError, match=told):
         fit_classifier(classifier, x, y, fit, generator=generator)
     fit_classifier(copy.deepcopy(classifier).requires_grad_(), x, y, fit, generator=generator)
+
+
+@pytest.mark.parametrize("name", ["denoiser", "classifier", "likelihood", "joint_energy"])
+def test_all_labels_are_looked_at_before_the_first_step(name: str) -> None:
+    """Batches of 2 of 4000 samples do not draw the last one."""
+    x, y = toy()
+    y[-1] = 2
+    generator = torch.Generator().manual_seed(0)
+    network = small_denoiser() if name == "denoiser" else MLPBackbone((1,), 2, width=8, depth=1)
+    before = copy.deepcopy(network.state_dict())
+    fit = Fit(steps=2, batch_size=2, likelihood_weight=float(name == "likelihood"))
+    energy = matching.JointEnergy(1.0, 0.0, 1.0) if name == "joint_energy" else None
+    train = fit_denoiser if name == "denoiser" else partial(fit_classifier, denoiser=small_denoiser(), energy=energy)
+    with pytest.raises(ValueError, match=r"y must lie in \[0, 2\), got values in \[0, 2\]"):
+        train(network, x, y, fit, generator=generator)
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
