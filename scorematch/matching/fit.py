@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ..averaging import WeightAverage
-from ..inputs import check_count, check_finite, check_instance, check_labels, check_length, check_share
+from ..inputs import check_count, check_finite, check_instance, check_labels, check_length, check_share, output_at
 from ..networks.denoiser import Denoiser
 from ..noise import normal_like
 from ..ops._checks import check_number
@@ -242,7 +242,7 @@ class ClassificationLoss(MatchingLoss):
             return self._cross_entropy(logits, batch.y) + self.energy.weight * matching
         (denoiser,) = self._denoiser
         if denoiser is None or self.weight == 0.0:
-            logits = self.network(noisy, batch.sigma)
+            logits = output_at(self.network, noisy, batch.sigma)
             check_logits(logits, batch.y, noisy)
             return self._cross_entropy(logits, batch.y)
         with torch.no_grad():

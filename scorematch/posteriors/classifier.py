@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..inputs import check_count, check_instance, check_length, check_real
+from ..inputs import check_count, check_instance, check_length, check_real, output_at
 from .base import PointwisePosterior, Trace, check_pull
 
 
@@ -25,7 +25,8 @@ class NoiseConditionalClassifier(PointwisePosterior):
             :func:`scorematch.matching.fit_temperature`.
 
     Raises:
-        ValueError: an argument is outside its range; later, the network returns no logits of so many classes.
+        TypeError, ValueError: an argument is not what is said above; in a call, the network does not take the two, or
+            returns no logits of so many classes.
     """
 
     temperature: Tensor
@@ -48,7 +49,7 @@ class NoiseConditionalClassifier(PointwisePosterior):
 
     def forward(self, x: Tensor) -> Tensor:
         check_real(x)
-        logits = self.network(x, torch.full((len(x),), self.sigma, dtype=x.dtype, device=x.device))
+        logits = output_at(self.network, x, torch.full((len(x),), self.sigma, dtype=x.dtype, device=x.device))
         given = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         if given != [len(x), self.num_classes]:
             raise ValueError(f"network must return logits {[len(x), self.num_classes]} for num_classes, got {given}")

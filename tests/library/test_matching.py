@@ -582,3 +582,25 @@ def test_all_labels_are_looked_at_before_the_first_step(name: str) -> None:
     with pytest.raises(ValueError, match=r"y must lie in \[0, 2\), got values in \[0, 2\]"):
         train(network, x, y, fit, generator=generator)
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
+class Raising(nn.Module):
+    """Takes what it must, and fails within."""
+
+    def forward(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        raise TypeError("of its own")
+
+
+@pytest.mark.parametrize("settings", [{}, {"likelihood_weight": 1.0}], ids=["plain", "likelihood"])
+def test_a_network_that_is_not_told_the_noise_level(settings: dict) -> None:
+    x, y = toy(16)
+    plain, fit = nn.Sequential(nn.Linear(1, 2)), Fit(steps=1, batch_size=4, **settings)
+    told = r"network must take \(x, sigma\), got Sequential, which takes \(input\)"
+    with pytest.raises(TypeError, match=told):
+        fit_classifier(plain, x, y, fit, generator=torch.Generator(), denoiser=small_denoiser())
+    with pytest.raises(TypeError, match=told):
+        matching.losses_by_level(plain, x, y, (0.1,))
+    with pytest.raises(TypeError, match=told):
+        NoiseConditionalClassifier(plain, num_classes=2, sigma=0.5)(x)
+    with pytest.raises(TypeError, match=r"^of its own$"):
+        NoiseConditionalClassifier(Raising(), num_classes=2, sigma=0.5)(x)
