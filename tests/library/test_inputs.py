@@ -195,3 +195,29 @@ def test_what_a_function_raises_is_told_beside_its_inputs() -> None:
 
     with pytest.raises(ValueError, match=r"^the model failed on float32 inputs \[6, 1, 4, 4\] on cpu \(first line\)$"):
         PGD(BALL, steps=1)(fails, X, Y)
+
+
+@pytest.mark.parametrize("name", [*OBJECTIVES, "standard", "gaussian"])
+def test_labels_that_are_no_classes_are_those_of_the_caller(name: str) -> None:
+    with pytest.raises(ValueError, match=r"^y must lie in \[0, 3\), got values in \[1, 3\]"):
+        {**CALLERS, **OBJECTIVES}[name](model(), X, Y + 1)
+
+
+@pytest.mark.parametrize("name", ["pgd_at", "trades", "free", "standard", "gaussian"])
+@pytest.mark.parametrize(
+    ("y", "error", "told"),
+    [
+        (torch.full((6, 3), 0.5), ValueError, r"probabilities .*, got values from 0\.5 on and sums in \[1\.5, 1\.5\]"),
+        (
+            torch.tensor([[1.5, -0.5, 0.0]] * 6),
+            ValueError,
+            r"probabilities .*, got values from -0\.5 on and sums in \[1, 1\]",
+        ),
+        (torch.full((6, 3), 1 / 3).double(), TypeError, r"torch\.float32 as the logits, got torch\.float64"),
+        (torch.full((6, 4), 0.25), ValueError, r"labels \[N\] or probabilities \[6, 3\], got \[6, 4\]"),
+    ],
+    ids=["sums", "negative", "float64", "classes"],
+)
+def test_soft_labels_that_are_no_distributions(name: str, y: Tensor, error: type[Exception], told: str) -> None:
+    with pytest.raises(error, match=f"^y must be {told}"):
+        CALLERS[name](model(), X, y)
