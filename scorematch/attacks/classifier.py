@@ -43,7 +43,7 @@ def output_of(model: Callable[[Tensor], Any], x: Tensor) -> Any:
     except (RuntimeError, TypeError, ValueError) as error:
         if not _is_bare(error, x):
             raise
-        told = f"the model failed on {_kind(x)} inputs {list(x.shape)} on {x.device} ({_first_line(error)})"
+        told = f"the model failed on {_kind(x)} inputs {list(x.shape)} on {x.device} ({_reason(error)})"
         own = dict.fromkeys(
             f"{_kind(parameter)} on {parameter.device}"
             for parameter in (model.parameters() if isinstance(model, nn.Module) else ())
@@ -71,8 +71,10 @@ def _kind(t: Tensor) -> str:
     return str(t.dtype).removeprefix("torch.")
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def _reason(error: Exception) -> str:
+    """The line of an error that says what is wrong: the first one, but TorchScript puts its own words before it."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1 if "TorchScript" in lines[0] else 0]
 
 
 def check_logits(logits: Any, x: Tensor) -> None:

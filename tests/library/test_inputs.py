@@ -161,6 +161,12 @@ def test_inputs_that_the_model_is_not_made_for_are_named(name: str, x: Tensor, t
     assert str(found.value.__cause__).startswith("mat1 and mat2")
 
 
+def test_a_scripted_model_tells_the_reason_last() -> None:
+    told = r"^the model failed on float64 inputs .* \(RuntimeError: .*; its parameters are float32 on cpu$"
+    with pytest.raises(RuntimeError, match=told):
+        PGD(BALL, steps=1)(torch.jit.trace(model().eval(), X), X.double(), Y)
+
+
 def test_inputs_on_another_device_are_named() -> None:
     with pytest.raises(RuntimeError, match=r"float32 inputs .* on cpu \(.*\); its parameters are float32 on meta$"):
         objectives.standard(model().to("meta"), X, Y)
