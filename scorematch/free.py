@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from .divergences import check_kind
 from .inputs import check_count, check_inputs, check_instance
-from .objectives.outcome import Outcome, accuracy, training_logits, warn_of_probabilities
-from .ops.divergence import divergence as divergence_of
+from .objectives.outcome import Outcome, accuracy, divergence_from, training_logits, warn_of_probabilities
 from .ops.pgd_step import pgd_step
 from .threat_model import ThreatModel
 
@@ -88,7 +87,7 @@ class FreeAttack:
         point.register_hook(self._advance)
         logits = training_logits(model, point)
         warn_of_probabilities(model, logits)
-        loss = divergence_of(logits, y, kind=self.divergence)
+        loss = divergence_from(y, logits, self.divergence)
         return Outcome(loss, point.detach(), {"accuracy": accuracy(logits, y)})
 
     def _held(self, x: Tensor) -> Tensor:

@@ -5,10 +5,11 @@ The most common mistakes have hints of their own in the messages: pixels in 0…
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -347,6 +348,35 @@ def check_levels(sigma: Any, x: Tensor, *, numbers: bool = False) -> None:
         raise ValueError(f"sigma must be [N] for x {list(x.shape)}, got {list(sigma.shape)}")
     if readable(sigma) and not bool(((sigma > 0) & (sigma < math.inf)).all()):
         raise ValueError(f"sigma must be positive and finite, got values in {torch.stack(sigma.aminmax()).tolist()}")
+
+
+def output_at(network: nn.Module, x: Tensor, sigma: Tensor) -> Any:
+    """Whatever a network that is told the noise level returns for x [N, …] and sigma [N].
+
+    Raises:
+        TypeError: the network does not take the two.
+    """
+    if torch.compiler.is_compiling():
+        return network(x, sigma)
+    try:
+        return network(x, sigma)
+    except TypeError as error:
+        if (taken := _other_parameters(network.forward, x, sigma)) is None:
+            raise
+        raise TypeError(f"network must take (x, sigma), got {type(network).__name__}, which takes ({taken})") from error
+
+
+def _other_parameters(function: Callable[..., Any], *arguments: object) -> str | None:
+    """The parameters of a function that does not take these arguments; None where it may."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # a function without a signature
+        return None
+    try:
+        signature.bind(*arguments)
+    except TypeError:
+        return ", ".join(signature.parameters)
+    return None
 
 
 def readable(t: Tensor) -> bool:

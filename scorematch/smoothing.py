@@ -24,6 +24,7 @@ import torch
 from scipy.special import betainc, betaincinv, ndtri
 from torch import Tensor, nn
 
+from .attacks.classifier import output_of
 from .inputs import check_callable, check_count, check_finite, check_length, check_share, check_tensor
 from .intervals import wilson
 from .model_state import borrowed
@@ -265,7 +266,9 @@ class SmoothedClassifier:
             shape = (min(BLOCK, draws - start), *x.shape[1:])
             noise = [torch.empty(shape, dtype=x.dtype, device=x.device).normal_(generator=own) for own in streams]
             points = (x[:, None] + self.sigma * torch.stack(noise)).flatten(0, 1)
-            logits = torch.cat([self._checked(self.model(part), len(part)) for part in points.split(self.batch)])
+            logits = torch.cat(
+                [self._checked(output_of(self.model, part), len(part)) for part in points.split(self.batch)]
+            )
             yield logits.view(len(x), shape[0], self.num_classes)
 
     def _checked(self, logits: Tensor, count: int) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..folding import Folding, copy_sharing_tensors
 
+PACKAGE = __name__.partition(".")[0] + "."
 Loss = Callable[..., Tensor]  # (logits [N, L], labels [N], …) to [N]
 
 
@@ -20,10 +21,60 @@ def logits_of(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
     Raises:
         ValueError: the model returns anything but a tensor [N, L] of floating-point numbers with L ≥ 2.
+        RuntimeError, TypeError, ValueError: it fails; see :func:`output_of`.
     """
-    logits = model(x)
+    logits = output_of(model, x)
     check_logits(logits, x)
     return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def output_of(model: Callable[[Tensor], Any], x: Tensor) -> Any:
+    """Whatever a model returns for x [N, …].
+
+    Raises:
+        RuntimeError, TypeError, ValueError: the model fails, as it does for inputs of another dtype, shape or device
+            than it is made for; the message names those of x and of the parameters. Errors that say enough by
+            themselves stay as they are: those of this package, those of a lack of memory, and all other classes.
+    """
+    if torch.compiler.is_compiling():
+        return model(x)
+    try:
+        return model(x)
+    except (RuntimeError, TypeError, ValueError) as error:
+        if not _is_bare(error, x):
+            raise
+        told = f"the model failed on {_kind(x)} inputs {list(x.shape)} on {x.device} ({_reason(error)})"
+        own = dict.fromkeys(
+            f"{_kind(parameter)} on {parameter.device}"
+            for parameter in (model.parameters() if isinstance(model, nn.Module) else ())
+        )
+        raise type(error)(f"{told}; its parameters are {' and '.join(own)}" if own else told) from error
+
+
+def _is_bare(error: Exception, x: Tensor) -> bool:
+    """Whether what a model raised at x comes from torch or from the model, and may name nothing that the caller gave.
+
+    A subclass, such as torch's for a lack of memory on a GPU, says what it is about.
+    """
+    if type(error) not in (RuntimeError, TypeError, ValueError) or "can't allocate memory" in str(error):
+        return False
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    innermost = error.__traceback__
+    while innermost is not None and innermost.tb_next is not None:
+        innermost = innermost.tb_next
+    raised_in = "" if innermost is None else innermost.tb_frame.f_globals.get("__name__", "")
+    return not raised_in.startswith(PACKAGE)
+
+
+def _kind(t: Tensor) -> str:
+    return str(t.dtype).removeprefix("torch.")
+
+
+def _reason(error: Exception) -> str:
+    """The line of an error that says what is wrong: the first one, but TorchScript puts its own words before it."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1 if "TorchScript" in lines[0] else 0]
 
 
 def check_logits(logits: Any, x: Tensor) -> None:

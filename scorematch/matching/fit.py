@@ -15,6 +15,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ..averaging import WeightAverage
-from ..inputs import check_count, check_finite, check_instance, check_labels, check_length, check_share
+from ..inputs import check_count, check_finite, check_instance, check_labels, check_length, check_share, output_at
 from ..networks.denoiser import Denoiser
 from ..noise import normal_like
 from ..ops._checks import check_number
@@ -220,6 +221,11 @@ class ClassificationLoss(MatchingLoss):
         self.weight = weight
         self.energy = energy
         self._denoiser = (None if denoiser is None else denoiser.eval(),)  # in a tuple it is no submodule
+        self._check_all: Callable[[int], None] | None = None
+
+    def expect(self, x: Tensor, y: Tensor) -> None:
+        """Check all labels y [M] of a training on x [M, …] as soon as a first batch says how many classes there are."""
+        self._check_all = partial(check_labels, x, y)
 
     def loss(self, batch: Batch) -> Tensor:
         noisy = batch.x + broadcast(batch.sigma, batch.x) * batch.noise
@@ -233,16 +239,22 @@ class ClassificationLoss(MatchingLoss):
                 center=self.energy.center,
                 sigma_data=self.energy.sigma_data,
             )
-            return cross_entropy(logits, batch.y, reduction="none") + self.energy.weight * matching
+            return self._cross_entropy(logits, batch.y) + self.energy.weight * matching
         (denoiser,) = self._denoiser
         if denoiser is None or self.weight == 0.0:
-            logits = self.network(noisy, batch.sigma)
+            logits = output_at(self.network, noisy, batch.sigma)
             check_logits(logits, batch.y, noisy)
-            return cross_entropy(logits, batch.y, reduction="none")
+            return self._cross_entropy(logits, batch.y)
         with torch.no_grad():
             unconditional = denoiser.score(noisy, batch.sigma)
         matching, logits = denoising_likelihood(self.network, unconditional, noisy, batch.y, batch.sigma, batch.noise)
-        return cross_entropy(logits, batch.y, reduction="none") + self.weight * matching
+        return self._cross_entropy(logits, batch.y) + self.weight * matching
+
+    def _cross_entropy(self, logits: Tensor, y: Tensor) -> Tensor:
+        if self._check_all is not None:
+            self._check_all(logits.shape[1])
+            self._check_all = None
+        return cross_entropy(logits, y, reduction="none")
 
 
 class Fitting:
@@ -256,12 +268,18 @@ class Fitting:
 
     Raises:
         TypeError: an argument is not what is said above; the message names it.
+        ValueError: the network has no parameter to train.
     """
 
     def __init__(self, network: nn.Module, loss: nn.Module, fit: Fit, *, fused: bool = False) -> None:
         check_instance("network", network, nn.Module)
         check_instance("loss", loss, nn.Module)
         check_instance("fit", fit, Fit)
+        if not any(parameter.requires_grad for parameter in network.parameters()):
+            raise ValueError(
+                "network has no parameter that requires a gradient (a posterior keeps its network fixed; pass a copy: "
+                "copy.deepcopy(network).requires_grad_())"
+            )
         self.network, self.loss, self.fit = network, loss, fit
         self.optimizer = torch.optim.AdamW(
             network.parameters(), lr=fit.lr, weight_decay=fit.weight_decay, fused=True if fused else None
@@ -349,7 +367,8 @@ def fit_denoiser(
     """Train a denoiser by :func:`scorematch.matching.denoising`, in place, and return it in eval mode.
 
     Args:
-        denoiser: the network; gets the averaged weights of the last step, or of the best one by ``held_out``.
+        denoiser: the network, with parameters that require gradients; gets the averaged weights of the last step, or of
+            the best one by ``held_out``.
         x: [M, …] training inputs, on the device of the network.
         y: int64 [M] labels.
         fit: how to train.
@@ -361,11 +380,12 @@ def fit_denoiser(
             to read it waits for the device.
 
     Raises:
-        TypeError, ValueError: an argument is not what is said above, the teacher has another number of classes, or no
-            held-out loss was finite.
+        TypeError, ValueError: an argument is not what is said above, a label is no class, the teacher has another
+            number of classes, or no held-out loss was finite.
     """
     loss = DenoisingLoss(denoiser) if teacher is None else DistillationLoss(denoiser, teacher)
-    _run(Fitting(denoiser, loss, fit), x, y, generator, augment, held_out, progress)
+    classes = denoiser.num_classes if teacher is None else None  # a teacher stands in for the labels
+    _run(Fitting(denoiser, loss, fit), x, y, generator, augment, held_out, progress, classes)
     return denoiser
 
 
@@ -385,17 +405,19 @@ def fit_classifier(
     """Train a noise-conditional classifier with cross-entropy on x + σω, in place; see :func:`fit_denoiser`.
 
     Args:
-        network: maps (x [N, …], sigma [N]) to logits [N, L].
+        network: maps (x [N, …], sigma [N]) to logits [N, L]; its parameters require gradients.
         denoiser: supplies the unconditional score of :func:`scorematch.matching.denoising_likelihood`; needed if
             ``fit.likelihood_weight`` > 0.
         energy: train the network as a joint energy, see :func:`scorematch.matching.joint_energy`.
 
     Raises:
-        TypeError, ValueError: an argument is not what is said above, a likelihood weight without a denoiser, or beside
-            ``energy``; or no held-out loss was finite.
+        TypeError, ValueError: an argument is not what is said above, a label is no class (all of them are looked at
+            before the first step), a likelihood weight is given without a denoiser or beside ``energy``, or no held-out
+            loss was finite.
     """
     check_instance("fit", fit, Fit)
     loss = ClassificationLoss(network, fit.likelihood_weight, denoiser, energy)
+    loss.expect(x, y)
     _run(Fitting(network, loss, fit), x, y, generator, augment, held_out, progress)
     return network
 
@@ -408,8 +430,9 @@ def _run(
     augment: Augment | None,
     held_out: HeldOut | None,
     progress: Progress | None,
+    num_classes: int | None = None,
 ) -> None:
-    check_labels(x, y)
+    check_labels(x, y, num_classes)
     check_finite(x, "x")
     if len(x) == 0:
         raise ValueError(f"x must be [M, …] with at least one sample, got {list(x.shape)}")

@@ -12,7 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ..inputs import check_count, check_finite, check_instance, check_labels, check_length, check_real, check_strided
+from ..inputs import (
+    check_count,
+    check_finite,
+    check_instance,
+    check_labels,
+    check_length,
+    check_real,
+    check_strided,
+    output_at,
+)
 from ..model_state import as_found
 from ..modes import outside_modes
 from ..networks.denoiser import Denoiser
@@ -220,7 +229,7 @@ def losses_by_level(
 def _loss(network: nn.Module, x: Tensor, y: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
     if isinstance(network, Denoiser):
         return denoising(network, x, y, sigma, noise)
-    logits = network(x + broadcast(sigma, x) * noise, sigma)
+    logits = output_at(network, x + broadcast(sigma, x) * noise, sigma)
     check_logits(logits, y, x)
     return cross_entropy(logits, y, reduction="none")
 

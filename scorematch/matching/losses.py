@@ -30,6 +30,7 @@ from ..inputs import (
     check_levels,
     check_like,
     check_real,
+    output_at,
     readable,
 )
 from ..networks.denoiser import Denoiser
@@ -227,7 +228,7 @@ def denoising_likelihood(
     check_like("unconditional", unconditional, x_noisy, other="x_noisy")
     with torch.enable_grad():
         x_noisy = x_noisy.detach().requires_grad_()
-        logits = classifier(x_noisy, sigma)
+        logits = output_at(classifier, x_noisy, sigma)
         check_logits(logits, y, x_noisy)
         log_likelihood = -cross_entropy(logits, y, reduction="sum")
         (gradient,) = torch.autograd.grad(log_likelihood, x_noisy, create_graph=True)
@@ -273,7 +274,7 @@ def joint_energy(
     check_center(center, x_noisy)
     with torch.enable_grad():
         x_noisy = x_noisy.detach().requires_grad_()
-        logits = classifier(x_noisy, sigma)
+        logits = output_at(classifier, x_noisy, sigma)
         check_logits(logits, y, x_noisy)
         energy = logits.gather(1, y[:, None]).sum()
         (gradient,) = torch.autograd.grad(energy, x_noisy, create_graph=True)

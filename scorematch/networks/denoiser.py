@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,8 @@ class Denoiser(nn.Module):
         sigma_data: standard deviation of the data about ``center``, in input units; > 0.
 
     Raises:
-        TypeError, ValueError: an argument is not what is said above; the message names it.
+        TypeError, ValueError: an argument is not what is said above; the message names it. What the backbone gives is
+            looked at in each call.
     """
 
     center: Tensor
@@ -110,8 +111,7 @@ class Denoiser(nn.Module):
     def _heads(self, scaled: Tensor, level: _Level, conditions: Tensor | None = None) -> Tensor:
         """F of every head, [N, L + 1, …], at inputs of unit scale."""
         more = () if conditions is None else (conditions,)
-        output: Tensor = self.backbone(scaled, level.noise, *more)
-        return output.reshape(len(scaled), self.num_classes + 1, *scaled.shape[1:])
+        return _split(self.backbone(scaled, level.noise, *more), scaled, self.num_classes + 1)
 
     def _scaled(self, x: Tensor, sigma: Tensor | float) -> tuple[Tensor, _Level]:
         """The input of the backbone, and what its output is put together with."""
@@ -227,7 +227,8 @@ class EmbeddedDenoiser(Denoiser):
         more = None if conditions is None else conditions.repeat_interleave(heads, 0)
         told = self._told(labels.flatten(), images, more)
         parts = zip(*(part.split(self.chunk) for part in (images, noise, told)), strict=True)
-        return torch.cat([self.backbone(*part) for part in parts]).reshape(len(scaled), heads, *scaled.shape[1:])
+        outputs = [_split(self.backbone(*part), part[0])[:, 0] for part in parts]
+        return torch.cat(outputs).reshape(len(scaled), heads, *scaled.shape[1:])
 
     def _head(
         self, scaled: Tensor, level: _Level, class_labels: Tensor | None, conditions: Tensor | None = None
@@ -235,8 +236,7 @@ class EmbeddedDenoiser(Denoiser):
         """F of one head for each sample, [N, …]; label L is the unconditional one."""
         if class_labels is None:
             class_labels = scaled.new_full((len(scaled),), self.num_classes, dtype=torch.int64)
-        output: Tensor = self.backbone(scaled, level.noise, self._told(class_labels, scaled, conditions))
-        return output.reshape(scaled.shape)
+        return _split(self.backbone(scaled, level.noise, self._told(class_labels, scaled, conditions)), scaled)[:, 0]
 
     def _told(self, labels: Tensor, like: Tensor, conditions: Tensor | None) -> Tensor:
         """What the backbone is told [N, L + K]."""
@@ -244,6 +244,24 @@ class EmbeddedDenoiser(Denoiser):
         if conditions is None:
             conditions = like.new_zeros(len(like), self.augmentations)
         return torch.cat([classes, conditions], 1)
+
+
+def _split(output: Any, x: Tensor, heads: int = 1) -> Tensor:
+    """What a backbone gave for x [N, C, …], as [N, H, C, …].
+
+    Raises:
+        TypeError, ValueError: it is no tensor, or has not so many values.
+    """
+    wanted = [len(x), heads * x.shape[1], *x.shape[2:]]
+    if not isinstance(output, Tensor):
+        raise TypeError(f"backbone must give a tensor {wanted}, got {type(output).__name__}")
+    if output.numel() != heads * x.numel():
+        several = f" with num_classes + 1 = {heads} heads" if heads > 1 else ""
+        raise ValueError(
+            f"backbone must give {wanted}{several} for x {list(x.shape)}, or as many values a sample in another shape, "
+            f"got {list(output.shape)}"
+        )
+    return output.reshape(len(x), heads, *x.shape[1:])
 
 
 def _like_images(classes: Tensor, images: Tensor) -> Tensor:

@@ -13,8 +13,7 @@ from ..divergences import check_kind
 from ..inputs import check_inputs, check_like, check_real
 from ..noise import normal_like
 from ..ops._checks import check_number
-from ..ops.divergence import divergence as divergence_of
-from .outcome import Outcome, accuracy, training_logits, warn_of_probabilities
+from .outcome import Outcome, accuracy, divergence_from, training_logits, warn_of_probabilities
 
 
 def standard(model: nn.Module, x: Tensor, y: Tensor, *, divergence: str = "kl") -> Outcome:
@@ -36,7 +35,7 @@ def standard(model: nn.Module, x: Tensor, y: Tensor, *, divergence: str = "kl") 
     check_inputs(model, x, y, None)
     logits = training_logits(model, x)
     warn_of_probabilities(model, logits)
-    return Outcome(divergence_of(logits, y, kind=divergence), x, {"accuracy": accuracy(logits, y)})
+    return Outcome(divergence_from(y, logits, divergence), x, {"accuracy": accuracy(logits, y)})
 
 
 def gaussian(
@@ -123,13 +122,13 @@ def gaussian(
     noisy_x = (x + shift).detach()
     logits = training_logits(model, noisy_x)
     warn_of_probabilities(model, logits)
-    noisy = divergence_of(logits, y, kind=divergence)
+    noisy = divergence_from(y, logits, divergence)
     if antithetic:
-        noisy = 0.5 * (noisy + divergence_of(training_logits(model, (x - shift).detach()), y, kind=divergence))
+        noisy = 0.5 * (noisy + divergence_from(y, training_logits(model, (x - shift).detach()), divergence))
     metrics = {"accuracy": accuracy(logits, y)}
     if alignment is None and gamma == 0.0:
         return Outcome(noisy, noisy_x, metrics)
-    natural = divergence_of(training_logits(model, x), y, kind=divergence)
+    natural = divergence_from(y, training_logits(model, x), divergence)
     magnified = 1.0 / (1.0 - gamma) if alignment is None else 2.0 * alignment / levels.square()
     metrics |= {"natural": natural.detach().mean(), "noisy": noisy.detach().mean()}
     return Outcome(natural + magnified * (noisy - natural), noisy_x, metrics)

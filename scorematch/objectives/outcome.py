@@ -10,14 +10,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..attacks.classifier import check_logits
+from ..attacks.classifier import check_logits, output_of
 from ..attacks.console import frames_of_the_package
 from ..attacks.inspection import probabilities
 from ..divergences import clip_bound
 from ..inputs import check_classes, readable
 from ..modes import own_precision
+from ..ops.divergence import divergence
 from ..posteriors.base import Posterior, check_values
 
+SUM_ERROR = 1e-3  # of probabilities, as the kernels allow it
 CLIP_FORMS = ("total", "robust", "threshold")
 _heard: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose logits have been looked at
 
@@ -98,8 +100,9 @@ def training_logits(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
     Raises:
         ValueError: they are not logits.
+        RuntimeError, TypeError, ValueError: the model fails; see :func:`scorematch.attacks.classifier.output_of`.
     """
-    logits = model(x)
+    logits = output_of(model, x)
     check_logits(logits, x)
     return logits.to(torch.promote_types(logits.dtype, x.dtype))
 
@@ -114,6 +117,24 @@ def warn_of_probabilities(model: nn.Module, logits: Tensor) -> None:
             "the model seems to return probabilities: objectives need logits, without the softmax",
             stacklevel=frames_of_the_package() + 1,
         )
+
+
+def divergence_from(y: Tensor, logits: Tensor, kind: str, clip: float = 0.0) -> Tensor:
+    """relu(D(y ‖ softmax(logits)) − clip) of every sample, [N], for the y that an objective was given.
+
+    Raises:
+        TypeError, ValueError: y does not fit the logits [N, L]; its values are read on the CPU alone.
+    """
+    if torch.compiler.is_compiling():
+        return divergence(logits, y, kind=kind, clip=clip)
+    try:
+        return divergence(logits, y, kind=kind, clip=clip)
+    except (TypeError, ValueError) as error:
+        refused = error  # it calls y the target
+    check_target(y, logits)
+    if y.dim() == 2:
+        _check_probabilities(y, logits)
+    raise refused
 
 
 def check_comparable(logits: Tensor, target: Tensor) -> None:
@@ -137,3 +158,17 @@ def check_target(y: Tensor, logits: Tensor) -> None:
         check_classes(y, logits, logits.shape[1], values=readable(y))
     elif y.shape != logits.shape:
         raise ValueError(f"y must be labels [N] or probabilities {list(logits.shape)}, got {list(y.shape)}")
+
+
+def _check_probabilities(y: Tensor, logits: Tensor) -> None:
+    """Refuse a y [N, L] of another dtype than the logits, or on the CPU one that holds no distributions."""
+    if y.dtype != logits.dtype:
+        raise TypeError(f"y must be {logits.dtype} as the logits, got {y.dtype}")
+    if readable(y) and len(y):
+        low, sums = float(y.min()), y.detach().sum(1)
+        least, most = float(sums.min()), float(sums.max())
+        if not (low >= 0.0 and abs(least - 1.0) <= SUM_ERROR and abs(most - 1.0) <= SUM_ERROR):
+            given = f"values from {low:g} on and sums in [{least:g}, {most:g}]"
+            raise ValueError(
+                f"y must be probabilities [N, L], at least 0 and with sums of 1 ± {SUM_ERROR}, got {given}"
+            )

@@ -14,13 +14,12 @@ from ..inputs import check_posterior
 from ..model_state import borrowed
 from ..modes import own_precision
 from ..ops._checks import check_number
-from ..ops.divergence import divergence as divergence_of
 from ..ops.logit_divergence import logit_divergence
 from ..posteriors.base import Posterior, begin_trace
 from ..threat_model import Perturbations
 from ..weight_perturbation import WeightPerturbation
 from .moving_target import DirectAscent, MovingTarget
-from .outcome import Outcome, accuracy, clipping, training_logits, warn_of_probabilities
+from .outcome import Outcome, accuracy, clipping, divergence_from, training_logits, warn_of_probabilities
 from .search import Watched, at_perturbed_weights, attacked, check_search, found_by, start_of
 
 
@@ -74,7 +73,7 @@ def pgd_at(
     def search(x: Tensor, y: Tensor, first: Tensor) -> dict[str, Tensor]:
         with borrowed(model, attack_mode):
             gradient = Watched(
-                input_gradient(lambda x_adv: divergence_of(training_logits(model, x_adv), y, kind=divergence))
+                input_gradient(lambda x_adv: divergence_from(y, training_logits(model, x_adv), divergence))
             )
             return {"x_adv": attacked(x, gradient, threat_model, attack, steps, first), **gradient.metrics()}
 
@@ -86,7 +85,7 @@ def pgd_at(
         warn_of_probabilities(model, logits)
         bounds = clipping(clip, clip_form, divergence, logits.shape[1])
         clip_at = bounds.of_total + bounds.of_robust
-        loss = divergence_of(logits, y, kind=divergence, clip=clip_at)
+        loss = divergence_from(y, logits, divergence, clip_at)
         return Outcome(loss, x_adv, {"accuracy": accuracy(logits, y), **metrics})
 
     return at_perturbed_weights(weights, outcome)
@@ -178,7 +177,7 @@ def trades(
         logits = training_logits(model, x)
         warn_of_probabilities(model, logits)
         bounds = clipping(clip, clip_form, divergence, logits.shape[1])
-        natural = divergence_of(logits, y, kind=divergence)
+        natural = divergence_from(y, logits, divergence)
         moved = training_logits(model, x_adv)
         target = logits if shift is None else logits + shift
         robust = logit_divergence(moved, target, kind=divergence, clip=bounds.of_robust)

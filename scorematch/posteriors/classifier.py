@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..inputs import check_count, check_instance, check_length, check_real
+from ..inputs import check_count, check_instance, check_length, check_real, output_at
 from .base import PointwisePosterior, Trace, check_pull
 
 
@@ -17,14 +17,16 @@ class NoiseConditionalClassifier(PointwisePosterior):
     denoising likelihood score matching (Chao et al., ICLR 2022).
 
     Args:
-        network: maps (x [N, …], sigma [N]) to logits [N, L].
+        network: maps (x [N, …], sigma [N]) to logits [N, L]; fixed from now on: in eval mode, and its parameters
+            require no gradients. To train it further, pass a copy.
         num_classes: L.
         sigma: the noise level p_σ at which it is read, in input units; > 0.
         temperature: divides the logits; 1 leaves the estimate as trained. Saved with the state, see
             :func:`scorematch.matching.fit_temperature`.
 
     Raises:
-        ValueError: an argument is outside its range; later, the network returns no logits of so many classes.
+        TypeError, ValueError: an argument is not what is said above; in a call, the network does not take the two, or
+            returns no logits of so many classes.
     """
 
     temperature: Tensor
@@ -47,7 +49,7 @@ class NoiseConditionalClassifier(PointwisePosterior):
 
     def forward(self, x: Tensor) -> Tensor:
         check_real(x)
-        logits = self.network(x, torch.full((len(x),), self.sigma, dtype=x.dtype, device=x.device))
+        logits = output_at(self.network, x, torch.full((len(x),), self.sigma, dtype=x.dtype, device=x.device))
         given = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         if given != [len(x), self.num_classes]:
             raise ValueError(f"network must return logits {[len(x), self.num_classes]} for num_classes, got {given}")

@@ -33,7 +33,8 @@ class ScoreNetwork(Posterior):
 
     Args:
         denoiser: class-conditional denoiser, trained by denoising score matching
-            (:func:`scorematch.matching.fit_denoiser`); fixed from now on.
+            (:func:`scorematch.matching.fit_denoiser`); fixed from now on: in eval mode, and its parameters require no
+            gradients. To train it further, pass a copy.
         sigma: the noise level at which the scores are read, a standard deviation in input units; > 0.
         anchor: gives log p(y|x) at the clean point. None takes the given labels, smoothed by ``smoothing``. A pointwise
             posterior, which should belong to the same σ, takes the place of the labels.

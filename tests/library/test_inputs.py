@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scorematch import PGD, AutoAttack, FreeAttack, ThreatModel, inputs, objectives
+from scorematch import PGD, AutoAttack, FreeAttack, Normalised, ThreatModel, inputs, objectives
 from scorematch.inputs import check_inputs
 from scorematch.objectives import Outcome
 from scorematch.posteriors import KernelDensity
+from scorematch.smoothing import SmoothedClassifier
 
 BALL = ThreatModel("linf", 0.1)
 X = torch.rand(6, 1, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -120,3 +121,109 @@ def test_attacks_made_for_a_model_are_told_what_they_take() -> None:
             PGD(given)
     with pytest.raises(TypeError, match=r"steps must be a whole number, got 2\.5"):
         PGD(BALL, steps=2.5)
+
+
+def smoothed(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return SmoothedClassifier(model, num_classes=3, sigma=0.1).predict(x, n=5)
+
+
+CALLERS = {
+    **OBJECTIVES,
+    "standard": objectives.standard,
+    "gaussian": partial(objectives.gaussian, sigma=0.1),
+    "PGD": PGD(BALL, steps=1),
+    "AutoAttack": lambda model, x, y: AutoAttack(model.eval(), "Linf", 0.1, verbose=False).run_standard_evaluation(
+        x, y
+    ),
+    "smoothing": smoothed,
+}
+
+
+@pytest.mark.parametrize("name", CALLERS)
+@pytest.mark.parametrize(
+    ("x", "told"),
+    [
+        (X.double(), r"float64 inputs \[\d+, 1, 4, 4\] on cpu \(mat1 and mat2 must have the same dtype.*"),
+        (X[..., :3], r"float32 inputs \[\d+, 1, 4, 3\] on cpu \(mat1 and mat2 shapes cannot be multiplied.*"),
+    ],
+    ids=["float64", "shape"],
+)
+def test_inputs_that_the_model_is_not_made_for_are_named(name: str, x: Tensor, told: str) -> None:
+    if name == "score_direct":  # whose posterior must take them
+        density = KernelDensity(x, Y, num_classes=3, sigma=0.3)
+        call = partial(objectives.score_direct, threat_model=BALL, posterior=density, steps=1)
+    else:
+        call = CALLERS[name]
+    with pytest.raises(
+        RuntimeError, match=rf"^the model failed on {told}\); its parameters are float32 on cpu$"
+    ) as found:
+        call(model(), x, Y)
+    assert str(found.value.__cause__).startswith("mat1 and mat2")
+
+
+def test_a_scripted_model_tells_the_reason_last() -> None:
+    told = r"^the model failed on float64 inputs .* \(RuntimeError: .*; its parameters are float32 on cpu$"
+    with pytest.raises(RuntimeError, match=told):
+        PGD(BALL, steps=1)(torch.jit.trace(model().eval(), X), X.double(), Y)
+
+
+def test_inputs_on_another_device_are_named() -> None:
+    with pytest.raises(RuntimeError, match=r"float32 inputs .* on cpu \(.*\); its parameters are float32 on meta$"):
+        objectives.standard(model().to("meta"), X, Y)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "^CUDA out of memory$"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "^DefaultCPUAllocator"),
+        (NotImplementedError("another day"), "^another day$"),
+        (KeyError("missing"), "missing"),
+    ],
+)
+def test_errors_that_say_enough_stay_as_they_are(error: Exception, told: str) -> None:
+    def fails(x: Tensor) -> Tensor:
+        raise error
+
+    with pytest.raises(type(error), match=told) as found:
+        PGD(BALL, steps=1)(fails, X, Y)
+    assert found.value is error
+
+
+def test_checks_of_the_package_within_a_model_stay_as_they_are() -> None:
+    with pytest.raises(ValueError, match=r"^x must be \[N, 3, …\], as mean and std have 3 channels"):
+        PGD(BALL, steps=1)(Normalised(model(), [0.5] * 3, [0.2] * 3), X, Y)
+
+
+def test_what_a_function_raises_is_told_beside_its_inputs() -> None:
+    def fails(x: Tensor) -> Tensor:
+        raise ValueError("first line\nsecond line")
+
+    with pytest.raises(ValueError, match=r"^the model failed on float32 inputs \[6, 1, 4, 4\] on cpu \(first line\)$"):
+        PGD(BALL, steps=1)(fails, X, Y)
+
+
+@pytest.mark.parametrize("name", [*OBJECTIVES, "standard", "gaussian"])
+def test_labels_that_are_no_classes_are_those_of_the_caller(name: str) -> None:
+    with pytest.raises(ValueError, match=r"^y must lie in \[0, 3\), got values in \[1, 3\]"):
+        {**CALLERS, **OBJECTIVES}[name](model(), X, Y + 1)
+
+
+@pytest.mark.parametrize("name", ["pgd_at", "trades", "free", "standard", "gaussian"])
+@pytest.mark.parametrize(
+    ("y", "error", "told"),
+    [
+        (torch.full((6, 3), 0.5), ValueError, r"probabilities .*, got values from 0\.5 on and sums in \[1\.5, 1\.5\]"),
+        (
+            torch.tensor([[1.5, -0.5, 0.0]] * 6),
+            ValueError,
+            r"probabilities .*, got values from -0\.5 on and sums in \[1, 1\]",
+        ),
+        (torch.full((6, 3), 1 / 3).double(), TypeError, r"torch\.float32 as the logits, got torch\.float64"),
+        (torch.full((6, 4), 0.25), ValueError, r"labels \[N\] or probabilities \[6, 3\], got \[6, 4\]"),
+    ],
+    ids=["sums", "negative", "float64", "classes"],
+)
+def test_soft_labels_that_are_no_distributions(name: str, y: Tensor, error: type[Exception], told: str) -> None:
+    with pytest.raises(error, match=f"^y must be {told}"):
+        CALLERS[name](model(), X, y)

@@ -3,6 +3,7 @@
 import copy
 import math
 from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 from scorematch import matching
 from scorematch.matching import DenoisingLoss, Fit, Fitting, fit_classifier, fit_denoiser
 from scorematch.networks import Denoiser, EmbeddedDenoiser, MLPBackbone
+from scorematch.posteriors import NoiseConditionalClassifier, ScoreNetwork
 
 
 def gaussian(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -550,3 +552,55 @@ def test_numbers_of_numpy_are_numbers() -> None:
     backbone = MLPBackbone((6,), 6, width=8, depth=1, conditions=3)
     denoiser = EmbeddedDenoiser(backbone, num_classes=3, sigma_data=1.0, chunk=np.int64(2))
     assert denoiser.class_scores(x, 0.3).shape == (8, 3, 6)
+
+
+def test_a_network_that_a_posterior_keeps_fixed_is_not_trained() -> None:
+    x, y = toy(16)
+    denoiser, classifier = small_denoiser(), MLPBackbone((1,), 2, width=8, depth=1)
+    ScoreNetwork(denoiser, sigma=0.5)
+    NoiseConditionalClassifier(classifier, num_classes=2, sigma=0.5)
+    fit, generator = Fit(steps=2, batch_size=4), torch.Generator()
+    told = r"network has no parameter that requires a gradient \(a posterior keeps its network fixed; pass a copy"
+    with pytest.raises(ValueError, match=told):
+        fit_denoiser(denoiser, x, y, fit, generator=generator)
+    with pytest.raises(ValueError, match=told):
+        fit_classifier(classifier, x, y, fit, generator=generator)
+    fit_classifier(copy.deepcopy(classifier).requires_grad_(), x, y, fit, generator=generator)
+
+
+@pytest.mark.parametrize("name", ["denoiser", "classifier", "likelihood", "joint_energy"])
+def test_all_labels_are_looked_at_before_the_first_step(name: str) -> None:
+    """Batches of 2 of 4000 samples do not draw the last one."""
+    x, y = toy()
+    y[-1] = 2
+    generator = torch.Generator().manual_seed(0)
+    network = small_denoiser() if name == "denoiser" else MLPBackbone((1,), 2, width=8, depth=1)
+    before = copy.deepcopy(network.state_dict())
+    fit = Fit(steps=2, batch_size=2, likelihood_weight=float(name == "likelihood"))
+    energy = matching.JointEnergy(1.0, 0.0, 1.0) if name == "joint_energy" else None
+    train = fit_denoiser if name == "denoiser" else partial(fit_classifier, denoiser=small_denoiser(), energy=energy)
+    with pytest.raises(ValueError, match=r"y must lie in \[0, 2\), got values in \[0, 2\]"):
+        train(network, x, y, fit, generator=generator)
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
+class Raising(nn.Module):
+    """Takes what it must, and fails within."""
+
+    def forward(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        raise TypeError("of its own")
+
+
+@pytest.mark.parametrize("settings", [{}, {"likelihood_weight": 1.0}], ids=["plain", "likelihood"])
+def test_a_network_that_is_not_told_the_noise_level(settings: dict) -> None:
+    x, y = toy(16)
+    plain, fit = nn.Sequential(nn.Linear(1, 2)), Fit(steps=1, batch_size=4, **settings)
+    told = r"network must take \(x, sigma\), got Sequential, which takes \(input\)"
+    with pytest.raises(TypeError, match=told):
+        fit_classifier(plain, x, y, fit, generator=torch.Generator(), denoiser=small_denoiser())
+    with pytest.raises(TypeError, match=told):
+        matching.losses_by_level(plain, x, y, (0.1,))
+    with pytest.raises(TypeError, match=told):
+        NoiseConditionalClassifier(plain, num_classes=2, sigma=0.5)(x)
+    with pytest.raises(TypeError, match=r"^of its own$"):
+        NoiseConditionalClassifier(Raising(), num_classes=2, sigma=0.5)(x)

@@ -259,3 +259,23 @@ def test_a_denoiser_owns_its_centre() -> None:
         MLPBackbone((6,), 24, width=4), num_classes=3, sigma_data=1.0, center=torch.tensor(0.5).expand(6)
     )
     expanded.load_state_dict(state)
+
+
+def test_a_backbone_of_too_few_heads() -> None:
+    x = torch.zeros(5, 3, 4, 4)
+    denoiser = Denoiser(MLPBackbone((3, 4, 4), 2 * 48, width=4, depth=1), num_classes=2, sigma_data=1.0)
+    told = r"backbone must give \[5, 9, 4, 4\] with num_classes \+ 1 = 3 heads for x \[5, 3, 4, 4\], .*, got \[5, 96\]"
+    for call in (denoiser, denoiser.class_scores, denoiser.denoise_all):
+        with pytest.raises(ValueError, match=told):
+            call(x, 0.5)
+    with pytest.raises(TypeError, match=r"backbone must give a tensor \[5, 9, 4, 4\], got tuple"):
+        denoiser.with_backbone(lambda x, noise: (x, noise))(x, 0.5)  # type: ignore[arg-type]
+
+
+def test_a_backbone_of_one_class_gives_what_it_takes() -> None:
+    x = torch.zeros(5, 3, 4, 4)
+    backbone = MLPBackbone((3, 4, 4), 3 * 48, width=4, depth=1, conditions=2)
+    denoiser = EmbeddedDenoiser(backbone, num_classes=2, sigma_data=1.0)
+    for call in (denoiser, denoiser.class_scores):
+        with pytest.raises(ValueError, match=r"backbone must give \[\d+, 3, 4, 4\] for x .*, got \[\d+, 144\]"):
+            call(x, 0.5)

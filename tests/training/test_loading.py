@@ -156,6 +156,8 @@ def test_functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "    return 5\n"
         "def of_file(path, num_classes):\n"
         "    return nn.Linear(64, num_classes)\n"
+        "def failing():\n"
+        "    raise RuntimeError('boom')\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     x = torch.rand(2, *IMAGE_SHAPE)
@@ -168,6 +170,9 @@ def test_functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     how = r"is called with those of the arguments input_shape and num_classes that it names, .*argument: 'path'"
     with pytest.raises(InputError, match=rf"^model_from: 'mine_to_load:of_file' {how}"):
         load("mine_to_load:of_file")
+    told = r"failed \(RuntimeError: boom, in .*mine_to_load.py:\d+\)"
+    with pytest.raises(InputError, match=rf"^model_from: mine_to_load:failing\(\) {told}"):
+        load("mine_to_load:failing")
     with pytest.raises(InputError, match="cannot be imported"):
         load("mine_to_load:absent")
 

@@ -440,6 +440,9 @@ def for_colours(shape, classes):
 def soft(shape, classes):
     return nn.Sequential(nn.Flatten(), nn.Linear(64, classes), nn.Softmax(1))
 
+def failing(shape, classes):
+    raise OSError("the disk\\nis gone")
+
 def wide(shape, classes):
     return nn.Sequential(nn.Flatten(), nn.Linear(64, classes)).double()
 """
@@ -473,6 +476,12 @@ def test_lazy_layers_have_their_sizes(own_networks: None) -> None:
 def test_networks_that_are_no_classifiers_of_the_data(name: str, told: str, own_networks: None) -> None:
     with pytest.raises(InputError, match="^" + re.escape(f"model: mine_to_try:{name} {told}")):
         models.build(f"mine_to_try:{name}", (1, 8, 8), 10)
+
+
+def test_functions_that_fail(own_networks: None) -> None:
+    told = r"failed \(OSError: the disk is gone, in .*mine_to_try.py:\d+\)$"
+    with pytest.raises(InputError, match=rf"^model: mine_to_try:failing\(\) {told}"):
+        models.build("mine_to_try:failing", (1, 8, 8), 10)
 
 
 def test_images_without_a_channel_get_a_hint() -> None:

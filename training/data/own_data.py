@@ -89,14 +89,26 @@ def called(name: str) -> tuple[object, str]:
 
 @functools.lru_cache(maxsize=4)
 def _result(function: Callable[[], object], name: str) -> object:
+    return result_of(function, f"data: {name}")
+
+
+def result_of(function: Callable[..., Any], name: str, *arguments: object, **named: object) -> Any:
+    """What a function of the user's own returns.
+
+    Args:
+        name: what the error calls the function.
+
+    Raises:
+        InputError: it fails; the message says where.
+    """
     try:
         with current_folder_importable():
-            return function()
+            return function(*arguments, **named)
     except InputError:
         raise
     except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        raise InputError(f"data: {name}() failed ({_short(error)}, in {frame.filename}:{frame.lineno})") from None
+        raise InputError(f"{name}() failed ({_short(error)}, in {frame.filename}:{frame.lineno})") from None
 
 
 def _file_of(function: Callable[..., Any]) -> str:

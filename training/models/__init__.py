@@ -53,14 +53,17 @@ def build(
         weights: False leaves these weights out, for a network that gets those of a checkpoint.
 
     Raises:
-        InputError: there is no such classifier, or it cannot be built for such inputs.
+        InputError: there is no such classifier, it cannot be built for such inputs, or a function of one's own fails.
     """
     if pretrained and not name.startswith(from_timm.PREFIX):
         raise InputError(f"pretrained: True with model {name}, allowed: with {from_timm.PREFIX}NAME")
     builder = _builder(name, pretrained, weights)
     if builder is None:
         raise unknown_name("model", name, [*MODELS, wide_resnet.PATTERN, "timm:NAME", "module:function"])
-    model = builder(input_shape, num_classes)
+    if is_own(name):
+        model = own_data.result_of(builder, f"model: {name}", input_shape, num_classes)
+    else:
+        model = builder(input_shape, num_classes)
     if not isinstance(model, nn.Module):
         raise InputError(f"model: {name} returned {type(model).__name__}, it must return a torch.nn.Module")
     if is_own(name):

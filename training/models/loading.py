@@ -132,7 +132,7 @@ def _from_function(source: str, input_shape: tuple[int, ...], num_classes: int) 
     named = {name: value for name, value in offered.items() if name in taken}
     how = "with those of the arguments input_shape and num_classes that it names"
     own_data.check_call(function, f"model_from: {source!r}", how, **named)
-    network = function(**named)
+    network = own_data.result_of(function, f"model_from: {source}", **named)
     if not isinstance(network, nn.Module):
         raise InputError(f"model_from: {source} returned {type(network).__name__}, it must return a torch.nn.Module")
     return network
