@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..attacks.classifier import check_logits, gradient_of
+from ..attacks.classifier import check_logits, gradient_of, output_of
 from ..attacks.pgd import ascend
 from ..inputs import check_callable, check_count, check_instance, check_points, check_posterior, check_tensor
 from ..model_state import as_found
@@ -66,7 +66,7 @@ def clean_values(problem: Problem) -> tuple[Tensor, Tensor]:
     check_instance("threat_model", problem.threat_model, ThreatModel)
     log_p = begin_trace(problem.posterior, problem.x, problem.y).log_p
     with as_found(problem.model), torch.no_grad():
-        logits = problem.model(problem.x)
+        logits = output_of(problem.model, problem.x)
     check_logits(logits, problem.x)
     if logits.shape != log_p.shape:
         raise ValueError(f"model must return logits {list(log_p.shape)} as the posterior, got {list(logits.shape)}")
