@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> None:
         return
     torch.set_num_threads(settings.threads)
     if settings.deterministic:
-        torch.use_deterministic_algorithms(True)
+        hardware.only_deterministic()
     device = distributed.device_of_this_process(config.resolve_device(settings.device))
     with distributed.processes(device):
         if distributed.rank() == 0:

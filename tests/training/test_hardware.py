@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,17 @@ def test_this_gpu() -> None:
     assert torch.backends.cudnn.benchmark
     hardware.prepare(torch.device("cuda"), "bfloat16", deterministic=True)
     assert not torch.backends.cudnn.benchmark
+
+
+@pytest.mark.usefixtures("untouched_process")
+def test_only_deterministic_operations_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    hardware.only_deterministic()
+    assert torch.are_deterministic_algorithms_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    hardware.only_deterministic()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
 
 
 class Watching(nn.Module):

@@ -5,6 +5,7 @@ are always float32.
 """
 
 import importlib.util
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -98,6 +99,12 @@ def prepare(device: torch.device, precision: Precision, *, deterministic: bool) 
     """What torch decides for the whole process: TF32 products, and convolutions timed before one is chosen."""
     allow_tf32(precision == "tf32")
     torch.backends.cudnn.benchmark = device.type == "cuda" and not deterministic
+
+
+def only_deterministic() -> None:
+    """What may give other bits in another run becomes an error. To be called before anything runs on a GPU."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # earlier versions of torch ask for it
+    torch.use_deterministic_algorithms(True)
 
 
 @contextmanager
