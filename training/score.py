@@ -279,7 +279,7 @@ def run(settings: ScoreSettings, device: torch.device) -> None:
             f"samples: {settings.draws} of {settings.data}, whose values lie in [{loaded.lower:g}, {loaded.upper:g}], "
             "allowed: --samples 0, or data with finite bounds, which an image needs"
         )
-    features = judge.load_features(settings.feature_network, device) if settings.feature_network else None
+    features = judge.load_features(settings.feature_network, loaded) if settings.feature_network else None
     resolved = config.resolved_posterior(settings.posterior_settings, settings.data, loaded.format)
     with ExitStack() as claims:
         out = distributed.by_first(lambda: prepare_folder(settings, claims))

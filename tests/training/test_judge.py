@@ -1,5 +1,6 @@
 """The judge of generated images."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -46,12 +47,26 @@ class Means(torch.nn.Module):
         return images.float().mean((2, 3)) / 255
 
 
-def test_a_given_feature_network(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("lower", "upper"), [(0.0, 1.0), (-1.0, 1.0), (0.0, 255.0)])
+def test_a_given_feature_network(lower: float, upper: float, tmp_path: Path) -> None:
+    """It takes pixels in 0…255, whatever the box of the data."""
+    loaded = dataclasses.replace(data.load(DataSettings("digits")), lower=lower, upper=upper)
     path = tmp_path / "means.pt"
     torch.jit.script(Means()).save(path)
-    features = judge.load_features(path, torch.device("cpu"))
+    features = judge.load_features(path, loaded)
     x = torch.rand(6, 1, 4, 4)
-    torch.testing.assert_close(features(x), x.mean((1, 2, 3))[:, None].expand(6, 3), rtol=0, atol=3e-3)
+    found = features(lower + (upper - lower) * x)
+    torch.testing.assert_close(found, x.mean((1, 2, 3))[:, None].expand(6, 3), rtol=0, atol=3e-3)
     path.write_text("no module")
     with pytest.raises(InputError, match="cannot be read"):
-        judge.load_features(path, torch.device("cpu"))
+        judge.load_features(path, loaded)
+
+
+@pytest.mark.parametrize(("name", "flips"), [("mine:images", False), ("svhn", False), ("cifar10", True)])
+def test_the_judge_mirrors_what_may_be_mirrored(name: str, flips: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = torch.rand(4, 1, 20, 20), torch.tensor([0, 1, 0, 1])
+    split = {f"{what}_{part}": v for part in ("train", "validation", "test") for what, v in (("x", x), ("y", y))}
+    asked = []
+    monkeypatch.setattr(judge, "augmented", lambda x, moves, shift, flip: asked.append(flip) or x)
+    judge.train(data.Data(name, **split, num_classes=2, lower=0.0, upper=1.0), 1, seed=0)
+    assert set(asked) == {flips}

@@ -20,14 +20,17 @@ from training.data import Data
 from training.data.augmentation import augmented
 from training.settings.errors import InputError
 
-Features = Callable[[Tensor], Tensor]  # images [N, C, H, W] in [0, 1] to [N, F]
+Features = Callable[[Tensor], Tensor]  # images [N, C, H, W] in the box of the data to [N, F]
 
 CHUNK = 250  # images at a time
 SMALL = 16  # rows and columns of images for which the small network and no augmentation do
 
 
 def train(loaded: Data, epochs: int | None, seed: int) -> nn.Module:
-    """The judge of a data set, in eval mode. ``epochs`` None: 40 on small images, 20 on others."""
+    """The judge of a data set, in eval mode. ``epochs`` None: 40 on small images, 20 on others.
+
+    It mirrors the images of CIFAR alone: of other data nobody has said that left and right do not matter.
+    """
     x, y = torch.cat([loaded.x_validation, loaded.x_test]), torch.cat([loaded.y_validation, loaded.y_test])
     small = max(loaded.input_shape[1:]) <= SMALL
     name = "digits_cnn" if small else "preact-resnet-18" if x.is_cuda else "wrn-10-2"
@@ -35,6 +38,7 @@ def train(loaded: Data, epochs: int | None, seed: int) -> nn.Module:
     model = models.build(name, loaded.input_shape, loaded.num_classes, loaded.statistics).to(x.device)
     epochs, size = epochs or (40 if small else 20), 64
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    flip = loaded.name in ("cifar10", "cifar100")
     steps = epochs * math.ceil(len(x) / size)
     schedule = None if small else torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
     generator = torch.Generator().manual_seed(seed)
@@ -43,7 +47,7 @@ def train(loaded: Data, epochs: int | None, seed: int) -> nn.Module:
         for _ in range(epochs):
             for index in torch.randperm(len(x), generator=generator).split(size):
                 index = index.to(x.device)
-                images = x[index] if small else augmented(x[index], moves, shift=4, flip=loaded.name != "svhn")
+                images = x[index] if small else augmented(x[index], moves, shift=4, flip=flip)
                 optimizer.zero_grad()
                 nn.functional.cross_entropy(model(images), y[index]).backward()
                 optimizer.step()
@@ -116,8 +120,12 @@ def features_of(judge: nn.Module) -> Features:
     return features
 
 
-def load_features(path: Path, device: torch.device) -> Features:
+def load_features(path: Path, loaded: Data) -> Features:
     """The features of a TorchScript module that takes images uint8 [N, 3, H, W], as published Inception networks do.
+
+    Args:
+        path: the module.
+        loaded: says which box the images lie in.
 
     Raises:
         InputError: there is no such file, or the module does not give [N, F].
@@ -125,14 +133,14 @@ def load_features(path: Path, device: torch.device) -> Features:
     if not path.is_file():
         raise InputError(f"feature_network: {path}: no such file, expected a TorchScript module")
     try:
-        network: Any = torch.jit.load(str(path), map_location=device).eval()
+        network: Any = torch.jit.load(str(path), map_location=loaded.x_train.device).eval()
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:120]
         raise InputError(f"feature_network: {path} cannot be read ({reason}), expected a TorchScript module") from None
 
     @torch.no_grad()
     def features(x: Tensor) -> Tensor:
-        images = (255 * x).round().byte().expand(-1, 3, -1, -1)
+        images = (255 * (x - loaded.lower) / (loaded.upper - loaded.lower)).round().byte().expand(-1, 3, -1, -1)
         found = torch.cat([network(chunk) for chunk in images.split(CHUNK)])
         if found.dim() != 2:
             raise InputError(f"feature_network: {path} gives {list(found.shape)} for {list(x.shape)}, expected [N, F]")
