@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,7 +34,7 @@ from training.engine.forward import Forward
 from training.engine.hardware import Speed
 from training.settings import tables
 from training.settings.errors import InputError
-from training.settings.posterior import READING, PosteriorSettings
+from training.settings.posterior import COMMON, READING, PosteriorSettings
 
 FOLD_SEEDS = 7919  # between the seeds of two folds
 
@@ -166,8 +166,13 @@ def folds_of(y: Tensor, folds: int) -> Tensor:
     return fold_of
 
 
-def settings_from(path: Path, given: PosteriorSettings) -> PosteriorSettings:
+def settings_from(path: Path, given: PosteriorSettings, named: Collection[str] = ()) -> PosteriorSettings:
     """The settings of the posterior in a posterior.pt; those given replace them where they say how it is read.
+
+    Args:
+        path: the file.
+        given: settings; what differs from the defaults counts as given.
+        named: those that count though they may be the defaults; a None that only leaves a value open does not.
 
     Raises:
         InputError: the file cannot be read, holds a posterior of another name, or was fitted with other settings.
@@ -179,7 +184,8 @@ def settings_from(path: Path, given: PosteriorSettings) -> PosteriorSettings:
     changes = {}
     for field in dataclasses.fields(given):
         value, old = getattr(given, field.name), getattr(known, field.name)
-        if value in (field.default, old):
+        left_open = value is None and field.name in COMMON
+        if value == old or left_open or (value == field.default and field.name not in named):
             continue
         if field.name not in may_change or (field.name == "anchor" and value == "classifier"):
             raise InputError(
