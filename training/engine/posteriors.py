@@ -259,6 +259,22 @@ def classifier_at(
     return NoiseConditionalClassifier(network, num_classes=num_classes, sigma=sigma, temperature=found)
 
 
+def score_network_at(
+    denoiser: Denoiser, sigma: float, anchor: PointwisePosterior | None, settings: PosteriorSettings
+) -> ScoreNetwork:
+    """A denoiser read at a noise level and from an anchor, and in everything else as the settings say."""
+    return ScoreNetwork(
+        denoiser,
+        sigma=sigma,
+        anchor=anchor,
+        smoothing=settings.smoothing or 0.1,
+        centering=settings.centering,
+        nodes=settings.nodes,
+        linear=settings.linear,
+        top_k=settings.top_k,
+    )
+
+
 def read(
     path: Path, data: DataLike, device: torch.device | str = "cpu", **changes: Any
 ) -> tuple[PosteriorSettings, ScoreNetwork]:
@@ -436,16 +452,7 @@ class _Builder:
             anchor = self.noise_conditional_classifier()
         elif s.anchor == "kernel_density":
             anchor = self.kernel_density()
-        return ScoreNetwork(
-            denoiser,
-            sigma=self.sigma,
-            anchor=anchor,
-            smoothing=s.smoothing or 0.1,
-            centering=s.centering,
-            nodes=s.nodes,
-            linear=s.linear,
-            top_k=s.top_k,
-        )
+        return score_network_at(denoiser, self.sigma, anchor, s)
 
     def noise_conditional_classifier(self) -> NoiseConditionalClassifier:
         self._seed(1)

@@ -195,7 +195,7 @@ def _builder(
                 if candidate.reading == "classifier"
                 else KernelDensity(*points, num_classes=data.num_classes, sigma=sigma)
             )
-            read.append(ScoreNetwork(member.denoiser, sigma=sigma, anchor=anchor))
+            read.append(posteriors.score_network_at(member.denoiser, sigma, anchor, settings))
         return (read[0] if len(read) == 1 else Ensemble(read)).to(device)
 
     return build
