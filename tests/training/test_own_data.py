@@ -14,13 +14,17 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from scorematch import ThreatModel
 from scorematch.posteriors import GaussianMixture
 from training import data, measures, score
 from training.data import Data, DataSettings, Format, checked, generated, load, own_data
-from training.engine import checkpoint
+from training.engine import checkpoint, posteriors
 from training.engine.loop import Trainer
+from training.measures import judge
+from training.reports import audit
 from training.settings import config
 from training.settings.errors import InputError
+from training.settings.posterior import PosteriorSettings
 
 Make = Callable[..., Path]
 
@@ -484,6 +488,45 @@ def test_data_that_are_sorted_by_class(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(measures, "correct", lambda model, x, y, *more: seen.append(y) or correct(model, x, y, *more))
     trainer.validate()
     assert seen[0].bincount().tolist() == [10, 10, 10]
+
+
+def test_an_audit_of_data_that_are_sorted_by_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it looks at, and the tables of score.json, have each class as often as all of the data."""
+    x, y = torch.rand(90, 1, 8, 8), torch.arange(90) // 30
+    known = Data("my_data:ordered", 3, x, y, x, y, x, y)
+    assert dataclasses.replace(known, name="digits").few(40, 90).tolist() == list(range(40)), "others are shuffled"
+    small = PosteriorSettings("noise_conditional_classifier", network="mlp", steps=2, batch_size=8, width=8, depth=1)
+    settings = config.resolved_posterior(small, known.name, known.format)
+    posterior = posteriors.build(settings, known, seed=0, folder=tmp_path)
+    for module, name, value in ((audit, "POINTS", 30), (audit, "ATTACKED", 15), (score, "AUDITED", 30)):
+        monkeypatch.setattr(module, name, value)
+    seen: dict[str, list[Tensor]] = {}
+
+    def watch(module: Any, name: str, position: int = 2) -> None:
+        function = getattr(module, name)
+
+        def watched(*given: Any, **more: Any) -> Any:
+            seen.setdefault(name, []).append(given[position])
+            return function(*given, **more)
+
+        monkeypatch.setattr(module, name, watched)
+
+    for name in ("log_likelihood", "attacked_log_likelihood", "robust_accuracy", "calibration"):
+        watch(audit.audit, name)
+    watch(audit.audit, "agreement", 1)
+    watch(posteriors, "losses_by_level")
+    watch(measures, "correct")
+    people = nn.functional.one_hot(y, 3).float()
+    audit.write(posterior, settings, known, ThreatModel("linf", 0.1), seed=0, out=tmp_path, people=people)
+    score.losses(posterior, settings, known, 0)
+    monkeypatch.setattr(judge, "TRAINING_IMAGES", 60)
+    judge.measure(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), x, y, known)
+    assert len(seen) == 7
+    for name, labels in seen.items():
+        for some in labels:
+            counts = (some.argmax(1) if some.dim() == 2 else some).bincount(minlength=3)
+            assert len(some) < 90 or name == "correct"
+            assert counts.unique().numel() == 1, name
 
 
 @pytest.mark.usefixtures("quick_runs")

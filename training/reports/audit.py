@@ -117,11 +117,12 @@ def write(
         out: folder of the files.
         people: [N, L] label distributions of the test points.
     """
-    x, y = data.x_validation[:POINTS], data.y_validation[:POINTS]
+    few = data.few(POINTS, len(data.x_validation))
+    x, y = data.x_validation[few], data.y_validation[few]
     noise = reach(threat_model, x[0].numel())
     parts = list(posteriors.divided(settings, data, x.device))
     build = _builder(posterior, settings, data, parts, seed)
-    evidence = search(build, candidates(posterior, settings.name), x, y, noise, threat_model, seed)
+    evidence = search(build, candidates(posterior, settings.name), data, x, y, noise, threat_model, seed)
     best = max(evidence, key=lambda candidate: evidence[candidate]["moved"])
     chosen = build(best)
     found = {
@@ -130,12 +131,13 @@ def write(
         "noise": noise,
         "evidence": [{**candidate._asdict(), **values} for candidate, values in evidence.items()],
         "chosen": best._asdict(),
-        **losses(chosen, best.sigma, parts, x, y, seed),
+        **losses(chosen, best.sigma, data, parts, x, y, seed),
         **measured(chosen, data, x, y, threat_model, noise, seed),
     }
     if people is not None:
-        log_p = chosen.trace(data.x_test[:POINTS], data.y_test[:POINTS]).log_p
-        found["people"] = audit.agreement(log_p.cpu(), people[:POINTS])._asdict()
+        few = data.few(POINTS, len(data.x_test))
+        log_p = chosen.trace(data.x_test[few], data.y_test[few]).log_p
+        found["people"] = audit.agreement(log_p.cpu(), people[few.cpu()])._asdict()
     findings = judged(found)
     found["findings"] = [finding._asdict() for finding in findings]
     found["verdict"] = verdict(findings)
@@ -204,6 +206,7 @@ def _builder(
 def search(
     build: Callable[[Candidate], Posterior],
     tried: list[Candidate],
+    data: Data,
     x: Tensor,
     y: Tensor,
     noise: float,
@@ -211,27 +214,27 @@ def search(
     seed: int,
 ) -> dict[Candidate, dict[str, float]]:
     """Mean held-out log p(y|x') in nats: at clean x, after noise as long as the attack, and at the worst x' found."""
-    evidence = {}
+    evidence, few = {}, data.few(ATTACKED, len(x))
     for candidate in tqdm(tried, desc="audit", unit="reading", leave=False):
         posterior = build(candidate)
         moved = audit.log_likelihood(posterior, x, y, noise=noise, repeats=2, seed=seed)
         clean = audit.log_likelihood(posterior, x, y, noise=0.0, repeats=1, seed=seed)
-        some = x[:ATTACKED], y[:ATTACKED]
         generator = Generator(x.device).manual_seed(seed)
-        attacked = audit.attacked_log_likelihood(posterior, *some, threat_model, steps=10, generator=generator)
+        attacked = audit.attacked_log_likelihood(posterior, x[few], y[few], threat_model, steps=10, generator=generator)
         values = {"clean": clean, "moved": moved, "attacked": attacked}
         evidence[candidate] = {name: value.mean().item() for name, value in values.items()}
     return evidence
 
 
 def losses(
-    posterior: Posterior, sigma: float, parts: Sequence[Part], x: Tensor, y: Tensor, seed: int
+    posterior: Posterior, sigma: float, data: Data, parts: Sequence[Part], x: Tensor, y: Tensor, seed: int
 ) -> dict[str, Any]:
     """The loss of its networks by noise level, on points that they have learned from and on held-out ones."""
     members = posteriors.members_of(posterior)
     levels = tuple(sorted({*scores.SIGMAS, sigma}))
+    few = [data.few(len(x), len(points)) for points, _, _ in parts]
     splits = {
-        "train": [(points[: len(x)], labels[: len(x)]) for points, labels, _ in parts],
+        "train": [(points[index], labels[index]) for (points, labels, _), index in zip(parts, few, strict=True)],
         "held_out": [(x, y)] * len(members),
     }
     means = {
