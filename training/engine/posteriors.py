@@ -166,6 +166,24 @@ def folds_of(y: Tensor, folds: int) -> Tensor:
     return fold_of
 
 
+def subset(y: Tensor, count: int, seed: int) -> Tensor:
+    """The indices of ``count`` random samples, among which is one of each class, as a kernel density needs.
+
+    Args:
+        y: int64 [N].
+        count: of the samples; below the number of classes some are missing all the same.
+        seed: decides which.
+    """
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
+    labels = y.cpu()[order]
+    first = torch.zeros(len(y), dtype=torch.bool)
+    for label in labels.unique():
+        first[(labels == label).nonzero()[0]] = True
+    # As a rule these are the first in the order; of a rare class the first may come later.
+    kept = first.logical_not().byte().argsort(stable=True)[:count].sort().values
+    return order[kept].to(y.device)
+
+
 def settings_from(path: Path, given: PosteriorSettings, named: Collection[str] = ()) -> PosteriorSettings:
     """The settings of the posterior in a posterior.pt; those given replace them where they say how it is read.
 
@@ -438,8 +456,7 @@ class _Builder:
         keep = self.settings.max_points
         if keep is None or keep >= len(self.x):
             return KernelDensity(self.x, self.y, num_classes=self.num_classes, sigma=self.sigma)
-        generator = torch.Generator().manual_seed(self.seed)
-        index = torch.randperm(len(self.x), generator=generator)[:keep].to(self.x.device)
+        index = subset(self.y, keep, self.seed)
         return KernelDensity(self.x[index], self.y[index], num_classes=self.num_classes, sigma=self.sigma)
 
     def score_network(self) -> ScoreNetwork:

@@ -174,7 +174,7 @@ def _builder(
     members = posteriors.members_of(posterior)
 
     def some(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        keep = torch.randperm(len(x), generator=Generator().manual_seed(seed))[:DENSITY_POINTS].to(device)
+        keep = posteriors.subset(y, DENSITY_POINTS, seed)
         return x[keep], y[keep]
 
     densities = [some(x, y) for x, y, _ in parts]
