@@ -484,11 +484,11 @@ def losses(posterior: Posterior, resolved: PosteriorSettings, loaded: Data, seed
     if len(loaded.x_validation):
         index = loaded.few(AUDITED, len(loaded.x_validation))
         splits["validation"] = [(loaded.x_validation[index], loaded.y_validation[index])] * len(parts)
+    sigmas = scores.levels(loaded.format.width)
     found = {
-        name: posteriors.mean_losses(posterior, points, scores.SIGMAS, seed=seed, repeats=1)
-        for name, points in splits.items()
+        name: posteriors.mean_losses(posterior, points, sigmas, seed=seed, repeats=1) for name, points in splits.items()
     }
-    return [{"sigma": sigma, **{name: values[sigma] for name, values in found.items()}} for sigma in scores.SIGMAS]
+    return [{"sigma": sigma, **{name: values[sigma] for name, values in found.items()}} for sigma in sigmas]
 
 
 def sampler_of(settings: ScoreSettings, resolved: PosteriorSettings, denoiser: Denoiser) -> tuple[str, dict[str, Any]]:

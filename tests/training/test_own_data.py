@@ -18,7 +18,7 @@ from scorematch import ThreatModel
 from scorematch.posteriors import GaussianMixture
 from training import data, measures, score
 from training.data import Data, DataSettings, Format, checked, generated, load, own_data
-from training.engine import checkpoint, posteriors
+from training.engine import checkpoint, posteriors, scores
 from training.engine.loop import Trainer
 from training.measures import judge
 from training.reports import audit
@@ -437,6 +437,24 @@ def test_lengths_are_counted_in_the_box_of_images(mine: Path) -> None:
     assert (given.eps, given.posterior_settings.sigma) == (3, 9)
     vectors = config.parse(["--objective", "pgd_at", "--data", "my_data:points"])
     assert vectors.eps == 0.1, "their units are anybody's guess"
+
+
+def test_losses_are_measured_at_noise_levels_in_the_box_of_images(mine: Path, call: Any) -> None:
+    """In the curves of a training, in its table, and in the audit, which also has the level of the settings."""
+    mine.write_text(f"{MODULE}\ndef bytes():\n    return blobs((1, 8, 8), 4, upper=255.0)\n")
+    options = "--data my_data:bytes --posterior noise_conditional_classifier --threads 1 --audit --out here"
+    quick = "--device cpu --posterior-settings.steps 3 --posterior-settings.width 8 --posterior-settings.batch-size 8"
+    ending = call("score", *options.split(), *quick.split())
+    assert ending.status == 0, ending
+    expected = [255 * sigma for sigma in scores.SIGMAS]
+    table = json.loads(Path("here/score.json").read_text())
+    assert [row["sigma"] for row in table["cross_entropy"]] == pytest.approx(expected)
+    both = sorted([*expected, table["posterior_settings"]["sigma"]])
+    line = json.loads(Path("here/classifier/metrics.jsonl").read_text().splitlines()[0])
+    assert {float(name[9:]) for name in line if name.startswith("val_loss_")} >= set(expected)
+    found = json.loads(Path("here/audit.json").read_text())
+    assert sorted({row["sigma"] for row in found["evidence"]}) == pytest.approx(sorted(set(both)))
+    assert scores.levels(1.0) == scores.SIGMAS
 
 
 def test_images_in_another_box_are_shifted_and_attacked_within_it(mine: Path, call: Any, tiny: list[str]) -> None:

@@ -29,6 +29,7 @@ from scorematch.networks import ConvBackbone, Denoiser, EmbeddedDenoiser, MLPBac
 from scorematch.posteriors import Ensemble, KernelDensity, NoiseConditionalClassifier, Posterior, ScoreNetwork
 from scorematch.posteriors.base import PointwisePosterior
 from scorematch.threat_model import ThreatModel
+from training.data import Format
 from training.engine import checkpoint, scores
 from training.engine.forward import Forward
 from training.engine.hardware import Speed
@@ -46,6 +47,8 @@ class DataLike(Protocol):
     def name(self) -> str: ...
     @property
     def num_classes(self) -> int: ...
+    @property
+    def format(self) -> Format: ...
     @property
     def p_d(self) -> Posterior | None: ...
     @property
@@ -537,6 +540,7 @@ class _Builder:
             speed=self.trains.speed,
             save_minutes=self.trains.save_minutes,
             about=self.trains.about,
+            width=self.data.format.width,
         )
         generator = torch.Generator(self.x.device).manual_seed(1_000_003 * purpose + self.seed)
         title, place = name.replace("-", " ") + self.trains.which, self.trains.folder / name

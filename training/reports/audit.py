@@ -122,7 +122,8 @@ def write(
     noise = reach(threat_model, x[0].numel())
     parts = list(posteriors.divided(settings, data, x.device))
     build = _builder(posterior, settings, data, parts, seed)
-    evidence = search(build, candidates(posterior, settings.name), data, x, y, noise, threat_model, seed)
+    levels = scores.levels(data.format.width)
+    evidence = search(build, candidates(posterior, settings.name, levels), data, x, y, noise, threat_model, seed)
     best = max(evidence, key=lambda candidate: evidence[candidate]["moved"])
     chosen = build(best)
     found = {
@@ -143,7 +144,7 @@ def write(
     found["verdict"] = verdict(findings)
     checkpoint.write_json(out / "audit.json", found)
     checkpoint.write_atomically(out / "chosen.toml", recipe(options_of(best, settings, data), evidence))
-    checkpoint.write_atomically(out / "audit.html", page(found, findings, data.name))
+    checkpoint.write_atomically(out / "audit.html", page(found, findings, data.name, levels))
     return best, "\n".join([*(f"{finding.mark} {finding.text}" for finding in findings), found["verdict"]])
 
 
@@ -155,7 +156,7 @@ def recipe(options: dict[str, Any], evidence: dict[Candidate, dict[str, float]])
     return "\n".join([told, *lines, tomli_w.dumps(options)])
 
 
-def candidates(posterior: Posterior, name: str) -> list[Candidate]:
+def candidates(posterior: Posterior, name: str, levels: tuple[float, ...]) -> list[Candidate]:
     """Every noise level, and of a score network with every anchor that is not given the label of the point."""
     readings = [name]
     own = posteriors.members_of(posterior)[0]
@@ -163,7 +164,7 @@ def candidates(posterior: Posterior, name: str) -> list[Candidate]:
         readings = ["kernel_density"]
         if isinstance(own.anchor, NoiseConditionalClassifier):
             readings = [*ANCHORS, "alone"]
-    sigmas = sorted({*scores.SIGMAS, own.sigma})
+    sigmas = sorted({*levels, own.sigma})
     return [Candidate(sigma, reading) for reading, sigma in itertools.product(readings, sigmas)]
 
 
@@ -231,7 +232,7 @@ def losses(
 ) -> dict[str, Any]:
     """The loss of its networks by noise level, on points that they have learned from and on held-out ones."""
     members = posteriors.members_of(posterior)
-    levels = tuple(sorted({*scores.SIGMAS, sigma}))
+    levels = tuple(sorted({*scores.levels(data.format.width), sigma}))
     few = [data.few(len(x), len(points)) for points, _, _ in parts]
     splits = {
         "train": [(points[index], labels[index]) for (points, labels, _), index in zip(parts, few, strict=True)],
@@ -378,7 +379,7 @@ def read_people(path: Path, data: Data) -> Tensor:
     return torch.from_numpy(values.copy())
 
 
-def page(found: dict[str, Any], findings: list[Finding], data: str) -> str:
+def page(found: dict[str, Any], findings: list[Finding], data: str, levels: tuple[float, ...]) -> str:
     """audit.html, with everything inside it."""
     rows = [["settings", "log p(y|x), nats", "log p(y|x + noise), nats", "under an attack on itself, nats"]]
     rows += [
@@ -394,7 +395,7 @@ def page(found: dict[str, Any], findings: list[Finding], data: str) -> str:
         f"<ul>{items}</ul>",
         f"<p class='note'>Read at {chosen}; {found['points']} held-out points; {norm}, eps {eps:g}; "
         f"noise {found['noise']:.4g}.</p>",
-        plots.as_image(plot(found), "held-out likelihood and losses by noise level"),
+        plots.as_image(plot(found, levels), "held-out likelihood and losses by noise level"),
         "<h2>Evidence</h2>",
         "<p>Every way to read the trained networks; the first was chosen, by the column with noise. The last column is "
         f"the lowest value that an attack on these settings met, on {min(found['points'], ATTACKED)} points.</p>",
@@ -403,7 +404,7 @@ def page(found: dict[str, Any], findings: list[Finding], data: str) -> str:
     return pages.page(f"audit of {data}", body)
 
 
-def plot(found: dict[str, Any]) -> Figure:
+def plot(found: dict[str, Any], levels: tuple[float, ...]) -> Figure:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     styles = zip(READINGS, ("#d55e00", "#e69f00", "#cc79a7", "#cc79a7", "#009e73"), "^Dvvo", strict=True)
     for reading, colour, marker in styles:
@@ -420,6 +421,6 @@ def plot(found: dict[str, Any]) -> Figure:
     right.set(xscale="log", xlabel="σ", ylabel=found["loss"])
     right.legend(frameon=False)
     for axis in (left, right):
-        axis.set_xticks(scores.SIGMAS, [f"{sigma:g}" for sigma in scores.SIGMAS])
+        axis.set_xticks(levels, [f"{sigma:g}" for sigma in levels])
         axis.minorticks_off()
     return figure
