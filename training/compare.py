@@ -235,7 +235,8 @@ def _refuse_other_settings(job: Job) -> None:
     if not path.exists():
         return
     table = config.read_toml(path)
-    saved = _flat(config.as_table(config.with_posterior(config.from_table(table, str(path)))))
+    before = config.with_posterior(config.from_table(table, str(path)), table.get("posterior_settings", ()))
+    saved = _flat(config.as_table(before))
     ignored = ["threads"]
     if "autoattack" not in table and job.finished:
         ignored += ["autoattack", "autoattack_samples", "autoattack_compile"]

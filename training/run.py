@@ -413,7 +413,8 @@ def measure(
                 network, posterior, x[:PATH_SAMPLES], y[:PATH_SAMPLES], threat_model, settings.steps
             )
             write_json(out / "paths.json", paths)
-        few = x[:AUDITED], y[:AUDITED]
+        index = loaded.few(AUDITED, len(x))
+        few = x[index], y[index]
         results |= posteriors.audit(posterior, *few, threat_model, steps=settings.eval_steps, seed=settings.seed)
         results["posterior_samples"] = len(few[0])
         if posteriors.anchored_at_labels(posterior):

@@ -479,14 +479,16 @@ def pictured(
 def losses(posterior: Posterior, resolved: PosteriorSettings, loaded: Data, seed: int) -> list[dict[str, float]]:
     """Loss at each noise level on training and on held-out points: their gap is memorisation."""
     parts = list(posteriors.divided(resolved, loaded, loaded.x_train.device))
-    splits = {"train": [(x[:AUDITED], y[:AUDITED]) for x, y, _ in parts]}
+    few = [loaded.few(AUDITED, len(x)) for x, _, _ in parts]
+    splits = {"train": [(x[index], y[index]) for (x, y, _), index in zip(parts, few, strict=True)]}
     if len(loaded.x_validation):
-        splits["validation"] = [(loaded.x_validation[:AUDITED], loaded.y_validation[:AUDITED])] * len(parts)
+        index = loaded.few(AUDITED, len(loaded.x_validation))
+        splits["validation"] = [(loaded.x_validation[index], loaded.y_validation[index])] * len(parts)
+    sigmas = scores.levels(loaded.format.width)
     found = {
-        name: posteriors.mean_losses(posterior, points, scores.SIGMAS, seed=seed, repeats=1)
-        for name, points in splits.items()
+        name: posteriors.mean_losses(posterior, points, sigmas, seed=seed, repeats=1) for name, points in splits.items()
     }
-    return [{"sigma": sigma, **{name: values[sigma] for name, values in found.items()}} for sigma in scores.SIGMAS]
+    return [{"sigma": sigma, **{name: values[sigma] for name, values in found.items()}} for sigma in sigmas]
 
 
 def sampler_of(settings: ScoreSettings, resolved: PosteriorSettings, denoiser: Denoiser) -> tuple[str, dict[str, Any]]:

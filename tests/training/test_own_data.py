@@ -14,13 +14,17 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from scorematch import ThreatModel
 from scorematch.posteriors import GaussianMixture
 from training import data, measures, score
 from training.data import Data, DataSettings, Format, checked, generated, load, own_data
-from training.engine import checkpoint
+from training.engine import checkpoint, posteriors, scores
 from training.engine.loop import Trainer
+from training.measures import judge
+from training.reports import audit
 from training.settings import config
 from training.settings.errors import InputError
+from training.settings.posterior import PosteriorSettings
 
 Make = Callable[..., Path]
 
@@ -435,6 +439,24 @@ def test_lengths_are_counted_in_the_box_of_images(mine: Path) -> None:
     assert vectors.eps == 0.1, "their units are anybody's guess"
 
 
+def test_losses_are_measured_at_noise_levels_in_the_box_of_images(mine: Path, call: Any) -> None:
+    """In the curves of a training, in its table, and in the audit, which also has the level of the settings."""
+    mine.write_text(f"{MODULE}\ndef bytes():\n    return blobs((1, 8, 8), 4, upper=255.0)\n")
+    options = "--data my_data:bytes --posterior noise_conditional_classifier --threads 1 --audit --out here"
+    quick = "--device cpu --posterior-settings.steps 3 --posterior-settings.width 8 --posterior-settings.batch-size 8"
+    ending = call("score", *options.split(), *quick.split())
+    assert ending.status == 0, ending
+    expected = [255 * sigma for sigma in scores.SIGMAS]
+    table = json.loads(Path("here/score.json").read_text())
+    assert [row["sigma"] for row in table["cross_entropy"]] == pytest.approx(expected)
+    both = sorted([*expected, table["posterior_settings"]["sigma"]])
+    line = json.loads(Path("here/classifier/metrics.jsonl").read_text().splitlines()[0])
+    assert {float(name[9:]) for name in line if name.startswith("val_loss_")} >= set(expected)
+    found = json.loads(Path("here/audit.json").read_text())
+    assert sorted({row["sigma"] for row in found["evidence"]}) == pytest.approx(sorted(set(both)))
+    assert scores.levels(1.0) == scores.SIGMAS
+
+
 def test_images_in_another_box_are_shifted_and_attacked_within_it(mine: Path, call: Any, tiny: list[str]) -> None:
     mine.write_text(
         f"{MODULE}\ndef moved():\n"
@@ -484,6 +506,45 @@ def test_data_that_are_sorted_by_class(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(measures, "correct", lambda model, x, y, *more: seen.append(y) or correct(model, x, y, *more))
     trainer.validate()
     assert seen[0].bincount().tolist() == [10, 10, 10]
+
+
+def test_an_audit_of_data_that_are_sorted_by_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it looks at, and the tables of score.json, have each class as often as all of the data."""
+    x, y = torch.rand(90, 1, 8, 8), torch.arange(90) // 30
+    known = Data("my_data:ordered", 3, x, y, x, y, x, y)
+    assert dataclasses.replace(known, name="digits").few(40, 90).tolist() == list(range(40)), "others are shuffled"
+    small = PosteriorSettings("noise_conditional_classifier", network="mlp", steps=2, batch_size=8, width=8, depth=1)
+    settings = config.resolved_posterior(small, known.name, known.format)
+    posterior = posteriors.build(settings, known, seed=0, folder=tmp_path)
+    for module, name, value in ((audit, "POINTS", 30), (audit, "ATTACKED", 15), (score, "AUDITED", 30)):
+        monkeypatch.setattr(module, name, value)
+    seen: dict[str, list[Tensor]] = {}
+
+    def watch(module: Any, name: str, position: int = 2) -> None:
+        function = getattr(module, name)
+
+        def watched(*given: Any, **more: Any) -> Any:
+            seen.setdefault(name, []).append(given[position])
+            return function(*given, **more)
+
+        monkeypatch.setattr(module, name, watched)
+
+    for name in ("log_likelihood", "attacked_log_likelihood", "robust_accuracy", "calibration"):
+        watch(audit.audit, name)
+    watch(audit.audit, "agreement", 1)
+    watch(posteriors, "losses_by_level")
+    watch(measures, "correct")
+    people = nn.functional.one_hot(y, 3).float()
+    audit.write(posterior, settings, known, ThreatModel("linf", 0.1), seed=0, out=tmp_path, people=people)
+    score.losses(posterior, settings, known, 0)
+    monkeypatch.setattr(judge, "TRAINING_IMAGES", 60)
+    judge.measure(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), x, y, known)
+    assert len(seen) == 7
+    for name, labels in seen.items():
+        for some in labels:
+            counts = (some.argmax(1) if some.dim() == 2 else some).bincount(minlength=3)
+            assert len(some) < 90 or name == "correct"
+            assert counts.unique().numel() == 1, name
 
 
 @pytest.mark.usefixtures("quick_runs")

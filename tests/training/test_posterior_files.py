@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import tomli_w
 import torch
 
 from scorematch.matching import fit_temperature
@@ -165,3 +166,36 @@ def test_a_file_counts_more_than_a_recipe(saved: Callable[..., FromFile], tmp_pa
     for name, line in lines.items():
         settings = config.parse(line).posterior_settings
         assert (settings.width, settings.sigma) == expected[name], name
+
+
+@pytest.mark.parametrize(
+    ("of_file", "options", "expected"),
+    [
+        ({"nodes": 8}, "--posterior-settings.nodes 1", {"nodes": 1}),
+        ({"linear": True}, "--posterior-settings.no-linear", {"linear": False}),
+        ({"centering": "network"}, "--posterior-settings.centering=posterior", {"centering": "posterior"}),
+        ({"top_k": 3, "classes": "embedding", "anchor": "kernel_density"}, "--posterior-settings.top-k None", {}),
+        ({"sigma": 0.7}, "--posterior-settings.sigma None", {"sigma": 0.7}),
+        ({"nodes": 8}, "", {"nodes": 8}),
+    ],
+)
+def test_a_default_that_is_given_counts(
+    saved: Callable[..., FromFile], tmp_path: Path, of_file: dict, options: str, expected: dict
+) -> None:
+    """As an option, and in the config.toml of such a run; what is not given is that of the file."""
+    file = saved("score_network", **of_file)
+    line = ["--objective", "score_direct", "--posterior-from", str(file.path), *options.split()]
+    settings = config.parse(line)
+    for name, value in (expected or {"top_k": None}).items():
+        assert getattr(settings.posterior_settings, name) == value
+    if expected:  # None has no line in a file
+        path = tmp_path / "config.toml"
+        path.write_text(tomli_w.dumps(config.as_table(settings)))
+        assert config.parse(["--recipe", str(path)]).posterior_settings == settings.posterior_settings
+
+
+def test_a_default_that_contradicts_a_file_is_refused(saved: Callable[..., FromFile]) -> None:
+    file = saved("score_network", dropout=0.1)
+    line = f"--objective score_direct --posterior-from {file.path} --posterior-settings.dropout 0"
+    with pytest.raises(InputError, match=r"posterior_settings.dropout: 0.0, but .* was fitted with 0.1"):
+        config.parse(line.split())

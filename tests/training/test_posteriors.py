@@ -15,7 +15,7 @@ from training.data import DataSettings, toy
 from training.engine import checkpoint, posteriors
 from training.engine.hardware import Speed
 from training.measures import toy_scores
-from training.reports import score_network
+from training.reports import audit, score_network
 from training.settings.errors import InputError
 from training.settings.posterior import TUNED, PosteriorSettings
 
@@ -223,6 +223,33 @@ def test_max_points_bounds_the_kernel_density(digits: data.Data) -> None:
     posterior = build(PosteriorSettings("kernel_density", max_points=60), digits)
     assert isinstance(posterior, KernelDensity)
     assert len(posterior.points) == 60
+
+
+def test_a_subset_keeps_a_rare_class(digits: data.Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a plain draw has all classes, it stays as it was."""
+    y = (torch.arange(1000) == 700).long()
+    drawn = {seed: torch.randperm(1000, generator=torch.Generator().manual_seed(seed))[:50] for seed in range(60)}
+    for seed, plain in drawn.items():
+        index = posteriors.subset(y, 50, seed)
+        assert len(index.unique()) == 50
+        kept = 50 if 700 in plain else 49
+        assert index[:kept].tolist() == plain[:kept].tolist()
+        assert 700 in index
+    assert sum(700 in plain for plain in drawn.values()) in range(1, 20), "both cases occur"
+    x = torch.rand(1000, 1, 8, 8)
+    rare = dataclasses.replace(digits, x_train=x, y_train=y, x_validation=x, y_validation=y, num_classes=2)
+    settings = PosteriorSettings("kernel_density", max_points=20)
+    posterior = build(settings, rare)
+    assert isinstance(posterior, KernelDensity)
+    assert posterior.class_sizes.tolist() == [19, 1]
+
+    monkeypatch.setattr(audit, "DENSITY_POINTS", 20)
+    parts = list(posteriors.divided(settings, rare, "cpu"))
+    network = build(PosteriorSettings("score_network", anchor="kernel_density", **QUICK), rare)  # type: ignore[arg-type]
+    again = audit._builder(network, settings, rare, parts, seed=0)(audit.Candidate(0.3, "kernel_density"))
+    assert isinstance(again, ScoreNetwork)
+    assert isinstance(again.anchor, KernelDensity)
+    assert again.anchor.class_sizes.tolist() == [19, 1]
 
 
 def test_a_kernel_density_is_rebuilt_whatever_the_seed_drew(digits: data.Data) -> None:

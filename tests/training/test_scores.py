@@ -510,6 +510,31 @@ def test_what_the_audit_chose_is_trained_with_the_settings_of_its_networks(
         assert trained.name == ("score_network" if reading == "classifier" else "noise_conditional_classifier")
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"nodes": 4}, {"linear": True}, {"centering": "network"}, {"top_k": 3, "classes": "embedding"}],
+    ids=lambda options: next(iter(options)),
+)
+def test_an_audit_reads_networks_as_their_settings_say(options: dict, digits: data.Data, tmp_path: Path) -> None:
+    """Noise level and anchor are what it searches, and at those of the settings it has the posterior itself."""
+    settings = PosteriorSettings(
+        "score_network", anchor="kernel_density", steps=20, batch_size=16, width=16, depth=1, **options
+    ).resolved("digits")
+    posterior = posteriors.build(settings, digits, seed=0, folder=tmp_path)
+    assert settings.sigma is not None
+    parts = list(posteriors.divided(settings, digits, "cpu"))
+    build = audit._builder(posterior, settings, digits, parts, seed=0)
+    x, y = digits.x_test[:6], digits.y_test[:6]
+    values = []
+    for one in (posterior, build(audit.Candidate(settings.sigma, "kernel_density"))):
+        trace = one.trace(x, y)
+        for shift in (0.1, 0.2):
+            trace.move(x + shift)
+        weights = torch.linspace(-1, 1, 60).reshape(6, 10)
+        values.append((trace.log_p, trace.pull_back(weights, torch.zeros_like(x))))
+    torch.testing.assert_close(values[1], values[0], rtol=1e-3, atol=1e-4)
+
+
 def test_an_audit_on_the_toy(call: Any) -> None:
     """Its inputs have one feature, so no path is closed."""
     small = "--data toy --limit 50 --threads 1 --posterior-settings.steps 20 --posterior-settings.width 16 --out here"

@@ -162,6 +162,14 @@ class Data:
             "source": self.source,
         }
 
+    def few(self, count: int, available: int) -> Tensor:
+        """The indices of at most ``count`` samples of a split to look at, in the place of all ``available`` ones.
+
+        They are the first ones, but for what a function returns, which may be sorted by class.
+        """
+        index = spread(count, available) if ":" in self.name else torch.arange(min(count, available))
+        return index.to(self.x_train.device)
+
     def to(self, device: torch.device) -> "Data":
         moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, (Tensor, Posterior))}
         return dataclasses.replace(self, **moved)

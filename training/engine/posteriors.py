@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,12 +29,13 @@ from scorematch.networks import ConvBackbone, Denoiser, EmbeddedDenoiser, MLPBac
 from scorematch.posteriors import Ensemble, KernelDensity, NoiseConditionalClassifier, Posterior, ScoreNetwork
 from scorematch.posteriors.base import PointwisePosterior
 from scorematch.threat_model import ThreatModel
+from training.data import Format
 from training.engine import checkpoint, scores
 from training.engine.forward import Forward
 from training.engine.hardware import Speed
 from training.settings import tables
 from training.settings.errors import InputError
-from training.settings.posterior import READING, PosteriorSettings
+from training.settings.posterior import COMMON, READING, PosteriorSettings
 
 FOLD_SEEDS = 7919  # between the seeds of two folds
 
@@ -46,6 +47,8 @@ class DataLike(Protocol):
     def name(self) -> str: ...
     @property
     def num_classes(self) -> int: ...
+    @property
+    def format(self) -> Format: ...
     @property
     def p_d(self) -> Posterior | None: ...
     @property
@@ -166,8 +169,31 @@ def folds_of(y: Tensor, folds: int) -> Tensor:
     return fold_of
 
 
-def settings_from(path: Path, given: PosteriorSettings) -> PosteriorSettings:
+def subset(y: Tensor, count: int, seed: int) -> Tensor:
+    """The indices of ``count`` random samples, among which is one of each class, as a kernel density needs.
+
+    Args:
+        y: int64 [N].
+        count: of the samples; below the number of classes some are missing all the same.
+        seed: decides which.
+    """
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
+    labels = y.cpu()[order]
+    first = torch.zeros(len(y), dtype=torch.bool)
+    for label in labels.unique():
+        first[(labels == label).nonzero()[0]] = True
+    # As a rule these are the first in the order; of a rare class the first may come later.
+    kept = first.logical_not().byte().argsort(stable=True)[:count].sort().values
+    return order[kept].to(y.device)
+
+
+def settings_from(path: Path, given: PosteriorSettings, named: Collection[str] = ()) -> PosteriorSettings:
     """The settings of the posterior in a posterior.pt; those given replace them where they say how it is read.
+
+    Args:
+        path: the file.
+        given: settings; what differs from the defaults counts as given.
+        named: those that count though they may be the defaults; a None that only leaves a value open does not.
 
     Raises:
         InputError: the file cannot be read, holds a posterior of another name, or was fitted with other settings.
@@ -179,7 +205,8 @@ def settings_from(path: Path, given: PosteriorSettings) -> PosteriorSettings:
     changes = {}
     for field in dataclasses.fields(given):
         value, old = getattr(given, field.name), getattr(known, field.name)
-        if value in (field.default, old):
+        left_open = value is None and field.name in COMMON
+        if value == old or left_open or (value == field.default and field.name not in named):
             continue
         if field.name not in may_change or (field.name == "anchor" and value == "classifier"):
             raise InputError(
@@ -251,6 +278,22 @@ def classifier_at(
         return plain
     found = fit_temperature(plain.log_prob, *held_out, repeats=1)
     return NoiseConditionalClassifier(network, num_classes=num_classes, sigma=sigma, temperature=found)
+
+
+def score_network_at(
+    denoiser: Denoiser, sigma: float, anchor: PointwisePosterior | None, settings: PosteriorSettings
+) -> ScoreNetwork:
+    """A denoiser read at a noise level and from an anchor, and in everything else as the settings say."""
+    return ScoreNetwork(
+        denoiser,
+        sigma=sigma,
+        anchor=anchor,
+        smoothing=settings.smoothing or 0.1,
+        centering=settings.centering,
+        nodes=settings.nodes,
+        linear=settings.linear,
+        top_k=settings.top_k,
+    )
 
 
 def read(
@@ -416,8 +459,7 @@ class _Builder:
         keep = self.settings.max_points
         if keep is None or keep >= len(self.x):
             return KernelDensity(self.x, self.y, num_classes=self.num_classes, sigma=self.sigma)
-        generator = torch.Generator().manual_seed(self.seed)
-        index = torch.randperm(len(self.x), generator=generator)[:keep].to(self.x.device)
+        index = subset(self.y, keep, self.seed)
         return KernelDensity(self.x[index], self.y[index], num_classes=self.num_classes, sigma=self.sigma)
 
     def score_network(self) -> ScoreNetwork:
@@ -430,16 +472,7 @@ class _Builder:
             anchor = self.noise_conditional_classifier()
         elif s.anchor == "kernel_density":
             anchor = self.kernel_density()
-        return ScoreNetwork(
-            denoiser,
-            sigma=self.sigma,
-            anchor=anchor,
-            smoothing=s.smoothing or 0.1,
-            centering=s.centering,
-            nodes=s.nodes,
-            linear=s.linear,
-            top_k=s.top_k,
-        )
+        return score_network_at(denoiser, self.sigma, anchor, s)
 
     def noise_conditional_classifier(self) -> NoiseConditionalClassifier:
         self._seed(1)
@@ -507,6 +540,7 @@ class _Builder:
             speed=self.trains.speed,
             save_minutes=self.trains.save_minutes,
             about=self.trains.about,
+            width=self.data.format.width,
         )
         generator = torch.Generator(self.x.device).manual_seed(1_000_003 * purpose + self.seed)
         title, place = name.replace("-", " ") + self.trains.which, self.trains.folder / name

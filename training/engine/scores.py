@@ -24,8 +24,13 @@ from training.settings.errors import InputError
 
 # Steps between two looks at held-out data, each of which is followed by a checkpoint: a twentieth of the training
 INTERVAL, SHORTEST, LOOKS = 500, 50, 20
-SIGMAS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.8)  # noise levels at which losses are measured, in input units
+SIGMAS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.8)  # noise levels at which losses are measured, in widths of the box of images
 HELD_OUT = 500  # points of the validation split in the held-out loss
+
+
+def levels(width: float) -> tuple[float, ...]:
+    """The noise levels at which losses are measured, in input units, for data whose box is so wide (Format.width)."""
+    return tuple(sigma * width for sigma in SIGMAS)
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ class Training:
     speed: Speed
     save_minutes: float
     about: dict[str, Any]  # saved as the settings
+    width: float = 1.0  # of the box of images, see levels()
 
 
 class ScoreTrainer(Engine):
@@ -123,8 +129,9 @@ class ScoreTrainer(Engine):
         training = self.training
         few = spread(HELD_OUT, len(training.x_held_out)).to(self.device)
         x, y = training.x_held_out[few], training.y_held_out[few]
-        levels = SIGMAS if training.sigma is None else tuple(sorted({*SIGMAS, training.sigma}))
-        errors = losses_by_level(self.fitting.averaged(), x, y, levels, seed=training.seed) if len(x) else {}
+        own = set() if training.sigma is None else {training.sigma}
+        sigmas = tuple(sorted({*levels(training.width), *own}))
+        errors = losses_by_level(self.fitting.averaged(), x, y, sigmas, seed=training.seed) if len(x) else {}
         return {f"val_loss_{sigma:g}": value for sigma, value in errors.items()}
 
     def is_best(self, entry: dict[str, float]) -> bool:

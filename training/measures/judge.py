@@ -23,6 +23,7 @@ from training.settings.errors import InputError
 Features = Callable[[Tensor], Tensor]  # images [N, C, H, W] in the box of the data to [N, F]
 
 CHUNK = 250  # images at a time
+TRAINING_IMAGES = 10_000  # of them are shown to the judge, for comparison
 SMALL = 16  # rows and columns of images for which the small network and no augmentation do
 
 
@@ -59,11 +60,12 @@ def train(loaded: Data, epochs: int | None, seed: int) -> nn.Module:
 
 def measure(judge: nn.Module, x: Tensor, y: Tensor, loaded: Data) -> dict[str, float]:
     """What the judge says about samples x [N, …] of classes y [N], and about training images for comparison."""
+    few = loaded.few(TRAINING_IMAGES, len(loaded.x_train))
     return {
         "count": float(len(x)),
         "recognised": measures.per_cent(measures.correct(judge, x, y)),
         "training_images_recognised": measures.per_cent(
-            measures.correct(judge, loaded.x_train[:10_000], loaded.y_train[:10_000])
+            measures.correct(judge, loaded.x_train[few], loaded.y_train[few])
         ),
         **frechet_distances(features_of(judge), x, loaded, 0),
     }

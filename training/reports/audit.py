@@ -117,11 +117,13 @@ def write(
         out: folder of the files.
         people: [N, L] label distributions of the test points.
     """
-    x, y = data.x_validation[:POINTS], data.y_validation[:POINTS]
+    few = data.few(POINTS, len(data.x_validation))
+    x, y = data.x_validation[few], data.y_validation[few]
     noise = reach(threat_model, x[0].numel())
     parts = list(posteriors.divided(settings, data, x.device))
     build = _builder(posterior, settings, data, parts, seed)
-    evidence = search(build, candidates(posterior, settings.name), x, y, noise, threat_model, seed)
+    levels = scores.levels(data.format.width)
+    evidence = search(build, candidates(posterior, settings.name, levels), data, x, y, noise, threat_model, seed)
     best = max(evidence, key=lambda candidate: evidence[candidate]["moved"])
     chosen = build(best)
     found = {
@@ -130,18 +132,19 @@ def write(
         "noise": noise,
         "evidence": [{**candidate._asdict(), **values} for candidate, values in evidence.items()],
         "chosen": best._asdict(),
-        **losses(chosen, best.sigma, parts, x, y, seed),
+        **losses(chosen, best.sigma, data, parts, x, y, seed),
         **measured(chosen, data, x, y, threat_model, noise, seed),
     }
     if people is not None:
-        log_p = chosen.trace(data.x_test[:POINTS], data.y_test[:POINTS]).log_p
-        found["people"] = audit.agreement(log_p.cpu(), people[:POINTS])._asdict()
+        few = data.few(POINTS, len(data.x_test))
+        log_p = chosen.trace(data.x_test[few], data.y_test[few]).log_p
+        found["people"] = audit.agreement(log_p.cpu(), people[few.cpu()])._asdict()
     findings = judged(found)
     found["findings"] = [finding._asdict() for finding in findings]
     found["verdict"] = verdict(findings)
     checkpoint.write_json(out / "audit.json", found)
     checkpoint.write_atomically(out / "chosen.toml", recipe(options_of(best, settings, data), evidence))
-    checkpoint.write_atomically(out / "audit.html", page(found, findings, data.name))
+    checkpoint.write_atomically(out / "audit.html", page(found, findings, data.name, levels))
     return best, "\n".join([*(f"{finding.mark} {finding.text}" for finding in findings), found["verdict"]])
 
 
@@ -153,7 +156,7 @@ def recipe(options: dict[str, Any], evidence: dict[Candidate, dict[str, float]])
     return "\n".join([told, *lines, tomli_w.dumps(options)])
 
 
-def candidates(posterior: Posterior, name: str) -> list[Candidate]:
+def candidates(posterior: Posterior, name: str, levels: tuple[float, ...]) -> list[Candidate]:
     """Every noise level, and of a score network with every anchor that is not given the label of the point."""
     readings = [name]
     own = posteriors.members_of(posterior)[0]
@@ -161,7 +164,7 @@ def candidates(posterior: Posterior, name: str) -> list[Candidate]:
         readings = ["kernel_density"]
         if isinstance(own.anchor, NoiseConditionalClassifier):
             readings = [*ANCHORS, "alone"]
-    sigmas = sorted({*scores.SIGMAS, own.sigma})
+    sigmas = sorted({*levels, own.sigma})
     return [Candidate(sigma, reading) for reading, sigma in itertools.product(readings, sigmas)]
 
 
@@ -172,7 +175,7 @@ def _builder(
     members = posteriors.members_of(posterior)
 
     def some(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        keep = torch.randperm(len(x), generator=Generator().manual_seed(seed))[:DENSITY_POINTS].to(device)
+        keep = posteriors.subset(y, DENSITY_POINTS, seed)
         return x[keep], y[keep]
 
     densities = [some(x, y) for x, y, _ in parts]
@@ -195,7 +198,7 @@ def _builder(
                 if candidate.reading == "classifier"
                 else KernelDensity(*points, num_classes=data.num_classes, sigma=sigma)
             )
-            read.append(ScoreNetwork(member.denoiser, sigma=sigma, anchor=anchor))
+            read.append(posteriors.score_network_at(member.denoiser, sigma, anchor, settings))
         return (read[0] if len(read) == 1 else Ensemble(read)).to(device)
 
     return build
@@ -204,6 +207,7 @@ def _builder(
 def search(
     build: Callable[[Candidate], Posterior],
     tried: list[Candidate],
+    data: Data,
     x: Tensor,
     y: Tensor,
     noise: float,
@@ -211,27 +215,27 @@ def search(
     seed: int,
 ) -> dict[Candidate, dict[str, float]]:
     """Mean held-out log p(y|x') in nats: at clean x, after noise as long as the attack, and at the worst x' found."""
-    evidence = {}
+    evidence, few = {}, data.few(ATTACKED, len(x))
     for candidate in tqdm(tried, desc="audit", unit="reading", leave=False):
         posterior = build(candidate)
         moved = audit.log_likelihood(posterior, x, y, noise=noise, repeats=2, seed=seed)
         clean = audit.log_likelihood(posterior, x, y, noise=0.0, repeats=1, seed=seed)
-        some = x[:ATTACKED], y[:ATTACKED]
         generator = Generator(x.device).manual_seed(seed)
-        attacked = audit.attacked_log_likelihood(posterior, *some, threat_model, steps=10, generator=generator)
+        attacked = audit.attacked_log_likelihood(posterior, x[few], y[few], threat_model, steps=10, generator=generator)
         values = {"clean": clean, "moved": moved, "attacked": attacked}
         evidence[candidate] = {name: value.mean().item() for name, value in values.items()}
     return evidence
 
 
 def losses(
-    posterior: Posterior, sigma: float, parts: Sequence[Part], x: Tensor, y: Tensor, seed: int
+    posterior: Posterior, sigma: float, data: Data, parts: Sequence[Part], x: Tensor, y: Tensor, seed: int
 ) -> dict[str, Any]:
     """The loss of its networks by noise level, on points that they have learned from and on held-out ones."""
     members = posteriors.members_of(posterior)
-    levels = tuple(sorted({*scores.SIGMAS, sigma}))
+    levels = tuple(sorted({*scores.levels(data.format.width), sigma}))
+    few = [data.few(len(x), len(points)) for points, _, _ in parts]
     splits = {
-        "train": [(points[: len(x)], labels[: len(x)]) for points, labels, _ in parts],
+        "train": [(points[index], labels[index]) for (points, labels, _), index in zip(parts, few, strict=True)],
         "held_out": [(x, y)] * len(members),
     }
     means = {
@@ -375,7 +379,7 @@ def read_people(path: Path, data: Data) -> Tensor:
     return torch.from_numpy(values.copy())
 
 
-def page(found: dict[str, Any], findings: list[Finding], data: str) -> str:
+def page(found: dict[str, Any], findings: list[Finding], data: str, levels: tuple[float, ...]) -> str:
     """audit.html, with everything inside it."""
     rows = [["settings", "log p(y|x), nats", "log p(y|x + noise), nats", "under an attack on itself, nats"]]
     rows += [
@@ -391,7 +395,7 @@ def page(found: dict[str, Any], findings: list[Finding], data: str) -> str:
         f"<ul>{items}</ul>",
         f"<p class='note'>Read at {chosen}; {found['points']} held-out points; {norm}, eps {eps:g}; "
         f"noise {found['noise']:.4g}.</p>",
-        plots.as_image(plot(found), "held-out likelihood and losses by noise level"),
+        plots.as_image(plot(found, levels), "held-out likelihood and losses by noise level"),
         "<h2>Evidence</h2>",
         "<p>Every way to read the trained networks; the first was chosen, by the column with noise. The last column is "
         f"the lowest value that an attack on these settings met, on {min(found['points'], ATTACKED)} points.</p>",
@@ -400,7 +404,7 @@ def page(found: dict[str, Any], findings: list[Finding], data: str) -> str:
     return pages.page(f"audit of {data}", body)
 
 
-def plot(found: dict[str, Any]) -> Figure:
+def plot(found: dict[str, Any], levels: tuple[float, ...]) -> Figure:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     styles = zip(READINGS, ("#d55e00", "#e69f00", "#cc79a7", "#cc79a7", "#009e73"), "^Dvvo", strict=True)
     for reading, colour, marker in styles:
@@ -417,6 +421,6 @@ def plot(found: dict[str, Any]) -> Figure:
     right.set(xscale="log", xlabel="σ", ylabel=found["loss"])
     right.legend(frameon=False)
     for axis in (left, right):
-        axis.set_xticks(scores.SIGMAS, [f"{sigma:g}" for sigma in scores.SIGMAS])
+        axis.set_xticks(levels, [f"{sigma:g}" for sigma in levels])
         axis.minorticks_off()
     return figure

@@ -93,6 +93,16 @@ def value_of(arguments: Sequence[str], name: str) -> str | None:
     return value
 
 
+def names(arguments: Sequence[str]) -> list[str]:
+    """The names of the options, as fields: ``--no-`` of a switch is taken off, once each, in order."""
+    found = []
+    for argument in arguments:
+        if argument.startswith("--"):
+            *groups, last = argument[2:].partition("=")[0].replace("-", "_").split(".")
+            found.append(".".join([*groups, last.removeprefix("no_")]))
+    return list(dict.fromkeys(found))
+
+
 def _one_line(box: str) -> str:
     """The message inside tyro's box: its lines between the title and the first rule."""
     body = re.split(r"│ ─+", box.split("╮", 1)[-1])[0]

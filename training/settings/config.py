@@ -8,7 +8,7 @@ options. A key that no field has is an error.
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -565,7 +565,7 @@ def parse(arguments: Sequence[str]) -> RunSettings:
     settings = dataclasses.replace(settings, data_root=found)
     validate(settings)
     validate_machine(settings)
-    settings = with_posterior(settings)
+    settings = with_posterior(settings, _named_of_posterior(arguments))
     if settings.data != data_sets.FOLDER:
         validate_for(settings, data_sets.format_of(settings.data_settings))
     return dataclasses.replace(  # a run can then be continued from another folder
@@ -573,6 +573,16 @@ def parse(arguments: Sequence[str]) -> RunSettings:
         posterior_from=None if settings.posterior_from is None else settings.posterior_from.absolute(),
         generated=tuple(path.absolute() for path in settings.generated),
     )
+
+
+def _named_of_posterior(arguments: Sequence[str]) -> set[str]:
+    """The settings of the posterior that options name, or the recipe that names the file of the posterior."""
+    groups = (name.rpartition(".") for name in command_line.names(arguments))
+    named = {own for group, _, own in groups if group == "posterior_settings"}
+    recipe = command_line.value_of(arguments, "recipe")
+    if recipe is not None and command_line.value_of(arguments, "posterior-from") is None:
+        named |= read_recipe(recipe).get("posterior_settings", {}).keys()
+    return named
 
 
 def _parse(arguments: Sequence[str], default: RunSettings) -> RunSettings:
@@ -661,22 +671,22 @@ def _construct(settings: type[PosteriorSettings], values: dict[str, Any], where:
         raise InputError(f"{where}: {error}") from None
 
 
-def with_posterior(settings: RunSettings) -> RunSettings:
+def with_posterior(settings: RunSettings, named: Collection[str] = ()) -> RunSettings:
     """The settings with ``posterior_settings`` completed: its name is that of ``--posterior``.
 
     Values that are left open are those of the posterior that is given, or else those of the data set. Without
-    ``--posterior`` score_direct takes a score network.
+    ``--posterior`` score_direct takes a score network. Those that are ``named`` count as given, also as defaults.
     """
     if settings.posterior is None and settings.objective == "score_direct":
         settings = dataclasses.replace(settings, posterior="score_network")
     try:
-        named = dataclasses.replace(settings.posterior_settings, name=settings.posterior or "score_network")
+        given = dataclasses.replace(settings.posterior_settings, name=settings.posterior or "score_network")
         if settings.posterior_from is not None and settings.resume is None:
-            named = settings_from(settings.posterior_from, named)
-        named = resolved_posterior(named, settings.data, data_sets.format_of(settings.data_settings))
+            given = settings_from(settings.posterior_from, given, named)
+        given = resolved_posterior(given, settings.data, data_sets.format_of(settings.data_settings))
     except (ValueError, TypeError) as error:
         raise InputError(f"posterior_settings: {error}") from None
-    return dataclasses.replace(settings, posterior_settings=named)
+    return dataclasses.replace(settings, posterior_settings=given)
 
 
 def _resumed(folder: Path, arguments: Sequence[str]) -> RunSettings:

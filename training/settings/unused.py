@@ -4,6 +4,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 
+from training.settings import command_line
 from training.settings.config import RunSettings
 from training.settings.posterior import PosteriorSettings
 
@@ -60,7 +61,7 @@ def unused(settings: RunSettings, arguments: Sequence[str]) -> dict[str, str]:
     Milestones that come too late are among them even if a recipe names them.
     """
     found: dict[str, str] = {}
-    for name in _names(arguments):
+    for name in command_line.names(arguments):
         group, _, own = name.rpartition(".")
         if not group:
             where = [where for options, where, reads in READERS if name in options and not reads(settings)]
@@ -91,13 +92,3 @@ def print_notes(found: dict[str, str]) -> None:
     """Say so on standard error, a line for each option."""
     for name, where in found.items():
         print(f"note: --{name.replace('_', '-')} changes nothing here, it counts {where}", file=sys.stderr)
-
-
-def _names(arguments: Sequence[str]) -> list[str]:
-    """The names of options, as fields: ``--no-`` of a switch is taken off, once each, in order."""
-    names = []
-    for argument in arguments:
-        if argument.startswith("--"):
-            *groups, last = argument[2:].partition("=")[0].replace("-", "_").split(".")
-            names.append(".".join([*groups, last.removeprefix("no_")]))
-    return list(dict.fromkeys(names))
