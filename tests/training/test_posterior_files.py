@@ -1,5 +1,6 @@
 """A posterior.pt that is used again: what its settings are, what may change, and what does not fit."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from scorematch.matching import fit_temperature
+from scorematch.networks.denoiser import ScaledModule
 from scorematch.posteriors import KernelDensity, NoiseConditionalClassifier, Posterior
 from scorematch.posteriors.base import PointwisePosterior
 from training import data
@@ -165,3 +167,29 @@ def test_a_file_counts_more_than_a_recipe(saved: Callable[..., FromFile], tmp_pa
     for name, line in lines.items():
         settings = config.parse(line).posterior_settings
         assert (settings.width, settings.sigma) == expected[name], name
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize(
+    ("name", "options"), [("score_network", {"anchor": "classifier"}), ("joint_energies", {"folds": 2})]
+)
+def test_networks_keep_the_scale_that_they_were_trained_with(
+    saved: Callable[..., FromFile], digits: data.Data, name: str, options: dict, old: bool
+) -> None:
+    """Files from before it was saved take that of the data at hand."""
+    file, x = saved(name, **options), digits.x_test[:8]
+    brighter = dataclasses.replace(digits, x_train=0.5 * digits.x_train)
+    state = file.posterior.state_dict()
+    if old:
+        state = {name: value for name, value in state.items() if "_extra_state" not in name}
+    settings = posteriors.settings_from(file.path, PosteriorSettings(name))
+    again = posteriors.build(settings, brighter, seed=0, state=state)
+    scales = [
+        [module.sigma_data for module in posterior.modules() if isinstance(module, ScaledModule)]
+        for posterior in (file.posterior, again)
+    ]
+    assert [scale / first for first, scale in zip(*scales, strict=True)] == pytest.approx([0.5 if old else 1.0] * 2)
+    if not old:
+        assert scales[0] == scales[1]
+        y = digits.y_test[:8]
+        assert torch.equal(again.trace(x, y).log_p, file.posterior.trace(x, y).log_p)
