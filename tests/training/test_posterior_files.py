@@ -132,6 +132,16 @@ def test_a_file_is_read_with_another_anchor(saved: Callable[..., FromFile], digi
         assert torch.equal(new.scores(x), old.scores(x))
 
 
+def test_an_anchor_that_was_not_trained_is_refused(saved: Callable[..., FromFile], digits: data.Data) -> None:
+    file, x = saved("score_network", anchor="label"), digits.x_test[:8]
+    with pytest.raises(InputError, match=r"posterior.pt: its network does not fit digits \(.* has no classifier for"):
+        posteriors.read(file.path, digits, anchor="classifier")
+    _, made = posteriors.read(file.path, digits, anchor="kernel_density")
+    assert made.sigma == file.posterior.sigma
+    expected = KernelDensity(digits.x_train, digits.y_train, num_classes=10, sigma=made.sigma)
+    torch.testing.assert_close(made.clean_log_prob(x, digits.y_test[:8]), expected.log_prob(x))
+
+
 @pytest.mark.parametrize(
     ("name", "of_file", "given", "message"),
     [

@@ -112,8 +112,12 @@ def build(
     if state is not None:
         own = posterior.state_dict()
         anchors = {name: own[name] for name in own if _of_anchor(name)}
+        if anchors and not any(map(_of_anchor, state)):
+            if settings.anchor != "kernel_density":  # which alone needs no training
+                raise ValueError(f"the saved posterior has no {settings.anchor} for an anchor")
+            state = {**anchors, **state}
         try:
-            posterior.load_state_dict(state if any(map(_of_anchor, state)) else {**anchors, **state})
+            posterior.load_state_dict(state)
         except RuntimeError as error:
             raise ValueError(f"the saved posterior does not fit: {' '.join(str(error).split())[:200]}") from None
     return posterior
