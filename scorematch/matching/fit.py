@@ -211,6 +211,7 @@ class ClassificationLoss(MatchingLoss):
             check_instance("denoiser", denoiser, Denoiser)
         if energy is not None:
             check_instance("energy", energy, JointEnergy)
+            check_length("energy.weight", energy.weight)
         if weight > 0.0 and energy is not None:
             raise ValueError(f"weight is {weight} and energy is given, allowed: one of them")
         if weight > 0.0 and denoiser is None:
