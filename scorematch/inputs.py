@@ -350,20 +350,24 @@ def check_levels(sigma: Any, x: Tensor, *, numbers: bool = False) -> None:
         raise ValueError(f"sigma must be positive and finite, got values in {torch.stack(sigma.aminmax()).tolist()}")
 
 
-def output_at(network: nn.Module, x: Tensor, sigma: Tensor) -> Any:
+def output_at(network: nn.Module, x: Tensor, sigma: Tensor, conditions: Tensor | None = None) -> Any:
     """Whatever a network that is told the noise level returns for x [N, …] and sigma [N].
 
+    With ``conditions`` [N, K], it is also told how x was augmented.
+
     Raises:
-        TypeError: the network does not take the two.
+        TypeError: the network does not take them.
     """
+    inputs = (x, sigma) if conditions is None else (x, sigma, conditions)
     if torch.compiler.is_compiling():
-        return network(x, sigma)
+        return network(*inputs)
     try:
-        return network(x, sigma)
+        return network(*inputs)
     except TypeError as error:
-        if (taken := _other_parameters(network.forward, x, sigma)) is None:
+        if (taken := _other_parameters(network.forward, *inputs)) is None:
             raise
-        raise TypeError(f"network must take (x, sigma), got {type(network).__name__}, which takes ({taken})") from error
+        names = ", ".join(("x", "sigma", "conditions")[: len(inputs)])
+        raise TypeError(f"network must take ({names}), got {type(network).__name__}, which takes ({taken})") from error
 
 
 def _other_parameters(function: Callable[..., Any], *arguments: object) -> str | None:

@@ -289,12 +289,7 @@ def read_posterior(settings: RunSettings, path: Path, loaded: Data) -> dict[str,
     kind = saved["settings"].get("name")
     if kind != settings.posterior:
         raise InputError(f"posterior_from: {path} holds a {kind}, expected {settings.posterior}")
-    # They decide its scale; files from before they were recorded do not say.
-    for name in ("data", "limit", "validation_size"):
-        value, expected = saved["settings"].get(name), getattr(settings, name)
-        if value not in (None, expected):
-            raise InputError(f"posterior_from: {path} is of {name} {value!r}, expected {expected!r} as in this run")
-    data.check_record(saved.get("data"), loaded, path, exact=True)  # it may know what is test data here
+    posteriors.check_source(path, saved, loaded, vars(settings), "posterior_from: ")
     return posteriors.state_from(path, settings.posterior_settings, loaded)
 
 

@@ -27,7 +27,7 @@ from ..inputs import (
 )
 from ..modes import outside_modes
 from ..noise import normal_like
-from ..posteriors.base import NORMALISED, Posterior, begin_trace, check_known, wrong_sum
+from ..posteriors.base import Posterior, begin_trace, check_known, check_sums, wrong_sum
 from .oracle import posterior_gradients, ratio
 
 # Rounding of log p by eps / 2 of its size moves an entropy by up to |1 + log p| eps / 2 of its own, and another order
@@ -418,10 +418,7 @@ def agreement(log_p: Tensor, people: Tensor) -> Agreement:
         raise ValueError(f"log_p and people must both be [N, L], got {list(log_p.shape)}, {list(people.shape)}")
     if not bool(((people >= 0) & (people <= 1 + 1e-3)).all()):
         raise ValueError("people must be probabilities, got values outside [0, 1]")
-    sums = people.double().sum(1)
-    if bool(((sums - 1).abs() > NORMALISED + torch.finfo(people.dtype).eps).any()):
-        given = float(sums[(sums - 1).abs().argmax()])
-        raise ValueError(f"people must be probabilities that sum to 1 over the classes, got a sum of {given:.4g}")
+    check_sums(people, "people")
     q, p = log_p.double(), people.double()
     kl = (torch.special.entr(p).sum(1).neg() - (p * q.clamp(min=-1e30)).sum(1)).mean()
     ranks = torch.stack([_entropy_ranks(p, people.dtype), _entropy_ranks(q.exp(), log_p.dtype)])

@@ -186,7 +186,8 @@ class ClassificationLoss(MatchingLoss):
     """Cross-entropy on x + σω, if wanted with a second loss on the gradients of the network.
 
     Args:
-        network: maps (x [N, …], sigma [N]) to logits [N, L].
+        network: maps (x [N, …], sigma [N]) to logits [N, L]; where a batch says how x was augmented, it takes
+            conditions [N, K] as well, and so does the backbone of ``denoiser``.
         weight: weight of :func:`scorematch.matching.denoising_likelihood`, ≥ 0.
         denoiser: supplies the unconditional score of that loss, fixed; needed where ``weight`` > 0.
         energy: the network is a joint energy, see :func:`scorematch.matching.joint_energy`.
@@ -210,6 +211,7 @@ class ClassificationLoss(MatchingLoss):
             check_instance("denoiser", denoiser, Denoiser)
         if energy is not None:
             check_instance("energy", energy, JointEnergy)
+            check_length("energy.weight", energy.weight)
         if weight > 0.0 and energy is not None:
             raise ValueError(f"weight is {weight} and energy is given, allowed: one of them")
         if weight > 0.0 and denoiser is None:
@@ -238,17 +240,25 @@ class ClassificationLoss(MatchingLoss):
                 batch.noise,
                 center=self.energy.center,
                 sigma_data=self.energy.sigma_data,
+                conditions=batch.conditions,
             )
             return self._cross_entropy(logits, batch.y) + self.energy.weight * matching
         (denoiser,) = self._denoiser
         if denoiser is None or self.weight == 0.0:
-            logits = output_at(self.network, noisy, batch.sigma)
+            logits = output_at(self.network, noisy, batch.sigma, batch.conditions)
             check_logits(logits, batch.y, noisy)
             return self._cross_entropy(logits, batch.y)
         with torch.no_grad():
-            unconditional = denoiser.score(noisy, batch.sigma)
-        matching, logits = denoising_likelihood(self.network, unconditional, noisy, batch.y, batch.sigma, batch.noise)
+            unconditional = self._unconditional(denoiser, noisy, batch)
+        matching, logits = denoising_likelihood(self.network, unconditional, noisy, *batch[1:])
         return self._cross_entropy(logits, batch.y) + self.weight * matching
+
+    @staticmethod
+    def _unconditional(denoiser: Denoiser, noisy: Tensor, batch: Batch) -> Tensor:
+        if batch.conditions is None:
+            return denoiser.score(noisy, batch.sigma)
+        denoised = denoiser.denoise_pair(noisy, batch.sigma, batch.y, batch.conditions)[:, 1]
+        return (denoised - noisy) / broadcast(batch.sigma, noisy).square()
 
     def _cross_entropy(self, logits: Tensor, y: Tensor) -> Tensor:
         if self._check_all is not None:
@@ -405,7 +415,9 @@ def fit_classifier(
     """Train a noise-conditional classifier with cross-entropy on x + σω, in place; see :func:`fit_denoiser`.
 
     Args:
-        network: maps (x [N, …], sigma [N]) to logits [N, L]; its parameters require gradients.
+        network: maps (x [N, …], sigma [N]) to logits [N, L]; its parameters require gradients. With an ``augment`` that
+            says what was done, it takes (x, sigma, conditions [N, K]) as well, and so does the backbone of
+            ``denoiser``.
         denoiser: supplies the unconditional score of :func:`scorematch.matching.denoising_likelihood`; needed if
             ``fit.likelihood_weight`` > 0.
         energy: train the network as a joint energy, see :func:`scorematch.matching.joint_energy`.

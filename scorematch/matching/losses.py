@@ -203,7 +203,13 @@ def finite_difference(score: Score, x: Tensor, projection: Tensor, *, step: floa
 
 
 def denoising_likelihood(
-    classifier: nn.Module, unconditional: Tensor, x_noisy: Tensor, y: Tensor, sigma: Tensor, noise: Tensor
+    classifier: nn.Module,
+    unconditional: Tensor,
+    x_noisy: Tensor,
+    y: Tensor,
+    sigma: Tensor,
+    noise: Tensor,
+    conditions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Denoising likelihood score matching (Chao et al., ICLR 2022, Eq. 11), beside the classifier's cross-entropy.
 
@@ -216,6 +222,8 @@ def denoising_likelihood(
         y: int64 [N] labels.
         sigma: [N] noise levels, > 0.
         noise: [N, …] ω.
+        conditions: [N, K] how x was augmented, for a classifier that is told; ``unconditional`` is then the score given
+            the same conditions.
 
     Returns:
         the matching loss [N] and the logits [N, L], both with a graph to the parameters.
@@ -224,11 +232,11 @@ def denoising_likelihood(
         TypeError, ValueError: an argument is not what is said above; the message names it.
     """
     check_instance("classifier", classifier, nn.Module)
-    _check(x_noisy, sigma, noise, name="x_noisy")
+    _check(x_noisy, sigma, noise, conditions, name="x_noisy")
     check_like("unconditional", unconditional, x_noisy, other="x_noisy")
     with torch.enable_grad():
         x_noisy = x_noisy.detach().requires_grad_()
-        logits = output_at(classifier, x_noisy, sigma)
+        logits = output_at(classifier, x_noisy, sigma, conditions)
         check_logits(logits, y, x_noisy)
         log_likelihood = -cross_entropy(logits, y, reduction="sum")
         (gradient,) = torch.autograd.grad(log_likelihood, x_noisy, create_graph=True)
@@ -245,6 +253,7 @@ def joint_energy(
     *,
     center: Tensor | float,
     sigma_data: float,
+    conditions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Conditional denoising score matching of a classifier whose logits are joint energies, log p_σ(x, y) + constant.
 
@@ -261,6 +270,7 @@ def joint_energy(
         noise: [N, …] ω.
         center: c, the mean of the data.
         sigma_data: standard deviation of the data about it.
+        conditions: [N, K] how x was augmented, for a classifier that is told.
 
     Returns:
         the matching loss [N] and the logits [N, L], both with a graph to the parameters.
@@ -269,12 +279,12 @@ def joint_energy(
         TypeError, ValueError: an argument is not what is said above; the message names it.
     """
     check_instance("classifier", classifier, nn.Module)
-    _check(x_noisy, sigma, noise, name="x_noisy")
+    _check(x_noisy, sigma, noise, conditions, name="x_noisy")
     check_length("sigma_data", sigma_data)
     check_center(center, x_noisy)
     with torch.enable_grad():
         x_noisy = x_noisy.detach().requires_grad_()
-        logits = output_at(classifier, x_noisy, sigma)
+        logits = output_at(classifier, x_noisy, sigma, conditions)
         check_logits(logits, y, x_noisy)
         energy = logits.gather(1, y[:, None]).sum()
         (gradient,) = torch.autograd.grad(energy, x_noisy, create_graph=True)

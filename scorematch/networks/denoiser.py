@@ -22,7 +22,26 @@ from ..inputs import (
 )
 
 
-class Denoiser(nn.Module):
+class ScaledModule(nn.Module):
+    """A module whose state holds ``sigma_data``, the scale of the data that it was trained on.
+
+    The state has it exactly, whatever dtype the module is cast to. A state from before it did leaves it as it is.
+    """
+
+    sigma_data: float  # no buffer, so that nothing waits for a device to read it
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.sigma_data, dtype=torch.float64, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.sigma_data = float(state)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        state_dict.setdefault(f"{prefix}_extra_state", self.get_extra_state())
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class Denoiser(ScaledModule):
     """Preconditioned denoiser with one head for each class and an unconditional head.
 
     D_y(x; σ) estimates E[clean x | noisy x, y]; the score of p_σ is (D_y − x) / σ² (Vincent, 2011). The
@@ -36,7 +55,7 @@ class Denoiser(nn.Module):
             augmented, by a third argument [N, K].
         num_classes: L.
         center: mean of the data, a number or a tensor that broadcasts against x; subtracted before and added after.
-        sigma_data: standard deviation of the data about ``center``, in input units; > 0.
+        sigma_data: standard deviation of the data about ``center``, in input units; > 0. Both are part of the state.
 
     Raises:
         TypeError, ValueError: an argument is not what is said above; the message names it. What the backbone gives is
@@ -55,7 +74,7 @@ class Denoiser(nn.Module):
         check_center(center)
         self.backbone = backbone
         self.num_classes = num_classes
-        self.sigma_data = sigma_data
+        self.sigma_data = float(sigma_data)
         own = torch.as_tensor(center, dtype=torch.get_default_dtype()).detach()
         self.register_buffer("center", own.clone(memory_format=torch.contiguous_format))
 

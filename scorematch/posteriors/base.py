@@ -158,6 +158,18 @@ def wrong_sum(log_p: Tensor) -> float | None:
     return total[total.nan_to_num().abs().argmax()].exp().item()
 
 
+def check_sums(p: Tensor, name: str) -> None:
+    """Refuse p [N, L] whose rows do not sum to 1; it reads them, so a GPU has to be waited for.
+
+    Raises:
+        ValueError: as said; the message calls it ``name``.
+    """
+    sums = p.double().sum(1)
+    if bool(((sums - 1).abs() > NORMALISED + torch.finfo(p.dtype).eps).any()):
+        given = float(sums[(sums - 1).abs().argmax()])
+        raise ValueError(f"{name} must be probabilities that sum to 1 over the classes, got a sum of {given:.4g}")
+
+
 class PointwisePosterior(Posterior):
     """A posterior that has a value at every point, whatever the path. Calling it gives log p(y|x) [N, L]."""
 

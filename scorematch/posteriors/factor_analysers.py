@@ -76,7 +76,7 @@ class FactorAnalysers(ClassScorePosterior):
         self.register_buffer("noise", noise)
         self.register_buffer("log_weights", log_weights)
 
-        # In float64, as all of log p(x, y, k) but the products with the rows: it is the difference of large numbers.
+        # In float64, as all of log p(x, y, k): it is the difference of large numbers.
         precision, wide, centre = self._precision, factors.double(), means.mean((0, 1))
         whitened = precision[..., None] * wide  # Ψ⁻¹ F [L, K, D, R]
         identity = torch.eye(factors.shape[-1], dtype=torch.float64, device=factors.device)
@@ -87,8 +87,8 @@ class FactorAnalysers(ClassScorePosterior):
         rows = torch.cat([projection, (precision * centred)[..., None, :]], -2)
         # x and the means relative to one centre: their squares would otherwise be larger than what they differ by.
         self.register_buffer("_centre", centre)
-        self.register_buffer("_rows", rows.to(means.dtype))
-        self.register_buffer("_offsets", (projection @ centred[..., None]).squeeze(-1).to(means.dtype))
+        self.register_buffer("_rows", rows)
+        self.register_buffer("_offsets", (projection @ centred[..., None]).squeeze(-1))
         self.register_buffer(
             "_log_normaliser",
             -0.5 * (log_det + (precision * centred.square()).sum(-1) + dimension * math.log(2 * math.pi)),
@@ -116,6 +116,7 @@ class FactorAnalysers(ClassScorePosterior):
         with torch.no_grad():
             features = self._features(x)
             components, coordinates = self._project(features)
+            features, coordinates = features.to(x.dtype), coordinates.to(x.dtype)
             # What is below the rounding of a sum counts as 0: products of denormal numbers are twenty times slower.
             share = components.softmax(-1).to(x.dtype)
             share = torch.nn.functional.threshold(share, torch.finfo(x.dtype).eps ** 2, 0.0)
@@ -125,7 +126,7 @@ class FactorAnalysers(ClassScorePosterior):
             scores = features.new_empty(len(x), *self.means.shape[::2])
             torch.mul(features[:, None], -pull, out=scores)
             along_rows = share[..., None] * torch.cat([coordinates, torch.ones_like(coordinates[..., :1])], -1)
-            scores.transpose(0, 1).baddbmm_(along_rows.flatten(2).transpose(0, 1), self._rows.flatten(1, 2))
+            scores.transpose(0, 1).baddbmm_(along_rows.flatten(2).transpose(0, 1), self._rows.flatten(1, 2).to(x.dtype))
             log_p = components.logsumexp(-1).log_softmax(-1).to(x.dtype)
         return log_p, scores.reshape(len(x), self.num_classes, *x.shape[1:])
 
@@ -231,19 +232,19 @@ class FactorAnalysers(ClassScorePosterior):
         return cls(means, factors, variances, weights * counts[:, None])
 
     def _features(self, x: Tensor) -> Tensor:
-        """[N, D], relative to the centre."""
+        """[N, D] in float64, relative to the centre."""
         check_point(x, self.means, any_dtype=False)
-        return x.flatten(1) - self._centre
+        return x.flatten(1).double() - self._centre
 
     def _project(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """log p(x, y, k) [N, L, K], float64, and Bᵀ (x − mean) [N, L, K, R] for x [N, D] relative to the centre."""
-        products = (features @ self._rows.flatten(0, 2).T).unflatten(1, self._rows.shape[:3])
+        """log p(x, y, k) [N, L, K] and Bᵀ (x − mean) [N, L, K, R] for x [N, D] relative to the centre, all float64."""
+        products = (features @ self._rows.double().flatten(0, 2).T).unflatten(1, self._rows.shape[:3])
         coordinates = products[..., :-1] - self._offsets
         squares, precision = features.square(), self._precision
         if self.noise.dim() == 2:
-            squares = squares.sum(1, keepdim=True, dtype=torch.float64)
-        lengths = (squares.double() @ precision.flatten(0, 1).T).unflatten(1, precision.shape[:2])
-        exponents = products[..., -1] - 0.5 * (lengths - coordinates.double().square().sum(-1))
+            squares = squares.sum(1, keepdim=True)
+        lengths = (squares @ precision.flatten(0, 1).T).unflatten(1, precision.shape[:2])
+        exponents = products[..., -1] - 0.5 * (lengths - coordinates.square().sum(-1))
         return self.log_weights + self._log_normaliser + exponents, coordinates
 
 
@@ -289,8 +290,8 @@ def _iteration(current: FactorAnalysers, points: Tensor, floor: float) -> Factor
     With the distribution of the hidden factors free, they may be taken in any coordinates: those of ``_project``, in
     which their posterior is N(Bᵀ(x − mean), I). Regression of x on them gives the factors; what it leaves is the noise.
     """
-    components, coordinates = (part[:, 0] for part in current._project(points - current._centre))  # [N, K], [N, K, R]
-    share = components.softmax(-1).to(points.dtype)
+    components, coordinates = (part[:, 0] for part in current._project(current._features(points)))  # [N, K], [N, K, R]
+    share, coordinates = components.softmax(-1).to(points.dtype), coordinates.to(points.dtype)
     size = share.sum(0).clamp(min=torch.finfo(share.dtype).tiny)[:, None]  # [K, 1]
     mean = share.T @ points / size
     variance = share.T @ points.square() / size - mean.square()

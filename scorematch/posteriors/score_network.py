@@ -19,7 +19,7 @@ from ..inputs import (
 from ..networks.denoiser import Denoiser, EmbeddedDenoiser
 from ..ops.score_line_integral import score_line_integral
 from ..ops.score_step import score_step
-from .base import PointwisePosterior, Posterior, Trace, centred, check_pull
+from .base import PointwisePosterior, Posterior, Trace, centred, check_pull, check_sums
 
 CENTERINGS = ("posterior", "network")
 
@@ -128,7 +128,12 @@ class ScoreNetwork(Posterior):
             return self.denoiser.class_scores(x, self.sigma)
 
     def clean_log_prob(self, x: Tensor, y: Tensor) -> Tensor:
-        """log p(y|x) [N, L] of the anchor at clean inputs; the score network is not evaluated."""
+        """log p(y|x) [N, L] of the anchor at clean inputs; the score network is not evaluated.
+
+        Raises:
+            TypeError, ValueError: without an anchor, y is neither labels [N] nor probabilities [N, L] that sum to 1,
+                whose values are read on the CPU alone; or x is no batch.
+        """
         check_real(x)
         with torch.no_grad():
             if self.anchor is not None:
@@ -143,8 +148,11 @@ class ScoreNetwork(Posterior):
             check_like("y", y, x, [len(x), self.num_classes])
             others = (1.0 - y) / (self.num_classes - 1)
             smoothed = (1.0 - self.smoothing) * y + self.smoothing * others
-            if readable(y) and not bool(((smoothed > 0.0) & (smoothed < 1.001)).all()):
-                raise ValueError(f"y must be probabilities [N, L], got values in {torch.stack(y.aminmax()).tolist()}")
+            if readable(y):
+                if not bool(((smoothed > 0.0) & (smoothed < 1.001)).all()):
+                    given = torch.stack(y.aminmax()).tolist()
+                    raise ValueError(f"y must be probabilities [N, L], got values in {given}")
+                check_sums(y, "y")
             return smoothed.log()
 
 

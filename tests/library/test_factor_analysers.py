@@ -126,6 +126,28 @@ def log_likelihood(p: FactorAnalysers, x: Tensor, y: Tensor) -> float:
 
 
 @pytest.mark.parametrize("noise", NOISES)
+def test_float32_tells_classes_apart_that_are_near_each_other(noise: str) -> None:
+    """Both are far from the centre of all: log p is the difference of numbers near a million."""
+    generator = torch.Generator().manual_seed(0)
+    means = torch.rand(10, 1, 3072, generator=generator)
+    means[1] = means[0] + 2e-4 * torch.randn(1, 3072, generator=generator)
+    factors = (0.02 * torch.randn(1, 1, 3072, 4, generator=generator)).repeat(10, 1, 1, 1)
+    variances = torch.full((10, 1) if noise == "isotropic" else (10, 1, 3072), 1e-4)
+    x = means[0] + 0.01 * torch.randn(64, 3072, generator=generator)
+    x += torch.randn(64, 4, generator=generator) @ factors[0, 0].T
+    narrow = FactorAnalysers(means, factors, variances)
+    wide = FactorAnalysers(*(value.double() for value in (means, factors, variances)))
+    (log_p, scores), (expected, expected_scores) = narrow.log_prob_and_scores(x), wide.log_prob_and_scores(x.double())
+    assert log_p.dtype == scores.dtype == torch.float32
+    assert (expected[:, :2] > -20).all(), "both classes are probable"
+    torch.testing.assert_close(log_p[:, :2].double(), expected[:, :2], rtol=1e-6, atol=1e-6)
+    error = (scores.double() - expected_scores).abs().max() / expected_scores.abs().max()
+    assert error < 1e-6
+    assert narrow.log_joint(x).dtype == torch.float64
+    torch.testing.assert_close(narrow.log_joint(x), wide.log_joint(x.double()), rtol=1e-9, atol=1e-5)
+
+
+@pytest.mark.parametrize("noise", NOISES)
 def test_no_iteration_lowers_the_likelihood(noise: str) -> None:
     x, y = analysers(noise, spread=2.0).sample(900, torch.Generator().manual_seed(1))
     values = [

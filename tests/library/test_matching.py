@@ -316,6 +316,9 @@ def test_bad_held_out_data(options: dict, message: str) -> None:
 def test_one_loss_of_gradients_at_a_time() -> None:
     with pytest.raises(ValueError, match="allowed: one of them"):
         matching.ClassificationLoss(nn.Identity(), 1.0, small_denoiser(), matching.JointEnergy(1.0, 0.0, 1.0))
+    for weight in (-1.0, 0.0, math.inf):
+        with pytest.raises(ValueError, match=rf"energy.weight must be finite and positive, got {weight}"):
+            matching.ClassificationLoss(nn.Identity(), energy=matching.JointEnergy(weight, 0.0, 1.0))
 
 
 def small_denoiser() -> Denoiser:

@@ -147,6 +147,50 @@ def test_losses_of_a_classifier_put_their_parts_together(monkeypatch: pytest.Mon
     torch.testing.assert_close(found, plain + 2.0 * energy)
 
 
+class Told(Classifier):
+    """Logits that depend on what was done to the sample, too."""
+
+    def forward(self, x: Tensor, sigma: Tensor, conditions: Tensor | None = None) -> Tensor:
+        return super().forward(x if conditions is None else x * (1.0 + conditions), sigma)
+
+
+@pytest.mark.parametrize("kind", ["plain", "energy", "likelihood"])
+def test_a_classifier_is_told_how_samples_were_augmented(kind: str) -> None:
+    torch.manual_seed(0)
+    backbone = MLPBackbone((FEATURES,), (CLASSES + 1) * FEATURES, width=8, depth=1, conditions=FEATURES)
+    settings: dict[str, Any] = {}
+    if kind == "energy":
+        settings = {"energy": JointEnergy(2.0, 0.1, 0.9)}
+    elif kind == "likelihood":
+        settings = {"weight": 0.5, "denoiser": Denoiser(backbone, num_classes=CLASSES, sigma_data=0.7).double()}
+    how = draw(COUNT, FEATURES, seed=6)
+    loss = ClassificationLoss(Told(), **settings)
+    told, nothing_done = loss(BATCH._replace(conditions=how)), loss(BATCH._replace(conditions=0.0 * how))
+    assert (told != nothing_done).all()
+    torch.testing.assert_close(nothing_done, loss(BATCH))
+    message = r"network must take \(x, sigma, conditions\), got Classifier, which takes \(x, sigma\)"
+    with pytest.raises(TypeError, match=message):
+        ClassificationLoss(Classifier(), **settings)(BATCH._replace(conditions=how))
+    if kind == "likelihood":
+        with pytest.raises(ValueError, match="conditions must be"):
+            ClassificationLoss(Told(), 0.5, denoiser())(BATCH._replace(conditions=how))
+
+
+def test_a_fit_tells_the_classifier_what_the_augmentation_did() -> None:
+    seen = []
+
+    class Listening(Told):
+        def forward(self, x: Tensor, sigma: Tensor, conditions: Tensor | None = None) -> Tensor:
+            seen.append(conditions)
+            return super().forward(x, sigma, conditions)
+
+    def augment(x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        return 2.0 * x, torch.ones_like(x)
+
+    matching.fit_classifier(Listening(), X, Y, Fit(2, 4), generator=torch.Generator(), augment=augment)
+    assert [None if told is None else list(told.shape) for told in seen] == [[8, FEATURES]] * 2
+
+
 def test_every_sample_is_used_with_both_signs_of_its_noise() -> None:
     loss = ClassificationLoss(Classifier())
     torch.testing.assert_close(loss(BATCH), torch.cat([loss.loss(BATCH), loss.loss(BATCH._replace(noise=-OMEGA))]))

@@ -279,3 +279,20 @@ def test_a_backbone_of_one_class_gives_what_it_takes() -> None:
     for call in (denoiser, denoiser.class_scores):
         with pytest.raises(ValueError, match=r"backbone must give \[\d+, 3, 4, 4\] for x .*, got \[\d+, 144\]"):
             call(x, 0.5)
+
+
+def test_the_state_of_a_denoiser_has_the_scale_of_its_data() -> None:
+    def denoiser(sigma_data: float) -> Denoiser:
+        torch.manual_seed(0)
+        return Denoiser(MLPBackbone((6,), 24, width=4), num_classes=3, sigma_data=sigma_data)
+
+    trained, x = denoiser(0.3), torch.ones(2, 6)
+    state = trained.bfloat16().state_dict()
+    again = denoiser(1.0)
+    again.load_state_dict(state)
+    assert type(again.sigma_data) is float
+    assert again.sigma_data == 0.3, "exact, whatever the dtype of the weights"
+    assert torch.equal(again.bfloat16().class_scores(x.bfloat16(), 0.5), trained.class_scores(x.bfloat16(), 0.5))
+    before = denoiser(1.0)
+    before.load_state_dict({name: value for name, value in state.items() if name != "_extra_state"})
+    assert before.sigma_data == 1.0

@@ -170,6 +170,11 @@ def test_labels_of_an_anchor_are_probabilities() -> None:
     network, low = score_network(), torch.tensor([[-0.2, 0.4, 0.4, 0.4]]).expand(4, 4)
     with pytest.raises(ValueError, match=r"y must be probabilities \[N, L\], got values in \[-0.2.*, 0.4.*\]"):
         network.clean_log_prob(X, low)
+    for row, total in (([0.1, 0.2, 0.3, 0.2], "0.8"), ([0.5, 0.5, 0.5, 0.5], "2"), ([0.0] * 4, "0")):
+        with pytest.raises(ValueError, match=f"^y must be probabilities that sum to 1 .*, got a sum of {total}$"):
+            network.clean_log_prob(X, torch.tensor([[0.25] * 4] * 3 + [row]))
+    rounded = torch.tensor([0.1, 0.2, 0.3, 0.4]).bfloat16().expand(4, 4)
+    assert network.clean_log_prob(X, rounded).isfinite().all()
 
 
 def test_an_empty_cluster_keeps_its_centre() -> None:

@@ -1,5 +1,6 @@
 """A posterior.pt that is used again: what its settings are, what may change, and what does not fit."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ import tomli_w
 import torch
 
 from scorematch.matching import fit_temperature
+from scorematch.networks.denoiser import ScaledModule
 from scorematch.posteriors import KernelDensity, NoiseConditionalClassifier, Posterior
 from scorematch.posteriors.base import PointwisePosterior
 from training import data
@@ -131,6 +133,16 @@ def test_a_file_is_read_with_another_anchor(saved: Callable[..., FromFile], digi
         assert torch.equal(new.scores(x), old.scores(x))
 
 
+def test_an_anchor_that_was_not_trained_is_refused(saved: Callable[..., FromFile], digits: data.Data) -> None:
+    file, x = saved("score_network", anchor="label"), digits.x_test[:8]
+    with pytest.raises(InputError, match=r"posterior.pt: its network does not fit digits \(.* has no classifier for"):
+        posteriors.read(file.path, digits, anchor="classifier")
+    _, made = posteriors.read(file.path, digits, anchor="kernel_density")
+    assert made.sigma == file.posterior.sigma
+    expected = KernelDensity(digits.x_train, digits.y_train, num_classes=10, sigma=made.sigma)
+    torch.testing.assert_close(made.clean_log_prob(x, digits.y_test[:8]), expected.log_prob(x))
+
+
 @pytest.mark.parametrize(
     ("name", "of_file", "given", "message"),
     [
@@ -199,3 +211,29 @@ def test_a_default_that_contradicts_a_file_is_refused(saved: Callable[..., FromF
     line = f"--objective score_direct --posterior-from {file.path} --posterior-settings.dropout 0"
     with pytest.raises(InputError, match=r"posterior_settings.dropout: 0.0, but .* was fitted with 0.1"):
         config.parse(line.split())
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize(
+    ("name", "options"), [("score_network", {"anchor": "classifier"}), ("joint_energies", {"folds": 2})]
+)
+def test_networks_keep_the_scale_that_they_were_trained_with(
+    saved: Callable[..., FromFile], digits: data.Data, name: str, options: dict, old: bool
+) -> None:
+    """Files from before it was saved take that of the data at hand."""
+    file, x = saved(name, **options), digits.x_test[:8]
+    brighter = dataclasses.replace(digits, x_train=0.5 * digits.x_train)
+    state = file.posterior.state_dict()
+    if old:
+        state = {name: value for name, value in state.items() if "_extra_state" not in name}
+    settings = posteriors.settings_from(file.path, PosteriorSettings(name))
+    again = posteriors.build(settings, brighter, seed=0, state=state)
+    scales = [
+        [module.sigma_data for module in posterior.modules() if isinstance(module, ScaledModule)]
+        for posterior in (file.posterior, again)
+    ]
+    assert [scale / first for first, scale in zip(*scales, strict=True)] == pytest.approx([0.5 if old else 1.0] * 2)
+    if not old:
+        assert scales[0] == scales[1]
+        y = digits.y_test[:8]
+        assert torch.equal(again.trace(x, y).log_p, file.posterior.trace(x, y).log_p)

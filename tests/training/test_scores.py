@@ -1,5 +1,6 @@
 """The training of score networks and noise-conditional classifiers: the library's bits, resumed, shared out."""
 
+import dataclasses
 import json
 import re
 import shlex
@@ -254,13 +255,28 @@ def test_a_teacher_of_other_data_is_refused(digits: data.Data, tmp_path: Path) -
     checkpoint.save(path, epoch=0, settings={"name": "kernel_density"}, network={})
     with pytest.raises(InputError, match="is not a teacher for this data"):
         build(digits, teacher=path)
+    about = {"data": "digits", "limit": 100}
+    settings = PosteriorSettings("score_network", network="conv", anchor="label", **QUICK).resolved("digits")  # type: ignore[arg-type]
+    network = posteriors.build(settings, digits, seed=0, folder=tmp_path / "t").state_dict()
+    student = dataclasses.replace(settings, teacher=path)
+
+    def refused(reason: str, others: dict[str, Any], record: dict[str, Any] | None) -> None:
+        values = {**tables.plain(settings), **about, **others}
+        checkpoint.save(path, epoch=0, settings=values, network=network, data=record)
+        with pytest.raises(InputError, match=rf"posterior_settings.teacher: .* is not a teacher .*{reason}"):
+            posteriors.build(student, digits, seed=0, folder=tmp_path / "s", about=about)
+
+    refused("is of data 'mine', expected 'digits'", {"data": "mine"}, None)
+    refused("is of limit 200, expected 100", {"limit": 200}, None)
+    refused("is of validation_size 9, expected None", {"validation_size": 9}, None)
+    refused("other labels, or in another order", {}, {**digits.record(), "labels": "others"})
 
 
 def test_bfloat16_passes_train_as_well(digits: data.Data) -> None:
     settings = {"network": "conv", "width": 32, "steps": 60, "lr": 5e-3}
     exact, fast = (build(digits, speed, **settings) for speed in (None, Speed("bfloat16")))
     assert not same(exact.denoiser, fast.denoiser)
-    assert all(value.dtype == torch.float32 for value in fast.state_dict().values())
+    assert all(value.dtype == torch.float32 for value in fast.parameters())
     points = digits.x_validation, digits.y_validation
     losses = [losses_by_level(p.denoiser, *points, scores.SIGMAS) for p in (exact, fast)]
     assert losses[1] == pytest.approx(losses[0], rel=0.05)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,10 +26,11 @@ from scorematch.matching import (
 )
 from scorematch.matching.fit import Augment
 from scorematch.networks import ConvBackbone, Denoiser, EmbeddedDenoiser, MLPBackbone, UNetBackbone
+from scorematch.networks.denoiser import ScaledModule
 from scorematch.posteriors import Ensemble, KernelDensity, NoiseConditionalClassifier, Posterior, ScoreNetwork
 from scorematch.posteriors.base import PointwisePosterior
 from scorematch.threat_model import ThreatModel
-from training.data import Format
+from training.data import Data, Format, check_record
 from training.engine import checkpoint, scores
 from training.engine.forward import Forward
 from training.engine.hardware import Speed
@@ -113,8 +114,12 @@ def build(
     if state is not None:
         own = posterior.state_dict()
         anchors = {name: own[name] for name in own if _of_anchor(name)}
+        if anchors and not any(map(_of_anchor, state)):
+            if settings.anchor != "kernel_density":  # which alone needs no training
+                raise ValueError(f"the saved posterior has no {settings.anchor} for an anchor")
+            state = {**anchors, **state}
         try:
-            posterior.load_state_dict(state if any(map(_of_anchor, state)) else {**anchors, **state})
+            posterior.load_state_dict(state)
         except RuntimeError as error:
             raise ValueError(f"the saved posterior does not fit: {' '.join(str(error).split())[:200]}") from None
     return posterior
@@ -296,6 +301,26 @@ def score_network_at(
     )
 
 
+def check_source(path: Path, saved: dict[str, Any], data: Data, about: Mapping[str, Any], prefix: str = "") -> None:
+    """Refuse a posterior.pt of other data; files from before these were recorded do not say.
+
+    Args:
+        path: the file.
+        saved: what is in it.
+        data: the data set as it is now.
+        about: its name, its limit and its validation size, as a program was given them.
+        prefix: before the message on one of these.
+
+    Raises:
+        InputError: as said.
+    """
+    for name in ("data", "limit", "validation_size"):
+        value, expected = saved["settings"].get(name), about.get(name)
+        if value not in (None, expected):
+            raise InputError(f"{prefix}{path} is of {name} {value!r}, expected {expected!r} as in this run")
+    check_record(saved.get("data"), data, path, exact=True)  # it may know what is test data here
+
+
 def read(
     path: Path, data: DataLike, device: torch.device | str = "cpu", **changes: Any
 ) -> tuple[PosteriorSettings, ScoreNetwork]:
@@ -388,7 +413,7 @@ def audit(
     return {"posterior_clean_acc": 100.0 * clean, "posterior_robust_acc": 100.0 * robust}
 
 
-class ScaledClassifier(nn.Module):
+class ScaledClassifier(ScaledModule):
     """A backbone as a noise-conditional classifier: inputs at unit scale, σ as ln(σ)/4 (Karras et al., 2022)."""
 
     center: Tensor
@@ -548,7 +573,11 @@ class _Builder:
 
     def _teacher(self, path: Path, told: int) -> Denoiser:
         """The score network in a posterior.pt of the same data."""
+        assert self.trains is not None
+        assert isinstance(self.data, Data)
         try:
+            saved = checkpoint.load(path)
+            check_source(path, saved, self.data, self.trains.about or saved["settings"])  # those of a program, if any
             settings, posterior = read(path, self.data, self.x.device)
         except InputError as error:
             raise InputError(f"posterior_settings.teacher: {path} is not a teacher for this data ({error})") from None
