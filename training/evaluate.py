@@ -78,7 +78,7 @@ class EvaluateSettings:
     data_root: Path | None = None
     image_size: int | None = None  # --model-from with --data folder: as for training.run
     split: Literal["test", "validation"] = "test"  # samples to evaluate on
-    limit: int = 0  # the first so many samples of the split; 0 is all
+    limit: int = 0  # the first so many samples of the split (of a function's data: at equal distances); 0 is all
 
     # clean accuracy alone, or also PGD, AutoAttack, the checks for masked gradients, or certified accuracy under noise
     attack: Literal["clean", "pgd", "autoattack", "obfuscation", "certify"] = "pgd"
@@ -464,8 +464,8 @@ def _samples(settings: EvaluateSettings, loaded: Data) -> tuple[Tensor, Tensor]:
         raise InputError(
             f"limit: {settings.limit} samples, allowed: 0 (all) or up to {len(x)} of the {settings.split} split"
         )
-    count = settings.limit or len(x)
-    return x[:count], y[:count]
+    index = loaded.few(settings.limit or len(x), len(x))
+    return x[index], y[index]
 
 
 def _threat_model(settings: EvaluateSettings, subject: Subject) -> ThreatModel | None:

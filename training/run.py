@@ -404,8 +404,9 @@ def measure(
         save_fooled(settings, loaded, network, out)
     if posterior is not None:
         if loaded.name != "toy":
+            first = loaded.few(PATH_SAMPLES, len(x))
             paths = measures.posteriors_along_attack(
-                network, posterior, x[:PATH_SAMPLES], y[:PATH_SAMPLES], threat_model, settings.steps
+                network, posterior, x[first], y[first], threat_model, settings.steps
             )
             write_json(out / "paths.json", paths)
         index = loaded.few(AUDITED, len(x))
@@ -426,10 +427,11 @@ def save_fooled(settings: RunSettings, loaded: Data, network: nn.Module, out: Pa
         losses=settings.eval_losses[:1],
     )
     start = generator(settings.seed, "evaluation", loaded.x_test.device)
-    few = loaded.x_test[:FOOLED_AMONG], loaded.y_test[:FOOLED_AMONG]
-    found = measures.fooled(network, *few, attack, start, FOOLED)
+    few = loaded.few(FOOLED_AMONG, len(loaded.x_test))
+    found = measures.fooled(network, loaded.x_test[few], loaded.y_test[few], attack, start, FOOLED)
     if not len(found["index"]):
         return
+    found["index"] = few[found["index"]]
     buffer = io.BytesIO()
     names = np.array(loaded.classes or [str(label) for label in range(loaded.num_classes)])
     arrays: dict[str, Any] = {name: value.cpu().numpy() for name, value in found.items()}
@@ -459,7 +461,8 @@ def attack_with_ensemble(settings: RunSettings, loaded: Data, network: nn.Module
         lower=loaded.lower,
         upper=loaded.upper,
     )
-    report = measures.autoattack(adversary, loaded.x_test[:count], loaded.y_test[:count], state=out / STATE)
+    index = loaded.few(count, len(loaded.x_test))
+    report = measures.autoattack(adversary, loaded.x_test[index], loaded.y_test[index], state=out / STATE)
     return {
         "autoattack_acc": 100 * report["robust_accuracy"],
         "autoattack_interval": [100 * end for end in report["robust_interval"]],

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from scorematch import ThreatModel
 from scorematch.posteriors import GaussianMixture
-from training import data, measures, score
+from training import data, evaluate, measures, run, score
 from training.data import Data, DataSettings, Format, checked, generated, load, own_data
 from training.engine import checkpoint, posteriors, scores
 from training.engine.loop import Trainer
@@ -506,6 +506,30 @@ def test_data_that_are_sorted_by_class(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(measures, "correct", lambda model, x, y, *more: seen.append(y) or correct(model, x, y, *more))
     trainer.validate()
     assert seen[0].bincount().tolist() == [10, 10, 10]
+
+
+def test_tests_of_data_that_are_sorted_by_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AutoAttack on some of the test samples, an evaluation with a limit, and the images that a report shows."""
+    x, y = torch.rand(90, 1, 8, 8), torch.arange(90) // 30
+    known = Data("my_data:ordered", 3, x, y, x, y, x, y)
+    _, labels = evaluate._samples(evaluate.EvaluateSettings(limit=9), known)
+    assert labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    seen: list[Tensor] = []
+    report = {"robust_accuracy": 0.0, "robust_interval": (0.0, 0.1), "seconds": 1.0}
+    monkeypatch.setattr(measures, "autoattack", lambda attack, x, y, **more: seen.append(y) or report)
+    settings = config.parse(["--objective", "standard", "--autoattack-samples", "6", "--device", "cpu"])
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    nn.init.zeros_(network[1].weight)
+    run.attack_with_ensemble(settings, known, network, tmp_path)
+    assert seen[0].tolist() == [0, 0, 1, 1, 2, 2]
+    nn.init.normal_(network[1].weight)
+    monkeypatch.setattr(run, "FOOLED_AMONG", 45)
+    monkeypatch.setattr(measures, "correct", lambda model, x, y: torch.ones(len(x), dtype=torch.bool))
+    run.save_fooled(dataclasses.replace(settings, eps=1.0), known, network, tmp_path)
+    with np.load(tmp_path / run.report.EXAMPLES) as shown:
+        assert len(shown["index"]) > 1
+        np.testing.assert_array_equal(shown["clean"], x[shown["index"]].numpy())
+        np.testing.assert_array_equal(shown["label"], y[shown["index"]].numpy())
 
 
 def test_an_audit_of_data_that_are_sorted_by_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

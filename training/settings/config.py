@@ -157,7 +157,8 @@ class RunSettings:
     eval_losses: tuple[str, ...] = ("ce", "margin")  # losses of the final PGD; a robust sample withstands all
     curve_points: int = 6  # perturbation sizes in (0, 2 eps] of the accuracy curve, up to all of the box; 0: none
     autoattack: AutoAttackVersion = "standard"  # AutoAttack at eps, on images: fast leaves FAB and Square out
-    autoattack_samples: int = 0  # the first so many test samples go through AutoAttack; 0 is all
+    # the first so many test samples go through AutoAttack (of a function's data: at equal distances); 0 is all
+    autoattack_samples: int = 0
     autoattack_compile: bool = False  # AutoAttack searches with torch.compile(model)
 
     # The run itself
