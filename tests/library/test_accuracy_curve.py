@@ -222,6 +222,14 @@ def test_tables_and_json() -> None:
         assert interval == wilson(round(COUNT * curve.robust_accuracy[radius]), COUNT)
 
 
+def test_a_table_says_which_radius_is_not_complete() -> None:
+    report = {"complete": True, "attacks": {"apgd-ce": {"forwards": 7, "backwards": 5, "seconds": 1.0}}}
+    curve = AccuracyCurve("linf", (0.1, 0.2), torch.tensor([0.0, math.inf]), torch.zeros(2, 1), (report,))
+    lines = curve.table().splitlines()[2:]
+    assert ["at most" in line for line in lines] == [False, False, True]
+    assert [line.split(" | ")[3:5] for line in lines[1:]] == [["7", "5"], ["0", "0"]]
+
+
 def test_points_that_rounding_puts_beyond_the_radius_count() -> None:
     curve = AccuracyCurve("linf", (0.1,), torch.tensor([0.0, 0.1, math.inf]), torch.zeros(3, 2), ())
     assert curve.robust_accuracy == {0.1: 1 / 3}

@@ -138,6 +138,13 @@ def test_fab_counts_a_point_at_exactly_eps(norm: str, iterations: int) -> None:
     assert torch.equal(found(nearest)[1], fooled & (distances <= nearest))
 
 
+def test_every_attack_and_part_draws_numbers_of_its_own() -> None:
+    like = torch.zeros(2, 1, 2, 2)
+    keys = [(0, "fab", 0), (1, "fab", 0), (0, "fab-t", 0), (0, "fab", 1), (0, "fab", 2), (0, "own", 0)]
+    drawn = [KeyedNoise(*key).start(torch.arange(2), like, "linf") for key in keys]
+    assert len({tuple(values.flatten().tolist()) for values in drawn}) == len(keys)
+
+
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_draws_of_a_search_are_independent(norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No two of them have the same number, so none repeats another one's randomness."""

@@ -132,6 +132,37 @@ def test_the_truth_has_the_highest_held_out_likelihood() -> None:
     torch.testing.assert_close(plain, truth(x).gather(1, y[:, None])[:, 0], **F64)
 
 
+def test_the_likelihood_is_the_mean_over_the_noise() -> None:
+    truth = mixture()
+    x, y = sample(truth, 20)
+    generator = torch.Generator().manual_seed(7)
+    values = [truth(x + 0.4 * torch.empty_like(x).normal_(generator=generator)) for _ in range(3)]
+    expected = torch.stack(values).mean(0).gather(1, y[:, None])[:, 0]
+    torch.testing.assert_close(audit.log_likelihood(truth, x, y, noise=0.4, repeats=3, seed=7), expected, **F64)
+
+
+def test_a_path_starts_where_nothing_more_is_known_of_clean_x() -> None:
+    """As far from x' as x is, in a direction of its own: 2 x' − x, for one, would give x away."""
+    truth = mixture()
+    x, y = sample(truth, 2000)
+    begun: list[Tensor] = []
+
+    class Watched(Altered):
+        def trace(self, x: Tensor, y: Tensor) -> Trace:
+            begun.append(x)
+            return super().trace(x, y)
+
+        def log_prob_and_scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            begun.append(x)
+            return super().log_prob_and_scores(x)
+
+    audit.log_likelihood(Watched(truth), x, y, noise=0.5, repeats=1)
+    start, moved = begun[0], begun[-1]
+    there, back = ((a - b).flatten() / 0.5 for a, b in ((moved, x), (start, moved)))
+    assert float(back.square().mean()) == pytest.approx(1.0, abs=0.1)
+    assert abs(float((there * back).mean())) < 0.05
+
+
 def test_matching_error_ranks_as_the_truth_does() -> None:
     """Its differences are the differences of the errors of the gradients, which are known here."""
     truth, sigma = mixture(), 0.5
@@ -293,6 +324,17 @@ def test_martingale() -> None:
         audit.martingale(truth, truth, x, y, sigmas=(0.8, math.inf))
 
 
+def test_the_standard_error_of_the_martingale_is_how_far_its_mean_strays() -> None:
+    truth = mixture()
+    finer, coarser = truth.smoothed(0.3), truth.smoothed(0.8)
+    found = [
+        audit.martingale(finer, coarser, *sample(truth, 200, seed=seed), sigmas=(0.3, 0.8), seed=seed)
+        for seed in range(200)
+    ]
+    means, errors = torch.tensor(found, dtype=torch.float64).unbind(1)
+    assert float(means.std()) == pytest.approx(float(errors.mean()), rel=0.15)  # three standard errors of a spread
+
+
 def test_gradients_of_a_posterior_have_no_mean() -> None:
     truth = mixture()
     x, y = sample(truth, 30)
@@ -331,6 +373,20 @@ def test_energy_identity() -> None:
     double, same = audit.energy_identity(lambda s: Altered(truth.smoothed(s), 2.0), x, y, sigma=0.7, repeats=2)
     assert double == pytest.approx(4 * energy)
     assert same == pytest.approx(slope)
+
+
+def test_the_slope_of_the_energy_identity_is_a_central_difference() -> None:
+    truth, sigma, step = mixture(), 0.7, 0.4
+    x, y = sample(truth, 30)
+    omega = torch.empty_like(x).normal_(generator=torch.Generator().manual_seed(3))
+
+    def entropy(level: float) -> Tensor:
+        noisy = torch.cat([x + level * omega, x - level * omega])
+        return -truth.smoothed(level)(noisy).gather(1, torch.cat([y, y])[:, None]).mean()
+
+    expected = (entropy(sigma * (1 + step)) - entropy(sigma * (1 - step))) / (2 * step * sigma) / sigma
+    _, slope = audit.energy_identity(truth.smoothed, x, y, sigma=sigma, step=step, repeats=1, seed=3)
+    assert slope == pytest.approx(float(expected))
 
 
 def test_agreement_with_people() -> None:
@@ -443,6 +499,31 @@ def test_the_judge_finds_the_largest_divergence() -> None:
     assert (found.divergence <= found.r_score + 1e-12).all()
 
 
+def test_the_judge_looks_at_every_point_of_every_search() -> None:
+    """At clean x, then at the start and after each step of three searches, the last with small steps from the worst."""
+    truth, model = mixture(), smooth_mlp(5, 3)
+    x, y = sample(truth, 20)
+    seen: list[Tensor] = []
+
+    def watched(points: Tensor) -> Tensor:
+        seen.append(points.detach().clone())
+        return model(points)
+
+    ball, generator = free(1.0).replace(step_size=0.2), torch.Generator().manual_seed(0)
+    found = consistency(watched, truth, x, y, ball, steps=2, restarts=1, generator=generator)
+    points = torch.stack(seen)
+    assert len(points) == 1 + 3 * 3
+    log_p, log_q = (f(points.flatten(0, 1)).log_softmax(1).detach().unflatten(0, (10, 20)) for f in (truth, model))
+    values = (log_p.exp() * (log_p - log_q)).sum(2)
+    torch.testing.assert_close(found.divergence, values[0], **F64)
+    torch.testing.assert_close(found.r_score, values.amax(0), **F64)
+    assert torch.equal(found.disagrees, (log_p.argmax(2) != log_q.argmax(2)).any(0))
+    assert torch.equal(points[1], x)
+    assert not torch.equal(points[4], x)
+    assert torch.equal(points[7], points[values[:7].argmax(0), torch.arange(20)])
+    assert float((points[8] - points[7]).norm(dim=1).max()) == pytest.approx(0.05)
+
+
 def test_a_model_that_is_the_truth_is_self_consistent() -> None:
     truth = mixture()
     x, y = sample(truth, 50)
@@ -493,6 +574,22 @@ def test_points_that_the_judge_refuses(x: Tensor, threat_model: ThreatModel, mes
     truth = mixture()
     with pytest.raises((TypeError, ValueError), match=message):
         consistency(truth.log_joint, truth, x, torch.arange(3), threat_model)
+
+
+@pytest.mark.parametrize("restarts", [1, 3])
+def test_every_point_of_an_attack_on_a_posterior_is_judged(restarts: int) -> None:
+    """Without a step those are clean x and the random starts."""
+    truth, ball = mixture(), free(1.0)
+    x, y = sample(truth, 300)
+    generator = torch.Generator().manual_seed(0)
+    log_p = torch.stack([truth(x), *(truth(ball.random_start(x, generator)) for _ in range(restarts))])
+    right = log_p.argmax(2) == y
+    options = {"steps": 0, "restarts": restarts}
+    found = audit.robust_accuracy(truth, x, y, ball, generator=torch.Generator().manual_seed(0), **options)
+    assert found == (float(right[0].double().mean()), float(right.all(0).double().mean()))
+    assert not torch.equal(right.all(0), right[1:].all(0)), "clean x must decide about some"
+    lowest = audit.attacked_log_likelihood(truth, x, y, ball, generator=torch.Generator().manual_seed(0), **options)
+    torch.testing.assert_close(lowest, log_p.gather(2, y[None, :, None].expand(len(log_p), -1, 1)).amin((0, 2)), **F64)
 
 
 def unconditional(x: Tensor) -> Tensor:

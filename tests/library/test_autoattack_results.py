@@ -9,7 +9,9 @@ import torch
 from library_autoattack import COUNT, alone, attack, data, verdict
 from torch.utils.data import DataLoader, TensorDataset
 
-from scorematch.attacks import evaluation
+from scorematch.attacks import EvaluationState, evaluation
+from scorematch.attacks.accounting import Cost
+from scorematch.attacks.report import report_of, result_line
 
 
 def test_verdicts_of_samples() -> None:
@@ -161,3 +163,16 @@ def test_a_budget_in_which_nothing_ends_says_so(tmp_path: Path) -> None:
         warned.append([text for text in adversary.report["warnings"] if "no batch came to its end" in text])
     assert [len(texts) for texts in warned] == [0, 1], "the first call has classified the clean samples"
     assert "give a larger budget or a smaller bs" in warned[1][0]
+
+
+def test_the_seconds_of_a_report_are_those_of_all_attacks() -> None:
+    state = EvaluationState.new({}, torch.rand(2, 1), torch.arange(2))
+    state.costs = {"clean": Cost(seconds=0.5), "apgd-ce": Cost(seconds=2.0), "square": Cost(seconds=1.5)}
+    assert report_of(state, [])["seconds"] == 4.0
+
+
+def test_the_result_tells_the_largest_perturbation() -> None:
+    x = torch.zeros(3, 2)
+    state = EvaluationState.new({}, x, torch.arange(3))
+    state.adversarial = torch.tensor([[0.0, 0.0], [-0.25, 0.1], [0.1, 0.0]])
+    assert "; largest Linf perturbation 0.25000; " in result_line(report_of(state, []), state, x, "linf", "Linf")

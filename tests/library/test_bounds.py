@@ -524,6 +524,11 @@ def test_intervals_contain_the_truth_as_often_as_they_say() -> None:
         assert 0.92 <= count / 400 <= 0.98, name
 
 
+def test_a_share_at_the_nodes_of_a_quadrature_is_their_weight() -> None:
+    found = bounds.estimate(torch.tensor([True, False, True]), torch.tensor([1.0, 2.0, 5.0]))
+    assert found == (0.75, 0.75, 0.75)
+
+
 def test_the_interval_of_an_absolute_value() -> None:
     """|E (a − b)| has the absolute values of its interval, from 0 where the sign is not known."""
     zero = torch.zeros(4, dtype=torch.float64)
@@ -662,6 +667,16 @@ def test_the_gradients_of_theorem_4_are_those_of_automatic_differentiation(norm:
     # One step of a search is too short; the first-order solution is among the points all the same.
     near = bounds.theorem_4(model, truth, x, y, ThreatModel(norm, 1e-3, **UNBOUNDED), steps=1, generator=seeded())
     assert float((near.increase > 0.98 * near.first_order).double().mean()) > 0.97
+
+
+def test_theorem_4_is_about_whole_balls() -> None:
+    truth, model = mixture(3, 2, 4), smooth_mlp(4, 3)
+    x, threat_model = torch.full((5, 4), 0.5, dtype=torch.float64), ThreatModel("linf", 0.1)
+    bounds.theorem_4(model, truth, x, labels(x), threat_model, steps=1)
+    for value in (0.05, 0.95):
+        x[2, 1] = value
+        with pytest.raises(ValueError, match=r"x must be at least eps = 0\.1 inside the box \[0\.0, 1\.0\]"):
+            bounds.theorem_4(model, truth, x, labels(x), threat_model, steps=1)
 
 
 def test_one_hot_data_have_no_gradient_to_align_with() -> None:

@@ -126,6 +126,29 @@ def test_patches_keep_the_pixels_in_their_places() -> None:
     assert abs(column - 40) <= 2
 
 
+def test_a_convolution_is_told_where_a_pixel_is() -> None:
+    """Its row and its column; and every other block looks twice as far."""
+    backbone, seen = ConvBackbone(1, 1, width=16, depth=4), []
+    backbone.inlet.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    backbone(torch.randn(2, 1, 3, 5), torch.zeros(2))
+    rows, columns = seen[0][1, 1:]
+    torch.testing.assert_close(rows, torch.tensor([-1.0, 0.0, 1.0])[:, None].expand(3, 5))
+    torch.testing.assert_close(columns, torch.tensor([-1.0, -0.5, 0.0, 0.5, 1.0]).expand(3, 5))
+    assert [block.second[-1].dilation for block in backbone.blocks] == [(1, 1), (2, 2), (1, 1), (2, 2)]
+
+
+def test_preconditioning_is_that_of_karras() -> None:
+    """Table 1: c_in = 1 / √(σ² + σ_data²) and c_noise = ln(σ) / 4. A network that was saved is read with both."""
+    denoiser, shape = denoisers()["mlp"]
+    seen = []
+    denoiser.backbone = nn.Module()
+    denoiser.backbone.forward = lambda *inputs: seen.extend(inputs) or torch.zeros(2, 24)  # type: ignore[method-assign]
+    x, sigma = torch.randn(2, *shape), torch.tensor([0.2, 3.0])
+    denoiser(x, sigma)
+    torch.testing.assert_close(seen[0], (x - 0.3) / (sigma.square() + 0.25).sqrt()[:, None, None])
+    torch.testing.assert_close(seen[1], sigma.log() / 4)
+
+
 def test_preconditioning_keeps_the_limits() -> None:
     """As σ → 0 the denoiser returns its input; as σ → ∞ it forgets it (up to the backbone's output)."""
     denoiser, shape = denoisers()["mlp"]

@@ -115,8 +115,9 @@ def long_run(limit: int, out: Path) -> list[str]:
 
 
 def wait_for_an_epoch(out: Path) -> None:
-    deadline = time.monotonic() + 120
-    while len(checkpoint.read_metrics(out / "metrics.jsonl")) < 1 and time.monotonic() < deadline:
+    deadline = time.monotonic() + 600  # of a run that hangs
+    while len(checkpoint.read_metrics(out / "metrics.jsonl")) < 1:
+        assert time.monotonic() < deadline, f"no epoch has ended in {out}"
         time.sleep(0.05)
 
 

@@ -589,6 +589,15 @@ def test_folds_are_disjoint_and_cover_the_data() -> None:
     assert len(x) == len(y)
 
 
+def test_nothing_is_chosen_by_test_points() -> None:
+    problem = problems.gaussian_mixture(4, 50, 0, test=30, choice=20)
+    points = torch.cat([problem.x, problem.x_choice, problem.x_test])
+    assert points.unique(dim=0).shape == (100, 4)
+    hidden = dataclasses.replace(problem, x_test=torch.full_like(problem.x_test, torch.nan))
+    model = problem.student()
+    assert students.r_score(hidden, model) == students.r_score(problem, model)
+
+
 def test_the_known_digits_are_as_hard_as_they_say() -> None:
     problem = problems.known_digits(400, 0, test=2000, choice=20)
     found = mixtures.facts(problem)

@@ -40,6 +40,29 @@ def test_the_judge_tells_noise_from_digits() -> None:
     assert judge.features_of(network)(x).shape[0] == 200
 
 
+def test_the_judge_learns_from_images_that_no_score_network_sees() -> None:
+    digits = data.load(DataSettings("digits"))
+    network = judge.train(dataclasses.replace(digits, x_train=torch.full_like(digits.x_train, torch.nan)), 1, seed=0)
+    assert all(bool(values.isfinite().all()) for values in network.state_dict().values())
+    assert not network.training
+
+
+@pytest.mark.parametrize(("samples", "drawn"), [(30, 30), (80, 50)])
+def test_images_are_not_compared_with_themselves(samples: int, drawn: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many samples as training images, at most half of these, and with all that were not drawn."""
+    x = torch.arange(100.0).reshape(100, 1, 1, 1)
+    split = {f"{what}_{part}": v for part in ("train", "validation", "test") for what, v in (("x", x), ("y", x.long()))}
+    compared = []
+    monkeypatch.setattr(judge, "frechet", lambda *sides: compared.append([side.tolist() for side in sides]) or 0.0)
+    known = data.Data("mine:numbers", **split, num_classes=100, upper=100.0)
+    found = judge.frechet_distances(lambda images: images.flatten(), x[:samples] + 1000, known, seed=0)
+    (ours, others), (own, same) = compared
+    assert others == same
+    assert sorted(own + others) == list(range(100))
+    assert ours == [1000.0 + k for k in range(drawn)]
+    assert len(own) == found["frechet_count"] == drawn
+
+
 class Means(torch.nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         assert images.dtype == torch.uint8

@@ -172,6 +172,53 @@ def test_best_of_standard_training_is_chosen_by_clean_accuracy(tmp_path: Path) -
     assert checkpoint.load(tmp_path / "best.pt")["epoch"] == 2
 
 
+def test_validation_judges_the_averaged_weights_on_its_own_split(tmp_path: Path) -> None:
+    """They are right about all of it, and wrong about all other images; the weights themselves are always wrong."""
+    run = trainer(tmp_path)
+    with torch.no_grad():
+        list(run.model.modules())[-1].weight.neg_()
+        list(run.model.modules())[-1].bias.neg_()
+        said = {part: run.network.eval()(getattr(run.data, f"x_{part}")).argmax(1) for part in ("train", "validation")}
+    labels = {"y_validation": said["validation"], "y_train": (said["train"] + 1) % 10}
+    run.data = dataclasses.replace(run.data, **labels, x_test=torch.full_like(run.data.x_test, torch.nan))
+    found = run.validate()
+    assert (found["train_acc"], found["val_acc"]) == (0.0, 100.0)
+    run.data = dataclasses.replace(run.data, y_validation=(said["validation"] + 1) % 10)
+    assert run.validate()["val_pgd_acc"] == 0.0
+
+
+def test_the_norm_of_the_gradients_is_a_mean_over_the_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trainer(tmp_path, "--objective", "standard", "--epochs", "1")
+    norms, update = [], run._update
+
+    def watched() -> None:
+        norms.append(float(torch.cat([p.grad.flatten() for p in run.model.parameters() if p.grad is not None]).norm()))
+        update()
+
+    monkeypatch.setattr(run, "_update", watched)
+    run.fit()
+    expected = sum(count * norm for count, norm in zip((25, 25, 10), norms, strict=True)) / 60
+    assert metrics(tmp_path)[0]["gradient_norm"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_steps_are_counted_over_all_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or each epoch would see the same generated images again."""
+    run = trainer(tmp_path, "--objective", "standard", "--epochs", "2")
+    asked, batch = [], run.batches.batch
+    monkeypatch.setattr(run.batches, "batch", lambda index, step: asked.append(step) or batch(index, step))
+    run.fit()
+    assert asked == list(range(6))
+
+
+def test_weights_are_perturbed_from_the_epoch_after_the_warmup(tmp_path: Path) -> None:
+    run = trainer(tmp_path, "--awp", "0.01", "--awp-warmup", "2")
+    perturbed = []
+    for run.epoch in range(4):
+        with run._perturbation() as perturbation:
+            perturbed.append(perturbation is not None)
+    assert perturbed == [False, False, True, True]
+
+
 @pytest.mark.parametrize("fused", ["--fused", "--no-fused"])
 def test_a_step_folds_the_weights_of_the_step_before(fused: str, tmp_path: Path) -> None:
     """Nothing else changes with frozen batch norms, and a fused optimiser does not tell that it writes."""

@@ -64,6 +64,28 @@ def test_an_honest_model_passes(trained: tuple[nn.Module, Tensor, Tensor]) -> No
     json.dumps(results, allow_nan=False)
 
 
+def test_each_check_has_an_attack_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten times the steps; four times the restarts, which are new; one step of length eps from clean x."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), torch.rand(8, 1, 2, 2)
+    asked: dict[str, Any] = {}
+
+    def pgd(self: Any, standing: Tensor, name: str, attack: Any, purpose: int = 0, source: Any = None) -> Tensor:
+        asked[name] = (attack, purpose, int(standing.sum()))
+        return mask(5, 8)
+
+    monkeypatch.setattr(obfuscation._Attacks, "pgd", pgd)
+    monkeypatch.setattr(obfuscation, "QUERIES", 1)
+    obfuscation.audit(model, x, model(x).argmax(1), LINF, steps=3, restarts=2, other=model)
+    names = ("pgd, eps 0.1", "pgd, 30 steps", "pgd, 8 restarts", "transfer", "one step")
+    attacks, purposes, standing = zip(*(asked[name] for name in names), strict=True)
+    counts = [(attack.steps, attack.restarts, attack.random_start) for attack in attacks]
+    assert counts == [(3, 2, True), (30, 2, True), (3, 8, True), (3, 2, True), (1, 1, False)]
+    assert attacks[-1].threat_model.step_length == LINF.eps
+    assert purposes[2] != purposes[0], "the same random starts would find nothing more"
+    assert standing == (8, 5, 5, 8, 8), "longer searches are of what PGD leaves, all others of what is right"
+
+
 def test_a_model_that_rounds_its_input_is_caught(trained: tuple[nn.Module, Tensor, Tensor]) -> None:
     model, x, y = trained
     results = obfuscation.audit(Rounded(model), x, y, LINF, steps=5, restarts=1, other=model)
@@ -141,7 +163,7 @@ def test_radii_reach_across_the_box_and_hold_eps_once() -> None:
     assert 0.5 in l2
     assert l2[-1] == pytest.approx(math.sqrt(3072))
     assert obfuscation.radii(ThreatModel("l1", 12.0), 3072)[-1] == pytest.approx(3072)
-    assert len(obfuscation.radii(ThreatModel("l2", 20.0), 64)) >= 1
+    assert obfuscation.radii(ThreatModel("l2", 20.0), 64) == [5.0, 8.0, 20.0]
 
 
 def test_the_program_writes_plot_and_numbers(call: Any, tmp_path: Path) -> None:

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from scipy.stats import norm
 from torch import Tensor, nn
 
-from scorematch import ThreatModel
+from scorematch import ThreatModel, consistency
 from training import measures, models
 from training.data import toy
 
@@ -99,3 +100,17 @@ def test_the_search_finds_what_the_grid_finds(model: nn.Module) -> None:
     wide = 2 * (high - low)  # twice the 95 % interval
     assert low - wide < toy.robust_errors(model)["r_score"] < high + wide
     assert found["kl"] < found["r_score"]
+
+
+def test_intervals_of_the_judge_are_at_95_per_cent(model: nn.Module) -> None:
+    """Of the mean over the samples of one search."""
+    x, y = toy.sample(50, seed=5)
+    x, oracle = x.double(), toy.oracle().double()
+    threat_model = ThreatModel("linf", toy.EPS, lower=-math.inf, upper=math.inf)
+    found = measures.self_consistency(model, oracle, x, y, threat_model, steps=2, seed=7)
+    one = consistency(model, oracle, x, y, threat_model, steps=2, generator=torch.Generator().manual_seed(7))
+    for name, values in (("kl", one.divergence), ("r_score", one.r_score)):
+        mean, half = float(values.mean()), norm.ppf(0.975) * float(values.std()) / math.sqrt(50)
+        assert found[name] == pytest.approx(mean)
+        assert found[f"{name}_interval"] == pytest.approx([mean - half, mean + half], rel=1e-4)
+    assert found["disagrees_interval"] == pytest.approx(measures.wilson(int(one.disagrees.sum()), 50))
