@@ -9,6 +9,7 @@ every run; they cannot change what tells the runs apart. Writes compare.json, re
 README table.md and the main plot.
 """
 
+import itertools
 import os
 import shlex
 import subprocess
@@ -176,8 +177,9 @@ def plan(settings: CompareSettings, options: Sequence[str], out: Path, jobs: int
     if any(entry.generated for entry in entries) != bool(settings.generated):
         given = "no file given" if not settings.generated else f"{settings.generated[0]} given, but no entry uses it"
         raise InputError(f"generated: {given}, expected --generated FILE and entries such as pgd_at:kl:{GENERATED}")
-    if len({entry.name for entry in entries}) < len(entries):
-        raise InputError(f"objectives: {' '.join(settings.objectives)} names one twice, allowed: each once")
+    for one, other in itertools.combinations(entries, 2):
+        if one._replace(name=other.name) == other:
+            raise InputError(f"objectives: {one.name} and {other.name} are the same, allowed: each once")
     planned = []
     for seed in settings.seeds:
         for entry in entries:
@@ -197,6 +199,8 @@ def plan(settings: CompareSettings, options: Sequence[str], out: Path, jobs: int
     for job in planned:
         _refuse_another_run(job, settings)
         _refuse_other_settings(job)
+    if data_sets.is_own(settings.data):
+        _refuse_other_data([job for job in planned if job.finished])
     return planned
 
 
@@ -229,20 +233,44 @@ def _shown(value: object) -> str:
 def _refuse_other_settings(job: Job) -> None:
     """An earlier run in the folder must have the same settings, but for the number of threads.
 
-    A finished run from before AutoAttack stays as it is.
+    So must those be that are None in one of the two. A folder of official files that is not named may be anywhere. A
+    finished run from before AutoAttack stays as it is.
     """
     path = job.out / "config.toml"
     if not path.exists():
         return
     table = config.read_toml(path)
     before = config.with_posterior(config.from_table(table, str(path)), table.get("posterior_settings", ()))
-    saved = _flat(config.as_table(before))
+    saved, now = (_flat(config.as_table(each)) for each in (before, job.settings))
     ignored = ["threads"]
+    if job.settings.data_root is None:
+        ignored.append("data_root")
     if "autoattack" not in table and job.finished:
         ignored += ["autoattack", "autoattack_samples", "autoattack_compile"]
-    for name, value in _flat(config.as_table(job.settings)).items():
-        if name not in ignored and saved.get(name) != value:
-            raise InputError(f"out: {job.out} holds a run with {name} = {saved.get(name)!r}, expected {value!r}")
+    for name in dict.fromkeys([*now, *saved]):  # what is None is in neither
+        if name not in ignored and saved.get(name) != now.get(name):
+            raise InputError(
+                f"out: {job.out} holds a run with {name} = {saved.get(name)!r}, expected {now.get(name)!r}"
+            )
+
+
+def _refuse_other_data(finished: Sequence[Job]) -> None:
+    """Finished runs must have had the data of one's own that are there now, as far as their checkpoints remember them.
+
+    A run that is not finished looks by itself when it goes on. Data sets of this package never change.
+    """
+    if not finished:
+        return
+    loaded = data_sets.load(finished[0].settings.data_settings)
+    for job in finished:
+        path = job.out / ("best.pt" if job.settings.selection == "best" else "checkpoint.pt")
+        if not path.exists():
+            continue
+        saved = checkpoint.load(path).get("data")
+        try:
+            data_sets.check_record(saved, loaded, path, exact=True)
+        except InputError as error:
+            raise InputError(f"{error}; the runs of a comparison have the same data, give another --out") from None
 
 
 def _flat(table: dict[str, Any]) -> dict[str, Any]:

@@ -1,19 +1,32 @@
 """Comparisons over seeds, and the report."""
 
+import dataclasses
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tomli_w
 
 from training import compare, measures
-from training.data import generated
+from training.data import generated, load
 from training.engine import checkpoint
 from training.reports import comparison as report
+from training.settings import config
 from training.settings.errors import InputError
 
+POINTS = """
+import torch
+from training.data import Data
+
+def points():
+    y = torch.arange(30) % 2
+    x = y[:, None] + torch.zeros(30, 3)
+    return Data("points", 2, x, y, x, y, x, y)
+"""
 RUNS = ["--objectives", "pgd_at:se", "score_direct:kernel_density", "--seeds", "0", "1", "--out", "here"]
 
 
@@ -316,3 +329,75 @@ def test_a_report_opens_with_its_conclusion(low: float | None, high: float | Non
     assert report._headline(comparison).startswith(told)
     comparison["aggregate"]["weak"]["autoattack_acc"]["mean"] = 81.0
     assert (low == 1.0) == ("under AutoAttack, paired by seed), but not of weak. Under" in report._headline(comparison))
+
+
+def test_the_same_objective_under_two_names_is_refused(tmp_path: Path) -> None:
+    for names in (("pgd_at:kl", "pgd_at"), ("score_direct", "score_direct:kl:score_network"), ("trades", "trades")):
+        with pytest.raises(InputError, match=f"objectives: {names[0]} and {names[1]} are the same, allowed: each once"):
+            compare.plan(compare.CompareSettings(objectives=names), [], tmp_path, 1)
+
+
+Plan = Callable[..., compare.Job]
+
+
+@pytest.fixture
+def planned(tmp_path: Path) -> Plan:
+    """``planned(*options, data="digits")``: the one run of a comparison of PGD-AT in a folder."""
+
+    def of(*options: str, data: str = "digits") -> compare.Job:
+        settings = compare.CompareSettings(data=data, objectives=("pgd_at",), seeds=(0,))
+        (job,) = compare.plan(settings, options, tmp_path / "here", 1)
+        return job
+
+    return of
+
+
+@pytest.mark.parametrize(
+    "option", [("--step-size", "0.001"), ("--steps-per-epoch", "2"), ("--attack-start", "uniform")]
+)
+def test_an_earlier_run_with_a_setting_that_is_left_open_now_is_refused(planned: Plan, option: tuple[str, str]) -> None:
+    job = planned(*option)
+    job.out.mkdir(parents=True)
+    (job.out / "config.toml").write_text(tomli_w.dumps(config.as_table(job.settings)))
+    planned(*option)
+    planned(*option, "--threads", "3")
+    name = option[0].removeprefix("--").replace("-", "_")
+    with pytest.raises(InputError, match=f"here/runs/pgd_at-seed0 holds a run with {name} = .*, expected None"):
+        planned()
+
+
+def test_official_files_may_be_anywhere(planned: Plan, tmp_path: Path) -> None:
+    job = planned("--data-root", str(tmp_path))
+    job.out.mkdir(parents=True)
+    (job.out / "config.toml").write_text(tomli_w.dumps(config.as_table(job.settings)))
+    assert planned().settings.data_root is None
+
+
+def test_finished_runs_on_other_data_are_refused(
+    planned: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "points_for_compare.py").write_text(POINTS)
+    monkeypatch.chdir(tmp_path)
+    name = "points_for_compare:points"
+    job = planned(data=name)
+    job.out.mkdir(parents=True)
+    (job.out / "config.toml").write_text(tomli_w.dumps(config.as_table(job.settings)))
+    (job.out / "summary.json").write_text("{}")
+    now = load(job.settings.data_settings)
+    others = dataclasses.replace(now, y_train=1 - now.y_train)
+
+    def left(record: dict[str, Any] | None) -> None:
+        checkpoint.save(job.out / "best.pt", epoch=1, settings={}, network={}, data=record)
+
+    for same in (now.record(), None):
+        left(same)
+        planned(data=name)
+    left(others.record())
+    message = (
+        "here/runs/pgd_at-seed0/best.pt was trained on: other labels, or in another order; the runs of a comparison "
+        "have the same data, give another --out"
+    )
+    with pytest.raises(InputError, match=message):
+        planned(data=name)
+    (job.out / "summary.json").unlink()
+    planned(data=name)  # the run looks by itself when it goes on
