@@ -24,6 +24,8 @@ POSTERIOR_NAMES = {
     "oracle": "oracle",
 }
 
+CONDITIONS = {"autoattack_acc": "under AutoAttack", "pgd_acc": "under PGD", "clean_acc": "clean"}
+
 Comparison = Mapping[str, Any]
 
 
@@ -47,6 +49,11 @@ def write(out: Path, comparison: Comparison, figures: Path | None = None) -> str
 def is_surrogate(entry: Mapping[str, Any]) -> bool:
     """Whether an entry of a comparison is adversarial training as published, without a posterior."""
     return entry["objective"] in ("pgd_at", "trades") and not entry.get("posterior")
+
+
+def is_direct(entry: Mapping[str, Any]) -> bool:
+    """Whether an entry of a comparison is direct SCORE."""
+    return bool(entry["objective"] == "score_direct")
 
 
 def toy(comparison: Comparison) -> bool:
@@ -185,10 +192,11 @@ def _how_many(comparison: Comparison) -> str:
         count = f"{min(seeds)} to {max(seeds)} seeds, as the column says,"
         common = ", ".join(map(str, comparison["paired"].get("seeds", [])))
         best = f", over the seeds that all have ({common or 'none'})"
+    condition = CONDITIONS[comparison["paired"].get("measure", "pgd_acc")]
     return (
         f"Means over {count} ± half the width of Student's 95 % interval over seeds, which covers the randomness "
         "of training, not that of the test set; differences are paired by seed; the best is the one with the highest "
-        f"mean under PGD on these very samples{best};"
+        f"mean {condition} on these very samples{best}, and the intervals of this table do not allow for that choice;"
     )
 
 
@@ -211,52 +219,50 @@ def _ensemble(comparison: Comparison) -> str:
 
 def _headline(comparison: Comparison) -> str:
     aggregate = comparison["aggregate"].values()
-    direct = [entry for entry in aggregate if entry["objective"] == "score_direct"]
-    surrogates = [entry for entry in aggregate if is_surrogate(entry)]
-    in_common = comparison["paired"].get("in_common")
-    if not direct or not surrogates or (in_common is None and not toy(comparison)):
-        counts = {"objective": len(aggregate), "seed": max(seeds_of_rows(comparison))}
-        return ", ".join(f"{count} {name}{'s' * (count != 1)}" for name, count in counts.items()) + "."
-    if toy(comparison):
+    direct, surrogates = ([entry for entry in aggregate if belongs(entry)] for belongs in (is_direct, is_surrogate))
+    if toy(comparison) and direct and surrogates:
         found = [*direct, *surrogates]
         shown = (f"{interval(entry.get('r_score'), '.5f')} nat with {entry['label']}" for entry in found)
         return f"R_SCORE after training: {', '.join(shown)}."
-    best, other = (max(group, key=lambda e: in_common[e["name"]]["pgd_acc"]["mean"]) for group in (direct, surrogates))
-    ours, theirs = (in_common[entry["name"]] for entry in (best, other))
-    attacks = {"clean": "clean_acc"}
-    if "autoattack_acc" in ours and "autoattack_acc" in theirs:
-        attacks = {"under AutoAttack": "autoattack_acc", **attacks}
-    rest = "; ".join(f"{name}, {interval(ours[key])} % and {interval(theirs[key])} %" for name, key in attacks.items())
-    return _verdict(comparison, best) + (
-        f"Under PGD at eps {comparison['eps']:g}, the best direct objective ({best['label']}) keeps "
-        f"{interval(ours['pgd_acc'])} % and the best surrogate ({other['label']}) {interval(theirs['pgd_acc'])} %; "
-        f"{rest}."
+    if not (judged := comparison["paired"].get("verdict")):
+        counts = {"objective": len(aggregate), "seed": max(seeds_of_rows(comparison))}
+        return ", ".join(f"{count} {name}{'s' * (count != 1)}" for name, count in counts.items()) + "."
+    names = (judged["direct"], judged["surrogate"])
+    best, other = (comparison["aggregate"][name]["label"] for name in names)
+    ours, theirs = (judged["accuracies"][name] for name in names)
+    lead = judged["measure"]
+    rest = "; ".join(
+        f"{condition}, {interval(ours[key])} % and {interval(theirs[key])} %"
+        for key, condition in CONDITIONS.items()
+        if key != lead and key in ours and key in theirs
+    )
+    return _verdict(comparison, judged) + (
+        f"The best direct objective ({best}) keeps {interval(ours[lead])} % {CONDITIONS[lead]} at eps "
+        f"{comparison['eps']:g} and the best surrogate ({other}) {interval(theirs[lead])} %; {rest}."
     )
 
 
-def _verdict(comparison: Comparison, direct: Mapping[str, Any]) -> str:
-    """Who is ahead under the strongest attack, ``direct`` or the best surrogate, if the seeds can tell."""
-    found = comparison["paired"]["differences"].get(direct["name"], {})
-    measure = "autoattack_acc" if "autoattack_acc" in found else "pgd_acc"
-    if measure not in found:
-        return ""
-    gap, attack = found[measure], {"autoattack_acc": "AutoAttack", "pgd_acc": "PGD"}[measure]
-    shown = f"{difference(gap)} points under {attack}, paired by seed"
-    if gap["low"] is None:
-        return f"One seed cannot tell direct SCORE and its surrogates apart ({shown}). "
-    if gap["low"] > 0:
-        # The best surrogate is the best under PGD; another one may be better under AutoAttack.
-        in_common = comparison["paired"]["in_common"]
-        own = in_common[direct["name"]][measure]["mean"]
-        rivals = {
-            entry["label"]: in_common[name] for name, entry in comparison["aggregate"].items() if is_surrogate(entry)
-        }
-        level = [label for label, values in rivals.items() if measure in values and values[measure]["mean"] >= own]
-        but = f", but not of {' and '.join(level)}" if level else ""
-        return f"Direct SCORE is ahead of its best surrogate under PGD ({shown}){but}. "
-    if gap["high"] < 0:
-        return f"The best surrogate is ahead of direct SCORE ({shown}). "
-    return f"These seeds do not tell direct SCORE and its best surrogate apart ({shown}). "
+def _verdict(comparison: Comparison, judged: Mapping[str, Any]) -> str:
+    """Who is ahead under the strongest attack, the best direct objective or the best surrogate, if seeds can tell."""
+    gap, (ours, theirs) = judged["difference"], judged["of"]
+    shown = f"{difference(gap)} points {CONDITIONS[judged['measure']]}, paired by seed"
+    if len(judged["seeds"]) < len(comparison["seeds"]):
+        shown += f", over the seeds that both have ({', '.join(map(str, judged['seeds']))})"
+    if abs(gap["mean"]) < judged["one_sample"]:
+        shown += ", less than one test sample"
+    choice = ""
+    if ours * theirs > 1:
+        allows = "" if gap["low"] is None else ", and the 95 % interval allows for that choice"
+        counts = f"{ours} direct objective{'s' * (ours > 1)} and {theirs} surrogate{'s' * (theirs > 1)}"
+        choice = f"Both are the best of their kind here, among {counts}{allows}. "
+    if len(judged["seeds"]) == 1:
+        return f"One seed cannot tell direct SCORE and its surrogates apart ({shown}). {choice}"
+    told = {
+        "direct": f"Direct SCORE is ahead of its best surrogate ({shown}). ",
+        "surrogate": f"The best surrogate is ahead of direct SCORE ({shown}). ",
+        None: f"These seeds do not tell direct SCORE and its best surrogate apart ({shown}). ",
+    }
+    return told[judged["ahead"]] + choice
 
 
 def _attack(comparison: Comparison) -> str:
