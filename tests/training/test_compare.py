@@ -64,6 +64,15 @@ def test_a_comparison_of_two_objectives(call: Any, tiny: list[str], tmp_path: Pa
     assert not re.findall(r'(?:src|href)="(?!data:)', page), "nothing is loaded from elsewhere"
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {"digits-accuracy.png", "digits-table.md"}
 
+    comparison["runs"]["pgd_at:se"][0]["threads"] = 4
+    mixed = report.page(comparison)
+    assert "Runs had 1 and 4 CPU threads, so their times are not comparable." in mixed
+    assert "CPU threads of a run: 1 or 4<" in mixed
+    assert [row[-1] for row in report.table_rows(comparison)] == ["training, s", "–", "–"]
+    assert "not comparable" not in page
+    assert "CPU threads of a run: 1<" in page
+    assert "\nseed = " not in page
+
     logs = {path: path.stat().st_mtime_ns for path in (tmp_path / "here" / "runs").glob("*.log")}
     assert len(logs) == 4
     again = call("compare", *RUNS, "--jobs", "2", "--", *tiny)
@@ -448,6 +457,15 @@ def test_equal_values_of_other_measures_have_no_interval() -> None:
     nearly = [80.3 - 80.0, 81.4 - 81.1]
     assert nearly[0] != nearly[1]
     assert compare.over_seeds(nearly).low is None
+
+
+def test_lengths_of_other_data_are_no_pixels() -> None:
+    def unit(name: str) -> str:
+        figure = report.accuracy_figure({"data": name, "aggregate": {}, "norm": "linf", "eps": 0.15})
+        return figure.axes[0].get_xlabel()
+
+    assert unit("digits") == unit("folder") == "perturbation size eps (Linf, pixel values in [0, 1])"
+    assert unit("my_data:points") == "perturbation size eps (Linf, input units)"
 
 
 def test_the_same_objective_under_two_names_is_refused(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from training.data import slug
+from training.data import FOLDER, FORMATS, slug
 from training.engine import checkpoint
 from training.reports import pages, plots
 from training.reports.plots import Series
@@ -65,6 +65,11 @@ def seeds_of_rows(comparison: Comparison) -> list[int]:
     return [len(runs) for runs in comparison["runs"].values()]
 
 
+def threads(comparison: Comparison) -> list[int]:
+    """The numbers of CPU threads that runs had; times of runs that differ in it are not comparable."""
+    return sorted({run["threads"] for runs in comparison["runs"].values() for run in runs})
+
+
 def interval(estimate: Mapping[str, Any] | None, form: str = ".1f", factor: float = 1.0) -> str:
     """``mean ± half width`` of an estimate over seeds."""
     if estimate is None:
@@ -89,6 +94,7 @@ def table_rows(comparison: Comparison) -> list[list[str]]:
     header += ["calibration error, points", "data / model gradient, %", "step signs changed, %", "training, s"]
     rows = [header]
     paired, seeds = comparison["paired"], seeds_of_rows(comparison)
+    timed = len(threads(comparison)) == 1
     if differ := len(set(seeds)) > 1:
         header.insert(1, "seeds")
     for (name, entry), count in zip(comparison["aggregate"].items(), seeds, strict=True):
@@ -106,7 +112,8 @@ def table_rows(comparison: Comparison) -> list[list[str]]:
             interval(entry.get("data_gradient_ratio"), ".1f", 100),
             interval(entry.get("sign_change_share"), ".1f", 100),
         ]
-        row += [f"{entry['train_seconds']['mean'] + entry['posterior_seconds']['mean']:.0f}"]
+        seconds = entry["train_seconds"]["mean"] + entry["posterior_seconds"]["mean"]
+        row.append(f"{seconds:.0f}" if timed else "–")
         if differ:
             row.insert(1, str(count))
         rows.append(row)
@@ -138,7 +145,8 @@ def accuracy_figure(comparison: Comparison) -> Figure:
                 entry.get("generated", False),
             )
         )
-    unit = "pixel values in [0, 1]"
+    known = comparison["data"] in (*FORMATS, FOLDER)  # images; a function may return anything
+    unit = "pixel values in [0, 1]" if known else "input units"
     return plots.accuracy_against_eps(series, norm=comparison["norm"], train_eps=comparison["eps"], unit=unit)
 
 
@@ -171,7 +179,7 @@ def page(comparison: Comparison) -> str:
         "<h2>Results</h2>",
         pages.table(table_rows(comparison)),
         f"<p class='note'>{_how_many(comparison)} on {any_run['split']['test']:,} test samples."
-        f"{_ensemble(comparison)}</p>",
+        f"{_ensemble(comparison)}{_times(comparison)}</p>",
         *failed_section(comparison),
         *(toy_section(comparison) if toy(comparison) else accuracy_section(comparison)),
         "<h2>Training</h2>",
@@ -215,6 +223,14 @@ def _ensemble(comparison: Comparison) -> str:
     runs = [run for runs in comparison["runs"].values() for run in runs if run.get("autoattack_acc") is not None]
     kinds = sorted({f"{run['autoattack_version']}, {run['autoattack_samples']:,} test samples" for run in runs})
     return f" AutoAttack: {' or '.join(kinds)}." if kinds else ""
+
+
+def _times(comparison: Comparison) -> str:
+    """Why there are no times, where there are none."""
+    counts = threads(comparison)
+    if len(counts) == 1:
+        return ""
+    return f" Runs had {' and '.join(map(str, counts))} CPU threads, so their times are not comparable."
 
 
 def _headline(comparison: Comparison) -> str:
@@ -374,17 +390,20 @@ def gradient_section(comparison: Comparison) -> list[str]:
 
 def setting_section(comparison: Comparison) -> list[str]:
     any_run = next(iter(comparison["runs"].values()))[0]
+    counts = " or ".join(map(str, threads(comparison)))
     facts = [
         ["command", comparison["command"]],
         ["data split", ", ".join(f"{key} {value}" for key, value in any_run["split"].items())],
         ["weights", "best validation accuracy, robust (standard: clean)" if any_run["selection"] == "best" else "last"],
         ["torch, scorematch", f"{any_run['torch']}, {any_run['scorematch']}"],
         ["commit", any_run["commit"] or "unknown"],
-        ["machine", f"{platform.machine()}, {any_run['device']}, {any_run['threads']} threads a run"],
+        ["machine", f"{platform.machine()}, {any_run['device']}; CPU threads of a run: {counts}"],
         ["wall time of the last call", f"{comparison['wall_seconds']:.0f} s"],
     ]
     every = list(comparison["settings"].values())
-    common = {k: v for k, v in every[0].items() if all(other.get(k) == v for other in every)}
+    common = {
+        k: v for k, v in every[0].items() if k not in ("seed", "threads") and all(other.get(k) == v for other in every)
+    }
     return [
         "<h2>Configuration</h2>",
         pages.table([["", ""], *facts], "facts"),
