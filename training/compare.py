@@ -9,12 +9,13 @@ every run; they cannot change what tells the runs apart. Writes compare.json, re
 README table.md and the main plot.
 """
 
+import itertools
 import os
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -55,6 +56,7 @@ FORM = "[:DIVERGENCE][:POSTERIOR][:soft][:generated]"
 ROOT = Path(__file__).resolve().parent.parent
 POLL_SECONDS = 0.5
 LOG_LINES = 5  # of a failed run, shown
+SAME = 1e-9  # relative: a smaller interval is rounding of float64
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,9 @@ class Entry(NamedTuple):
             else:
                 notes.insert(0, f", {'soft targets' if self.soft else 'target moved'} by {name}")
         return " ".join(words) + "".join(notes)
+
+
+Runs = dict[str, dict[int, dict[str, Any]]]  # the summary of each finished run: name of an entry, seed
 
 
 class Job(NamedTuple):
@@ -176,8 +181,9 @@ def plan(settings: CompareSettings, options: Sequence[str], out: Path, jobs: int
     if any(entry.generated for entry in entries) != bool(settings.generated):
         given = "no file given" if not settings.generated else f"{settings.generated[0]} given, but no entry uses it"
         raise InputError(f"generated: {given}, expected --generated FILE and entries such as pgd_at:kl:{GENERATED}")
-    if len({entry.name for entry in entries}) < len(entries):
-        raise InputError(f"objectives: {' '.join(settings.objectives)} names one twice, allowed: each once")
+    for one, other in itertools.combinations(entries, 2):
+        if one._replace(name=other.name) == other:
+            raise InputError(f"objectives: {one.name} and {other.name} are the same, allowed: each once")
     planned = []
     for seed in settings.seeds:
         for entry in entries:
@@ -197,6 +203,8 @@ def plan(settings: CompareSettings, options: Sequence[str], out: Path, jobs: int
     for job in planned:
         _refuse_another_run(job, settings)
         _refuse_other_settings(job)
+    if data_sets.is_own(settings.data):
+        _refuse_other_data([job for job in planned if job.finished])
     return planned
 
 
@@ -229,20 +237,44 @@ def _shown(value: object) -> str:
 def _refuse_other_settings(job: Job) -> None:
     """An earlier run in the folder must have the same settings, but for the number of threads.
 
-    A finished run from before AutoAttack stays as it is.
+    So must those be that are None in one of the two. A folder of official files that is not named may be anywhere. A
+    finished run from before AutoAttack stays as it is.
     """
     path = job.out / "config.toml"
     if not path.exists():
         return
     table = config.read_toml(path)
     before = config.with_posterior(config.from_table(table, str(path)), table.get("posterior_settings", ()))
-    saved = _flat(config.as_table(before))
+    saved, now = (_flat(config.as_table(each)) for each in (before, job.settings))
     ignored = ["threads"]
+    if job.settings.data_root is None:
+        ignored.append("data_root")
     if "autoattack" not in table and job.finished:
         ignored += ["autoattack", "autoattack_samples", "autoattack_compile"]
-    for name, value in _flat(config.as_table(job.settings)).items():
-        if name not in ignored and saved.get(name) != value:
-            raise InputError(f"out: {job.out} holds a run with {name} = {saved.get(name)!r}, expected {value!r}")
+    for name in dict.fromkeys([*now, *saved]):  # what is None is in neither
+        if name not in ignored and saved.get(name) != now.get(name):
+            raise InputError(
+                f"out: {job.out} holds a run with {name} = {saved.get(name)!r}, expected {now.get(name)!r}"
+            )
+
+
+def _refuse_other_data(finished: Sequence[Job]) -> None:
+    """Finished runs must have had the data of one's own that are there now, as far as their checkpoints remember them.
+
+    A run that is not finished looks by itself when it goes on. Data sets of this package never change.
+    """
+    if not finished:
+        return
+    loaded = data_sets.load(finished[0].settings.data_settings)
+    for job in finished:
+        path = job.out / ("best.pt" if job.settings.selection == "best" else "checkpoint.pt")
+        if not path.exists():
+            continue
+        saved = checkpoint.load(path).get("data")
+        try:
+            data_sets.check_record(saved, loaded, path, exact=True)
+        except InputError as error:
+            raise InputError(f"{error}; the runs of a comparison have the same data, give another --out") from None
 
 
 def _flat(table: dict[str, Any]) -> dict[str, Any]:
@@ -329,7 +361,7 @@ def _failure(job: Job, status: int) -> str:
 
 
 class Estimate(NamedTuple):
-    """A mean over seeds with its 95 % interval (Student's t); one seed has no interval."""
+    """A mean over seeds with its interval (Student's t, 95 % unless said otherwise); one seed has no interval."""
 
     mean: float
     low: float | None
@@ -337,20 +369,41 @@ class Estimate(NamedTuple):
     values: list[float]
 
 
-def estimate(values: Sequence[float]) -> Estimate:
+def estimate(values: Sequence[float], *, level: float = 0.95, least: float = 0.0) -> Estimate:
+    """The mean of values with its interval, which takes their standard deviation to be at least ``least``."""
     mean = fmean(values)
     if len(values) < 2:
         return Estimate(mean, None, None, list(values))
-    half = float(student.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
+    half = float(student.ppf((1 + level) / 2, len(values) - 1)) * max(stdev(values), least) / len(values) ** 0.5
     return Estimate(mean, mean - half, mean + half, list(values))
+
+
+def over_seeds(
+    values: Sequence[float], one_sample: float = 0.0, *, accuracies: int = 1, level: float = 0.95
+) -> Estimate:
+    """:func:`estimate` of what runs have measured, where equal values of all seeds do not make an interval of width 0.
+
+    Args:
+        values: one for each seed.
+        one_sample: what one test sample counts in an accuracy, in points. 0: the values are no accuracies, or it is not
+            known; then equal values have no interval.
+        accuracies: how many a value is made of; a difference is made of two.
+        level: of the interval.
+    """
+    # An accuracy is rounded to multiples of h, one sample. An error u anywhere in [-h/2, h/2] has the variance
+    # (1/h) ∫ u² du = h²/12, and a difference of two accuracies twice that, h²/6.
+    found = estimate(values, level=level, least=one_sample * (accuracies / 12) ** 0.5)
+    if found.low is None or found.high is None or found.high - found.low > SAME * max(map(abs, values)):
+        return found
+    return found._replace(low=None, high=None)
 
 
 def gather(settings: CompareSettings, planned: Sequence[Job]) -> dict[str, Any]:
     """compare.json: every finished run, the means over seeds, and differences from the best surrogate seed by seed.
 
-    Runs that are not finished are named.
+    Runs that are not finished are named. See :func:`_paired` and :func:`verdict` for what is compared.
     """
-    runs: dict[str, dict[int, dict[str, Any]]] = {}
+    runs: Runs = {}
     for job in planned:
         if job.finished:
             summary = checkpoint.read_json(job.out / "summary.json")
@@ -400,12 +453,13 @@ MEASURES = (
 def _aggregate(entry: Entry, summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The means over seeds of one objective."""
     measures = {
-        measure: estimate([s[measure] for s in summaries])._asdict()
+        measure: over_seeds([s[measure] for s in summaries], _one_sample(measure, summaries))._asdict()
         for measure in MEASURES
         if all(s.get(measure) is not None for s in summaries)
     }
+    one_sample = _one_sample("pgd_acc", summaries)
     curve = [
-        {"eps": points[0]["eps"], **estimate([point["acc"] for point in points])._asdict()}
+        {"eps": points[0]["eps"], **over_seeds([point["acc"] for point in points], one_sample)._asdict()}
         for points in zip(*(s["curve"] for s in summaries), strict=True)
     ]
     return {**entry._asdict(), "label": entry.label, "family": entry.family, **measures, "curve": curve}
@@ -414,35 +468,125 @@ def _aggregate(entry: Entry, summaries: Sequence[dict[str, Any]]) -> dict[str, A
 ACCURACIES = ("clean_acc", "pgd_acc", "autoattack_acc")
 
 
-def _paired(runs: dict[str, dict[int, dict[str, Any]]], aggregate: dict[str, Any]) -> dict[str, Any]:
-    """Differences, seed by seed, from the best surrogate: the one with the highest mean robust accuracy.
+def _one_sample(measure: str, summaries: Sequence[dict[str, Any]]) -> float:
+    """What one test sample counts in an accuracy, in points; 0 of other measures, or where a summary does not tell."""
+    if measure not in ACCURACIES:
+        return 0.0
+    of_autoattack = measure == "autoattack_acc"
+    counts = [s.get("autoattack_samples", 0) if of_autoattack else s.get("split", {}).get("test", 0) for s in summaries]
+    return 100 / min(counts) if min(counts) else 0.0
 
-    The means that are compared are over the seeds that all objectives have: where runs failed, others differ in seeds,
-    too.
+
+def _paired(runs: Runs, aggregate: dict[str, Any]) -> dict[str, Any]:
+    """Differences, seed by seed, from the best surrogate, and the verdict on the best direct objective.
+
+    The best surrogate has the highest mean over the seeds that all objectives have: where runs failed, others differ
+    in seeds, too. The mean is of the accuracy under AutoAttack, or under PGD if a run of a direct objective or of a
+    surrogate has none. The differences have plain 95 % intervals, which do not allow for this choice; see
+    :func:`verdict` for one that does.
     """
     common = sorted(set.intersection(*map(set, runs.values()))) if runs else []
     surrogates = [name for name, entry in aggregate.items() if report.is_surrogate(entry)]
+    direct = [name for name, entry in aggregate.items() if report.is_direct(entry)]
     if not surrogates or not common:
         return {}
-    in_common = {
-        name: {
-            measure: estimate([by_seed[seed][measure] for seed in common])._asdict()
-            for measure in ACCURACIES
-            if all(by_seed[seed].get(measure) is not None for seed in common)
-        }
-        for name, by_seed in runs.items()
-    }
-    best = max(surrogates, key=lambda name: in_common[name]["pgd_acc"]["mean"])
+    attacked = all(_have("autoattack_acc", runs[name].values()) for name in [*direct, *surrogates])
+    measure = "autoattack_acc" if attacked else "pgd_acc"
+    best = _best(runs, surrogates, measure, common)
     differences: dict[str, Any] = {}
     for name, by_seed in runs.items():
         both = sorted(set(by_seed) & set(runs[best]))
         if name != best:
             differences[name] = {
-                measure: estimate([by_seed[seed][measure] - runs[best][seed][measure] for seed in both])._asdict()
-                for measure in ACCURACIES
-                if all(run[seed].get(measure) is not None for run in (by_seed, runs[best]) for seed in both)
+                key: _difference(key, by_seed, runs[best], both)._asdict()
+                for key in ACCURACIES
+                if _have(key, [run[seed] for run in (by_seed, runs[best]) for seed in both])
             }
-    return {"against": best, "seeds": common, "in_common": in_common, "differences": differences}
+    return {
+        "against": best,
+        "measure": measure,
+        "seeds": common,
+        "in_common": {name: _accuracies(by_seed, common) for name, by_seed in runs.items()},
+        "differences": differences,
+        "verdict": verdict(runs, direct, surrogates, measure, common) if direct else None,
+    }
+
+
+def verdict(
+    runs: Runs, direct: Sequence[str], surrogates: Sequence[str], measure: str, common: Sequence[int]
+) -> dict[str, Any]:
+    """The best direct objective against the best surrogate, seed by seed.
+
+    Both are chosen and judged by the same numbers, which favours what was lucky. So the interval is one of those that
+    hold all D · U differences between a direct objective and a surrogate at once, in 95 of 100 such comparisons: each
+    has the level 1 − .05 / (D · U) (Bonferroni).
+
+    Args:
+        runs: summaries.
+        direct: names of the D direct objectives, one or more.
+        surrogates: names of the U surrogates, one or more.
+        measure: an accuracy that all their runs have.
+        common: seeds that all of them have. They decide which are best; the difference is over all seeds of these two.
+
+    Returns:
+        ``direct`` and ``surrogate``, the two names; ``measure``; ``of``, [D, U]; ``seeds`` of both; ``accuracies`` of
+        each name over these seeds; ``difference`` of the first minus the second; ``level`` of its interval;
+        ``one_sample``, what one test sample counts, in points; and ``ahead``: "direct" or "surrogate" where the
+        interval tells and the lead is one sample at least, else None.
+    """
+    ours, theirs = (_best(runs, group, measure, common) for group in (direct, surrogates))
+    seeds = sorted(set(runs[ours]) & set(runs[theirs]))
+    level = 1 - 0.05 / (len(direct) * len(surrogates))
+    found = _difference(measure, runs[ours], runs[theirs], seeds, level)
+    one_sample = _one_sample(measure, [runs[name][seed] for name in (ours, theirs) for seed in seeds])
+    ahead = None
+    if found.low is not None and found.high is not None and abs(found.mean) >= one_sample * (1 - SAME):
+        ahead = "direct" if found.low > 0 else "surrogate" if found.high < 0 else None
+    return {
+        "direct": ours,
+        "surrogate": theirs,
+        "measure": measure,
+        "of": [len(direct), len(surrogates)],
+        "seeds": seeds,
+        "accuracies": {name: _accuracies(runs[name], seeds) for name in (ours, theirs)},
+        "difference": found._asdict(),
+        "level": level,
+        "one_sample": one_sample,
+        "ahead": ahead,
+    }
+
+
+def _best(runs: Runs, names: Sequence[str], measure: str, seeds: Sequence[int]) -> str:
+    """The name with the highest mean of a measure over these seeds."""
+    return max(names, key=lambda name: fmean(runs[name][seed][measure] for seed in seeds))
+
+
+def _have(measure: str, summaries: Iterable[dict[str, Any]]) -> bool:
+    """Whether all of these runs have measured it."""
+    return all(summary.get(measure) is not None for summary in summaries)
+
+
+def _accuracies(by_seed: dict[int, dict[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:
+    """The means of one objective over these seeds, of the accuracies that all of them have."""
+    summaries = [by_seed[seed] for seed in seeds]
+    return {
+        measure: over_seeds([s[measure] for s in summaries], _one_sample(measure, summaries))._asdict()
+        for measure in ACCURACIES
+        if _have(measure, summaries)
+    }
+
+
+def _difference(
+    measure: str,
+    one: dict[int, dict[str, Any]],
+    other: dict[int, dict[str, Any]],
+    seeds: Sequence[int],
+    level: float = 0.95,
+) -> Estimate:
+    """An accuracy of one objective minus that of another, seed by seed."""
+    values = [one[seed][measure] - other[seed][measure] for seed in seeds]
+    one_sample = _one_sample(measure, [run[seed] for run in (one, other) for seed in seeds])
+    return over_seeds(values, one_sample, accuracies=2, level=level)
 
 
 def _check(settings: CompareSettings) -> None:

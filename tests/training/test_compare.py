@@ -1,19 +1,32 @@
 """Comparisons over seeds, and the report."""
 
+import dataclasses
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tomli_w
 
 from training import compare, measures
-from training.data import generated
+from training.data import generated, load
 from training.engine import checkpoint
 from training.reports import comparison as report
+from training.settings import config
 from training.settings.errors import InputError
 
+POINTS = """
+import torch
+from training.data import Data
+
+def points():
+    y = torch.arange(30) % 2
+    x = y[:, None] + torch.zeros(30, 3)
+    return Data("points", 2, x, y, x, y, x, y)
+"""
 RUNS = ["--objectives", "pgd_at:se", "score_direct:kernel_density", "--seeds", "0", "1", "--out", "here"]
 
 
@@ -41,7 +54,8 @@ def test_a_comparison_of_two_objectives(call: Any, tiny: list[str], tmp_path: Pa
     assert all(0 < error < 100 for runs in errors for error in runs)
     assert f"{sum(errors[0]) / 2:.1f} ±" in (tmp_path / "here" / "table.md").read_text().splitlines()[2]
     assert "AutoAttack: fast, 20 test samples." in page
-    assert "; under AutoAttack, " in page
+    assert "% under AutoAttack at eps 0.15 and the best surrogate (PGD-AT SE)" in page
+    assert "; under PGD, " in page
     column, cells = autoattack_cells(tmp_path / "here" / "table.md")
     assert column == "AutoAttack, %"
     assert all("±" in cell for cell in cells)
@@ -49,6 +63,15 @@ def test_a_comparison_of_two_objectives(call: Any, tiny: list[str], tmp_path: Pa
     assert page.count("data:image/svg+xml;base64,") == 3  # accuracy, training, posteriors along an attack
     assert not re.findall(r'(?:src|href)="(?!data:)', page), "nothing is loaded from elsewhere"
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {"digits-accuracy.png", "digits-table.md"}
+
+    comparison["runs"]["pgd_at:se"][0]["threads"] = 4
+    mixed = report.page(comparison)
+    assert "Runs had 1 and 4 CPU threads, so their times are not comparable." in mixed
+    assert "CPU threads of a run: 1 or 4<" in mixed
+    assert [row[-1] for row in report.table_rows(comparison)] == ["training, s", "–", "–"]
+    assert "not comparable" not in page
+    assert "CPU threads of a run: 1<" in page
+    assert "\nseed = " not in page
 
     logs = {path: path.stat().st_mtime_ns for path in (tmp_path / "here" / "runs").glob("*.log")}
     assert len(logs) == 4
@@ -184,9 +207,12 @@ def test_a_comparison_with_a_failed_run_says_so_and_compares_on_common_seeds(
     assert [row[2] for row in rows] == ["seeds", "2", "1", "2"]
     page = (tmp_path / "here" / "report.html").read_text()
     assert "Means over 1 to 2 seeds, as the column says," in page
-    assert "on these very samples, over the seeds that all have (0);" in page
+    assert "mean under PGD on these very samples, over the seeds that all have (0), and the intervals" in page
     assert f"1 of 6 runs failed, and nothing here has their numbers: trades:kl with seed 1 ({place}.log)." in page
-    assert "keeps 70.0 % and the best surrogate (PGD-AT KL) 60.0 %" in page
+    # Over the two seeds of these two, as the difference is.
+    assert "apart (+0.0 ± " in page
+    assert "(direct kernel density) keeps 40.0 ± 381.2 % under PGD at eps 0.15" in page
+    assert "and the best surrogate (PGD-AT KL) 40.0 ± 254.1 %; clean," in page
 
 
 @pytest.mark.parametrize(
@@ -286,33 +312,229 @@ def test_a_data_gradient_below_one_per_cent_is_called_distillation() -> None:
     assert "Distillation" not in told(0.011)
 
 
+SAMPLES = 500
+ByName = dict[str, dict[int, tuple[float, float]]]  # accuracies under PGD and AutoAttack of each seed
+
+
+def compared(found: ByName, *, attacked: bool = True) -> dict[str, Any]:
+    """A comparison of runs with these accuracies."""
+    counts = {"split": {"test": SAMPLES}, "autoattack_samples": SAMPLES}
+    runs = {
+        name: {
+            seed: {"clean_acc": 90.0, "pgd_acc": pgd, "autoattack_acc": ensemble if attacked else None, **counts}
+            for seed, (pgd, ensemble) in by_seed.items()
+        }
+        for name, by_seed in found.items()
+    }
+    entries = [compare.parse_entry(name) for name in found]
+    aggregate = {entry.name: {**entry._asdict(), "label": entry.label} for entry in entries}
+    return {
+        "data": "digits",
+        "seeds": sorted({seed for by_seed in found.values() for seed in by_seed}),
+        "eps": 0.15,
+        "runs": {name: list(by_seed.values()) for name, by_seed in runs.items()},
+        "aggregate": aggregate,
+        "paired": compare._paired(runs, aggregate),
+    }
+
+
+def over(*accuracies: float, pgd: float = 50.0) -> dict[int, tuple[float, float]]:
+    """Accuracies under AutoAttack, seed by seed."""
+    return {seed: (pgd, accuracy) for seed, accuracy in enumerate(accuracies)}
+
+
 @pytest.mark.parametrize(
-    ("low", "high", "told"),
+    ("direct", "told"),
     [
-        (1.0, 3.0, "Direct SCORE is ahead of its best surrogate under PGD (+2.0 ± 1.0 points under AutoAttack"),
-        (-5.0, -1.0, "The best surrogate is ahead of direct SCORE (-3.0 ± 2.0 points under AutoAttack"),
-        (-2.0, 4.0, "These seeds do not tell direct SCORE and its best surrogate apart (+1.0 ± 3.0 points"),
-        (None, None, "One seed cannot tell direct SCORE and its surrogates apart (+1.5 points under AutoAttack"),
+        # t of 2 degrees of freedom at level .975 is 6.2053; half the interval of 9, 10 and 11 is that / √3.
+        (
+            (89.0, 90.0, 91.0),
+            "Direct SCORE is ahead of its best surrogate (+10.0 ± 3.6 points under AutoAttack, paired",
+        ),
+        (
+            (69.0, 70.0, 71.0),
+            "The best surrogate is ahead of direct SCORE (-10.0 ± 3.6 points under AutoAttack, paired",
+        ),
+        ((77.0, 81.0, 82.0), "These seeds do not tell direct SCORE and its best surrogate apart (+0.0 ± 9.5 points"),
+        ((82.0,), "One seed cannot tell direct SCORE and its surrogates apart (+2.0 points under AutoAttack"),
     ],
 )
-def test_a_report_opens_with_its_conclusion(low: float | None, high: float | None, told: str) -> None:
-    def entry(name: str, objective: str, pgd: float) -> dict[str, Any]:
-        values = {key: {"mean": pgd, "low": None, "high": None} for key in ("clean_acc", "pgd_acc", "autoattack_acc")}
-        return {"name": name, "label": name, "objective": objective, "posterior": None, **values}
+def test_a_report_opens_with_its_conclusion(direct: tuple[float, ...], told: str) -> None:
+    strong, weak = over(*[80.0] * len(direct)), over(*[70.0] * len(direct), pgd=60.0)
+    found = {"pgd_at:kl": weak, "trades:kl": strong, "score_direct": over(*direct)}
+    headline = report._headline(compared(found))
+    assert headline.startswith(told)
+    allows = ", and the 95 % interval allows for that choice" if len(direct) > 1 else ""
+    choice = f"Both are the best of their kind here, among 1 direct objective and 2 surrogates{allows}. The best direct"
+    assert choice in headline
+    alone = report._headline(compared({name: found[name] for name in ("trades:kl", "score_direct")}))
+    assert "Both are" not in alone
 
-    gap = {"mean": 1.5 if low is None or high is None else (low + high) / 2, "low": low, "high": high}
-    comparison: dict[str, Any] = {
-        "data": "digits",
-        "seeds": [0, 1],
-        "eps": 0.15,
-        "aggregate": {
-            "score_direct": {**entry("score_direct", "score_direct", 80.0), "posterior": "score_network"},
-            "weak": entry("weak", "pgd_at", 70.0),
-            "strong": entry("strong", "trades", 79.0),
-        },
-        "paired": {"against": "strong", "differences": {"score_direct": {"autoattack_acc": gap}}},
+
+def test_the_best_are_chosen_by_what_they_are_judged_by() -> None:
+    """Another direct objective is the best under PGD, and the worst of all under AutoAttack."""
+    found = {
+        "pgd_at:kl": {0: (81.0, 78.0), 1: (81.4, 78.4), 2: (80.8, 77.8)},
+        "trades:kl": {0: (82.0, 70.0), 1: (82.0, 70.0), 2: (82.0, 70.0)},
+        "score_direct:score_network": {0: (83.0, 70.0), 1: (83.4, 70.8), 2: (83.2, 70.4)},
+        "score_direct:kernel_density": {0: (82.6, 81.0), 1: (82.6, 81.2), 2: (82.4, 80.8)},
     }
-    comparison["paired"]["in_common"] = comparison["aggregate"]
-    assert report._headline(comparison).startswith(told)
-    comparison["aggregate"]["weak"]["autoattack_acc"]["mean"] = 81.0
-    assert (low == 1.0) == ("under AutoAttack, paired by seed), but not of weak. Under" in report._headline(comparison))
+    comparison = compared(found)
+    assert comparison["paired"]["against"] == "pgd_at:kl"
+    headline = report._headline(comparison)
+    assert headline.startswith("Direct SCORE is ahead of its best surrogate (+2.9 ± 0.6 points under AutoAttack")
+    assert "(direct kernel density) keeps 81.0 ± 0.5 % under AutoAttack at eps 0.15 and the best surrogate" in headline
+    assert "(PGD-AT KL) 78.1 ± 0.8 %; under PGD, 82.5 ± 0.3 % and 81.1 ± 0.8 %; clean, 90.0" in headline
+    assert "among 2 direct objectives and 2 surrogates, and the 95 % interval allows for that choice." in headline
+
+    by_pgd = compared(found, attacked=False)
+    assert (by_pgd["paired"]["measure"], by_pgd["paired"]["against"]) == ("pgd_acc", "trades:kl")
+    assert by_pgd["paired"]["verdict"]["direct"] == "score_direct:score_network"
+    assert "direct score network) keeps 83.2 ± 0.5 % under PGD" in report._headline(by_pgd)
+
+
+def test_the_shown_difference_is_that_of_the_shown_means() -> None:
+    """One objective lacks a seed, on which the other two are far apart."""
+    found = {
+        "pgd_at:kl": {0: (81.0, 78.0), 1: (81.4, 78.4), 2: (80.8, 77.8)},
+        "trades:kl": {0: (70.0, 70.0), 1: (70.0, 70.0)},
+        "score_direct": {0: (81.6, 78.2), 1: (81.8, 78.8), 2: (60.0, 55.0)},
+    }
+    judged = compared(found)["paired"]["verdict"]
+    ours, theirs = (judged["accuracies"][name]["autoattack_acc"]["mean"] for name in ("score_direct", "pgd_at:kl"))
+    assert judged["seeds"] == [0, 1, 2]
+    assert judged["difference"]["mean"] == pytest.approx(ours - theirs)
+    assert ours == pytest.approx((78.2 + 78.8 + 55.0) / 3)
+    assert "over the seeds" not in report._headline(compared(found))
+    del found["score_direct"][1]
+    assert ", over the seeds that both have (0, 2))." in report._headline(compared(found))
+
+
+def test_equally_good_objectives_are_seldom_told_apart() -> None:
+    """The best of 7 direct objectives, all as good as the surrogate, is ahead in 2.5 of 100 comparisons at most."""
+    generator, repeated = np.random.default_rng(0), 2000
+    counts = {"split": {"test": 360}}
+    names = [f"direct {number}" for number in range(7)]
+    shares = generator.normal(0.8, 0.012, (repeated, 8, 3))
+    accuracies = 100 * (360 * shares).round() / 360
+    found = []
+    for replication in accuracies.tolist():
+        runs = {
+            name: {seed: {"pgd_acc": accuracy, **counts} for seed, accuracy in enumerate(values)}
+            for name, values in zip(["surrogate", *names], replication, strict=True)
+        }
+        found.append(compare.verdict(runs, names, ["surrogate"], "pgd_acc", [0, 1, 2])["ahead"])
+    assert found.count("direct") <= 0.035 * repeated
+    assert found.count("surrogate") <= 0.035 * repeated
+    assert found.count("direct") > 0, "it could be told"
+
+
+def test_an_accuracy_is_known_to_one_sample_at_best() -> None:
+    """Equal differences in all seeds are equal but for rounding, of standard deviation h / √6 with h = 100 / N."""
+    found = compared({"pgd_at:kl": over(80.0, 81.0), "score_direct": over(80.4, 81.4)})
+    gap = found["paired"]["differences"]["score_direct"]["autoattack_acc"]
+    assert gap["high"] - gap["mean"] == pytest.approx(12.7062 * 100 / SAMPLES / 6**0.5 / 2**0.5, rel=1e-4)
+    assert report._headline(found).startswith("These seeds do not tell")
+    same = compare.over_seeds([98.6, 98.6, 98.6], 100 / SAMPLES)
+    assert same.high is not None
+    assert same.high - same.mean == pytest.approx(4.3027 * 100 / SAMPLES / 12**0.5 / 3**0.5, rel=1e-4)
+    assert compare.over_seeds([1.0, 2.0, 3.0], 0.2)[:3] == compare.estimate([1.0, 2.0, 3.0])[:3]
+
+
+def test_a_lead_of_less_than_one_sample_is_none() -> None:
+    """Half of 40 seeds differ by one sample: an interval above 0, and a lead of half a sample."""
+    few = compared({"pgd_at:kl": over(*[80.0] * 40), "score_direct": over(*[80.0, 80.2] * 20)})
+    assert few["paired"]["verdict"]["difference"]["low"] > 0
+    headline = report._headline(few)
+    assert headline.startswith("These seeds do not tell direct SCORE and its best surrogate apart (+0.1 ± 0.0 points")
+    assert "paired by seed, less than one test sample)" in headline
+    more = compared({"pgd_at:kl": over(*[80.0] * 40), "score_direct": over(*[80.2, 80.4] * 20)})
+    assert report._headline(more).startswith("Direct SCORE is ahead")
+
+
+def test_equal_values_of_other_measures_have_no_interval() -> None:
+    assert compare.over_seeds([0.25, 0.25, 0.25]) == (0.25, None, None, [0.25, 0.25, 0.25])
+    nearly = [80.3 - 80.0, 81.4 - 81.1]
+    assert nearly[0] != nearly[1]
+    assert compare.over_seeds(nearly).low is None
+
+
+def test_lengths_of_other_data_are_no_pixels() -> None:
+    def unit(name: str) -> str:
+        figure = report.accuracy_figure({"data": name, "aggregate": {}, "norm": "linf", "eps": 0.15})
+        return figure.axes[0].get_xlabel()
+
+    assert unit("digits") == unit("folder") == "perturbation size eps (Linf, pixel values in [0, 1])"
+    assert unit("my_data:points") == "perturbation size eps (Linf, input units)"
+
+
+def test_the_same_objective_under_two_names_is_refused(tmp_path: Path) -> None:
+    for names in (("pgd_at:kl", "pgd_at"), ("score_direct", "score_direct:kl:score_network"), ("trades", "trades")):
+        with pytest.raises(InputError, match=f"objectives: {names[0]} and {names[1]} are the same, allowed: each once"):
+            compare.plan(compare.CompareSettings(objectives=names), [], tmp_path, 1)
+
+
+Plan = Callable[..., compare.Job]
+
+
+@pytest.fixture
+def planned(tmp_path: Path) -> Plan:
+    """``planned(*options, data="digits")``: the one run of a comparison of PGD-AT in a folder."""
+
+    def of(*options: str, data: str = "digits") -> compare.Job:
+        settings = compare.CompareSettings(data=data, objectives=("pgd_at",), seeds=(0,))
+        (job,) = compare.plan(settings, options, tmp_path / "here", 1)
+        return job
+
+    return of
+
+
+@pytest.mark.parametrize(
+    "option", [("--step-size", "0.001"), ("--steps-per-epoch", "2"), ("--attack-start", "uniform")]
+)
+def test_an_earlier_run_with_a_setting_that_is_left_open_now_is_refused(planned: Plan, option: tuple[str, str]) -> None:
+    job = planned(*option)
+    job.out.mkdir(parents=True)
+    (job.out / "config.toml").write_text(tomli_w.dumps(config.as_table(job.settings)))
+    planned(*option)
+    planned(*option, "--threads", "3")
+    name = option[0].removeprefix("--").replace("-", "_")
+    with pytest.raises(InputError, match=f"here/runs/pgd_at-seed0 holds a run with {name} = .*, expected None"):
+        planned()
+
+
+def test_official_files_may_be_anywhere(planned: Plan, tmp_path: Path) -> None:
+    job = planned("--data-root", str(tmp_path))
+    job.out.mkdir(parents=True)
+    (job.out / "config.toml").write_text(tomli_w.dumps(config.as_table(job.settings)))
+    assert planned().settings.data_root is None
+
+
+def test_finished_runs_on_other_data_are_refused(
+    planned: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "points_for_compare.py").write_text(POINTS)
+    monkeypatch.chdir(tmp_path)
+    name = "points_for_compare:points"
+    job = planned(data=name)
+    job.out.mkdir(parents=True)
+    (job.out / "config.toml").write_text(tomli_w.dumps(config.as_table(job.settings)))
+    (job.out / "summary.json").write_text("{}")
+    now = load(job.settings.data_settings)
+    others = dataclasses.replace(now, y_train=1 - now.y_train)
+
+    def left(record: dict[str, Any] | None) -> None:
+        checkpoint.save(job.out / "best.pt", epoch=1, settings={}, network={}, data=record)
+
+    for same in (now.record(), None):
+        left(same)
+        planned(data=name)
+    left(others.record())
+    message = (
+        "here/runs/pgd_at-seed0/best.pt was trained on: other labels, or in another order; the runs of a comparison "
+        "have the same data, give another --out"
+    )
+    with pytest.raises(InputError, match=message):
+        planned(data=name)
+    (job.out / "summary.json").unlink()
+    planned(data=name)  # the run looks by itself when it goes on

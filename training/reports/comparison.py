@@ -10,7 +10,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from training.data import slug
+from training.data import FOLDER, FORMATS, slug
 from training.engine import checkpoint
 from training.reports import pages, plots
 from training.reports.plots import Series
@@ -23,6 +23,8 @@ POSTERIOR_NAMES = {
     "joint_energies": "mean of joint energies",
     "oracle": "oracle",
 }
+
+CONDITIONS = {"autoattack_acc": "under AutoAttack", "pgd_acc": "under PGD", "clean_acc": "clean"}
 
 Comparison = Mapping[str, Any]
 
@@ -49,6 +51,11 @@ def is_surrogate(entry: Mapping[str, Any]) -> bool:
     return entry["objective"] in ("pgd_at", "trades") and not entry.get("posterior")
 
 
+def is_direct(entry: Mapping[str, Any]) -> bool:
+    """Whether an entry of a comparison is direct SCORE."""
+    return bool(entry["objective"] == "score_direct")
+
+
 def toy(comparison: Comparison) -> bool:
     return comparison["data"] == "toy"
 
@@ -56,6 +63,11 @@ def toy(comparison: Comparison) -> bool:
 def seeds_of_rows(comparison: Comparison) -> list[int]:
     """How many seeds each objective has; fewer than the others where runs failed."""
     return [len(runs) for runs in comparison["runs"].values()]
+
+
+def threads(comparison: Comparison) -> list[int]:
+    """The numbers of CPU threads that runs had; times of runs that differ in it are not comparable."""
+    return sorted({run["threads"] for runs in comparison["runs"].values() for run in runs})
 
 
 def interval(estimate: Mapping[str, Any] | None, form: str = ".1f", factor: float = 1.0) -> str:
@@ -82,6 +94,7 @@ def table_rows(comparison: Comparison) -> list[list[str]]:
     header += ["calibration error, points", "data / model gradient, %", "step signs changed, %", "training, s"]
     rows = [header]
     paired, seeds = comparison["paired"], seeds_of_rows(comparison)
+    timed = len(threads(comparison)) == 1
     if differ := len(set(seeds)) > 1:
         header.insert(1, "seeds")
     for (name, entry), count in zip(comparison["aggregate"].items(), seeds, strict=True):
@@ -99,7 +112,8 @@ def table_rows(comparison: Comparison) -> list[list[str]]:
             interval(entry.get("data_gradient_ratio"), ".1f", 100),
             interval(entry.get("sign_change_share"), ".1f", 100),
         ]
-        row += [f"{entry['train_seconds']['mean'] + entry['posterior_seconds']['mean']:.0f}"]
+        seconds = entry["train_seconds"]["mean"] + entry["posterior_seconds"]["mean"]
+        row.append(f"{seconds:.0f}" if timed else "–")
         if differ:
             row.insert(1, str(count))
         rows.append(row)
@@ -131,7 +145,8 @@ def accuracy_figure(comparison: Comparison) -> Figure:
                 entry.get("generated", False),
             )
         )
-    unit = "pixel values in [0, 1]"
+    known = comparison["data"] in (*FORMATS, FOLDER)  # images; a function may return anything
+    unit = "pixel values in [0, 1]" if known else "input units"
     return plots.accuracy_against_eps(series, norm=comparison["norm"], train_eps=comparison["eps"], unit=unit)
 
 
@@ -164,7 +179,7 @@ def page(comparison: Comparison) -> str:
         "<h2>Results</h2>",
         pages.table(table_rows(comparison)),
         f"<p class='note'>{_how_many(comparison)} on {any_run['split']['test']:,} test samples."
-        f"{_ensemble(comparison)}</p>",
+        f"{_ensemble(comparison)}{_times(comparison)}</p>",
         *failed_section(comparison),
         *(toy_section(comparison) if toy(comparison) else accuracy_section(comparison)),
         "<h2>Training</h2>",
@@ -185,10 +200,11 @@ def _how_many(comparison: Comparison) -> str:
         count = f"{min(seeds)} to {max(seeds)} seeds, as the column says,"
         common = ", ".join(map(str, comparison["paired"].get("seeds", [])))
         best = f", over the seeds that all have ({common or 'none'})"
+    condition = CONDITIONS[comparison["paired"].get("measure", "pgd_acc")]
     return (
         f"Means over {count} ± half the width of Student's 95 % interval over seeds, which covers the randomness "
         "of training, not that of the test set; differences are paired by seed; the best is the one with the highest "
-        f"mean under PGD on these very samples{best};"
+        f"mean {condition} on these very samples{best}, and the intervals of this table do not allow for that choice;"
     )
 
 
@@ -209,54 +225,60 @@ def _ensemble(comparison: Comparison) -> str:
     return f" AutoAttack: {' or '.join(kinds)}." if kinds else ""
 
 
+def _times(comparison: Comparison) -> str:
+    """Why there are no times, where there are none."""
+    counts = threads(comparison)
+    if len(counts) == 1:
+        return ""
+    return f" Runs had {' and '.join(map(str, counts))} CPU threads, so their times are not comparable."
+
+
 def _headline(comparison: Comparison) -> str:
     aggregate = comparison["aggregate"].values()
-    direct = [entry for entry in aggregate if entry["objective"] == "score_direct"]
-    surrogates = [entry for entry in aggregate if is_surrogate(entry)]
-    in_common = comparison["paired"].get("in_common")
-    if not direct or not surrogates or (in_common is None and not toy(comparison)):
-        counts = {"objective": len(aggregate), "seed": max(seeds_of_rows(comparison))}
-        return ", ".join(f"{count} {name}{'s' * (count != 1)}" for name, count in counts.items()) + "."
-    if toy(comparison):
+    direct, surrogates = ([entry for entry in aggregate if belongs(entry)] for belongs in (is_direct, is_surrogate))
+    if toy(comparison) and direct and surrogates:
         found = [*direct, *surrogates]
         shown = (f"{interval(entry.get('r_score'), '.5f')} nat with {entry['label']}" for entry in found)
         return f"R_SCORE after training: {', '.join(shown)}."
-    best, other = (max(group, key=lambda e: in_common[e["name"]]["pgd_acc"]["mean"]) for group in (direct, surrogates))
-    ours, theirs = (in_common[entry["name"]] for entry in (best, other))
-    attacks = {"clean": "clean_acc"}
-    if "autoattack_acc" in ours and "autoattack_acc" in theirs:
-        attacks = {"under AutoAttack": "autoattack_acc", **attacks}
-    rest = "; ".join(f"{name}, {interval(ours[key])} % and {interval(theirs[key])} %" for name, key in attacks.items())
-    return _verdict(comparison, best) + (
-        f"Under PGD at eps {comparison['eps']:g}, the best direct objective ({best['label']}) keeps "
-        f"{interval(ours['pgd_acc'])} % and the best surrogate ({other['label']}) {interval(theirs['pgd_acc'])} %; "
-        f"{rest}."
+    if not (judged := comparison["paired"].get("verdict")):
+        counts = {"objective": len(aggregate), "seed": max(seeds_of_rows(comparison))}
+        return ", ".join(f"{count} {name}{'s' * (count != 1)}" for name, count in counts.items()) + "."
+    names = (judged["direct"], judged["surrogate"])
+    best, other = (comparison["aggregate"][name]["label"] for name in names)
+    ours, theirs = (judged["accuracies"][name] for name in names)
+    lead = judged["measure"]
+    rest = "; ".join(
+        f"{condition}, {interval(ours[key])} % and {interval(theirs[key])} %"
+        for key, condition in CONDITIONS.items()
+        if key != lead and key in ours and key in theirs
+    )
+    return _verdict(comparison, judged) + (
+        f"The best direct objective ({best}) keeps {interval(ours[lead])} % {CONDITIONS[lead]} at eps "
+        f"{comparison['eps']:g} and the best surrogate ({other}) {interval(theirs[lead])} %; {rest}."
     )
 
 
-def _verdict(comparison: Comparison, direct: Mapping[str, Any]) -> str:
-    """Who is ahead under the strongest attack, ``direct`` or the best surrogate, if the seeds can tell."""
-    found = comparison["paired"]["differences"].get(direct["name"], {})
-    measure = "autoattack_acc" if "autoattack_acc" in found else "pgd_acc"
-    if measure not in found:
-        return ""
-    gap, attack = found[measure], {"autoattack_acc": "AutoAttack", "pgd_acc": "PGD"}[measure]
-    shown = f"{difference(gap)} points under {attack}, paired by seed"
-    if gap["low"] is None:
-        return f"One seed cannot tell direct SCORE and its surrogates apart ({shown}). "
-    if gap["low"] > 0:
-        # The best surrogate is the best under PGD; another one may be better under AutoAttack.
-        in_common = comparison["paired"]["in_common"]
-        own = in_common[direct["name"]][measure]["mean"]
-        rivals = {
-            entry["label"]: in_common[name] for name, entry in comparison["aggregate"].items() if is_surrogate(entry)
-        }
-        level = [label for label, values in rivals.items() if measure in values and values[measure]["mean"] >= own]
-        but = f", but not of {' and '.join(level)}" if level else ""
-        return f"Direct SCORE is ahead of its best surrogate under PGD ({shown}){but}. "
-    if gap["high"] < 0:
-        return f"The best surrogate is ahead of direct SCORE ({shown}). "
-    return f"These seeds do not tell direct SCORE and its best surrogate apart ({shown}). "
+def _verdict(comparison: Comparison, judged: Mapping[str, Any]) -> str:
+    """Who is ahead under the strongest attack, the best direct objective or the best surrogate, if seeds can tell."""
+    gap, (ours, theirs) = judged["difference"], judged["of"]
+    shown = f"{difference(gap)} points {CONDITIONS[judged['measure']]}, paired by seed"
+    if len(judged["seeds"]) < len(comparison["seeds"]):
+        shown += f", over the seeds that both have ({', '.join(map(str, judged['seeds']))})"
+    if abs(gap["mean"]) < judged["one_sample"]:
+        shown += ", less than one test sample"
+    choice = ""
+    if ours * theirs > 1:
+        allows = "" if gap["low"] is None else ", and the 95 % interval allows for that choice"
+        counts = f"{ours} direct objective{'s' * (ours > 1)} and {theirs} surrogate{'s' * (theirs > 1)}"
+        choice = f"Both are the best of their kind here, among {counts}{allows}. "
+    if len(judged["seeds"]) == 1:
+        return f"One seed cannot tell direct SCORE and its surrogates apart ({shown}). {choice}"
+    told = {
+        "direct": f"Direct SCORE is ahead of its best surrogate ({shown}). ",
+        "surrogate": f"The best surrogate is ahead of direct SCORE ({shown}). ",
+        None: f"These seeds do not tell direct SCORE and its best surrogate apart ({shown}). ",
+    }
+    return told[judged["ahead"]] + choice
 
 
 def _attack(comparison: Comparison) -> str:
@@ -368,17 +390,20 @@ def gradient_section(comparison: Comparison) -> list[str]:
 
 def setting_section(comparison: Comparison) -> list[str]:
     any_run = next(iter(comparison["runs"].values()))[0]
+    counts = " or ".join(map(str, threads(comparison)))
     facts = [
         ["command", comparison["command"]],
         ["data split", ", ".join(f"{key} {value}" for key, value in any_run["split"].items())],
         ["weights", "best validation accuracy, robust (standard: clean)" if any_run["selection"] == "best" else "last"],
         ["torch, scorematch", f"{any_run['torch']}, {any_run['scorematch']}"],
         ["commit", any_run["commit"] or "unknown"],
-        ["machine", f"{platform.machine()}, {any_run['device']}, {any_run['threads']} threads a run"],
+        ["machine", f"{platform.machine()}, {any_run['device']}; CPU threads of a run: {counts}"],
         ["wall time of the last call", f"{comparison['wall_seconds']:.0f} s"],
     ]
     every = list(comparison["settings"].values())
-    common = {k: v for k, v in every[0].items() if all(other.get(k) == v for other in every)}
+    common = {
+        k: v for k, v in every[0].items() if k not in ("seed", "threads") and all(other.get(k) == v for other in every)
+    }
     return [
         "<h2>Configuration</h2>",
         pages.table([["", ""], *facts], "facts"),
