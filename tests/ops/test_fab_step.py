@@ -157,6 +157,15 @@ def test_unreachable_hyperplane_leads_to_the_corner(norm, device_dtype):
 
 
 @pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("c", [1e8, 1e9, 1e38])
+def test_a_difference_that_is_huge_for_its_gradient(norm, c, device):
+    p = torch.tensor([[0.3, 0.6, 0.8]], device=device)
+    w = 1e-20 * torch.tensor([[1.0, -2.0, 3.0]], device=device)
+    moved = fab_step(p, p, w, torch.tensor([c], device=device), norm=norm, overshoot=1.0)
+    assert moved.tolist() == [[0.0, 1.0, 0.0]]
+
+
+@pytest.mark.parametrize("norm", NORMS)
 def test_an_unreachable_hyperplane_moves_what_its_sum_does_not_feel(norm, device):
     """1e-11 · room is lost in a sum of 1e7, and still belongs to the corner."""
     p = torch.tensor([[0.3, 0.6, 0.8]], device=device, dtype=torch.float64)
