@@ -45,7 +45,8 @@ def random_start(
         eps: radius of the ball, greater than 0 and finite (in float32).
         lower, upper: the box, `lower < upper`; either may be infinite.
         radius: l2 only; `[N]` in [0, 1] (values beyond are clipped to it), the distance from `x` in units of `eps`.
-            For D elements a sample, `u ** (1/D)` with uniform u gives points uniform in the ball; None is 1, the sphere.
+            For D elements a sample, `u ** (1/D)` with uniform u gives points uniform in the ball; None is 1, the
+            sphere.
 
     Returns:
         A new tensor like `x`, contiguous or channels_last as `x` is.

