@@ -24,6 +24,8 @@ import torch
 from setuptools import Extension, setup
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
+os.chdir(Path(__file__).resolve().parent)  # the paths below are of this folder, wherever it is called from
+
 HEADERS = sorted(glob("csrc/**/*.h", recursive=True))
 CXX_FLAGS = [
     "-O3",
@@ -39,7 +41,7 @@ NVCC_FLAGS = ["-O3", "-std=c++20", "-lineinfo", "-Werror", "all-warnings", "-DUS
 
 
 def with_cuda() -> bool:
-    wish = os.environ.get("SCOREMATCH_CUDA", "auto")
+    wish = os.environ.get("SCOREMATCH_CUDA") or "auto"
     if wish not in {"auto", "0", "1"}:
         sys.exit(f"SCOREMATCH_CUDA must be auto, 0 or 1, got {wish!r}")
     nvcc = CUDA_HOME is not None and Path(CUDA_HOME, "bin", "nvcc").exists()

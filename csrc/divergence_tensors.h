@@ -11,10 +11,14 @@ inline TargetForm checked_target_form(const Tensor& target, bool want_target_gra
   return TargetForm::classes;
 }
 
+constexpr int64_t kMostClasses = int64_t(1) << 24;
+
 inline void check_divergence(const Tensor& logits, const Tensor& target, TargetForm form, int64_t kind) {
   if (kind < 0 || kind >= kKinds) refuse("kind must be 0 to ", kKinds - 1, ", got ", kind);
   if (logits.dim() != 2) refuse("logits has shape ", shape_text(logits.sizes()), ", expected [N, L]");
   if (logits.size(1) == 0) refuse("logits has shape ", shape_text(logits.sizes()), ", expected at least one class");
+  if (logits.size(1) > kMostClasses && logits.scalar_type() != ScalarType::Double)
+    refuse("logits has ", logits.size(1), " classes, expected at most ", kMostClasses, " in float32, which counts them");
   const Argument logits_argument{"logits", logits};
   const Argument target_argument{form == TargetForm::logits ? "target_logits" : "target", target};
   if (form != TargetForm::classes) return check_alike(logits_argument, target_argument);

@@ -136,7 +136,9 @@ SCOREMATCH_INLINE void fab_step_row(Lanes lanes, X x, X0 x0, Normal normal, Out 
   // (d, w) is scaled so that neither w² nor sums over- or underflow; the moves are the same.
   const A scale = square_range_scale<A>(lanes, normal, count);
   const auto w = [=](int64_t j) { return normal(j) * scale; };
-  const T here = difference * uniform(scale);  // <w, x> - b
+  constexpr T largest = std::numeric_limits<T>::max();
+  const T scaled = difference * uniform(scale);
+  const T here = magnitude(difference) > largest ? scaled : clamp(scaled, -largest, largest);  // <w, x> - b
   A slopes(0), apart(0);
   for (int64_t j = lanes.lane(); j < count; j += lanes.width()) {
     const A weight = magnitude(w(j));

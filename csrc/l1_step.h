@@ -1,6 +1,8 @@
 // Sparse steps and projections inside {x : ‖x − x0‖₁ <= eps, lower <= x <= upper} (Croce and Hein, ICML 2021). Torch-free;
 // shared by CPU and CUDA.
 #pragma once
+#include <cstdint>
+#include <cstring>
 #include <limits>
 
 #include "threat_model.h"
@@ -23,6 +25,24 @@ template <typename A, typename T = scalar_of<A>>
 SCOREMATCH_INLINE auto reaches(A v, T bound) {
   const A m = magnitude(v);
   return select(m > A(0), m, A(-1)) >= A(bound);
+}
+
+// The number in the middle of all floating-point numbers between two positive ones.
+SCOREMATCH_INLINE float halfway_in_bits(float low, float high) {
+  uint32_t a, b;
+  std::memcpy(&a, &low, sizeof a);
+  std::memcpy(&b, &high, sizeof b);
+  const uint32_t middle = a + (b - a) / 2;
+  std::memcpy(&low, &middle, sizeof low);
+  return low;
+}
+SCOREMATCH_INLINE double halfway_in_bits(double low, double high) {
+  uint64_t a, b;
+  std::memcpy(&a, &low, sizeof a);
+  std::memcpy(&b, &high, sizeof b);
+  const uint64_t middle = a + (b - a) / 2;
+  std::memcpy(&low, &middle, sizeof low);
+  return low;
 }
 
 // A positive number b such that |v_j| >= b holds for the `wanted` largest elements of a row, and for those that are equal
@@ -48,8 +68,9 @@ SCOREMATCH_INLINE T magnitude_of_largest(Lanes lanes, V v, int64_t count, T want
   T few = largest < finite ? largest : finite;  // infinite ones are among the largest
   if (at_least(few) >= wanted) return few;
   T enough = smallest;
-  for (;;) {
-    const T middle = enough + (few - enough) / 2;
+  for (int step = 0;; ++step) {
+    // Halves of the values soon reach usual gradients. Very small ones, a power of two a step, are better halved in bits.
+    const T middle = step < 20 ? enough + (few - enough) / 2 : halfway_in_bits(enough, few);
     if (!(middle > enough && middle < few)) return enough;
     const T number = at_least(middle);
     if (number == wanted) return middle;

@@ -1,6 +1,8 @@
 // Steps, projections and random starts inside a threat model {x : ‖x − x0‖ <= eps, lower <= x <= upper}.
 // Torch-free; shared by CPU and CUDA.
 #pragma once
+#include <limits>
+
 #include "arithmetic.h"
 #include "options.h"
 
@@ -20,10 +22,11 @@ SCOREMATCH_INLINE A linf_step(A x, A grad, A x0, T step_size, T eps, Box<T> box)
   return linf_projection(x + A(step_size) * sign(grad), x0, eps, box);
 }
 
-// clip(x + eps noise, lower, upper) for noise in [-1, 1]; noise beyond is clipped to it, so that the ball holds.
+// clip(x + eps noise, lower, upper) for noise in [-1, 1]; noise beyond is clipped to it, so that the ball holds. The product
+// is rounded, so that an element does not depend on whether it is computed alone or in a pack.
 template <typename A, typename T = scalar_of<A>>
 SCOREMATCH_INLINE A linf_random_start(A x, A noise, T eps, Box<T> box) {
-  return clamp(x + A(eps) * clamp(noise, A(-1), A(1)), A(box.lower), A(box.upper));
+  return clamp(x + rounded_product(A(eps), clamp(noise, A(-1), A(1))), A(box.lower), A(box.upper));
 }
 
 // Powers of two between which squares neither overflow nor vanish, for rows of up to 2^32 elements.
@@ -92,6 +95,13 @@ SCOREMATCH_INLINE void l2_step_row(Lanes lanes, X x, Grad grad, X0 x0, Out out, 
     squares += offset * offset;
   }
   const A relative_length = square_root(lanes.sum(squares));
+  if (uniform(relative_length) > std::numeric_limits<T>::max()) {  // the squares overflow: a point that is very far away
+    const auto offset = [=](int64_t j) { return x(j) + (grad(j) * step.scale) * step.factor - x0(j); };
+    const Rescaling<A> back = rescaling_to_length<A>(lanes, offset, count, A(eps));
+    for (int64_t j = lanes.lane(); j < count; j += lanes.width())
+      out(j, clamp(x0(j) + (offset(j) * back.scale) * back.factor, A(box.lower), A(box.upper)));
+    return;
+  }
   for (int64_t j = lanes.lane(); j < count; j += lanes.width())
     out(j, l2_projection(x(j) + (grad(j) * step.scale) * step.factor, x0(j), relative_length, box));
 }

@@ -16,6 +16,11 @@ except ImportError as error:
         f"scorematch's kernels are not built for this Python and torch {torch.__version__} ({_why}). "
         f"Run `{_BUILD}` in the source folder."
     ) from error
+if Path(_C.__file__).parent != _PACKAGE:  # an editable install of another source folder brings its own
+    raise ImportError(
+        f"no compiled _C lies in {_PACKAGE}, and {_C.__file__} is of another source folder. "
+        f"Run `{_BUILD}` in the source folder."
+    )
 
 
 def _load_cuda_kernels() -> bool:

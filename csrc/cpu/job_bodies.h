@@ -51,7 +51,7 @@ SCOREMATCH_INLINE void work(const L2RandomStart<T>& job, int64_t begin, int64_t 
   for (int64_t n = begin; n < end; ++n)
     l2_random_start_row<P>(PackLanes<P>{}, row_of<P>(job.x + n * count, count), row_of<P>(job.noise + n * count, count),
                            PackedOutput<P>{job.out + n * count, count}, count,
-                           job.radius == nullptr ? job.eps : job.eps * job.radius[n], job.box);
+                           job.radius == nullptr ? job.eps : job.eps * clamp(job.radius[n], T(0), T(1)), job.box);
 }
 
 template <typename P, typename T>

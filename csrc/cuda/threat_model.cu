@@ -37,7 +37,7 @@ __global__ void l2_random_start_kernel(const S* x, const S* noise, const S* radi
   __shared__ A warp_results[kWarps];
   for (int64_t n = blockIdx.x; n < rows; n += gridDim.x) {
     const int64_t at = n * count;
-    const A length = radius == nullptr ? eps : eps * static_cast<A>(radius[n]);
+    const A length = radius == nullptr ? eps : eps * clamp(static_cast<A>(radius[n]), A(0), A(1));
     l2_random_start_row<A>(BlockLanes<A>{warp_results}, DeviceRow<A, const S>{x + at}, DeviceRow<A, const S>{noise + at},
                            DeviceRow<A, S>{out + at}, count, length, box);
   }

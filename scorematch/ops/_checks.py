@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .. import _extension
 
+LARGEST, SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
+
 _CPU_DTYPES = (torch.float32, torch.float64)
 _CUDA_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -97,8 +99,9 @@ def check_ball_and_box(eps: float, lower: float, upper: float) -> None:
     check_number("eps", eps)
     check_number("lower", lower)
     check_number("upper", upper)
-    if not eps > 0:
-        raise ValueError(f"eps must be greater than 0, got {eps}")
+    if not eps >= SMALLEST:
+        allowed = f"greater than 0{f', and at least {SMALLEST:.3g}' if eps > 0 else ''}"
+        raise ValueError(f"eps must be {allowed}, got {eps}")
     if not lower < upper:
         raise ValueError(f"the box is empty: lower must be less than upper, got lower={lower} and upper={upper}")
 

@@ -46,8 +46,8 @@ def l1_step(
         x: the current point, `[N, ...]`; float32 or float64, on CUDA also float16 or bfloat16.
         grad: the gradient of the loss to increase, like `x`.
         x0: the centre of the ball, like `x`, inside the box.
-        step_size: length of the step of each sample, `[N]`, at least 0, in the dtype of `x` (float32 is also allowed
-            with half precision).
+        step_size: length of the step of each sample, `[N]`, at least 0 and finite, in the dtype of `x` (float32 is also
+            allowed with half precision).
         moving: how many elements move, int64 `[N]`; 0 is the projection alone.
         eps: radius of the ball, greater than 0; may be infinite.
         lower, upper: the box, `lower < upper`; either may be infinite.

@@ -1,12 +1,10 @@
 """Divergences between two distributions that are both given by logits."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ._checks import check_alike, check_tensor, shape
-from .divergence import GradientsBesideLoss, check_kind_and_clip, fake_divergence
+from .divergence import check_kind_and_clip, differentiable, fake_divergence, register_gradients
 
 
 def logit_divergence(logits: Tensor, target_logits: Tensor, *, kind: str = "se", clip: float = 0.0) -> Tensor:
@@ -20,7 +18,7 @@ def logit_divergence(logits: Tensor, target_logits: Tensor, *, kind: str = "se",
 
     The second gives the weights of `score_step` (Pang et al., Eq. 33). Computed through probabilities instead, it would
     become NaN as soon as a float32 softmax underflows. Entries of -inf in either argument are classes of probability 0
-    and get no gradient. If P is not 0 where Q is, kl is infinite.
+    and get no gradient. The exception is kl where Q is 0 and P is not: it is infinite, and its gradient is still Q - P.
 
     Args:
         logits: `[N, L]`; float32 or float64, on CUDA also float16 or bfloat16 (computed in float32).
@@ -32,7 +30,7 @@ def logit_divergence(logits: Tensor, target_logits: Tensor, *, kind: str = "se",
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
-        RuntimeError: there are no kernels for the device; or on a second differentiation.
+        RuntimeError: there are no kernels for the device; or on a second differentiation, as for `divergence`.
 
     References:
         Pang et al., Robustness and Accuracy Could Be Reconcilable by (Proper) Definition, ICML 2022, Table 1, Eq. 33.
@@ -43,23 +41,8 @@ def logit_divergence(logits: Tensor, target_logits: Tensor, *, kind: str = "se",
         raise ValueError(f"logits has shape {shape(logits)}, but must be [N, L]")
     check_alike("target_logits", target_logits, "logits", logits)
     number = check_kind_and_clip(kind, clip)
-    if not torch.is_grad_enabled() or not (logits.requires_grad or target_logits.requires_grad):
-        return torch.ops.scorematch.logit_divergence.default(logits, target_logits, number, clip, False, False)[0]
-    return _LogitDivergence.apply(
-        logits, target_logits, number, clip, logits.requires_grad, target_logits.requires_grad
-    )
-
-
-class _LogitDivergence(GradientsBesideLoss):
-    @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, target_logits: Tensor, kind: int, clip: float, want_logits: bool, want_target: bool
-    ) -> Tensor:
-        loss, logit_gradient, target_gradient = torch.ops.scorematch.logit_divergence.default(
-            logits, target_logits, kind, clip, want_logits, want_target
-        )
-        GradientsBesideLoss.save(ctx, logits, target_logits, logit_gradient, target_gradient)
-        return loss
+    return differentiable(torch.ops.scorematch.logit_divergence.default, logits, target_logits, number, clip)
 
 
 torch.library.register_fake("scorematch::logit_divergence", fake_divergence)
+register_gradients("scorematch::logit_divergence")

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ._checks import (
+    LARGEST,
     check_alike,
     check_ball_and_box,
     check_batch,
@@ -44,7 +45,7 @@ def pgd_step(
         grad: the gradient of the loss to increase, like `x`.
         x0: the centre of the ball, like `x`.
         norm: `"linf"` or `"l2"` (of each sample).
-        step_size: length of the step, at least 0.
+        step_size: length of the step, at least 0 and finite (in float32).
         eps: radius of the ball, greater than 0; may be infinite.
         lower, upper: the box, `lower < upper`; either may be infinite.
 
@@ -65,8 +66,8 @@ def pgd_step(
     check_alike("x0", x0, "x", x)
     number = choice("norm", norm, NORMS)
     check_number("step_size", step_size)
-    if not step_size >= 0:
-        raise ValueError(f"step_size must be at least 0, got {step_size}")
+    if not 0 <= step_size <= LARGEST:
+        raise ValueError(f"step_size must be at least 0{' and finite' if step_size > 0 else ''}, got {step_size}")
     check_ball_and_box(eps, lower, upper)
     return torch.ops.scorematch.pgd_step.default(
         without_graph(x), without_graph(grad), without_graph(x0), number, step_size, eps, lower, upper

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ._checks import (
+    LARGEST,
     check_alike,
     check_ball_and_box,
     check_batch,
@@ -41,10 +42,11 @@ def random_start(
         noise: like `x`. linf: uniform in [-1, 1] (values beyond are clipped to it). l2: standard normal; a sample of
             zeros adds nothing.
         norm: `"linf"` or `"l2"`.
-        eps: radius of the ball, greater than 0.
+        eps: radius of the ball, greater than 0 and finite (in float32).
         lower, upper: the box, `lower < upper`; either may be infinite.
-        radius: l2 only; `[N]` in [0, 1], the distance from `x` in units of `eps`. For D elements a sample, `u ** (1/D)`
-            with uniform u gives points uniform in the ball; None is 1, the sphere.
+        radius: l2 only; `[N]` in [0, 1] (values beyond are clipped to it), the distance from `x` in units of `eps`.
+            For D elements a sample, `u ** (1/D)` with uniform u gives points uniform in the ball; None is 1, the
+            sphere.
 
     Returns:
         A new tensor like `x`, contiguous or channels_last as `x` is.
@@ -58,6 +60,8 @@ def random_start(
     check_alike("noise", noise, "x", x)
     number = choice("norm", norm, NORMS)
     check_ball_and_box(eps, lower, upper)
+    if not eps <= LARGEST:
+        raise ValueError(f"eps must be finite, got {eps}")
     if radius is not None:
         if norm != "l2":
             raise ValueError(f"radius is for norm='l2', got norm={norm!r}")

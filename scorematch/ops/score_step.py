@@ -49,7 +49,8 @@ def score_step(weights: Tensor, scores: Tensor, grad: Tensor) -> Tensor:
     returns as its gradient with respect to `target_logits` = log p. For kl, it is Eq. 33's data gradient as the
     covariance of log p - log q and s. Because Σ w = 0, a field common to all classes changes nothing.
 
-    The scores are read once; nothing of their size is made. No gradient passes through.
+    Contiguous scores are read once, and nothing of their size is made; others are copied first. No gradient passes
+    through.
 
     Args:
         weights: `[N, L]`, in the scores' dtype (float32 is also allowed with half precision).

@@ -142,6 +142,24 @@ def test_missing_or_broken_library_says_what_to_run(library, message, tmp_path):
     assert re.search(r"ImportError: scorematch's kernels are not built.*" + message, result.stderr), result.stderr
 
 
+def test_a_library_of_another_source_folder_is_refused(tmp_path):
+    """An editable install of another clone offers its own where this one has none."""
+    package = package_copy(tmp_path)
+    library = _C.__file__
+    code = f"""
+import importlib.util, sys
+class Offers:
+    def find_spec(self, name, path=None, target=None):
+        return importlib.util.spec_from_file_location(name, {library!r}) if name == "scorematch._C" else None
+sys.meta_path = [Offers()] + [f for f in sys.meta_path if 'editable' not in repr(f)]
+import scorematch
+"""
+    result = run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""})
+    assert result.returncode == 1
+    told = f"ImportError: no compiled _C lies in {package}, and {library} is of another source folder."
+    assert told in result.stderr, result.stderr
+
+
 @pytest.mark.skipif(torch.version.cuda is None, reason="the library is only loaded by a torch with CUDA")
 def test_broken_cuda_library_says_what_to_run(tmp_path):
     package = package_copy(tmp_path)

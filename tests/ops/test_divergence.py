@@ -312,6 +312,14 @@ def test_classes_that_only_the_model_excludes(kind, form, classes, device):
     torch.testing.assert_close(results[0], results[1])
 
 
+def test_kl_where_only_the_model_excludes_a_class(device):
+    """It is infinite, and its gradient is the limit Q - P."""
+    logits = torch.tensor([[0.0, -math.inf]], device=device, requires_grad=True)
+    loss = logit_divergence(logits, torch.zeros(1, 2, device=device), kind="kl")
+    assert loss.item() == math.inf
+    assert torch.autograd.grad(loss.sum(), logits)[0].tolist() == [[0.5, -0.5]]
+
+
 def test_kl_gradient_is_kept_where_rounding_makes_it_negative(device):
     """relu must not stop the gradient of a divergence that is only numerically at its minimum."""
     logits = torch.randn(256, 10, device=device).requires_grad_()
@@ -532,6 +540,14 @@ def test_bad_values_are_nan_on_cuda(device):
         loss = divergence(logits, target)
         assert loss.isnan().tolist() == [False, True, False]
         assert torch.autograd.grad(loss.sum(), logits)[0][1].isnan().all()
+
+
+def test_more_classes_than_float32_can_count_are_refused():
+    logits = torch.zeros(1, 2**24 + 1)
+    with pytest.raises(
+        (ValueError, RuntimeError), match="logits has 16777217 classes, expected at most 16777216 in float32"
+    ):
+        divergence(logits, torch.tensor([0]))
 
 
 @pytest.mark.parametrize("kind", ["se", "kl"])

