@@ -108,7 +108,11 @@ MUTANTS: dict[tuple[str, str], list[Change]] = {
         Change("return select(relative_length == relative_length, clamp(projected, A(box.lower), A(box.upper)), relative_length);", "return clamp(projected, A(box.lower), A(box.upper));"),
         Change("clamp(projected, A(box.lower), A(box.upper))", "projected"),
         Change("const A offset = (x(j) + (grad(j) * step.scale) * step.factor - x0(j))", "const A offset = (x(j) - x0(j))"),
-        Change("square_root(lanes.sum(squares));\n  for", "square_root(squares);\n  for"),
+        Change("square_root(lanes.sum(squares));\n  if", "square_root(squares);\n  if"),
+        Change("uniform(relative_length) > std::numeric_limits<T>::max()", "false"),
+        Change("rescaling_to_length<A>(lanes, offset, count, A(eps))", "rescaling_to_length<A>(lanes, offset, count, A(step_size))"),
+        Change("clamp(x0(j) + (offset(j) * back.scale) * back.factor, A(box.lower), A(box.upper))", "x0(j) + (offset(j) * back.scale) * back.factor"),
+        Change("rounded_product(A(eps), clamp(noise, A(-1), A(1)))", "A(eps) * clamp(noise, A(-1), A(1))"),
         Change("l2_projection(x(j) + (grad(j)", "l2_projection(x(j) - (grad(j)"),
         Change("clamp(x(j) + (noise(j) * start.scale) * start.factor, A(box.lower), A(box.upper))", "x(j) + (noise(j) * start.scale) * start.factor"),
         Change("clamp(x(j) + (noise(j)", "clamp(x(j) - (noise(j)"),
@@ -226,6 +230,8 @@ MUTANTS: dict[tuple[str, str], list[Change]] = {
         Change("a0 = a0 > shortest ? a0 : shortest;", ""),
         Change("return normal(j) * scale;", "return normal(j);"),
         Change("difference * uniform(scale)", "difference"),
+        Change("magnitude(difference) > largest ? scaled : clamp(scaled, -largest, largest)", "scaled"),
+        Change("magnitude(difference) > largest ? scaled : clamp", "clamp"),
         Change("(x0(j) - x(j))", "(x(j) - x0(j))"),
         Change("length += magnitude(by);", "length += by;"),
         Change("select(magnitude(by) > length, magnitude(by), length)", "magnitude(by)"),
@@ -264,6 +270,10 @@ MUTANTS: dict[tuple[str, str], list[Change]] = {
         Change("largest < finite ? largest : finite", "largest"),
         Change("if (at_least(few) >= wanted) return few;", "", harmless="the bisection ends just below the largest, with the same elements"),
         Change("if (number == wanted) return middle;", ""),
+        Change("step < 20 ?", "step < 0 ?", harmless="halves in bits find the same, later where the gradients are usual"),
+        Change("a + (b - a) / 2;\n  std::memcpy(&low, &middle, sizeof low);\n  return low;\n}\nSCOREMATCH_INLINE double", "a;\n  std::memcpy(&low, &middle, sizeof low);\n  return low;\n}\nSCOREMATCH_INLINE double"),
+        Change("select(m > A(0), m, A(-1)) >= A(bound)", "m > A(bound)"),
+        Change("select(m > A(0), m, A(-1)) >= A(bound)", "m >= A(bound)"),
         Change("(number > wanted ? enough : few) = middle", "(number > wanted ? few : enough) = middle"),
         Change("if (!(middle > enough && middle < few)) return enough;", ""),
         Change("left > A(0), select(at_box, room, left)", "left > A(0), left"),
@@ -300,7 +310,8 @@ MUTANTS: dict[tuple[str, str], list[Change]] = {
     ("cpu/job_bodies.h", "threat_model"): [
         Change("for (; i + P::size <= end; i += P::size)\n    linf_step(", "for (; i + P::size < end; i += P::size)\n    linf_step(", harmless="the loop below does what is left"),
         Change("for (; i < end; ++i) job.out[i] = linf_step(", "for (; i < end - 1; ++i) job.out[i] = linf_step("),
-        Change("job.eps * job.radius[n]", "job.eps * job.radius[0]"),
+        Change("job.eps * clamp(job.radius[n], T(0), T(1))", "job.eps * clamp(job.radius[0], T(0), T(1))"),
+        Change("clamp(job.radius[n], T(0), T(1))", "job.radius[n]"),
         Change("job.radius == nullptr ? job.eps :", "job.radius == nullptr ? 2 * job.eps :"),
     ],
     ("cpu/job_bodies.h", "apgd_step"): [
@@ -475,6 +486,11 @@ def stored() -> dict[Mutant, Result]:
     }
 
 
+def places(mutant: Mutant) -> int:
+    """How often the text that a mutant changes is in its file."""
+    return (CSRC / mutant.changed).read_text().count(mutant.old)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=build.OPERATORS, help="mutants that are compiled with this operator")
@@ -488,8 +504,7 @@ def main() -> None:
 
     chosen = [mutant for mutant in mutants() if options.only in (None, mutant.operator)]
     for mutant in chosen:  # before hours go by
-        count = (CSRC / mutant.changed).read_text().count(mutant.old)
-        if count != 1:
+        if (count := places(mutant)) != 1:
             sys.exit(f"error: {mutant}\nthe text is there {count} times, expected once")
     known = stored()
     keys = {mutant: Mutant(mutant.changed, mutant.operator, mutant.old, mutant.new) for mutant in chosen}

@@ -12,6 +12,7 @@ import torch
 
 import scorematch
 from scorematch import _C, _extension
+from tests import mutation_of_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 OPERATORS = [
@@ -179,3 +180,8 @@ def test_a_device_without_kernels_is_refused_clearly(monkeypatch):
     message = _extension.missing_kernel_message(torch.device("cuda"))
     assert message is not None
     assert "built without its CUDA kernels: run `SCOREMATCH_CUDA=1 python setup.py build_ext --inplace`" in message
+
+
+def test_the_mutants_of_the_kernels_fit_the_sources():
+    for mutant in mutation_of_kernels.mutants():
+        assert mutation_of_kernels.places(mutant) == 1, mutant
