@@ -537,6 +537,22 @@ def _check_spares(settings: EvaluateSettings, path: Path) -> None:
         raise InputError(f"{path}: is read by this evaluation or belongs to a run, expected another file to write")
 
 
+def _check_apart(settings: EvaluateSettings) -> None:
+    """Refuse one file for two things that are written: the later would take the place of the earlier."""
+    taken: dict[Path, str] = {}
+    state = settings.state and settings.state.resolve()
+    of_state = (f"{state}.eps", f"{state}.rank")  # files of a radius, and of a process
+    for name in ("state", "out", "plot", "export"):
+        path = getattr(settings, name)
+        if path is None:
+            continue
+        other = taken.setdefault(path.resolve(), name)
+        if state is not None and str(path.resolve()).startswith(of_state):
+            other = "state"
+        if other != name:
+            raise InputError(f"{other}, {name}: both would write {path}, expected a file for each")
+
+
 def _check(settings: EvaluateSettings) -> None:
     sources = [name for name in ("checkpoint", "run", "model_from") if getattr(settings, name) is not None]
     if len(sources) != 1:
@@ -586,6 +602,7 @@ def _check(settings: EvaluateSettings) -> None:
                 raise InputError(f"{name}: is for --engine native, the official engine does not have it")
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise InputError("engine: official runs in one process, allowed under torchrun: native")
+    _check_apart(settings)
 
 
 if __name__ == "__main__":

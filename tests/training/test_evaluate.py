@@ -220,6 +220,31 @@ def test_files_that_are_read_are_not_written_over(
     assert [call("evaluate", *again).status for _ in range(2)] == [0, 0], "a file of its own is written again"
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--attack clean --export same --out same",
+        "--attack clean --export same --out link",
+        "--attack clean --export same --out folder/../same",
+        "--attack certify --plot same --out same",
+        "--attack autoattack --version fast --state same --out same",
+        "--attack autoattack --version fast --state same --export same",
+        "--attack autoattack --version fast --state same --radii 0.05 --out same.eps0.05",
+        "--attack autoattack --version fast --state same --radii 0.05 --export same.rank0of2",
+    ],
+)
+def test_no_file_is_written_twice(call: Any, trained: Path, tmp_path: Path, options: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "same").write_text("of an evaluation before")
+    (tmp_path / "link").symlink_to("same")
+    before = sorted(tmp_path.iterdir())
+    ending = call("evaluate", "--run", trained, "--limit", "2", *options.split())
+    assert (ending.status, ending.err.count("\n"), ending.out) == (2, 1, ""), ending
+    assert "expected a file for each" in ending.err
+    assert (tmp_path / "same").read_text() == "of an evaluation before"
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_names_that_a_run_is_going_to_write_are_its_own(call: Any, trained: Path, mine: None, tmp_path: Path) -> None:
     assert not [path for path in trained.iterdir() if not claims.taken(path)], "all that a run writes is known"
     folder = tmp_path / "under-way"
