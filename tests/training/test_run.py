@@ -18,6 +18,7 @@ from scorematch.attacks.precision import allow_tf32
 from training import measures, run
 from training.engine import checkpoint, scores
 from training.engine.loop import Trainer
+from training.reports import run as report
 from training.settings.config import tomllib
 from training.settings.errors import Interrupted
 
@@ -126,6 +127,16 @@ def test_the_report_shows_what_fools_the_model(call: Any, tiny: list[str], tmp_p
     page.unlink()
     assert "finished already" in call("run", "--resume", "here").out
     assert "What fools it" in page.read_text(), "a run that ended before its report gets one"
+
+
+def test_the_report_tells_what_of_the_calibration_error_is_expected(call: Any, tiny: list[str], tmp_path: Path) -> None:
+    ending = call("run", "--objective", "standard", *tiny, "--out", "here")
+    assert ending.status == 0, ending
+    summary = finished(tmp_path / "here")
+    error, by_chance = summary["calibration_error"], summary.pop("calibration_error_by_chance")
+    assert f"{error:.1f} points ({by_chance:.1f} are expected by chance); −log p" in ending.out
+    told = dict(report.rows(summary))["expected calibration error, clean"]
+    assert told.startswith(f"{error:.1f} points; −log p"), "a summary of an earlier version"
 
 
 @pytest.mark.parametrize("posterior", DIRECT)

@@ -47,7 +47,8 @@ def calibration(model: nn.Module, x: Tensor, y: Tensor, batch: int = BATCH) -> d
     """How good the probabilities of a classifier are at x [N, ...] with labels y [N], without TF32.
 
     ``nll`` is the mean −log p of the label, in nats; ``calibration_error`` the expected calibration error, in
-    percentage points, see :func:`scorematch.audit.reliability`. Both are None where a logit is not finite.
+    percentage points, and ``calibration_error_by_chance`` what it would be on average if the probabilities were right,
+    see :func:`scorematch.audit.reliability`. All are None where a logit is not finite.
     """
     training_mode = model.training
     model.eval()
@@ -55,11 +56,13 @@ def calibration(model: nn.Module, x: Tensor, y: Tensor, batch: int = BATCH) -> d
         logits = torch.cat([model(xs).double() for xs in x.split(batch)])
     model.train(training_mode)
     if not logits.isfinite().all():
-        return {"nll": None, "calibration_error": None}
+        return {"nll": None, "calibration_error": None, "calibration_error_by_chance": None}
     log_p = logits.log_softmax(1)
+    found = audit.reliability(log_p, y)
     return {
         "nll": -log_p.gather(1, y[:, None]).mean().item(),
-        "calibration_error": 100.0 * audit.reliability(log_p, y).error,
+        "calibration_error": 100.0 * found.error,
+        "calibration_error_by_chance": 100.0 * found.chance,
     }
 
 

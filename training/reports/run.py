@@ -89,8 +89,10 @@ def rows(summary: Mapping[str, Any]) -> list[list[str]]:
         shown = f"{accuracy('autoattack')}, {summary['autoattack_samples']} samples"
         found.append([f"AutoAttack accuracy, {summary['autoattack_version']}", shown])
     if summary.get("calibration_error") is not None:  # earlier versions did not measure it
-        shown = f"{summary['calibration_error']:.1f} points; −log p of the label {summary['nll']:.3f} nats"
-        found.append(["expected calibration error, clean", shown])
+        shown = f"{summary['calibration_error']:.1f} points"
+        if "calibration_error_by_chance" in summary:
+            shown += f" ({summary['calibration_error_by_chance']:.1f} are expected by chance)"
+        found.append(["expected calibration error, clean", f"{shown}; −log p of the label {summary['nll']:.3f} nats"])
     errors = {"r_standard": "R_Standard", "r_score": "R_SCORE", "r_madry": "R_Madry"}
     found += [[name, nats(summary[key])] for key, name in errors.items() if key in summary]
     if "disagrees" in summary:
