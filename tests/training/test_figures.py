@@ -9,6 +9,7 @@ import pytest
 import tomli_w
 import torch
 from conftest import Call, Ending
+from matplotlib import pyplot as plt
 from torch import Tensor, nn
 
 from scorematch import ThreatModel, bounds, logit_divergence
@@ -18,7 +19,7 @@ from training import figures, models
 from training.data import toy
 from training.figures import __main__ as program
 from training.figures import certified, figure_4, overfitting, tables, toy_fits
-from training.figures.claims import rounded, table
+from training.figures.claims import Result, rounded, save, table
 from training.settings import config
 from training.settings.config import RunSettings
 from training.settings.errors import InputError
@@ -319,6 +320,35 @@ def test_semantic_gradients_accuracy_under_noise_and_tables(call: Call, tmp_path
         assert found["radius"][0] == 0
 
 
+@pytest.mark.parametrize("name", ["fig1", "fig7"])
+def test_a_quick_trial_writes_over_no_figure_but_a_trial(call: Call, tmp_path: Path, name: str) -> None:
+    source = ["--model-from", "test_figures:untrained", "--data", "digits", "--eps", "0.1"] if name == "fig7" else []
+    trial = ["figures", name, *source, "--quick", "--out", "made"]
+    ending = call(*trial)
+    assert ending.status == 0, ending
+    assert ending.out.startswith("a quick trial, to see that it runs: its numbers and verdicts mean nothing\n")
+    path = tmp_path / "made" / f"{name}.json"
+    written = json.loads(path.read_text())
+    assert written["quick"]
+    assert call(*trial).status == 0, "of a trial before"
+    whole = [json.dumps({**written, "quick": False}), json.dumps({k: v for k, v in written.items() if k != "quick"})]
+    for text in whole:
+        path.write_text(text)
+        pictures = {found: found.read_bytes() for found in path.parent.iterdir()}
+        ending = call(*trial)
+        assert (ending.status, ending.out) == (2, ""), ending
+        told = f"quick: made/{name}.json is of a whole figure, give a quick trial another folder with --out"
+        assert told in ending.err
+        assert {found: found.read_bytes() for found in path.parent.iterdir()} == pictures
+
+
+def test_the_picture_of_a_quick_trial_says_so(tmp_path: Path) -> None:
+    for quick in (True, False):
+        figure, _ = plt.subplots()
+        save("some", Result(figure, [], {}), tmp_path, {"quick": quick})
+        assert [text.get_text() for text in figure.texts] == (["quick trial"] if quick else [])
+
+
 def untrained(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
     torch.manual_seed(0)
     return models.build("digits_cnn", input_shape, num_classes)
@@ -332,7 +362,8 @@ def test_a_classifier_of_ones_own(call: Call, tmp_path: Path) -> None:
     assert written["claims"] == []
     assert len(written["numbers"]["cosines"]) == 1
     assert json.loads((tmp_path / "made" / "fig7.json").read_text())["attack"] == "obfuscation"
-    assert (tmp_path / "made" / "fig7.png").exists()
+    assert (tmp_path / "made" / "fig7.png").read_bytes().startswith(b"\x89PNG")
+    assert ending.out.count("a quick trial, to see that it runs: its numbers and verdicts mean nothing\n") == 2
 
 
 def test_every_option_is_for_something() -> None:

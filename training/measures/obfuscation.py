@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
@@ -275,14 +276,18 @@ def table(results: Mapping[str, Any]) -> str:
 
 def plot(results: Mapping[str, Any]) -> bytes:
     """Accuracy against eps with the 95 % band, as PNG."""
+    return plots.rendered(figure(results), "png")
+
+
+def figure(results: Mapping[str, Any]) -> Figure:
+    """The same, as a figure."""
     label = f"PGD-{results['steps']}"
     line = plots.Series.of_points(label, results["objective"] or "", "kl", results["curve"], "eps")
     threat_model = results["threat_model"]
-    figure = plots.accuracy_against_eps(
+    return plots.accuracy_against_eps(
         [line],
         norm=threat_model["norm"],
         train_eps=threat_model["eps"],
         unit="pixel values in [0, 1]",
         mark="eps of the checks",
     )
-    return plots.rendered(figure, "png")
