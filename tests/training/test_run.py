@@ -241,6 +241,7 @@ def test_toy(call: Any, tiny: list[str], tmp_path: Path, options: str) -> None:
     assert ending.status == 0, ending
     summary = finished(tmp_path / "here")
     assert summary["r_score"] > 0
+    assert dict(report.rows(summary))["R_SCORE"].endswith(" nat (exact, up to a grid with steps of eps / 500)")
     assert summary["r_madry"] > 0
     curves = json.loads((tmp_path / "here" / "toy.json").read_text())
     assert len(curves["x"]) == len(curves["p_d"]) == len(curves["p_theta"])

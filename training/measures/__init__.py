@@ -180,19 +180,22 @@ def self_consistency(
     threat_model: ThreatModel,
     *,
     steps: int,
+    restarts: int = 1,
     seed: int,
     batch: int = BATCH,
 ) -> dict[str, Any]:
     """How far a classifier is from a known p_d, with 95 % intervals over the samples, which one sample does not have.
 
     ``kl`` and ``r_score`` are in nats, see :class:`scorematch.Consistency`. ``disagrees`` is the share of samples, in
-    per cent, for which the search met a point of B(x) where the model's class is not the most likely one of p_d.
+    per cent, for which the search met a point of B(x) where the model's class is not the most likely one of p_d. Both
+    ``r_score`` and ``disagrees`` are lower bounds, of a search with so many ``steps`` and random ``restarts``; the
+    intervals do not count what it misses.
     """
     training_mode = model.training
     model.eval()
     generator = Generator(x.device).manual_seed(seed)
     parts = [
-        consistency(model, posterior, xs, ys, threat_model, steps=steps, generator=generator)
+        consistency(model, posterior, xs, ys, threat_model, steps=steps, restarts=restarts, generator=generator)
         for xs, ys in zip(x.split(batch), y.split(batch), strict=True)
     ]
     model.train(training_mode)
