@@ -1,6 +1,7 @@
 """The paper's figures: their files, what they are computed by, and what is refused."""
 
 import dataclasses
+import io
 import json
 import math
 from pathlib import Path
@@ -347,6 +348,21 @@ def test_the_picture_of_a_quick_trial_says_so(tmp_path: Path) -> None:
         figure, _ = plt.subplots()
         save("some", Result(figure, [], {}), tmp_path, {"quick": quick})
         assert [text.get_text() for text in figure.texts] == (["quick trial"] if quick else [])
+
+
+def test_the_name_of_a_folder_is_no_formula_and_fits_over_its_gradients() -> None:
+    gradients = {kind: torch.rand(2, 1, 8, 8) for kind in figure_4.KINDS}
+    titles = {"$5_$10": gradients, "a-run-with-everything-that-one-might-say-about-it-in-its-name": gradients}
+    figure = figure_4.draw(torch.rand(2, 1, 8, 8), torch.tensor([0, 1]), titles)
+    figure.savefig(io.BytesIO())
+    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
+    headings = [axes.title for axes in figure.axes if len(axes.get_title().strip().splitlines()) == 2]
+    assert headings[0].get_text().startswith("$5_$10\n")
+    assert headings[1].get_text().startswith("a-run-with-everything")
+    first, second = (title.get_window_extent(renderer) for title in headings)
+    assert first.x1 < second.x0
+    assert second.width < 3 * 1.05 * figure.dpi
+    plt.close(figure)
 
 
 def untrained(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:

@@ -1,5 +1,7 @@
 """Small runs of each objective from end to end."""
 
+import io
+import itertools
 import json
 import math
 import re
@@ -18,6 +20,7 @@ from scorematch.attacks.precision import allow_tf32
 from training import measures, run
 from training.engine import checkpoint, scores
 from training.engine.loop import Trainer
+from training.reports import plots
 from training.reports import run as report
 from training.settings.config import tomllib
 from training.settings.errors import Interrupted
@@ -127,6 +130,32 @@ def test_the_report_shows_what_fools_the_model(call: Any, tiny: list[str], tmp_p
     page.unlink()
     assert "finished already" in call("run", "--resume", "here").out
     assert "What fools it" in page.read_text(), "a run that ended before its report gets one"
+
+
+def test_names_of_classes_are_no_formulas_and_fit_over_their_images() -> None:
+    """Folders of images may be called anything; matplotlib reads what stands between two dollars as TeX."""
+    names = ["$5_$10", "cat", "American Staffordshire terrier\n(adult)", "soft-coated_wheaten_terrier", "M" * 40]
+    count = len(names)
+    examples = {
+        "label": np.arange(count),
+        "clean": np.zeros((count, 3, 8, 8)),
+        "attacked": np.ones((count, 3, 8, 8)),
+        "before": np.eye(count),
+        "after": np.roll(np.eye(count), 1, 0),
+    }
+    figure = plots.fooled(examples, names, (0.0, 1.0))
+    figure.savefig(io.BytesIO())
+    for row in (figure.axes[:count], figure.axes[count : 2 * count]):
+        boxes = [axes.title.get_window_extent() for axes in row]
+        assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
+    shown = [axes.get_title().splitlines() for axes in figure.axes[:count]]
+    assert [title[0] for title in shown[:2]] == names[:2]
+    for (title, percent), name in zip(shown[2:], names[2:], strict=True):
+        assert percent == "100 %"
+        assert title.endswith("…")
+        assert name.replace("\n", " ").startswith(title[:-1])
+        assert len(title) > 8
+    assert b"<svg" in plots.rendered(figure, "svg")
 
 
 def test_the_report_tells_what_of_the_calibration_error_is_expected(call: Any, tiny: list[str], tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from training.compare import estimate
 from training.data import Data, DataName, DataSettings, load
 from training.engine import posteriors
 from training.figures.claims import Claim, Result, interval
-from training.reports.plots import picture
+from training.reports.plots import picture, shortened
 from training.settings.errors import InputError
 from training.settings.posterior import PosteriorSettings
 
@@ -249,14 +249,15 @@ def draw(x: Tensor, y: Tensor, gradients: dict[str, dict[str, Tensor]]) -> plt.F
         picture(panels[row, 0], image.numpy())
         panels[row, 0].set_ylabel(f"y = {int(y[row])}", fontsize=9)
     for block, (title, by_kind) in enumerate(gradients.items()):
+        name = shortened(title, figure, width=0.95 * len(KINDS), size=9)
         for place, (kind, symbol) in enumerate(KINDS.items()):
             column = 1 + block * len(KINDS) + place
             kept = strongest(by_kind[kind][: len(x)])
             for row, values in enumerate(kept):
                 limit = float(values.abs().max()) or 1.0
                 panels[row, column].imshow(values.numpy(), cmap="PuOr", vmin=-limit, vmax=limit)
-            heading = f"{title}\n{symbol}" if place == 1 else f"\n{symbol}"
-            panels[0, column].set_title(heading, fontsize=9, weight="normal", loc="center")
+            heading = f"{name}\n{symbol}" if place == 1 else f"\n{symbol}"
+            panels[0, column].set_title(heading, fontsize=9, weight="normal", loc="center", parse_math=False)
     panels[0, 0].set_title("\nimage", fontsize=9, weight="normal", loc="center")
     figure.tight_layout(w_pad=0.3, h_pad=0.3)
     return figure

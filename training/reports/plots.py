@@ -7,7 +7,7 @@ marker repeats the colour for grey prints. Hollow markers and dots in the line: 
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import matplotlib
 import numpy as np
@@ -15,7 +15,9 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.ticker import MaxNLocator
 
 INK, FAINT = "#222222", "#b8b8b8"
@@ -188,13 +190,26 @@ def picture(axes: Axes, image: np.ndarray, box: tuple[float, float] = (0.0, 1.0)
     axes.grid(False)
 
 
+def shortened(text: str, figure: Figure, *, width: float, size: float) -> str:
+    """``text`` of one line, with an ellipsis at its end where it is wider than ``width`` inches at ``size`` points."""
+    renderer = cast(FigureCanvasAgg, figure.canvas).get_renderer()
+    font = FontProperties(size=size)
+
+    def fits(text: str) -> bool:
+        return renderer.get_text_width_height_descent(text, font, ismath=False)[0] <= width * figure.dpi
+
+    cut = (f"{text[:kept]}…" for kept in range(len(text) - 1, 0, -1))
+    return next(filter(fits, (text, *cut)), "…")
+
+
 def fooled(examples: Mapping[str, np.ndarray], names: Sequence[str], box: tuple[float, float]) -> Figure:
     """Samples that fool a model: clean, attacked, and the difference between them, with what the model says of both.
 
     ``examples`` as :func:`training.measures.fooled` returns them; ``names`` [L] of the classes.
     """
     count = len(examples["label"])
-    figure, grid = plt.subplots(3, count, figsize=(1.45 * count, 5.2), squeeze=False)
+    width = 1.45  # inches of a column
+    figure, grid = plt.subplots(3, count, figsize=(width * count, 5.2), squeeze=False)
     difference = examples["attacked"] - examples["clean"]
     reach = max(float(np.abs(difference).max()), 1e-12)
     for column in range(count):
@@ -202,8 +217,13 @@ def fooled(examples: Mapping[str, np.ndarray], names: Sequence[str], box: tuple[
             probabilities = examples[says][column]
             best = int(probabilities.argmax())
             picture(grid[row, column], examples[key][column], box)
+            name = shortened(" ".join(names[best].split()), figure, width=width - 0.25, size=9)
             grid[row, column].set_title(
-                f"{names[best]}\n{100 * probabilities[best]:.0f} %", fontsize=9, weight="normal", loc="center"
+                f"{name}\n{100 * probabilities[best]:.0f} %",
+                fontsize=9,
+                weight="normal",
+                loc="center",
+                parse_math=False,
             )
         change = difference[column]
         shown = change if len(change) == 3 else change[:1]
