@@ -132,6 +132,19 @@ def test_the_report_shows_what_fools_the_model(call: Any, tiny: list[str], tmp_p
     assert "What fools it" in page.read_text(), "a run that ended before its report gets one"
 
 
+@pytest.mark.parametrize("epochs", [[1], [1, 2]])
+def test_the_training_curve_of_one_epoch_is_a_point(epochs: list[int]) -> None:
+    line = plots.Series("PGD-AT", "pgd_at", "kl", epochs, [2.3] * len(epochs))
+    figure = plots.training_curves({"loss": [line]})
+    axes = figure.axes[0]
+    (drawn,) = axes.lines
+    assert drawn.get_marker() == ("o" if len(epochs) == 1 else "None")
+    low, high = axes.get_xlim()
+    assert (low, high) == ((0.5, 1.5) if len(epochs) == 1 else pytest.approx((0.95, 2.05)))
+    figure.draw_without_rendering()
+    assert [tick for tick in axes.get_xticks() if low <= tick <= high] == epochs
+
+
 def test_names_of_classes_are_no_formulas_and_fit_over_their_images() -> None:
     """Folders of images may be called anything; matplotlib reads what stands between two dollars as TeX."""
     names = ["$5_$10", "cat", "American Staffordshire terrier\n(adult)", "soft-coated_wheaten_terrier", "M" * 40]

@@ -104,7 +104,7 @@ class Series(NamedTuple):
             linestyle=(DASHES_GENERATED if self.generated else DASHES).get(self.divergence, ":"),
             markerfacecolor="white" if self.generated else colour,
             color=colour,
-            marker=MARKERS.get(self.family, ".") if marker else None,
+            marker=MARKERS.get(self.family, ".") if marker or len(self.x) == 1 else None,
             markersize=5,
             label=self.label,
         )
@@ -171,7 +171,10 @@ def training_curves(panels: Mapping[str, Sequence[Series]], *, log: Sequence[str
         for line in series:
             line.draw(axes, marker=False)
         axes.set(xlabel="epoch", ylabel=measure, yscale="log" if measure in log else "linear")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        epochs = [epoch for line in series for epoch in line.x]
+        if len(set(epochs)) == 1:
+            axes.set_xlim(epochs[0] - 0.5, epochs[0] + 0.5)
     handles, labels = grid[0][0].get_legend_handles_labels()
     if len(labels) > 1:
         figure.legend(handles, labels, loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=3.2)
