@@ -353,7 +353,8 @@ def test_the_picture_of_a_quick_trial_says_so(tmp_path: Path) -> None:
 def test_the_name_of_a_folder_is_no_formula_and_fits_over_its_gradients() -> None:
     gradients = {kind: torch.rand(2, 1, 8, 8) for kind in figure_4.KINDS}
     titles = {"$5_$10": gradients, "a-run-with-everything-that-one-might-say-about-it-in-its-name": gradients}
-    figure = figure_4.draw(torch.rand(2, 1, 8, 8), torch.tensor([0, 1]), titles)
+    figure = figure_4.draw(torch.rand(2, 1, 8, 8), torch.tensor([0, 1]), titles, (-2.0, 3.0))
+    assert figure.axes[0].images[0].get_clim() == (-2.0, 3.0)
     figure.savefig(io.BytesIO())
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
     headings = [axes.title for axes in figure.axes if len(axes.get_title().strip().splitlines()) == 2]

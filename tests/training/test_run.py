@@ -17,6 +17,7 @@ from torch import nn
 from scorematch import PGD, ThreatModel
 from scorematch.attacks import AutoAttackWarning
 from scorematch.attacks.precision import allow_tf32
+from scorematch.posteriors import KernelDensity
 from training import measures, run
 from training.engine import checkpoint, scores
 from training.engine.loop import Trainer
@@ -130,6 +131,25 @@ def test_the_report_shows_what_fools_the_model(call: Any, tiny: list[str], tmp_p
     page.unlink()
     assert "finished already" in call("run", "--resume", "here").out
     assert "What fools it" in page.read_text(), "a run that ended before its report gets one"
+
+
+def test_images_along_an_attack_are_drawn_in_their_box() -> None:
+    x, y = torch.tensor([[-2.0, 0.0], [1.0, 3.0]]).reshape(1, 1, 2, 2), torch.tensor([1])
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    density = KernelDensity(torch.rand(6, 1, 2, 2), torch.arange(6) % 2, num_classes=2, sigma=0.5)
+    threat_model = ThreatModel("linf", 0.5, lower=-2.0, upper=3.0)
+    paths = json.loads(checkpoint.as_json(measures.posteriors_along_attack(model, density, x, y, threat_model, 2)))
+
+    def ranges(paths: dict[str, Any]) -> set[tuple[float, float]]:
+        figure = plots.posteriors_along_attack(paths, name="kernel density", family="kernel_density")
+        found = {image.get_clim() for axes in figure.axes for image in axes.images}
+        plots.rendered(figure, "png")
+        return found
+
+    assert ranges(paths) == {(-2.0, 3.0)}
+    assert ranges({**paths, "final": paths["clean"], "box": [None, None]}) == {(-2.0, 3.0)}, "an infinite box"
+    del paths["box"]
+    assert ranges(paths) == {(0.0, 1.0)}, "of an earlier version"
 
 
 @pytest.mark.parametrize("epochs", [[1], [1, 2]])

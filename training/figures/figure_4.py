@@ -216,7 +216,7 @@ def make(source: Source, seeds: tuple[int, ...], *, score_from: Path | None, ima
     first = {title: values for (title, seed), values in reversed(gradients.items())}
     shown = dict(reversed(first.items())) | {name.split(",")[0]: of_data}
     claims = [] if source.given else compared(closeness)
-    return Result(draw(x[:SHOWN], y[:SHOWN], shown), claims, numbers)
+    return Result(draw(x[:SHOWN], y[:SHOWN], shown, (data.lower, data.upper)), claims, numbers)
 
 
 def compared(closeness: dict[tuple[str, int], dict[str, Tensor]]) -> list[Claim]:
@@ -236,8 +236,8 @@ def compared(closeness: dict[tuple[str, int], dict[str, Tensor]]) -> list[Claim]
     return claims
 
 
-def draw(x: Tensor, y: Tensor, gradients: dict[str, dict[str, Tensor]]) -> plt.Figure:
-    """A row for each image: the image, then the three gradients of each model and of the data."""
+def draw(x: Tensor, y: Tensor, gradients: dict[str, dict[str, Tensor]], box: tuple[float, float]) -> plt.Figure:
+    """A row for each image in ``box``: the image, then the three gradients of each model and of the data."""
     columns = 1 + len(KINDS) * len(gradients)
     figure, panels = plt.subplots(len(x), columns, figsize=(1.05 * columns, 1.02 * len(x) + 0.7), squeeze=False)
     for axes in panels.flat:
@@ -246,7 +246,7 @@ def draw(x: Tensor, y: Tensor, gradients: dict[str, dict[str, Tensor]]) -> plt.F
         for spine in axes.spines.values():
             spine.set(visible=True, linewidth=0.5, color="#b8b8b8")
     for row, image in enumerate(x):
-        picture(panels[row, 0], image.numpy())
+        picture(panels[row, 0], image.numpy(), box)
         panels[row, 0].set_ylabel(f"y = {int(y[row])}", fontsize=9)
     for block, (title, by_kind) in enumerate(gradients.items()):
         name = shortened(title, figure, width=0.95 * len(KINDS), size=9)

@@ -257,7 +257,8 @@ def posteriors_along_attack(
 ) -> dict[str, list]:
     """p(y|x') of the posterior and of the model along a cross-entropy attack on the model, from clean x.
 
-    Returns ``posterior`` and ``model``, both [T, N, L] as lists, and the ``clean`` and ``final`` inputs.
+    Returns ``posterior`` and ``model``, both [T, N, L] as lists, the ``clean`` and ``final`` inputs, their ``label``,
+    and the ``box`` of inputs.
     """
     training_mode = model.training
     model.eval()
@@ -274,4 +275,5 @@ def posteriors_along_attack(
             moved = threat_model.step(point.detach(), gradient, x)
             trace.move(moved)
     model.train(training_mode)
-    return {**rows, "clean": x.tolist(), "final": moved.tolist(), "label": y.tolist()}
+    inputs = {"clean": x.tolist(), "final": moved.tolist(), "label": y.tolist()}
+    return {**rows, **inputs, "box": [threat_model.lower, threat_model.upper]}

@@ -6,6 +6,7 @@ marker repeats the colour for grey prints. Hollow markers and dots in the line: 
 
 import base64
 import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -183,8 +184,13 @@ def training_curves(panels: Mapping[str, Sequence[Series]], *, log: Sequence[str
 
 
 def picture(axes: Axes, image: np.ndarray, box: tuple[float, float] = (0.0, 1.0)) -> None:
-    """An image [C, H, W]: in colour where C is 3, else its first channel, dark where it is large."""
-    low, high = box
+    """An image [C, H, W]: in colour where C is 3, else its first channel, dark where it is large.
+
+    ``box`` are the smallest and the largest value; an end that is not finite is that of the image itself.
+    """
+    low, high = (
+        end if math.isfinite(end) else float(own) for end, own in zip(box, (image.min(), image.max()), strict=True)
+    )
     if len(image) == 3:
         axes.imshow(np.clip((image.transpose(1, 2, 0) - low) / (high - low), 0, 1), interpolation="nearest")
     else:
@@ -240,9 +246,12 @@ def fooled(examples: Mapping[str, np.ndarray], names: Sequence[str], box: tuple[
 def posteriors_along_attack(paths: Mapping[str, Any], *, name: str, family: str) -> Figure:
     """For each sample its clean and attacked image, and below p(true class) of posterior and model against the step.
 
-    Samples that are not images have no picture.
+    ``paths`` as :func:`training.measures.posteriors_along_attack` returns them. Samples that are not images have no
+    picture.
     """
     samples = len(paths["label"])
+    low, high = paths.get("box", (0.0, 1.0))  # earlier versions did not write it
+    box = (-math.inf if low is None else low, math.inf if high is None else high)  # JSON has no infinity
     images = np.ndim(paths["clean"]) == 4
     figure = plt.figure(figsize=(2.7 * samples, 4.0))
     rows = figure.add_gridspec(2, samples, height_ratios=(1, 1.5), hspace=0.45, wspace=0.25)
@@ -250,7 +259,7 @@ def posteriors_along_attack(paths: Mapping[str, Any], *, name: str, family: str)
         pair = rows[0, sample].subgridspec(1, 2, wspace=0.08)
         for column, (title, key) in enumerate((("clean", "clean"), ("attacked", "final")) if images else ()):
             image = figure.add_subplot(pair[0, column])
-            picture(image, np.asarray(paths[key][sample]))
+            picture(image, np.asarray(paths[key][sample]), box)
             image.set_title(title, fontsize=9, weight="normal")
         axes = figure.add_subplot(rows[1, sample])
         steps = range(len(paths["model"]))
