@@ -17,6 +17,7 @@ from torch import nn
 from scorematch import PGD, ThreatModel
 from scorematch.attacks import AutoAttackWarning
 from scorematch.attacks.precision import allow_tf32
+from scorematch.divergences import KINDS
 from scorematch.posteriors import KernelDensity
 from training import measures, run
 from training.engine import checkpoint, scores
@@ -150,6 +151,19 @@ def test_images_along_an_attack_are_drawn_in_their_box() -> None:
     assert ranges({**paths, "final": paths["clean"], "box": [None, None]}) == {(-2.0, 3.0)}, "an infinite box"
     del paths["box"]
     assert ranges(paths) == {(0.0, 1.0)}, "of an earlier version"
+
+
+def test_lines_of_one_objective_differ_in_their_dashes() -> None:
+    lines = [
+        plots.Series(kind, "pgd_at", kind, [0, 1], [2, 1], generated=generated)
+        for kind in KINDS
+        for generated in (False, True)
+    ]
+    figure = plots.training_curves({"loss": lines})
+    drawn = figure.axes[0].lines
+    assert len({line.get_color() for line in drawn}) == 1
+    assert len({str(line._dash_pattern) for line in drawn}) == len(drawn) == 16
+    plots.rendered(figure, "png")
 
 
 @pytest.mark.parametrize("epochs", [[1], [1, 2]])

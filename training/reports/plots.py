@@ -52,8 +52,26 @@ MARKERS = {
     "pgd_at with a posterior": "p",
     "trades with a posterior": "h",
 }
-DASHES = {"kl": "-", "se": "--"}
-DASHES_GENERATED = {"kl": "-.", "se": (0, (5, 1, 1, 1, 1, 1))}
+DASHES: dict[str, Any] = {
+    "kl": "-",
+    "se": "--",
+    "l2": (0, (7, 2)),
+    "l1": (0, (2, 1)),
+    "linf": (0, (2, 4)),
+    "js": (0, (6, 1.2, 2, 1.2)),
+    "js_distance": (0, (6, 1.2, 2, 1.2, 2, 1.2)),
+    "l1_squared": (0, (2, 1, 2, 4)),
+}
+DASHES_GENERATED: dict[str, Any] = {
+    "kl": "-.",
+    "se": (0, (5, 1, 1, 1, 1, 1)),
+    "l2": (0, (7, 1, 1, 1, 1, 1, 1, 1)),
+    "l1": (0, (2, 1, 1, 1)),
+    "linf": (0, (2, 3, 1, 3)),
+    "js": (0, (6, 1.2, 2, 1.2, 1, 1.2)),
+    "js_distance": (0, (6, 1.2, 2, 1.2, 2, 1.2, 1, 1.2)),
+    "l1_squared": (0, (2, 1, 2, 1, 1, 4)),
+}
 
 plt.rcParams.update(
     {
@@ -102,7 +120,7 @@ class Series(NamedTuple):
         axes.plot(
             self.x,
             self.mean,
-            linestyle=(DASHES_GENERATED if self.generated else DASHES).get(self.divergence, ":"),
+            linestyle=(DASHES_GENERATED if self.generated else DASHES)[self.divergence],
             markerfacecolor="white" if self.generated else colour,
             color=colour,
             marker=MARKERS.get(self.family, ".") if marker or len(self.x) == 1 else None,
@@ -136,7 +154,7 @@ def accuracy_against_eps(
         xlim=(0, None),
     )
     if len(series) > 1:
-        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=3.2)
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=6, numpoints=2)
     return figure
 
 
@@ -161,7 +179,7 @@ def certified_accuracy(series: Sequence[Series], *, largest: float) -> Figure:
         ylim=(0, 102),
         xlim=(0, 1.02 * largest),
     )
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=3.2)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=6, numpoints=2)
     return figure
 
 
@@ -178,7 +196,7 @@ def training_curves(panels: Mapping[str, Sequence[Series]], *, log: Sequence[str
             axes.set_xlim(epochs[0] - 0.5, epochs[0] + 0.5)
     handles, labels = grid[0][0].get_legend_handles_labels()
     if len(labels) > 1:
-        figure.legend(handles, labels, loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=3.2)
+        figure.legend(handles, labels, loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=6, numpoints=2)
     figure.tight_layout()
     return figure
 
