@@ -26,7 +26,7 @@ import torch
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
-from scorematch import AutoAttack, ThreatModel
+from scorematch import AutoAttack, ThreatModel, smoothing
 from scorematch.attacks import inspection
 from training import data, measures, models
 from training.data import Data, DataName, DataSettings
@@ -585,6 +585,8 @@ def _check(settings: EvaluateSettings) -> None:
     config.check_ranges(settings, ranges)
     if settings.data is not None:
         data.check_name(settings.data)
+    if settings.attack == "certify" and settings.n < (least := smoothing.least_votes(settings.alpha)):
+        raise InputError(f"n: {settings.n} with alpha {settings.alpha:g} certifies nothing, allowed: at least {least}")
     defaults = EvaluateSettings()
     given = {f.name for f in dataclasses.fields(settings) if getattr(settings, f.name) != getattr(defaults, f.name)}
     for name in ("model", "data", "image_size"):
