@@ -451,6 +451,9 @@ def _other(settings: EvaluateSettings, subject: Subject, device: torch.device) -
     if settings.transfer_from is None:
         return None
     source, known = settings.transfer_from, not data.is_own(subject.data.name)
+    given, own = Path(source), Path(subject.name)
+    if source == subject.name or (given.exists() and own.exists() and given.samefile(own)):
+        raise InputError(f"transfer_from: {source} is the classifier that is judged, expected another one")
     try:
         inputs = subject.data.name if known else subject.data
         model = loading.load(source, model=settings.transfer_model, data=inputs, device=device)
