@@ -393,6 +393,9 @@ def selected_checkpoint(run: Path) -> Path:
 def restore(path: Path, device: torch.device, data_root: Path | None = None) -> Subject:
     """The classifier of a checkpoint, with its run's data and settings."""
     state = checkpoint.load(path, device)
+    if "name" in state["settings"]:
+        kind = state["settings"]["name"]
+        raise InputError(f"{path}: holds a posterior ({kind}), expected best.pt or checkpoint.pt of training.run")
     settings = config.from_table(state["settings"], str(path))
     if data_root is not None:
         settings = dataclasses.replace(settings, data_root=data_root)
@@ -611,6 +614,8 @@ def _check(settings: EvaluateSettings) -> None:
                 raise InputError(f"{name}: is for --engine native, the official engine does not have it")
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise InputError("engine: official runs in one process, allowed under torchrun: native")
+    if settings.plot is not None and settings.plot.suffix != ".png":
+        raise InputError(f"plot: {settings.plot} is written as PNG, expected a name that ends in .png")
     _check_apart(settings)
 
 

@@ -299,4 +299,5 @@ def figure(results: Mapping[str, Any]) -> Figure:
         train_eps=threat_model["eps"],
         unit="pixel values in [0, 1]",
         mark="eps of the checks",
+        split=results["split"],
     )

@@ -132,8 +132,15 @@ class Series(NamedTuple):
 
 
 def accuracy_against_eps(
-    series: Sequence[Series], *, norm: str, train_eps: float, unit: str, mark: str = "eps in training"
+    series: Sequence[Series],
+    *,
+    norm: str,
+    train_eps: float,
+    unit: str,
+    mark: str = "eps in training",
+    split: str = "test",
 ) -> Figure:
+    """One line for each series; ``mark`` is what ``train_eps`` is, ``split`` the samples that are attacked."""
     figure, axes = plt.subplots(figsize=(7.2, 4.2))
     for line in series:
         line.draw(axes)
@@ -149,7 +156,7 @@ def accuracy_against_eps(
     )
     axes.set(
         xlabel=f"perturbation size eps ({norm.capitalize()}, {unit})",
-        ylabel="accuracy under PGD (% of test samples)",
+        ylabel=f"accuracy under PGD (% of {split} samples)",
         ylim=(0, 102),
         xlim=(0, None),
     )
