@@ -102,8 +102,8 @@ def test_the_verdict_says_how_much_it_rests_on() -> None:
 
     assert last(judged((90, 50, 0))) == "no sign of masked gradients in the 8 checks that ran"
     assert last(judged((90, 50, 0), transfer=False)) == "no sign of masked gradients in the 7 checks that ran"
-    assert last(judged((90, 0, 0))).startswith("nothing to judge: no sample is classified correctly under PGD")
-    assert last(judged((0, 0, 0))).startswith("nothing to judge")
+    assert last(judged((90, 0, 0))) == "nothing to judge: no sample is classified correctly under PGD"
+    assert last(judged((0, 0, 0))) == "nothing to judge: no sample is classified correctly"
     assert last(judged((90, 0, 10))).startswith("gradients may be masked: no accuracy at the largest eps")
 
 

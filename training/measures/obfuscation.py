@@ -273,12 +273,12 @@ def table(results: Mapping[str, Any]) -> str:
 
 
 def verdict(results: Mapping[str, Any]) -> str:
-    """The checks in a line. Where PGD leaves no sample, most of them hold for any model."""
+    """The checks in a line. Where PGD leaves no sample, most of them pass for any model."""
     failed = [check["name"] for check in results["checks"] if check["status"] == "FAIL"]
     if failed:
         return f"gradients may be masked: {'; '.join(failed)}"
     if results["pgd_acc"] == 0:
-        return "nothing to judge: no sample is classified correctly under PGD, a smaller eps would leave some"
+        return f"nothing to judge: no sample is classified correctly{' under PGD' if results['clean_acc'] else ''}"
     ran = sum(check["status"] != "not run" for check in results["checks"])
     return f"no sign of masked gradients in the {ran} checks that ran"
 
