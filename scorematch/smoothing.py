@@ -15,6 +15,7 @@ paper's σ is the variance of the noise; ours is a standard deviation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
@@ -158,7 +159,7 @@ class SmoothedClassifier:
         Args:
             x: [N, …] inputs, floating point.
             n0: noise vectors that choose the class, at least 1.
-            n: further noise vectors that bound its probability, at least 1.
+            n: further noise vectors that bound its probability, at least :func:`least_votes` of alpha.
             alpha: probability of a wrong certificate, in (0, 1).
             generator: what the seeds of the samples are drawn from, see :func:`noise_seeds`.
             seeds: int64 [N], the seeds themselves, in place of ``generator``.
@@ -172,6 +173,8 @@ class SmoothedClassifier:
                 [N, L].
         """
         _check(x, alpha, n0=n0, n=n)
+        if n < (least := least_votes(alpha)):
+            raise ValueError(f"n must be at least {least} for alpha {alpha:g}, got {n}, which certify nothing")
         chosen, hits = [], []
         with self._borrowed():
             for part, streams in self._parts(x, generator, seeds):
@@ -307,6 +310,19 @@ def noise_seeds(count: int, generator: torch.Generator | None = None) -> Tensor:
     device = "cpu" if generator is None else generator.device
     one_by_one = [torch.randint(2**62, (1,), generator=generator, device=device) for _ in range(count)]
     return torch.cat(one_by_one).cpu() if one_by_one else torch.zeros(0, dtype=torch.int64)
+
+
+def least_votes(alpha: float) -> int:
+    """The smallest n with which :meth:`SmoothedClassifier.certify` can certify anything: α^(1/n) is above 1/2.
+
+    Args:
+        alpha: in (0, 1).
+
+    Raises:
+        TypeError, ValueError: ``alpha`` is not what is said above.
+    """
+    check_share("alpha", alpha, zero=False)
+    return math.floor(-math.log2(alpha)) + 1
 
 
 def lower_bound(hits: Tensor, count: int, alpha: float) -> Tensor:

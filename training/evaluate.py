@@ -26,7 +26,7 @@ import torch
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
-from scorematch import AutoAttack, ThreatModel
+from scorematch import AutoAttack, ThreatModel, smoothing
 from scorematch.attacks import inspection
 from training import data, measures, models
 from training.data import Data, DataName, DataSettings
@@ -86,7 +86,9 @@ class EvaluateSettings:
     eps: float | None = None  # radius in input units; None is the run's
     step_size: float | None = None  # PGD: length of a step in input units; None is eps / 4
     steps: int = 40  # PGD: steps per restart
-    restarts: int | None = None  # PGD: random starts per loss; None is 2, and 5 for obfuscation
+    # PGD: random starts per loss; None is 2, and 5 for obfuscation. Of the search for R_SCORE, where p_d is known, None
+    # is 1
+    restarts: int | None = None
     losses: tuple[str, ...] = ("ce", "margin")  # losses that PGD increases; a robust sample withstands all
     # pgd: precision of the search; every verdict is in float32. None is the run's, or auto: what is fastest here
     precision: PrecisionWish | None = None
@@ -281,6 +283,7 @@ def clean_and_pgd(
             y,
             threat_model,
             steps=settings.steps,
+            restarts=1 if settings.restarts is None else settings.restarts,
             seed=settings.seed,
             batch=settings.batch_size,
         )
@@ -366,12 +369,13 @@ def print_accuracies(results: dict[str, Any]) -> None:
         print(f"{name:<12}{accuracy:>8.1f} %{f'{low:.1f} to {high:.1f} %':>18}{cost}")
     if "r_score" in results:
         print("against p_d, which is known here:")
-        for name, title in (("kl", "KL(p_d, model) at clean points"), ("r_score", "R_SCORE, its largest in the ball")):
+        for name, title in (("kl", "KL(p_d, model) at clean points"), ("r_score", "R_SCORE, at least")):
             shown = "{:.4f} to {:.4f}".format(*interval) if (interval := results[f"{name}_interval"]) else ""
             print(f"  {title:<38}{results[name]:>8.4f} nat{shown:>20}")
         low, high = results["disagrees_interval"]
-        title = "another class than p_d's in the ball"
+        title = "another class in the ball, at least"
         print(f"  {title:<38}{results['disagrees']:>8.1f} %  {f'{low:.1f} to {high:.1f} %':>20}")
+        print("  at least: a search finds some points of the ball; more --steps and --restarts may find worse ones")
 
 
 def selected_checkpoint(run: Path) -> Path:
@@ -389,6 +393,9 @@ def selected_checkpoint(run: Path) -> Path:
 def restore(path: Path, device: torch.device, data_root: Path | None = None) -> Subject:
     """The classifier of a checkpoint, with its run's data and settings."""
     state = checkpoint.load(path, device)
+    if "name" in state["settings"]:
+        kind = state["settings"]["name"]
+        raise InputError(f"{path}: holds a posterior ({kind}), expected best.pt or checkpoint.pt of training.run")
     settings = config.from_table(state["settings"], str(path))
     if data_root is not None:
         settings = dataclasses.replace(settings, data_root=data_root)
@@ -447,6 +454,9 @@ def _other(settings: EvaluateSettings, subject: Subject, device: torch.device) -
     if settings.transfer_from is None:
         return None
     source, known = settings.transfer_from, not data.is_own(subject.data.name)
+    given, own = Path(source), Path(subject.name)
+    if source == subject.name or (given.exists() and own.exists() and given.samefile(own)):
+        raise InputError(f"transfer_from: {source} is the classifier that is judged, expected another one")
     try:
         inputs = subject.data.name if known else subject.data
         model = loading.load(source, model=settings.transfer_model, data=inputs, device=device)
@@ -537,6 +547,22 @@ def _check_spares(settings: EvaluateSettings, path: Path) -> None:
         raise InputError(f"{path}: is read by this evaluation or belongs to a run, expected another file to write")
 
 
+def _check_apart(settings: EvaluateSettings) -> None:
+    """Refuse one file for two things that are written: the later would take the place of the earlier."""
+    taken: dict[Path, str] = {}
+    state = settings.state and settings.state.resolve()
+    of_state = (f"{state}.eps", f"{state}.rank")  # files of a radius, and of a process
+    for name in ("state", "out", "plot", "export"):
+        path = getattr(settings, name)
+        if path is None:
+            continue
+        other = taken.setdefault(path.resolve(), name)
+        if state is not None and str(path.resolve()).startswith(of_state):
+            other = "state"
+        if other != name:
+            raise InputError(f"{other}, {name}: both would write {path}, expected a file for each")
+
+
 def _check(settings: EvaluateSettings) -> None:
     sources = [name for name in ("checkpoint", "run", "model_from") if getattr(settings, name) is not None]
     if len(sources) != 1:
@@ -565,6 +591,8 @@ def _check(settings: EvaluateSettings) -> None:
     config.check_ranges(settings, ranges)
     if settings.data is not None:
         data.check_name(settings.data)
+    if settings.attack == "certify" and settings.n < (least := smoothing.least_votes(settings.alpha)):
+        raise InputError(f"n: {settings.n} with alpha {settings.alpha:g} certifies nothing, allowed: at least {least}")
     defaults = EvaluateSettings()
     given = {f.name for f in dataclasses.fields(settings) if getattr(settings, f.name) != getattr(defaults, f.name)}
     for name in ("model", "data", "image_size"):
@@ -586,6 +614,9 @@ def _check(settings: EvaluateSettings) -> None:
                 raise InputError(f"{name}: is for --engine native, the official engine does not have it")
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise InputError("engine: official runs in one process, allowed under torchrun: native")
+    if settings.plot is not None and settings.plot.suffix != ".png":
+        raise InputError(f"plot: {settings.plot} is written as PNG, expected a name that ends in .png")
+    _check_apart(settings)
 
 
 if __name__ == "__main__":

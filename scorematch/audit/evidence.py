@@ -33,6 +33,7 @@ from .oracle import posterior_gradients, ratio
 # Rounding of log p by eps / 2 of its size moves an entropy by up to |1 + log p| eps / 2 of its own, and another order
 # of the classes moves it by a few eps more. Entropies that differ by at most this many eps are alike.
 ALIKE = 16
+RESAMPLED = 200  # times that labels are drawn from the stated probabilities
 
 
 @outside_modes
@@ -137,17 +138,26 @@ def matching_error(
 
 
 class Calibration(NamedTuple):
-    """How far stated probabilities are from frequencies.
+    """How far stated probabilities are from frequencies, and how far they would be by chance.
+
+    Few points in a bin have other frequencies than their probabilities, so the error of a perfectly calibrated estimate
+    is above 0 (Kumar, Liang and Ma, NeurIPS 2019). How large it is by chance, labels drawn from the stated
+    probabilities tell: the consistency resampling of Bröcker and Smith (Weather and Forecasting, 2007), see also
+    Vaicenavicius et al. (AISTATS 2019).
 
     Attributes:
         error: expected calibration error of the most likely class, in [0, 1].
         confidence: its mean probability.
         accuracy: the share of points at which it is the label.
+        chance: the mean error of 200 draws of labels from the stated probabilities.
+        chance_high: the 95 % quantile of these errors. A larger ``error`` is evidence against the probabilities.
     """
 
     error: float
     confidence: float
     accuracy: float
+    chance: float
+    chance_high: float
 
 
 @outside_modes
@@ -162,7 +172,7 @@ def calibration(
         y: int64 [N] their labels.
         noise: standard deviation in input units, ≥ 0.
         bins: how many, of equal width; ≥ 1.
-        seed: decides the noise.
+        seed: decides the noise, and the labels that are drawn.
 
     Raises:
         TypeError, ValueError: an argument is not what is said above; the message names it.
@@ -172,16 +182,17 @@ def calibration(
     check_length("noise", noise, zero=True)
     check_count("bins", bins)
     check_seed(seed)
-    return reliability(_log_p_at_noise(posterior, x, y, noise, *_generators(x, seed)), y, bins=bins)
+    return reliability(_log_p_at_noise(posterior, x, y, noise, *_generators(x, seed)), y, bins=bins, seed=seed)
 
 
-def reliability(log_p: Tensor, y: Tensor, *, bins: int = 15) -> Calibration:
+def reliability(log_p: Tensor, y: Tensor, *, bins: int = 15, seed: int = 0) -> Calibration:
     """The expected calibration error (Guo et al., ICML 2017) of stated probabilities, such as those of a model.
 
     Args:
         log_p: [N, K] log-probabilities, in nats, normalised: ``logits.log_softmax(1)`` of a model.
         y: int64 [N] labels.
         bins: how many, of equal width; ≥ 1.
+        seed: decides the labels that are drawn.
 
     Raises:
         TypeError, ValueError: an argument is not what is said above; the message names it.
@@ -190,11 +201,28 @@ def reliability(log_p: Tensor, y: Tensor, *, bins: int = 15) -> Calibration:
     check_tensor("y", y)
     check_classes(y, log_p, log_p.shape[1])
     check_count("bins", bins)
+    check_seed(seed)
     confidence, predicted = log_p.double().exp().max(1)
     hit = (predicted == y).double()
     index = (confidence * bins).long().clamp(max=bins - 1)
-    gap = torch.zeros(bins, dtype=torch.float64, device=log_p.device).index_add_(0, index, confidence - hit)
-    return Calibration(float(gap.abs().sum() / len(y)), float(confidence.mean()), float(hit.mean()))
+
+    def error(hit: Tensor) -> Tensor:
+        return confidence.new_zeros(bins).index_add_(0, index, confidence - hit).abs().sum() / len(y)
+
+    # A label that is drawn from p is the most likely class with the probability of that class.
+    generator = torch.Generator(log_p.device).manual_seed(int(seed) + 2_000_003)
+    drawn = [
+        error((torch.rand(len(y), generator=generator, dtype=torch.float64, device=log_p.device) < confidence).double())
+        for _ in range(RESAMPLED)
+    ]
+    by_chance = torch.stack(drawn)
+    return Calibration(
+        error=float(error(hit)),
+        confidence=float(confidence.mean()),
+        accuracy=float(hit.mean()),
+        chance=float(by_chance.mean()),
+        chance_high=float(by_chance.quantile(0.95)),
+    )
 
 
 @outside_modes

@@ -207,11 +207,31 @@ def test_reliability_of_stated_probabilities() -> None:
     # Three of four at .55 are right, and one of two at .95: |.75 - .55| · 4/6 + |.5 - .95| · 2/6.
     p = torch.tensor([[0.55, 0.45]] * 4 + [[0.05, 0.95]] * 2, dtype=torch.float64)
     found = audit.reliability(p.log(), torch.tensor([0, 0, 1, 0, 1, 0]), bins=10)
-    assert found == pytest.approx((0.2 * 4 / 6 + 0.45 * 2 / 6, (4 * 0.55 + 2 * 0.95) / 6, 4 / 6))
+    assert found[:3] == pytest.approx((0.2 * 4 / 6 + 0.45 * 2 / 6, (4 * 0.55 + 2 * 0.95) / 6, 4 / 6))
     one = audit.reliability(p.log(), torch.tensor([0, 0, 1, 0, 1, 0]), bins=1)
     assert one.error == pytest.approx(abs(4 / 6 - (4 * 0.55 + 2 * 0.95) / 6))
     certain = audit.reliability(torch.tensor([[0.0, -math.inf]]), torch.tensor([0]))
-    assert certain == (0.0, 1.0, 1.0)
+    assert certain == (0.0, 1.0, 1.0, 0.0, 0.0)
+
+
+def test_the_error_of_calibrated_probabilities_is_not_above_chance() -> None:
+    """Labels drawn from p itself: the error of 500 points is about 5 %, and 5 % of the seeds are above the quantile."""
+    above, errors, expected = 0, [], []
+    for seed in range(50):
+        generator = torch.Generator().manual_seed(seed)
+        log_p = (1.5 * torch.randn(500, 10, generator=generator, dtype=torch.float64)).log_softmax(1)
+        y = torch.multinomial(log_p.exp(), 1, generator=generator)[:, 0]
+        found = audit.reliability(log_p, y, seed=seed)
+        assert 0 < found.chance < found.chance_high < 0.1
+        above += found.error > found.chance_high
+        errors.append(found.error)
+        expected.append(found.chance)
+        sure = audit.reliability((3 * log_p).log_softmax(1), y, seed=seed)
+        assert sure.error > 2 * sure.chance_high
+    assert above <= 5
+    assert sum(errors) / 50 == pytest.approx(sum(expected) / 50, rel=0.1)
+    assert sum(errors) / 50 > 0.04, "a threshold of .05 alone would flag many"
+    assert audit.reliability(log_p, y, seed=7) == audit.reliability(log_p, y, seed=7)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,15 @@ from torch import nn
 
 from scorematch import smoothing
 from scorematch.intervals import wilson
-from scorematch.smoothing import ABSTAIN, Certificates, SmoothedClassifier, certified_accuracy, lower_bound, noise_seeds
+from scorematch.smoothing import (
+    ABSTAIN,
+    Certificates,
+    SmoothedClassifier,
+    certified_accuracy,
+    least_votes,
+    lower_bound,
+    noise_seeds,
+)
 
 FEATURES, SIGMA = 5, 0.5
 NORMAL = torch.tensor([1.0, -2.0, 0.5, 0.0, 1.5], dtype=torch.float64)
@@ -63,6 +71,17 @@ def test_it_abstains_at_the_boundary() -> None:
     assert (found.p_lower <= 0.5).all()
     assert (SMOOTHED.predict(x, n=200, alpha=1e-3, generator=seeded(0)) == ABSTAIN).all()
     assert SMOOTHED.predict(at([0.6, -0.6]), n=100, alpha=1e-3, generator=seeded(0)).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(("alpha", "least"), [(0.001, 10), (0.25, 3), (0.5, 2), (0.6, 1), (2**-20, 21)])
+def test_so_few_votes_that_nothing_can_be_certified_are_refused(alpha: float, least: int) -> None:
+    assert least_votes(alpha) == least
+    x = at([50.0])
+    assert float(SMOOTHED.certify(x, n0=1, n=least, alpha=alpha).radius) > 0.0
+    assert least == 1 or alpha ** (1 / (least - 1)) <= 0.5
+    if least > 1:
+        with pytest.raises(ValueError, match=f"n must be at least {least} for alpha .*, got {least - 1}, which"):
+            SMOOTHED.certify(x, n0=1, n=least - 1, alpha=alpha)
 
 
 def test_certificates_hold_as_often_as_they_say() -> None:

@@ -69,6 +69,14 @@ def test_radii_by_default_go_as_far_as_the_votes(call: Any, trained: Path, tmp_p
     assert max(results["radii"]) <= results["largest_radius"]
 
 
+def test_radii_beyond_what_the_votes_can_certify_are_marked(call: Any, trained: Path) -> None:
+    ending = call("evaluate", "--run", trained, *FAST, "--radii", "0.1", "0.4", "0.9")
+    assert ending.status == 0, ending
+    lines = {line.split()[0]: line for line in ending.out.splitlines() if line.startswith("      0.")}
+    told = "more than 100 votes can certify, at most 0.37"
+    assert [told in lines[radius] for radius in ("0.1000", "0.4000", "0.9000")] == [False, True, True]
+
+
 @pytest.mark.parametrize(
     ("training", "sigma"),
     [
@@ -94,6 +102,8 @@ def test_a_run_is_certified_under_the_noise_of_its_end(
     [
         (["--sigma", "0"], "sigma: 0.0 is out of range, allowed: a finite number above 0"),
         (["--n", "0"], "n: 0 is out of range, allowed: at least 1"),
+        (["--n", "9"], "n: 9 with alpha 0.001 certifies nothing, allowed: at least 10"),
+        (["--n", "6", "--alpha", "0.01"], "n: 6 with alpha 0.01 certifies nothing, allowed: at least 7"),
         (["--n0", "0"], "n0: 0 is out of range, allowed: at least 1"),
         (["--alpha", "1"], "alpha: 1.0 is out of range, allowed: between 0 and 1, exclusive"),
         (["--radii", "0.1", "-1"], "radii: (0.1, -1.0) is out of range"),

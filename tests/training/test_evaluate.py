@@ -16,12 +16,14 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
 from scorematch import PGD, AutoAttack, ThreatModel, audit
 from scorematch.attacks import AutoAttackWarning
 from training import evaluate, measures, models, run
 from training.engine import claims
+from training.reports import plots
 from training.settings.errors import Interrupted, run_program
 
 TRAINING = (
@@ -218,6 +220,63 @@ def test_files_that_are_read_are_not_written_over(
         assert (folder / name).read_bytes() == before
     again = [*given, "--attack", "clean", option, folder / "new"]
     assert [call("evaluate", *again).status for _ in range(2)] == [0, 0], "a file of its own is written again"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--attack clean --export same --out same",
+        "--attack clean --export same --out link",
+        "--attack clean --export same --out folder/../same",
+        "--attack certify --plot same.png --out same.png",
+        "--attack autoattack --version fast --state same --out same",
+        "--attack autoattack --version fast --state same --export same",
+        "--attack autoattack --version fast --state same --radii 0.05 --out same.eps0.05",
+        "--attack autoattack --version fast --state same --radii 0.05 --export same.rank0of2",
+    ],
+)
+def test_no_file_is_written_twice(call: Any, trained: Path, tmp_path: Path, options: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "same").write_text("of an evaluation before")
+    (tmp_path / "link").symlink_to("same")
+    before = sorted(tmp_path.iterdir())
+    ending = call("evaluate", "--run", trained, "--limit", "2", *options.split())
+    assert (ending.status, ending.err.count("\n"), ending.out) == (2, 1, ""), ending
+    assert "expected a file for each" in ending.err
+    assert (tmp_path / "same").read_text() == "of an evaluation before"
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_posterior_in_the_place_of_a_classifier_is_told(
+    call: Any, tiny: list[str], trained: Path, tmp_path: Path
+) -> None:
+    direct = ["--objective", "score_direct", "--posterior", "kernel_density", "--out", "direct"]
+    assert call("run", *tiny, *direct).status == 0
+    ending = call("evaluate", "--checkpoint", "direct/posterior.pt")
+    assert ending.status == 2
+    told = "holds a posterior (kernel_density), expected best.pt or checkpoint.pt of training.run"
+    assert ending.err == f"error: direct/posterior.pt: {told}\n"
+
+
+def test_plots_are_png_and_name_their_samples(
+    call: Any, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attack = ["--run", trained, "--attack", "obfuscation", "--steps", "1", "--restarts", "1", "--limit", "2"]
+    for name in ("plot.svg", "plot"):
+        ending = call("evaluate", *attack, "--plot", name)
+        assert (ending.status, ending.out) == (2, "")
+        assert f"plot: {name} is written as PNG, expected a name that ends in .png" in ending.err
+    labels = []
+    render = plots.rendered
+
+    def watched(figure: Figure, form: str, dpi: int = 160) -> bytes:
+        labels.append(figure.axes[0].get_ylabel())
+        return render(figure, form, dpi)
+
+    monkeypatch.setattr(plots, "rendered", watched)
+    for split in ("test", "validation"):
+        assert call("evaluate", *attack, "--split", split, "--plot", "plot.png").status == 0
+    assert labels == [f"accuracy under PGD (% of {split} samples)" for split in ("test", "validation")]
 
 
 def test_names_that_a_run_is_going_to_write_are_its_own(call: Any, trained: Path, mine: None, tmp_path: Path) -> None:
@@ -496,9 +555,11 @@ def test_calibration_is_that_of_the_model_in_eval_mode(training: bool) -> None:
     assert model.training == training
     log_p = model[0](x).double().log_softmax(1).detach()
     assert found["nll"] == pytest.approx(torch.nn.functional.nll_loss(log_p, y).item())
-    assert found["calibration_error"] == pytest.approx(100 * audit.reliability(log_p, y).error)
+    expected = audit.reliability(log_p, y)
+    assert found["calibration_error"] == pytest.approx(100 * expected.error)
+    assert found["calibration_error_by_chance"] == pytest.approx(100 * expected.chance)
     model[0].bias.data[1] = math.nan
-    assert measures.calibration(model, x, y) == {"nll": None, "calibration_error": None}
+    assert set(measures.calibration(model, x, y).values()) == {None}
 
 
 def test_autoattack_at_several_radii(call: Any, trained: Path, tmp_path: Path) -> None:

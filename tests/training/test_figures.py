@@ -1,6 +1,7 @@
 """The paper's figures: their files, what they are computed by, and what is refused."""
 
 import dataclasses
+import io
 import json
 import math
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import tomli_w
 import torch
 from conftest import Call, Ending
+from matplotlib import pyplot as plt
 from torch import Tensor, nn
 
 from scorematch import ThreatModel, bounds, logit_divergence
@@ -18,7 +20,7 @@ from training import figures, models
 from training.data import toy
 from training.figures import __main__ as program
 from training.figures import certified, figure_4, overfitting, tables, toy_fits
-from training.figures.claims import rounded, table
+from training.figures.claims import Result, rounded, save, table
 from training.settings import config
 from training.settings.config import RunSettings
 from training.settings.errors import InputError
@@ -319,6 +321,51 @@ def test_semantic_gradients_accuracy_under_noise_and_tables(call: Call, tmp_path
         assert found["radius"][0] == 0
 
 
+@pytest.mark.parametrize("name", ["fig1", "fig7"])
+def test_a_quick_trial_writes_over_no_figure_but_a_trial(call: Call, tmp_path: Path, name: str) -> None:
+    source = ["--model-from", "test_figures:untrained", "--data", "digits", "--eps", "0.1"] if name == "fig7" else []
+    trial = ["figures", name, *source, "--quick", "--out", "made"]
+    ending = call(*trial)
+    assert ending.status == 0, ending
+    assert ending.out.startswith("a quick trial, to see that it runs: its numbers and verdicts mean nothing\n")
+    path = tmp_path / "made" / f"{name}.json"
+    written = json.loads(path.read_text())
+    assert written["quick"]
+    assert call(*trial).status == 0, "of a trial before"
+    whole = [json.dumps({**written, "quick": False}), json.dumps({k: v for k, v in written.items() if k != "quick"})]
+    for text in whole:
+        path.write_text(text)
+        pictures = {found: found.read_bytes() for found in path.parent.iterdir()}
+        ending = call(*trial)
+        assert (ending.status, ending.out) == (2, ""), ending
+        told = f"quick: made/{name}.json is of a whole figure, give a quick trial another folder with --out"
+        assert told in ending.err
+        assert {found: found.read_bytes() for found in path.parent.iterdir()} == pictures
+
+
+def test_the_picture_of_a_quick_trial_says_so(tmp_path: Path) -> None:
+    for quick in (True, False):
+        figure, _ = plt.subplots()
+        save("some", Result(figure, [], {}), tmp_path, {"quick": quick})
+        assert [text.get_text() for text in figure.texts] == (["quick trial"] if quick else [])
+
+
+def test_the_name_of_a_folder_is_no_formula_and_fits_over_its_gradients() -> None:
+    gradients = {kind: torch.rand(2, 1, 8, 8) for kind in figure_4.KINDS}
+    titles = {"$5_$10": gradients, "a-run-with-everything-that-one-might-say-about-it-in-its-name": gradients}
+    figure = figure_4.draw(torch.rand(2, 1, 8, 8), torch.tensor([0, 1]), titles, (-2.0, 3.0))
+    assert figure.axes[0].images[0].get_clim() == (-2.0, 3.0)
+    figure.savefig(io.BytesIO())
+    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
+    headings = [axes.title for axes in figure.axes if len(axes.get_title().strip().splitlines()) == 2]
+    assert headings[0].get_text().startswith("$5_$10\n")
+    assert headings[1].get_text().startswith("a-run-with-everything")
+    first, second = (title.get_window_extent(renderer) for title in headings)
+    assert first.x1 < second.x0
+    assert second.width < 3 * 1.05 * figure.dpi
+    plt.close(figure)
+
+
 def untrained(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
     torch.manual_seed(0)
     return models.build("digits_cnn", input_shape, num_classes)
@@ -332,7 +379,8 @@ def test_a_classifier_of_ones_own(call: Call, tmp_path: Path) -> None:
     assert written["claims"] == []
     assert len(written["numbers"]["cosines"]) == 1
     assert json.loads((tmp_path / "made" / "fig7.json").read_text())["attack"] == "obfuscation"
-    assert (tmp_path / "made" / "fig7.png").exists()
+    assert (tmp_path / "made" / "fig7.png").read_bytes().startswith(b"\x89PNG")
+    assert ending.out.count("a quick trial, to see that it runs: its numbers and verdicts mean nothing\n") == 2
 
 
 def test_every_option_is_for_something() -> None:

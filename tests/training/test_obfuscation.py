@@ -107,6 +107,43 @@ def test_without_a_second_model_transfer_is_not_run() -> None:
     assert (last["status"], last["value"], last["text"]) == ("not run", None, "no --transfer-from")
 
 
+def judged(curve: tuple[float, float, float], transfer: bool = True) -> dict[str, Any]:
+    """Results of a model without a sign of masked gradients."""
+    base = mask(int(curve[1]))
+    found = {"steps": base, "restarts": base, "random": mask(80), "square": base, "single": mask(60)}
+    found |= {"transfer": mask(70)} if transfer else {}
+    accuracies = dict(zip((0.0, 0.1, 1.0), curve, strict=True))
+    rows = obfuscation.checks(accuracies, base, found, steps=40, restarts=5)
+    points = [{"eps": eps, "acc": acc, "interval": [acc, acc]} for eps, acc in accuracies.items()]
+    return {"clean_acc": curve[0], "pgd_acc": curve[1], "curve": points, "checks": rows}
+
+
+def test_the_verdict_says_how_much_it_rests_on() -> None:
+    def last(results: dict[str, Any]) -> str:
+        return obfuscation.table(results).splitlines()[-1]
+
+    assert last(judged((90, 50, 0))) == "no sign of masked gradients in the 8 checks that ran"
+    assert last(judged((90, 50, 0), transfer=False)) == "no sign of masked gradients in the 7 checks that ran"
+    assert last(judged((90, 0, 0))) == "nothing to judge: no sample is classified correctly under PGD"
+    assert last(judged((0, 0, 0))) == "nothing to judge: no sample is classified correctly"
+    assert last(judged((90, 0, 10))).startswith("gradients may be masked: no accuracy at the largest eps")
+
+
+@pytest.mark.parametrize("source", ["--run", "--checkpoint", "--model-from"])
+def test_a_model_does_not_attack_itself_by_transfer(call: Any, tmp_path: Path, source: str) -> None:
+    options = (
+        "--objective standard --eps 0.1 --epochs 1 --limit 100 --steps 1 --validation-steps 1 "
+        "--eval-steps 1 --eval-restarts 1 --curve-points 0 --autoattack none --threads 1 --out here"
+    )
+    assert call("run", *options.split()).status == 0
+    given = [source, "here" if source == "--run" else "here/best.pt"]
+    given += ["--data", "digits", "--eps", "0.1"] if source == "--model-from" else []
+    attack = ["--attack", "obfuscation", "--steps", "1", "--restarts", "1", "--limit", "2"]
+    ending = call("evaluate", *given, *attack, "--transfer-from", tmp_path / "here" / "best.pt")
+    assert (ending.status, ending.out) == (2, ""), ending
+    assert "here/best.pt is the classifier that is judged, expected another one" in ending.err
+
+
 def mask(standing: int, count: int = 100) -> Tensor:
     return torch.arange(count) < standing
 

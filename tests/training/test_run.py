@@ -1,5 +1,7 @@
 """Small runs of each objective from end to end."""
 
+import io
+import itertools
 import json
 import math
 import re
@@ -15,9 +17,13 @@ from torch import nn
 from scorematch import PGD, ThreatModel
 from scorematch.attacks import AutoAttackWarning
 from scorematch.attacks.precision import allow_tf32
+from scorematch.divergences import KINDS
+from scorematch.posteriors import KernelDensity
 from training import measures, run
 from training.engine import checkpoint, scores
 from training.engine.loop import Trainer
+from training.reports import plots
+from training.reports import run as report
 from training.settings.config import tomllib
 from training.settings.errors import Interrupted
 
@@ -128,6 +134,87 @@ def test_the_report_shows_what_fools_the_model(call: Any, tiny: list[str], tmp_p
     assert "What fools it" in page.read_text(), "a run that ended before its report gets one"
 
 
+def test_images_along_an_attack_are_drawn_in_their_box() -> None:
+    x, y = torch.tensor([[-2.0, 0.0], [1.0, 3.0]]).reshape(1, 1, 2, 2), torch.tensor([1])
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    density = KernelDensity(torch.rand(6, 1, 2, 2), torch.arange(6) % 2, num_classes=2, sigma=0.5)
+    threat_model = ThreatModel("linf", 0.5, lower=-2.0, upper=3.0)
+    paths = json.loads(checkpoint.as_json(measures.posteriors_along_attack(model, density, x, y, threat_model, 2)))
+
+    def ranges(paths: dict[str, Any]) -> set[tuple[float, float]]:
+        figure = plots.posteriors_along_attack(paths, name="kernel density", family="kernel_density")
+        found = {image.get_clim() for axes in figure.axes for image in axes.images}
+        plots.rendered(figure, "png")
+        return found
+
+    assert ranges(paths) == {(-2.0, 3.0)}
+    assert ranges({**paths, "final": paths["clean"], "box": [None, None]}) == {(-2.0, 3.0)}, "an infinite box"
+    del paths["box"]
+    assert ranges(paths) == {(0.0, 1.0)}, "of an earlier version"
+
+
+def test_lines_of_one_objective_differ_in_their_dashes() -> None:
+    lines = [
+        plots.Series(kind, "pgd_at", kind, [0, 1], [2, 1], generated=generated)
+        for kind in KINDS
+        for generated in (False, True)
+    ]
+    figure = plots.training_curves({"loss": lines})
+    drawn = figure.axes[0].lines
+    assert len({line.get_color() for line in drawn}) == 1
+    assert len({str(line._dash_pattern) for line in drawn}) == len(drawn) == 16
+    plots.rendered(figure, "png")
+
+
+@pytest.mark.parametrize("epochs", [[1], [1, 2]])
+def test_the_training_curve_of_one_epoch_is_a_point(epochs: list[int]) -> None:
+    line = plots.Series("PGD-AT", "pgd_at", "kl", epochs, [2.3] * len(epochs))
+    figure = plots.training_curves({"loss": [line]})
+    axes = figure.axes[0]
+    (drawn,) = axes.lines
+    assert drawn.get_marker() == ("o" if len(epochs) == 1 else "None")
+    low, high = axes.get_xlim()
+    assert (low, high) == ((0.5, 1.5) if len(epochs) == 1 else pytest.approx((0.95, 2.05)))
+    figure.draw_without_rendering()
+    assert [tick for tick in axes.get_xticks() if low <= tick <= high] == epochs
+
+
+def test_names_of_classes_are_no_formulas_and_fit_over_their_images() -> None:
+    """Folders of images may be called anything; matplotlib reads what stands between two dollars as TeX."""
+    names = ["$5_$10", "cat", "American Staffordshire terrier\n(adult)", "soft-coated_wheaten_terrier", "M" * 40]
+    count = len(names)
+    examples = {
+        "label": np.arange(count),
+        "clean": np.zeros((count, 3, 8, 8)),
+        "attacked": np.ones((count, 3, 8, 8)),
+        "before": np.eye(count),
+        "after": np.roll(np.eye(count), 1, 0),
+    }
+    figure = plots.fooled(examples, names, (0.0, 1.0))
+    figure.savefig(io.BytesIO())
+    for row in (figure.axes[:count], figure.axes[count : 2 * count]):
+        boxes = [axes.title.get_window_extent() for axes in row]
+        assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
+    shown = [axes.get_title().splitlines() for axes in figure.axes[:count]]
+    assert [title[0] for title in shown[:2]] == names[:2]
+    for (title, percent), name in zip(shown[2:], names[2:], strict=True):
+        assert percent == "100 %"
+        assert title.endswith("…")
+        assert name.replace("\n", " ").startswith(title[:-1])
+        assert len(title) > 8
+    assert b"<svg" in plots.rendered(figure, "svg")
+
+
+def test_the_report_tells_what_of_the_calibration_error_is_expected(call: Any, tiny: list[str], tmp_path: Path) -> None:
+    ending = call("run", "--objective", "standard", *tiny, "--out", "here")
+    assert ending.status == 0, ending
+    summary = finished(tmp_path / "here")
+    error, by_chance = summary["calibration_error"], summary.pop("calibration_error_by_chance")
+    assert f"{error:.1f} points ({by_chance:.1f} are expected by chance); −log p" in ending.out
+    told = dict(report.rows(summary))["expected calibration error, clean"]
+    assert told.startswith(f"{error:.1f} points; −log p"), "a summary of an earlier version"
+
+
 @pytest.mark.parametrize("posterior", DIRECT)
 def test_direct_on_the_digits(
     call: Any, tiny: list[str], small_posterior: list[str], tmp_path: Path, posterior: str
@@ -230,6 +317,7 @@ def test_toy(call: Any, tiny: list[str], tmp_path: Path, options: str) -> None:
     assert ending.status == 0, ending
     summary = finished(tmp_path / "here")
     assert summary["r_score"] > 0
+    assert dict(report.rows(summary))["R_SCORE"].endswith(" nat (exact, up to a grid with steps of eps / 500)")
     assert summary["r_madry"] > 0
     curves = json.loads((tmp_path / "here" / "toy.json").read_text())
     assert len(curves["x"]) == len(curves["p_d"]) == len(curves["p_theta"])

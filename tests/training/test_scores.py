@@ -568,32 +568,51 @@ def test_a_posterior_without_networks_is_not_audited(call: Any) -> None:
     assert "run/posterior.pt holds a kernel_density, expected one of score_network, joint_energies" in ending.err
 
 
+GOOD: dict[str, Any] = {
+    "chosen": {"sigma": 0.2, "reading": "classifier"},
+    "evidence": [{"sigma": 0.2, "reading": "classifier", "moved": -0.3, "clean": -0.2}],
+    "loss": "denoising loss",
+    "members": 1,
+    "losses": [{"sigma": s, "train": 1.0, "held_out": 1.05} for s in (0.1, 0.2, 0.4)],
+    "calibration": {"error": 0.02, "confidence": 0.9, "accuracy": 0.9},
+    "closed_loop": 0.01,
+    "change_along_side": 1.0,
+    "posterior_clean_acc": 90.0,
+    "posterior_robust_acc": 60.0,
+    "guess": -2.3,
+}
+
+
 def test_findings_follow_the_numbers() -> None:
     """Each number that gets bad turns its finding, and no other."""
-    good: dict[str, Any] = {
-        "chosen": {"sigma": 0.2, "reading": "classifier"},
-        "evidence": [{"sigma": 0.2, "reading": "classifier", "moved": -0.3, "clean": -0.2}],
-        "loss": "denoising loss",
-        "members": 1,
-        "losses": [{"sigma": s, "train": 1.0, "held_out": 1.05} for s in (0.1, 0.2, 0.4)],
-        "calibration": {"error": 0.02, "confidence": 0.9, "accuracy": 0.9},
-        "closed_loop": 0.01,
-        "change_along_side": 1.0,
-        "posterior_clean_acc": 90.0,
-        "posterior_robust_acc": 60.0,
-        "guess": -2.3,
-    }
-    assert all(finding.good for finding in audit.judged(good))
-    assert "Nothing here speaks against" in audit.verdict(audit.judged(good))
+    assert all(finding.good for finding in audit.judged(GOOD))
+    assert "Nothing here speaks against" in audit.verdict(audit.judged(GOOD))
     bad: list[dict[str, Any]] = [
         {"losses": [{"sigma": s, "train": 1.0, "held_out": 1.2} for s in (0.1, 0.2, 0.4)]},
         {"guess": -0.1},
-        {"calibration": {"error": 0.2, "confidence": 0.9, "accuracy": 0.7}},
+        {"calibration": {"error": 0.2, "confidence": 0.9, "accuracy": 0.7, "chance": 0.05, "chance_high": 0.07}},
         {"closed_loop": 0.5},
         {"losses": [{"sigma": s, "train": 1.0, "held_out": 1.0} for s in (0.2, 0.4)]},
         {"posterior_robust_acc": 20.0},
     ]
     for index, change in enumerate(bad):
-        findings = audit.judged({**good, **change})
+        findings = audit.judged({**GOOD, **change})
         assert [finding.good for finding in findings] == [position != index for position in range(6)]
         assert audit.verdict(findings).startswith("1 of 6 findings")
+
+
+def test_a_calibration_error_that_chance_explains_does_not_speak_against_a_posterior() -> None:
+    """It does if it is above both the threshold and what labels drawn from the posterior give."""
+    for error, expected, high, good in (
+        (0.06, 0.05, 0.07, True),
+        (0.08, 0.05, 0.07, False),
+        (0.04, 0.01, 0.02, True),
+        (0.06, 0.01, 0.02, False),
+    ):
+        calibration = {"error": error, "confidence": 0.9, "accuracy": 0.9, "chance": expected, "chance_high": high}
+        (finding,) = [f for f in audit.judged({**GOOD, "calibration": calibration}) if "calibration" in f.text]
+        assert finding.good == good
+        drawn = f"labels drawn from its own probabilities give {100 * expected:.1f} on average, and more than"
+        assert f"{drawn} {100 * high:.1f} in one of 20 draws" in finding.text
+    (before,) = [f for f in audit.judged(GOOD) if "calibration" in f.text]
+    assert before.text.endswith("is 2.0 percentage points"), "an audit of an earlier version"

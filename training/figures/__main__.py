@@ -14,7 +14,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from training.settings import command_line, config
 from training.settings.errors import InputError, run_program, unknown_name
 
 QUICK_STEPS = 8
+TRIAL = "a quick trial, to see that it runs: its numbers and verdicts mean nothing"
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,8 @@ def main(arguments: list[str]) -> None:
     except OSError as error:
         raise InputError(f"out: {settings.out} cannot be made ({error.strerror})") from None
     for name in names:
+        if settings.quick and name in USES["quick"]:
+            print(TRIAL)
         if name in FILES:
             FILES[name](settings)
             continue
@@ -147,9 +150,23 @@ def check(settings: FigureSettings) -> tuple[str, ...]:
         raise InputError("run, model_from: none given, fig7 needs a trained classifier by one of them")
     if "fig7" in names and settings.model_from is not None and settings.eps is None:
         raise InputError("eps: none given, fig7 needs it with --model-from")
+    if settings.quick:
+        refuse_finished(settings.out, [name for name in names if name in USES["quick"]])
     if "tables" in names:
         tables.stored(settings.runs)  # they come last
     return names
+
+
+def refuse_finished(out: Path, names: Sequence[str]) -> None:
+    """A quick trial writes over nothing but other trials.
+
+    Raises:
+        InputError: the folder holds a figure of one of these names that is none, or its file cannot be read.
+    """
+    for name in names:
+        path = out / f"{name}.json"
+        if path.exists() and not checkpoint.read_json(path).get("quick"):
+            raise InputError(f"quick: {path} is of a whole figure, give a quick trial another folder with --out")
 
 
 def seeds_of(settings: FigureSettings, name: str) -> tuple[int, ...]:

@@ -64,14 +64,23 @@ def save(name: str, result: Result, out: Path, about: dict[str, Any]) -> None:
         name: of the figure.
         result: what was made; its picture is closed.
         out: an existing folder.
-        about: what the JSON file says beside claims and numbers.
+        about: what the JSON file says beside claims and numbers; where it says ``quick``, so does the picture.
     """
+    if about["quick"]:
+        mark_as_trial(result.figure)
     svg, png = plots.rendered_as(result.figure, ("svg", "png"))
     checkpoint.write_atomically(out / f"{name}.png", png)
     if len(svg) < LARGEST_SVG:
         checkpoint.write_atomically(out / f"{name}.svg", svg)
     claims = [claim.record() for claim in result.claims]
     checkpoint.write_json(out / f"{name}.json", {**about, "claims": claims, "numbers": rounded(result.numbers)})
+
+
+def mark_as_trial(figure: Figure) -> None:
+    """Write across the picture that it is one of a quick trial."""
+    figure.text(
+        0.5, 0.5, "quick trial", size=48, color="#b00020", alpha=0.35, rotation=20, ha="center", va="center", zorder=10
+    )
 
 
 def table(records: Sequence[dict[str, str]]) -> str:

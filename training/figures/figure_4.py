@@ -32,7 +32,7 @@ from training.compare import estimate
 from training.data import Data, DataName, DataSettings, load
 from training.engine import posteriors
 from training.figures.claims import Claim, Result, interval
-from training.reports.plots import picture
+from training.reports.plots import picture, shortened
 from training.settings.errors import InputError
 from training.settings.posterior import PosteriorSettings
 
@@ -216,7 +216,7 @@ def make(source: Source, seeds: tuple[int, ...], *, score_from: Path | None, ima
     first = {title: values for (title, seed), values in reversed(gradients.items())}
     shown = dict(reversed(first.items())) | {name.split(",")[0]: of_data}
     claims = [] if source.given else compared(closeness)
-    return Result(draw(x[:SHOWN], y[:SHOWN], shown), claims, numbers)
+    return Result(draw(x[:SHOWN], y[:SHOWN], shown, (data.lower, data.upper)), claims, numbers)
 
 
 def compared(closeness: dict[tuple[str, int], dict[str, Tensor]]) -> list[Claim]:
@@ -236,8 +236,8 @@ def compared(closeness: dict[tuple[str, int], dict[str, Tensor]]) -> list[Claim]
     return claims
 
 
-def draw(x: Tensor, y: Tensor, gradients: dict[str, dict[str, Tensor]]) -> plt.Figure:
-    """A row for each image: the image, then the three gradients of each model and of the data."""
+def draw(x: Tensor, y: Tensor, gradients: dict[str, dict[str, Tensor]], box: tuple[float, float]) -> plt.Figure:
+    """A row for each image in ``box``: the image, then the three gradients of each model and of the data."""
     columns = 1 + len(KINDS) * len(gradients)
     figure, panels = plt.subplots(len(x), columns, figsize=(1.05 * columns, 1.02 * len(x) + 0.7), squeeze=False)
     for axes in panels.flat:
@@ -246,17 +246,18 @@ def draw(x: Tensor, y: Tensor, gradients: dict[str, dict[str, Tensor]]) -> plt.F
         for spine in axes.spines.values():
             spine.set(visible=True, linewidth=0.5, color="#b8b8b8")
     for row, image in enumerate(x):
-        picture(panels[row, 0], image.numpy())
+        picture(panels[row, 0], image.numpy(), box)
         panels[row, 0].set_ylabel(f"y = {int(y[row])}", fontsize=9)
     for block, (title, by_kind) in enumerate(gradients.items()):
+        name = shortened(title, figure, width=0.95 * len(KINDS), size=9)
         for place, (kind, symbol) in enumerate(KINDS.items()):
             column = 1 + block * len(KINDS) + place
             kept = strongest(by_kind[kind][: len(x)])
             for row, values in enumerate(kept):
                 limit = float(values.abs().max()) or 1.0
                 panels[row, column].imshow(values.numpy(), cmap="PuOr", vmin=-limit, vmax=limit)
-            heading = f"{title}\n{symbol}" if place == 1 else f"\n{symbol}"
-            panels[0, column].set_title(heading, fontsize=9, weight="normal", loc="center")
+            heading = f"{name}\n{symbol}" if place == 1 else f"\n{symbol}"
+            panels[0, column].set_title(heading, fontsize=9, weight="normal", loc="center", parse_math=False)
     panels[0, 0].set_title("\nimage", fontsize=9, weight="normal", loc="center")
     figure.tight_layout(w_pad=0.3, h_pad=0.3)
     return figure

@@ -47,7 +47,8 @@ def calibration(model: nn.Module, x: Tensor, y: Tensor, batch: int = BATCH) -> d
     """How good the probabilities of a classifier are at x [N, ...] with labels y [N], without TF32.
 
     ``nll`` is the mean −log p of the label, in nats; ``calibration_error`` the expected calibration error, in
-    percentage points, see :func:`scorematch.audit.reliability`. Both are None where a logit is not finite.
+    percentage points, and ``calibration_error_by_chance`` what it would be on average if the probabilities were right,
+    see :func:`scorematch.audit.reliability`. All are None where a logit is not finite.
     """
     training_mode = model.training
     model.eval()
@@ -55,11 +56,13 @@ def calibration(model: nn.Module, x: Tensor, y: Tensor, batch: int = BATCH) -> d
         logits = torch.cat([model(xs).double() for xs in x.split(batch)])
     model.train(training_mode)
     if not logits.isfinite().all():
-        return {"nll": None, "calibration_error": None}
+        return {"nll": None, "calibration_error": None, "calibration_error_by_chance": None}
     log_p = logits.log_softmax(1)
+    found = audit.reliability(log_p, y)
     return {
         "nll": -log_p.gather(1, y[:, None]).mean().item(),
-        "calibration_error": 100.0 * audit.reliability(log_p, y).error,
+        "calibration_error": 100.0 * found.error,
+        "calibration_error_by_chance": 100.0 * found.chance,
     }
 
 
@@ -177,19 +180,22 @@ def self_consistency(
     threat_model: ThreatModel,
     *,
     steps: int,
+    restarts: int = 1,
     seed: int,
     batch: int = BATCH,
 ) -> dict[str, Any]:
     """How far a classifier is from a known p_d, with 95 % intervals over the samples, which one sample does not have.
 
     ``kl`` and ``r_score`` are in nats, see :class:`scorematch.Consistency`. ``disagrees`` is the share of samples, in
-    per cent, for which the search met a point of B(x) where the model's class is not the most likely one of p_d.
+    per cent, for which the search met a point of B(x) where the model's class is not the most likely one of p_d. Both
+    ``r_score`` and ``disagrees`` are lower bounds, of a search with so many ``steps`` and random ``restarts``; the
+    intervals do not count what it misses.
     """
     training_mode = model.training
     model.eval()
     generator = Generator(x.device).manual_seed(seed)
     parts = [
-        consistency(model, posterior, xs, ys, threat_model, steps=steps, generator=generator)
+        consistency(model, posterior, xs, ys, threat_model, steps=steps, restarts=restarts, generator=generator)
         for xs, ys in zip(x.split(batch), y.split(batch), strict=True)
     ]
     model.train(training_mode)
@@ -251,7 +257,8 @@ def posteriors_along_attack(
 ) -> dict[str, list]:
     """p(y|x') of the posterior and of the model along a cross-entropy attack on the model, from clean x.
 
-    Returns ``posterior`` and ``model``, both [T, N, L] as lists, and the ``clean`` and ``final`` inputs.
+    Returns ``posterior`` and ``model``, both [T, N, L] as lists, the ``clean`` and ``final`` inputs, their ``label``,
+    and the ``box`` of inputs.
     """
     training_mode = model.training
     model.eval()
@@ -268,4 +275,5 @@ def posteriors_along_attack(
             moved = threat_model.step(point.detach(), gradient, x)
             trace.move(moved)
     model.train(training_mode)
-    return {**rows, "clean": x.tolist(), "final": moved.tolist(), "label": y.tolist()}
+    inputs = {"clean": x.tolist(), "final": moved.tolist(), "label": y.tolist()}
+    return {**rows, **inputs, "box": [threat_model.lower, threat_model.upper]}

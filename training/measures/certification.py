@@ -83,10 +83,16 @@ def table(results: Mapping[str, Any]) -> str:
         low, high = interval
         return f"{name:>12}{accuracy:>9.1f} %{f'{low:.1f} to {high:.1f} %':>18}"
 
+    largest = results["largest_radius"]
+    told = f"  more than {results['n']:,} votes can certify, at most {largest:.4f}"
     return "\n".join(
         [
             f"{'L2 radius':>12}{'certified':>11}{'95 % interval':>18}",
-            *(row(f"{point['radius']:.4f}", point["acc"], point["interval"]) for point in results["certified"]),
+            *(
+                row(f"{point['radius']:.4f}", point["acc"], point["interval"])
+                + (told if point["radius"] > largest else "")
+                for point in results["certified"]
+            ),
             row("abstains", results["abstained"], results["abstained_interval"]),
             row("no noise", results["clean_acc"], results["clean_interval"]),
         ]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
@@ -268,21 +269,35 @@ def table(results: Mapping[str, Any]) -> str:
     for check in results["checks"]:
         allowed = f" (allowed: {check['threshold']:g})" if check["status"] != "not run" else ""
         lines.append(f"{check['status']:<8}{check['name']:<{width}}  {check['text']}{allowed}")
+    return "\n".join([*lines, verdict(results)])
+
+
+def verdict(results: Mapping[str, Any]) -> str:
+    """The checks in a line. Where PGD leaves no sample, most of them pass for any model."""
     failed = [check["name"] for check in results["checks"] if check["status"] == "FAIL"]
-    lines.append(f"gradients may be masked: {'; '.join(failed)}" if failed else "no sign of masked gradients")
-    return "\n".join(lines)
+    if failed:
+        return f"gradients may be masked: {'; '.join(failed)}"
+    if results["pgd_acc"] == 0:
+        return f"nothing to judge: no sample is classified correctly{' under PGD' if results['clean_acc'] else ''}"
+    ran = sum(check["status"] != "not run" for check in results["checks"])
+    return f"no sign of masked gradients in the {ran} checks that ran"
 
 
 def plot(results: Mapping[str, Any]) -> bytes:
     """Accuracy against eps with the 95 % band, as PNG."""
+    return plots.rendered(figure(results), "png")
+
+
+def figure(results: Mapping[str, Any]) -> Figure:
+    """The same, as a figure."""
     label = f"PGD-{results['steps']}"
     line = plots.Series.of_points(label, results["objective"] or "", "kl", results["curve"], "eps")
     threat_model = results["threat_model"]
-    figure = plots.accuracy_against_eps(
+    return plots.accuracy_against_eps(
         [line],
         norm=threat_model["norm"],
         train_eps=threat_model["eps"],
         unit="pixel values in [0, 1]",
         mark="eps of the checks",
+        split=results["split"],
     )
-    return plots.rendered(figure, "png")

@@ -39,7 +39,7 @@ POINTS = 500  # held-out points of the audit
 ATTACKED = 200  # of them under an attack on each candidate
 DENSITY_POINTS = 5000  # training points under a kernel density
 GAP = 1.1  # held-out loss over that on training data; above it a network counts as memorising
-CALIBRATED = 0.05  # largest expected calibration error that counts as small
+CALIBRATED = 0.05  # largest expected calibration error that counts as small; so does one that chance explains
 READINGS = {
     "classifier": "score network from classifier",
     "kernel_density": "score network from kernel density",
@@ -296,7 +296,14 @@ def judged(found: dict[str, Any]) -> list[Finding]:
     row = next(row for row in found["losses"] if row["sigma"] == chosen["sigma"])
     ratio = row["held_out"] / row["train"]
     value = next(e for e in found["evidence"] if (e["sigma"], e["reading"]) == (chosen["sigma"], chosen["reading"]))
-    error = found["calibration"]["error"]
+    calibration = found["calibration"]
+    error, by_chance, explained = calibration["error"], 0.0, ""
+    if "chance_high" in calibration:  # earlier versions did not measure it
+        by_chance = calibration["chance_high"]
+        explained = (
+            f"; labels drawn from its own probabilities give {100 * calibration['chance']:.1f} on average, "
+            f"and more than {100 * by_chance:.1f} in one of 20 draws"
+        )
     networks = ("the network does not memorise", "the network memorises")
     if found["members"] > 1:
         networks = ("the networks do not memorise", "the networks memorise")
@@ -314,8 +321,8 @@ def judged(found: dict[str, Any]) -> list[Finding]:
             f"average; guessing by the frequency of the classes gets {found['guess']:.3f}",
         ),
         Finding(
-            error <= CALIBRATED,
-            f"at these points its expected calibration error is {100 * error:.1f} percentage points",
+            error <= max(CALIBRATED, by_chance),
+            f"at these points its expected calibration error is {100 * error:.1f} percentage points{explained}",
         ),
         Finding(
             not edge,

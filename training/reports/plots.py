@@ -6,8 +6,9 @@ marker repeats the colour for grey prints. Hollow markers and dots in the line: 
 
 import base64
 import io
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import matplotlib
 import numpy as np
@@ -15,7 +16,9 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.ticker import MaxNLocator
 
 INK, FAINT = "#222222", "#b8b8b8"
@@ -49,8 +52,26 @@ MARKERS = {
     "pgd_at with a posterior": "p",
     "trades with a posterior": "h",
 }
-DASHES = {"kl": "-", "se": "--"}
-DASHES_GENERATED = {"kl": "-.", "se": (0, (5, 1, 1, 1, 1, 1))}
+DASHES: dict[str, Any] = {
+    "kl": "-",
+    "se": "--",
+    "l2": (0, (7, 2)),
+    "l1": (0, (2, 1)),
+    "linf": (0, (2, 4)),
+    "js": (0, (6, 1.2, 2, 1.2)),
+    "js_distance": (0, (6, 1.2, 2, 1.2, 2, 1.2)),
+    "l1_squared": (0, (2, 1, 2, 4)),
+}
+DASHES_GENERATED: dict[str, Any] = {
+    "kl": "-.",
+    "se": (0, (5, 1, 1, 1, 1, 1)),
+    "l2": (0, (7, 1, 1, 1, 1, 1, 1, 1)),
+    "l1": (0, (2, 1, 1, 1)),
+    "linf": (0, (2, 3, 1, 3)),
+    "js": (0, (6, 1.2, 2, 1.2, 1, 1.2)),
+    "js_distance": (0, (6, 1.2, 2, 1.2, 2, 1.2, 1, 1.2)),
+    "l1_squared": (0, (2, 1, 2, 1, 1, 4)),
+}
 
 plt.rcParams.update(
     {
@@ -99,10 +120,10 @@ class Series(NamedTuple):
         axes.plot(
             self.x,
             self.mean,
-            linestyle=(DASHES_GENERATED if self.generated else DASHES).get(self.divergence, ":"),
+            linestyle=(DASHES_GENERATED if self.generated else DASHES)[self.divergence],
             markerfacecolor="white" if self.generated else colour,
             color=colour,
-            marker=MARKERS.get(self.family, ".") if marker else None,
+            marker=MARKERS.get(self.family, ".") if marker or len(self.x) == 1 else None,
             markersize=5,
             label=self.label,
         )
@@ -111,8 +132,15 @@ class Series(NamedTuple):
 
 
 def accuracy_against_eps(
-    series: Sequence[Series], *, norm: str, train_eps: float, unit: str, mark: str = "eps in training"
+    series: Sequence[Series],
+    *,
+    norm: str,
+    train_eps: float,
+    unit: str,
+    mark: str = "eps in training",
+    split: str = "test",
 ) -> Figure:
+    """One line for each series; ``mark`` is what ``train_eps`` is, ``split`` the samples that are attacked."""
     figure, axes = plt.subplots(figsize=(7.2, 4.2))
     for line in series:
         line.draw(axes)
@@ -128,12 +156,12 @@ def accuracy_against_eps(
     )
     axes.set(
         xlabel=f"perturbation size eps ({norm.capitalize()}, {unit})",
-        ylabel="accuracy under PGD (% of test samples)",
+        ylabel=f"accuracy under PGD (% of {split} samples)",
         ylim=(0, 102),
         xlim=(0, None),
     )
     if len(series) > 1:
-        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=3.2)
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=6, numpoints=2)
     return figure
 
 
@@ -158,7 +186,7 @@ def certified_accuracy(series: Sequence[Series], *, largest: float) -> Figure:
         ylim=(0, 102),
         xlim=(0, 1.02 * largest),
     )
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=3.2)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=6, numpoints=2)
     return figure
 
 
@@ -169,17 +197,25 @@ def training_curves(panels: Mapping[str, Sequence[Series]], *, log: Sequence[str
         for line in series:
             line.draw(axes, marker=False)
         axes.set(xlabel="epoch", ylabel=measure, yscale="log" if measure in log else "linear")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        epochs = [epoch for line in series for epoch in line.x]
+        if len(set(epochs)) == 1:
+            axes.set_xlim(epochs[0] - 0.5, epochs[0] + 0.5)
     handles, labels = grid[0][0].get_legend_handles_labels()
     if len(labels) > 1:
-        figure.legend(handles, labels, loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=3.2)
+        figure.legend(handles, labels, loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=6, numpoints=2)
     figure.tight_layout()
     return figure
 
 
 def picture(axes: Axes, image: np.ndarray, box: tuple[float, float] = (0.0, 1.0)) -> None:
-    """An image [C, H, W]: in colour where C is 3, else its first channel, dark where it is large."""
-    low, high = box
+    """An image [C, H, W]: in colour where C is 3, else its first channel, dark where it is large.
+
+    ``box`` are the smallest and the largest value; an end that is not finite is that of the image itself.
+    """
+    low, high = (
+        end if math.isfinite(end) else float(own) for end, own in zip(box, (image.min(), image.max()), strict=True)
+    )
     if len(image) == 3:
         axes.imshow(np.clip((image.transpose(1, 2, 0) - low) / (high - low), 0, 1), interpolation="nearest")
     else:
@@ -188,13 +224,26 @@ def picture(axes: Axes, image: np.ndarray, box: tuple[float, float] = (0.0, 1.0)
     axes.grid(False)
 
 
+def shortened(text: str, figure: Figure, *, width: float, size: float) -> str:
+    """``text`` of one line, with an ellipsis at its end where it is wider than ``width`` inches at ``size`` points."""
+    renderer = cast(FigureCanvasAgg, figure.canvas).get_renderer()
+    font = FontProperties(size=size)
+
+    def fits(text: str) -> bool:
+        return renderer.get_text_width_height_descent(text, font, ismath=False)[0] <= width * figure.dpi
+
+    cut = (f"{text[:kept]}…" for kept in range(len(text) - 1, 0, -1))
+    return next(filter(fits, (text, *cut)), "…")
+
+
 def fooled(examples: Mapping[str, np.ndarray], names: Sequence[str], box: tuple[float, float]) -> Figure:
     """Samples that fool a model: clean, attacked, and the difference between them, with what the model says of both.
 
     ``examples`` as :func:`training.measures.fooled` returns them; ``names`` [L] of the classes.
     """
     count = len(examples["label"])
-    figure, grid = plt.subplots(3, count, figsize=(1.45 * count, 5.2), squeeze=False)
+    width = 1.45  # inches of a column
+    figure, grid = plt.subplots(3, count, figsize=(width * count, 5.2), squeeze=False)
     difference = examples["attacked"] - examples["clean"]
     reach = max(float(np.abs(difference).max()), 1e-12)
     for column in range(count):
@@ -202,8 +251,13 @@ def fooled(examples: Mapping[str, np.ndarray], names: Sequence[str], box: tuple[
             probabilities = examples[says][column]
             best = int(probabilities.argmax())
             picture(grid[row, column], examples[key][column], box)
+            name = shortened(" ".join(names[best].split()), figure, width=width - 0.25, size=9)
             grid[row, column].set_title(
-                f"{names[best]}\n{100 * probabilities[best]:.0f} %", fontsize=9, weight="normal", loc="center"
+                f"{name}\n{100 * probabilities[best]:.0f} %",
+                fontsize=9,
+                weight="normal",
+                loc="center",
+                parse_math=False,
             )
         change = difference[column]
         shown = change if len(change) == 3 else change[:1]
@@ -217,9 +271,12 @@ def fooled(examples: Mapping[str, np.ndarray], names: Sequence[str], box: tuple[
 def posteriors_along_attack(paths: Mapping[str, Any], *, name: str, family: str) -> Figure:
     """For each sample its clean and attacked image, and below p(true class) of posterior and model against the step.
 
-    Samples that are not images have no picture.
+    ``paths`` as :func:`training.measures.posteriors_along_attack` returns them. Samples that are not images have no
+    picture.
     """
     samples = len(paths["label"])
+    low, high = paths.get("box", (0.0, 1.0))  # earlier versions did not write it
+    box = (-math.inf if low is None else low, math.inf if high is None else high)  # JSON has no infinity
     images = np.ndim(paths["clean"]) == 4
     figure = plt.figure(figsize=(2.7 * samples, 4.0))
     rows = figure.add_gridspec(2, samples, height_ratios=(1, 1.5), hspace=0.45, wspace=0.25)
@@ -227,7 +284,7 @@ def posteriors_along_attack(paths: Mapping[str, Any], *, name: str, family: str)
         pair = rows[0, sample].subgridspec(1, 2, wspace=0.08)
         for column, (title, key) in enumerate((("clean", "clean"), ("attacked", "final")) if images else ()):
             image = figure.add_subplot(pair[0, column])
-            picture(image, np.asarray(paths[key][sample]))
+            picture(image, np.asarray(paths[key][sample]), box)
             image.set_title(title, fontsize=9, weight="normal")
         axes = figure.add_subplot(rows[1, sample])
         steps = range(len(paths["model"]))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from scorematch import intervals
-from training.data import npy
+from training.data import npy, toy
 from training.engine import checkpoint
 from training.reports import pages, plots
 from training.reports.plots import Series
@@ -89,15 +89,20 @@ def rows(summary: Mapping[str, Any]) -> list[list[str]]:
         shown = f"{accuracy('autoattack')}, {summary['autoattack_samples']} samples"
         found.append([f"AutoAttack accuracy, {summary['autoattack_version']}", shown])
     if summary.get("calibration_error") is not None:  # earlier versions did not measure it
-        shown = f"{summary['calibration_error']:.1f} points; −log p of the label {summary['nll']:.3f} nats"
-        found.append(["expected calibration error, clean", shown])
-    errors = {"r_standard": "R_Standard", "r_score": "R_SCORE", "r_madry": "R_Madry"}
-    found += [[name, nats(summary[key])] for key, name in errors.items() if key in summary]
-    if "disagrees" in summary:
+        shown = f"{summary['calibration_error']:.1f} points"
+        if "calibration_error_by_chance" in summary:
+            shown += f" ({summary['calibration_error_by_chance']:.1f} are expected by chance)"
+        found.append(["expected calibration error, clean", f"{shown}; −log p of the label {summary['nll']:.3f} nats"])
+    if "disagrees" in summary:  # by a search, which finds lower bounds
         found += [
             ["KL(p_d, model)", nats(summary["kl"])],
-            ["samples with another class than p_d's in the ball", f"{summary['disagrees']:.1f} %"],
+            ["R_SCORE, at least", nats(summary["r_score"])],
+            ["samples with another class than p_d's in the ball, at least", f"{summary['disagrees']:.1f} %"],
         ]
+    else:
+        errors = {"r_standard": "R_Standard", "r_score": "R_SCORE", "r_madry": "R_Madry"}
+        exact = f" (exact, up to a grid with steps of eps / {toy.Grid().points_per_eps})"
+        found += [[name, nats(summary[key]) + exact] for key, name in errors.items() if key in summary]
     shares = {
         "data_gradient_ratio": "data gradient / model gradient",
         "sign_change_share": "signs of steps that the data gradient changes",
