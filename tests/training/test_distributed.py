@@ -3,15 +3,17 @@
 Two tests have torchrun itself. The others start the processes as it does, without new imports.
 """
 
+import hashlib
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from killing import Hit, without_times
 from pairs import pair
 from torch import nn
 
-from training import run
+from training import measures, run
 from training.engine import checkpoint, distributed
 from training.settings.errors import InputError, run_program
 
@@ -107,6 +109,31 @@ def test_two_processes_equal_one(case: str, by_two: Runs, tmp_path: Path) -> Non
         torch.testing.assert_close(*held, rtol=0, atol=1e-5)
     # and one process goes on where two stopped, or says that there is nothing to do
     assert run_program(run.main, ["--resume", str(two)]) == 0
+
+
+def tell_measured_buffers() -> None:
+    """From now on this process says of each network that it attacks which buffers that has."""
+    original = measures.robust
+
+    def robust(model: nn.Module, *arguments: Any, **options: Any) -> torch.Tensor:
+        digest = hashlib.sha256(b"".join(buffer.numpy().tobytes() for buffer in model.buffers())).hexdigest()
+        os.write(1, f"rank {os.environ['RANK']}: {digest}\n".encode())  # at once: another process writes, too
+        return original(model, *arguments, **options)
+
+    measures.robust = robust
+
+
+def test_all_processes_evaluate_the_same_running_statistics(
+    processes: ForkServerContext, log: Path, tmp_path: Path
+) -> None:
+    """Each has statistics of its own in training. Two validations and two radii, with and without an average."""
+    options = [*OPTIONS.format(objective="pgd_at").split(), "--no-sync-batchnorm", "--selection", "last"]
+    runs = [[*options, "--averaging", decay, "--out", str(tmp_path / decay)] for decay in ("0", "0.9")]
+    assert pair(processes, log, runs, prepare=tell_measured_buffers).statuses() == [0, 0], log.read_text()
+    told = [re.findall(f"rank {rank}: (\\w+)", log.read_text()) for rank in range(2)]
+    assert [len(digests) for digests in told] == [8, 8]
+    assert len(set(told[0])) == 4, "one network for each validation, the last one is also evaluated"
+    assert told[0] == told[1]
 
 
 def long_run(limit: int, out: Path) -> list[str]:

@@ -111,6 +111,16 @@ def summed(values: Tensor) -> Tensor:
     return values
 
 
+def share_buffers(module: nn.Module) -> None:
+    """Give every process the buffers of the first one, such as the running statistics of batch norm, in place."""
+    if world_size() == 1:
+        return
+    for buffer in module.buffers():
+        dense = buffer.contiguous()  # which alone can be sent
+        distributed.broadcast(dense, src=0)
+        buffer.copy_(dense)
+
+
 def interleaved(mine: Tensor) -> Tensor:
     """All rows of a tensor, in order, in every process; ``mine`` are every n-th of them, as each process has them."""
     world = world_size()

@@ -448,8 +448,13 @@ class Trainer(Engine):
     def validate(self) -> dict[str, float]:
         """Clean and robust accuracy on the validation split, per cent, always from the same random starts.
 
-        Beside them the clean accuracy on as many training images, not augmented.
+        Beside them the clean accuracy on as many training images, not augmented. Every process then has the statistics
+        of the first one, also where there is nothing to measure: that is the network which is saved and evaluated.
         """
+        # DistributedDataParallel does so at the start of a step alone, and never for the average.
+        distributed.share_buffers(self.model)
+        if self.average is not None:
+            distributed.share_buffers(self.average)
         settings, data = self.settings, self.data
         x, y = data.x_validation, data.y_validation
         if not len(x):
