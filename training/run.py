@@ -37,7 +37,7 @@ from training.data import Data, toy
 from training.data.batches import fewer_steps
 from training.data.generated import EXPECTED
 from training.engine import checkpoint, distributed, hardware, posteriors
-from training.engine.claims import OF_RUNS_FOLDER, claimed
+from training.engine.claims import OF_RUNS_FOLDER, claimed, refuse_left_over
 from training.engine.hardware import Hardware, Speed
 from training.engine.loop import Trainer, generator
 from training.reports import run as report
@@ -156,8 +156,7 @@ def prepare_folder(settings: RunSettings, claims: ExitStack) -> Path:
         if distributed.restarts() and path.read_text() == content:
             return out
         raise InputError(f"out: {out} holds a run already, give --resume {out} or another folder")
-    if left := sorted(found.name for name in OF_RUNS_FOLDER for found in out.glob(name)):
-        raise InputError(f"out: {out} holds {', '.join(left)} without a config.toml, allowed: another folder")
+    refuse_left_over(out, OF_RUNS_FOLDER)
     checkpoint.write_atomically(path, content)
     return out
 

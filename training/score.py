@@ -35,7 +35,7 @@ from scorematch.posteriors import Posterior, ScoreNetwork
 from training import data, generate
 from training.data import Data, DataName, DataSettings
 from training.engine import checkpoint, distributed, hardware, posteriors, scores
-from training.engine.claims import claimed
+from training.engine.claims import OF_SCORES_FOLDER, claimed, refuse_left_over
 from training.engine.hardware import PrecisionWish, Speed, Switch
 from training.measures import judge, toy_scores
 from training.reports import audit, score_network
@@ -324,8 +324,11 @@ def prepare_folder(settings: ScoreSettings, claims: ExitStack) -> Path:
     if settings.resume is not None:
         return out
     path, content = out / "config.toml", tomli_w.dumps(as_table(settings))
-    if (out / "score.json").exists() or (path.exists() and not distributed.restarts()):
+    if path.exists():
+        if distributed.restarts() and path.read_text() == content and not (out / "score.json").exists():
+            return out
         raise InputError(f"out: {out} holds a posterior already, give --resume {out} or another folder")
+    refuse_left_over(out, OF_SCORES_FOLDER)
     checkpoint.write_atomically(path, content)
     return out
 

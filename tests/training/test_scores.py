@@ -333,6 +333,41 @@ def test_a_resumed_training_keeps_its_settings(call: Any) -> None:
     assert "holds a posterior already" in call("score", *OPTIONS.split(), "--out", "here").err
 
 
+@pytest.mark.parametrize("kept", ["posterior.pt", "score-network", "score.json"])
+def test_what_another_program_has_left_is_not_gone_on_from(kept: str, call: Any, tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / kept).touch()
+    ending = call("score", *OPTIONS.split(), "--out", "here")
+    assert (ending.status, ending.out) == (2, "")
+    assert f"out: here holds {kept} without a config.toml, allowed: another folder" in ending.err
+    assert [path.name for path in (tmp_path / "here").iterdir()] == [kept]
+
+
+def test_a_training_goes_on_with_its_own_settings_seed_and_data_alone(digits: data.Data, tmp_path: Path) -> None:
+    named = PosteriorSettings("score_network", anchor="label", **QUICK).resolved("digits")  # type: ignore[arg-type]
+    about = {**tables.plain(named), "limit": 100}
+
+    def built(loaded: data.Data = digits, seed: int = 3, **changes: Any) -> None:
+        posteriors.build(named, loaded, seed=seed, folder=tmp_path, about={**about, **changes})
+
+    built()
+    path = tmp_path / "score-network" / "checkpoint.pt"
+    for given, told in (
+        ({"seed": 4}, "seed 3, now 4"),
+        ({"limit": 60}, "limit 100, now 60"),
+        ({"smoothing": 0.2}, "smoothing 0.1, now 0.2"),
+        ({"loaded": data.load(DataSettings("digits", limit=60))}, "100 samples to train, now 60"),
+    ):
+        with pytest.raises(InputError, match=re.escape(str(path)) + ".*" + re.escape(told)):
+            built(**given)
+    saved = checkpoint.load(path)
+    for name in ("seed", "data"):  # as saved before there were these
+        del saved[name]
+    del saved["settings"]["dropout"]
+    torch.save(saved, path)
+    built(seed=4)
+
+
 def test_every_recipe_is_understood(call: Any, synthetic: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(score, "AUDITED", 8)  # a U-Net is slow on a CPU
     for path in score.RECIPES.glob("*.toml"):

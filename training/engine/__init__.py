@@ -109,6 +109,14 @@ class Engine(ABC):
     def description(self) -> dict[str, Any]:
         """What a checkpoint holds beside the state: ``settings``, a table, and ``network``, a state dict."""
 
+    @abstractmethod
+    def check_saved(self, saved: dict[str, Any], path: Path) -> None:
+        """Refuse a checkpoint, read from ``path``, that is of another training.
+
+        Raises:
+            InputError: as said.
+        """
+
     # What the engine does with it.
 
     @property
@@ -117,15 +125,21 @@ class Engine(ABC):
         return min(self.epoch * self.course.steps, self.course.all_steps) + self.step
 
     def resume(self) -> None:
-        """Go back to the last checkpoint, bit for bit."""
+        """Go back to the last checkpoint, bit for bit.
+
+        Raises:
+            InputError: it is of another training.
+        """
+        path = self.out / "checkpoint.pt"
         # On the CPU, where Adam counts its steps: of a count on a GPU it would wait for the value in every step.
-        state = checkpoint.load(self.out / "checkpoint.pt")
+        state = checkpoint.load(path)
+        self.check_saved(state, path)
         saved = state["training"]
         try:
             self.load_state(saved)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
-            raise InputError(f"{self.out / 'checkpoint.pt'}: its weights do not fit this run ({reason})") from None
+            raise InputError(f"{path}: its weights do not fit this run ({reason})") from None
         torch.set_rng_state(saved["torch_rng"].cpu())
         self.epoch, self.best = state["epoch"], saved["best"]
         # Checkpoints from before there were any within an epoch do not have these.

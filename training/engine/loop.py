@@ -22,7 +22,7 @@ from scorematch.weight_perturbation import WeightPerturbation
 from training import measures
 from training.data import Data, check_record, is_own, spread, toy
 from training.data.batches import Batches
-from training.engine import Course, Engine, checkpoint, distributed, hardware
+from training.engine import Course, Engine, distributed, hardware
 from training.engine.forward import forward_at
 from training.engine.hardware import Hardware, Speed
 from training.engine.optimisation import (
@@ -305,10 +305,11 @@ class Trainer(Engine):
         """What a checkpoint remembers of the data; made once, as it waits for the device."""
         return self.data.record()
 
-    def resume(self) -> None:
-        path = self.out / "checkpoint.pt"
+    def check_saved(self, saved: dict[str, Any], path: Path) -> None:
         if is_own(self.settings.data):
-            check_record(checkpoint.load(path).get("data"), self.data, path, exact=True)
+            check_record(saved.get("data"), self.data, path, exact=True)
+
+    def resume(self) -> None:
         super().resume()
         if self.best and self.settings.selection == "best" and not (self.out / "best.pt").exists():
             raise InputError(f"resume: {self.out} holds no best.pt, which the run ends with, expected all of its files")

@@ -4,6 +4,7 @@ Steps, losses and averages are the library's (:class:`scorematch.matching.Fittin
 processes are the engine's. The same seed gives the weights that ``matching.fit_denoiser`` gives, to the bit.
 """
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,10 +18,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from scorematch.matching import Fit, Fitting, MatchingLoss, losses_by_level
 from scorematch.matching.fit import Augment
-from training.data import spread
+from training.data import Data, check_record, spread
 from training.engine import Course, Engine, checkpoint, distributed
 from training.engine.hardware import Speed
+from training.settings import tables
 from training.settings.errors import InputError
+from training.settings.posterior import PosteriorSettings
 
 # Steps between two looks at held-out data, each of which is followed by a checkpoint: a twentieth of the training
 INTERVAL, SHORTEST, LOOKS = 500, 50, 20
@@ -50,6 +53,7 @@ class Training:
     save_minutes: float
     about: dict[str, Any]  # saved as the settings
     width: float = 1.0  # of the box of images, see levels()
+    data: Data | None = None  # what x and y are of, remembered by checkpoints
 
 
 class ScoreTrainer(Engine):
@@ -151,7 +155,30 @@ class ScoreTrainer(Engine):
         self.lr = saved["lr"]
 
     def description(self) -> dict[str, Any]:
-        return {"settings": self.training.about, "network": self.fitting.averaged().state_dict()}
+        return {
+            "settings": self.training.about,
+            "network": self.fitting.averaged().state_dict(),
+            "seed": self.training.seed,
+            "data": self.record,
+        }
+
+    @functools.cached_property
+    def record(self) -> dict[str, Any] | None:
+        """What a checkpoint remembers of the data; made once, as it waits for the device."""
+        return None if self.training.data is None else self.training.data.record()
+
+    def check_saved(self, saved: dict[str, Any], path: Path) -> None:
+        """Settings, seed and data have to be the same; checkpoints from before they held the last two do not say."""
+        now = {**self.training.about, "seed": self.training.seed}
+        known = {**saved["settings"], "seed": saved.get("seed", self.training.seed)}
+        before = tables.plain(PosteriorSettings())  # what a setting is that there was not when it was saved
+        names = sorted({*now, *known})
+        changed = [name for name in names if known.get(name, before.get(name)) != now.get(name, before.get(name))]
+        if changed:
+            told = ", ".join(f"{name} {known.get(name)!r}, now {now.get(name)!r}" for name in changed)
+            raise InputError(f"{path}: is of another training ({told}), allowed: another folder, or those settings")
+        if self.training.data is not None:
+            check_record(saved.get("data"), self.training.data, path, exact=True)
 
 
 def train(trainer: ScoreTrainer) -> None:
