@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import threading
 from pathlib import Path
 
@@ -170,6 +171,29 @@ def test_best_of_standard_training_is_chosen_by_clean_accuracy(tmp_path: Path) -
         run.keep_best({"val_pgd_acc": robust, "val_acc": clean})
         run.written()
     assert checkpoint.load(tmp_path / "best.pt")["epoch"] == 2
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_gradient_that_is_not_finite_spoils_no_file(optimizer: str, bad: float, tmp_path: Path) -> None:
+    """In the last step of an epoch, whose loss is finite."""
+    run = trainer(tmp_path, "--objective", "standard", "--epochs", "3", "--optimizer", optimizer)
+    update = run._update
+
+    def spoilt() -> None:
+        if run.steps_done == 2 * run.course.steps - 1:
+            gradient = run.weights()[0].grad
+            assert gradient is not None
+            gradient.view(-1)[0] = bad
+        update()
+
+    run._update = spoilt  # type: ignore[method-assign]
+    with pytest.raises(StopError, match=r"the weights are not finite in epoch 2; .* last good checkpoint .epoch 1."):
+        run.fit()
+    for name in ("checkpoint.pt", "best.pt"):
+        saved = checkpoint.load(tmp_path / name)
+        assert saved["epoch"] == 1, name
+        assert all(value.isfinite().all() for value in saved["network"].values()), name
 
 
 @pytest.mark.parametrize("fused", ["--fused", "--no-fused"])

@@ -19,7 +19,7 @@ from pairs import pair
 from scorematch import ThreatModel
 from scorematch.audit import attacked_log_likelihood, log_likelihood
 from scorematch.augmentation import NonLeaking
-from scorematch.matching import fit_classifier, fit_denoiser, losses_by_level
+from scorematch.matching import Fitting, fit_classifier, fit_denoiser, losses_by_level
 from scorematch.networks import EmbeddedDenoiser
 from scorematch.posteriors import NoiseConditionalClassifier, ScoreNetwork
 from training import data, score
@@ -29,7 +29,7 @@ from training.engine.hardware import Speed
 from training.reports import audit
 from training.settings import config, tables
 from training.settings.config import tomllib
-from training.settings.errors import InputError
+from training.settings.errors import InputError, StopError
 from training.settings.posterior import PosteriorSettings
 
 QUICK = {"steps": 7, "batch_size": 8, "width": 16, "depth": 1}
@@ -151,6 +151,26 @@ def test_weights_are_picked_by_held_out_loss(
     assert isinstance(again, ScoreNetwork)
     chosen = checkpoint.load(tmp_path / "best" / "score-network" / "best.pt", "cpu")["network"]
     assert all(torch.equal(value, chosen[name]) for name, value in again.denoiser.state_dict().items())
+
+
+def test_a_gradient_that_is_not_finite_spoils_no_file(
+    digits: data.Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scores, "INTERVAL", 3)
+    update = Fitting.update
+
+    def spoilt(self: Fitting) -> None:
+        if self.steps == 5:
+            next(self.network.parameters()).grad.fill_(torch.inf)  # type: ignore[union-attr]
+        update(self)
+
+    monkeypatch.setattr(Fitting, "update", spoilt)
+    settings = PosteriorSettings("score_network", anchor="label", **QUICK)  # type: ignore[arg-type]
+    with pytest.raises(StopError, match="the weights are not finite in epoch 2"):
+        posteriors.build(settings, digits, seed=0, folder=tmp_path)
+    saved = checkpoint.load(tmp_path / "score-network" / "checkpoint.pt")
+    assert saved["epoch"] == 1
+    assert all(value.isfinite().all() for value in saved["training"]["fitting"]["network"].values())
 
 
 HITS = [

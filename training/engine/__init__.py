@@ -22,7 +22,7 @@ from tqdm import tqdm
 from training.engine import checkpoint, distributed
 from training.settings.errors import InputError, Interrupted, StopError, interrupts_deferred
 
-STEPS_BETWEEN_CHECKS = 20  # a check reads the loss and thereby waits for the device
+STEPS_BETWEEN_CHECKS = 20  # a check reads loss and weights and thereby waits for the device
 SETTLED = 5  # steps after which kernels have been chosen, networks compiled and graphs recorded
 GIB = 2**30
 
@@ -39,7 +39,7 @@ class Course:
     save_every: int = 1  # epochs between checkpoints; the last epoch always ends with one
     save_minutes: float = 15.0  # minutes between checkpoints within an epoch
     keep_last: int = 0  # how many checkpoints of earlier epochs stay, as epoch-NNNN.pt
-    lr_hint: str = ""  # ends the message about a loss that is not finite
+    lr_hint: str = ""  # ends the message about a loss or weights that are not finite
 
     @property
     def all_steps(self) -> int:
@@ -84,6 +84,10 @@ class Engine(ABC):
         Yields the sums of the metrics of a step over its samples in this process, tensors on the device; ``loss`` and
         ``samples`` are among them.
         """
+
+    @abstractmethod
+    def weights(self) -> list[Tensor]:
+        """What is trained."""
 
     @abstractmethod
     def epoch_metrics(self) -> dict[str, float]:
@@ -183,7 +187,7 @@ class Engine(ABC):
 
         Raises:
             Interrupted: there was such a signal.
-            StopError: the loss is not finite, or a file cannot be written.
+            StopError: the loss or a weight is not finite, or a file cannot be written.
         """
         try:
             self._fit()
@@ -284,11 +288,13 @@ class Engine(ABC):
         return (signal or "SIGTERM") if interrupted else None, bool(saving)
 
     def _check(self) -> None:
-        """A sum is finite only if every loss in it was."""
-        total = distributed.summed(self.sums["loss"].clone())
-        if not torch.isfinite(total):
+        """A sum is finite only if every loss in it was. The last step may have spoiled the weights all the same."""
+        values = torch.stack([self.sums["loss"], torch.nn.utils.get_total_norm(self.weights())])
+        loss, weights = distributed.summed(values).isfinite().tolist()
+        if not (loss and weights):
+            what = "weights are" if loss else "loss is"
             raise StopError(
-                f"the loss is not finite in epoch {self.epoch + 1}; {self.out / 'checkpoint.pt'} keeps the last good "
+                f"the {what} not finite in epoch {self.epoch + 1}; {self.out / 'checkpoint.pt'} keeps the last good "
                 f"checkpoint (epoch {self._saved_epoch}){self.course.lr_hint}"
             )
 

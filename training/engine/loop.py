@@ -355,9 +355,11 @@ class Trainer(Engine):
         for index in self.batches.epoch(first):
             yield self._step(index)
 
+    def weights(self) -> list[Tensor]:
+        return list(self.model.parameters())
+
     def epoch_metrics(self) -> dict[str, float]:
-        weights = torch.nn.utils.get_total_norm(list(self.model.parameters()))
-        return {"lr": self.lr, "weight_norm": float(weights)}
+        return {"lr": self.lr, "weight_norm": float(torch.nn.utils.get_total_norm(self.weights()))}
 
     def _step(self, index: Tensor) -> dict[str, Tensor]:
         """One step on the samples ``index`` (and the generated ones that belong to it); the sums of its metrics."""

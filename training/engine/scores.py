@@ -124,9 +124,11 @@ class ScoreTrainer(Engine):
         count = torch.ones_like(losses[0]) * len(mine.x)
         return {"loss": losses.detach().mean() * count, "samples": count}
 
+    def weights(self) -> list[Tensor]:
+        return list(self.fitting.network.parameters())
+
     def epoch_metrics(self) -> dict[str, float]:
-        weights = torch.nn.utils.get_total_norm(list(self.fitting.network.parameters()))
-        return {"lr": self.lr, "weight_norm": float(weights)}
+        return {"lr": self.lr, "weight_norm": float(torch.nn.utils.get_total_norm(self.weights()))}
 
     def validate(self) -> dict[str, float]:
         """The loss of the averaged network on held-out points, at each noise level with the same noise every time."""
