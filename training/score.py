@@ -39,7 +39,7 @@ from training.engine.claims import OF_SCORES_FOLDER, claimed, refuse_left_over
 from training.engine.hardware import PrecisionWish, Speed, Switch
 from training.measures import judge, toy_scores
 from training.reports import audit, score_network
-from training.settings import command_line, config, tables
+from training.settings import command_line, config, tables, unused
 from training.settings.errors import InputError, Interrupted, run_program
 from training.settings.help_page import Layout
 from training.settings.posterior import FITTED, PosteriorSettings
@@ -136,6 +136,8 @@ def main(arguments: list[str]) -> None:
         hardware.only_deterministic()
     device = distributed.device_of_this_process(config.resolve_device(settings.device))
     with distributed.processes(device):
+        if distributed.rank() == 0:
+            unused.print_notes(unused.unused_of_data(settings.data, arguments))
         run(settings, device)
 
 

@@ -80,9 +80,10 @@ class RunSettings:
     # Threat model and the attack during training
     norm: Literal["linf", "l2", "l1"] = "linf"  # norm of the perturbation, over all features of a sample
     eps: float = 0.15  # radius of the perturbation, in input units
-    step_size: float | None = None  # length of one step of any attack, in input units; None is eps / 4
+    step_size: float | None = None  # length of one step of PGD, in training and later, in input units; None is eps / 4
     attack: Attack = "pgd"  # attack during training; fgsm_rs and n_fgsm are one step of a length of their own
-    free_replays: int = 0  # pgd_at: passes over each batch in free adversarial training; 0 turns it off
+    # pgd_at: passes over each batch in free adversarial training, whose steps have length eps; 0 turns it off
+    free_replays: int = 0
     steps: int = 10  # steps of PGD during training
     attack_start: Literal["uniform", "gaussian"] | None = None  # where that attack starts; None is the objective's own
     attack_mode: Literal["eval", "train", "frozen"] | None = None  # batch norm in it; None is the objective's own
