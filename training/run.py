@@ -12,6 +12,7 @@ autoattack.pt exists only until AutoAttack is finished.
 """
 
 import dataclasses
+import functools
 import io
 import itertools
 import shlex
@@ -70,7 +71,8 @@ def main(arguments: list[str]) -> None:
 
 
 def run(settings: RunSettings, device: torch.device) -> None:
-    loaded = data.load(settings.data_settings).to(device)
+    load = functools.partial(data.load, settings.data_settings)
+    loaded = (distributed.in_turns(load) if settings.download else load()).to(device)
     config.validate_for(settings, loaded.format)
     if settings.autoattack != "none" and settings.autoattack_samples > len(loaded.x_test):
         raise InputError(

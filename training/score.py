@@ -14,6 +14,7 @@ generated data: ``image`` uint8, ``label``) or, on the toy, scores.png. ``torchr
 """
 
 import dataclasses
+import functools
 import math
 import shlex
 import sys
@@ -257,7 +258,8 @@ def run(settings: ScoreSettings, device: torch.device) -> None:
         download=settings.download,
         image_size=settings.image_size,
     )
-    loaded = data.load(source).to(device)
+    load = functools.partial(data.load, source)
+    loaded = (distributed.in_turns(load) if settings.download else load()).to(device)
     for name in ("eps", "norm", "human_labels"):
         if getattr(settings, name) is not None and not settings.audit:
             raise InputError(f"{name}: is for --audit, which is not given")

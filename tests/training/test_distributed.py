@@ -3,11 +3,13 @@
 Two tests have torchrun itself. The others start the processes as it does, without new imports.
 """
 
+import functools
 import hashlib
 import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -22,6 +24,7 @@ from pairs import pair
 from torch import nn
 
 from training import measures, run
+from training.data import official
 from training.engine import checkpoint, distributed
 from training.settings.errors import InputError, run_program
 
@@ -134,6 +137,38 @@ def test_all_processes_evaluate_the_same_running_statistics(
     assert [len(digests) for digests in told] == [8, 8]
     assert len(set(told[0])) == 4, "one network for each validation, the last one is also evaluated"
     assert told[0] == told[1]
+
+
+def download_from(source: Path | None, lists: dict[str, Any]) -> None:
+    """From now on this process downloads CIFAR-10 out of a folder, or in vain, and says so."""
+
+    def download(self: Any) -> None:
+        if self._check_integrity():
+            return
+        os.write(1, f"download by {os.environ['RANK']}\n".encode())
+        if source is None:
+            raise RuntimeError("no network")
+        time.sleep(1)  # as long as the others would need to begin as well
+        shutil.copytree(source, self.root)
+
+    official.CIFAR["cifar10"] = type("CIFAR10", (official.CIFAR["cifar10"],), {**lists, "download": download})
+
+
+@pytest.mark.parametrize("reached", [True, False])
+def test_the_first_process_downloads(
+    reached: bool, synthetic: Any, processes: ForkServerContext, log: Path, tmp_path: Path
+) -> None:
+    source = synthetic("cifar10")
+    lists = {name: getattr(official.CIFAR["cifar10"], name) for name in ("train_list", "test_list", "meta")}
+    options = "--objective standard --data cifar10 --download --autoattack fast --autoattack-samples 1000 --threads 1"
+    options += f" --data-root {tmp_path / 'downloaded'} --out {tmp_path / 'run'}"
+    prepare = functools.partial(download_from, source if reached else None, lists)
+    assert pair(processes, log, [options.split()], prepare=prepare).statuses() == [2, 2], log.read_text()
+    assert re.findall(r"download by (\d)", log.read_text()) == ["0"]
+    # All have read the files, or all say why not.
+    told = "autoattack_samples: 1000 is out of range" if reached else "holds no intact cifar10, expected"
+    assert log.read_text().count(told) == 2
+    assert "Traceback" not in log.read_text()
 
 
 def long_run(limit: int, out: Path) -> list[str]:

@@ -5,13 +5,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from training.settings.errors import InputError
+
+Result = TypeVar("Result")
 
 PATIENCE = timedelta(hours=12)  # one process trains a posterior while the others wait
 
@@ -102,6 +104,33 @@ def by_first(function: Callable[[], Path]) -> Path:
     if isinstance(found, str):
         raise InputError(found)
     return found
+
+
+def in_turns(function: Callable[[], Result]) -> Result:
+    """Call ``function``, such as a download, in the first process, then in the first one of each machine, then in all.
+
+    Later ones may find what earlier ones have left.
+
+    Raises:
+        InputError: one of them has raised it; then every process does.
+    """
+    if world_size() == 1:
+        return function()
+    own_turn = 0 if rank() == 0 else 1 if os.environ.get("LOCAL_RANK") == "0" else 2
+    found: list[Result] = []
+    for turn in range(3):
+        told: list[str | None] = [None] * world_size()
+        mine = None
+        if turn == own_turn:
+            try:
+                found.append(function())
+            except InputError as error:
+                mine = str(error)
+        distributed.all_gather_object(told, mine)  # and waits for all
+        for message in told:
+            if message is not None:
+                raise InputError(message)
+    return found[0]
 
 
 def summed(values: Tensor) -> Tensor:
