@@ -173,6 +173,17 @@ def test_best_of_standard_training_is_chosen_by_clean_accuracy(tmp_path: Path) -
     assert checkpoint.load(tmp_path / "best.pt")["epoch"] == 2
 
 
+def test_a_checkpoint_that_is_due_does_not_wait_for_a_validation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trainer(tmp_path, "--save-minutes", "1e-9")
+    monkeypatch.setattr(Trainer, "validate", lambda self: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        run.fit()
+    saved = checkpoint.load(tmp_path / "checkpoint.pt")
+    assert (saved["epoch"], saved["training"]["step"]) == (0, run.course.steps)
+
+
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_a_gradient_that_is_not_finite_spoils_no_file(optimizer: str, bad: float, tmp_path: Path) -> None:

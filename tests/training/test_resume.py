@@ -4,6 +4,7 @@ import json
 import signal
 from pathlib import Path
 
+import pytest
 import torch
 from killing import Hit, Start, status, without_times
 
@@ -98,6 +99,20 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, start: Start, log:
     assert last.endswith(f"python -m training.run --resume {out}")
     saved = checkpoint.load(out / "checkpoint.pt")
     assert (saved["epoch"], saved["training"]["step"]) == (2, 2), "the step under way was taken to its end"
+
+
+@pytest.mark.parametrize("hit", [Hit("step", STEPS, signal.SIGTERM), Hit("validation", 1, signal.SIGTERM)])
+def test_a_signal_need_not_wait_for_a_validation(hit: Hit, tmp_path: Path, start: Start, log: Path) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "parts"
+    options = [*OPTIONS.split(), "--epochs", "2"]
+    assert status(start([*options, "--out", str(whole)])) == 0, log.read_text()
+    assert status(start([*options, "--out", str(out)], hit)) == 1, log.read_text()
+    saved = checkpoint.load(out / "checkpoint.pt")
+    assert (saved["epoch"], saved["training"]["step"]) == (0, STEPS)
+    assert not checkpoint.read_metrics(out / "metrics.jsonl")
+    assert status(start(["--resume", str(out)])) == 0, log.read_text()
+    assert all(torch.equal(value, final(out)[0][name]) for name, value in final(whole)[0].items())
+    assert final(out)[1:] == final(whole)[1:]
 
 
 def test_checkpoints_of_some_epochs(tmp_path: Path, start: Start, log: Path) -> None:

@@ -66,12 +66,13 @@ class Engine(ABC):
         self.course, self.device, self.out = course, device, out
         self.rank, self.world = distributed.rank(), distributed.world_size()
         self.epoch = 0  # complete ones
-        self.step = 0  # of the epoch under way
+        self.step = 0  # of the epoch under way; all of them while it validates
         self.sums: dict[str, Tensor] = {}  # of each metric over the samples of that epoch
         self.seconds = 0.0  # spent on that epoch
         self.best: dict[str, float] = {}
         self._writer = checkpoint.Writer()
         self._pace = _Pace()
+        self._signal: Callable[[], str | None] = lambda: None  # the name of one that waits
         self._saved_epoch = 0  # of the last checkpoint
         self._last_save = time.monotonic()
 
@@ -183,7 +184,7 @@ class Engine(ABC):
     def fit(self) -> None:
         """Train to the last epoch.
 
-        SIGINT and SIGTERM wait for the end of a step; then a checkpoint is written.
+        SIGINT and SIGTERM wait for the end of a step, or of a batch of a validation; then a checkpoint is written.
 
         Raises:
             Interrupted: there was such a signal.
@@ -199,7 +200,7 @@ class Engine(ABC):
         course = self.course
         with (
             self._curves() as curves,
-            interrupts_deferred() as signal,
+            interrupts_deferred() as self._signal,
             tqdm(
                 total=course.all_steps,
                 initial=self.steps_done,
@@ -210,19 +211,20 @@ class Engine(ABC):
             ) as progress,
         ):
             while self.epoch < course.epochs:
-                entry = self._epoch(progress, signal)
+                entry = self._epoch(progress)
+                last = self.epoch + 1 == course.epochs
+                if validates := (self.epoch + 1) % course.validate_every == 0 or last:
+                    entry |= self.validate()
                 self.epoch += 1
                 self.step, self.sums, self.seconds = 0, {}, 0.0
-                last = self.epoch == course.epochs
-                if self.epoch % course.validate_every == 0 or last:
-                    entry |= self.validate()
+                if validates:
                     self.keep_best(entry)
                 entry = {"epoch": self.epoch, **entry}
                 if log is not None and curves is not None:
                     log.append(entry)
                     for name, value in entry.items():
                         curves.add_scalar(name, value, self.epoch)
-                name_of_signal, due = self._agreed(signal(), self._is_due())
+                name_of_signal, due = self._agreed(self._signal(), self._is_due())
                 if self.epoch % course.save_every == 0 or last or name_of_signal or due:
                     self.save()
                     if self.rank == 0:
@@ -243,7 +245,19 @@ class Engine(ABC):
         if self.is_best(entry):
             self._write("best.pt")
 
-    def _epoch(self, progress: tqdm, signal: Callable[[], str | None]) -> dict[str, float]:
+    def stop_if_asked(self) -> None:
+        """For a validation to call between two batches: save and stop if a signal waits. It is then begun anew.
+
+        Several processes go on, as they have different numbers of batches.
+
+        Raises:
+            Interrupted: a signal waits.
+        """
+        if self.world == 1 and (name_of_signal := self._signal()):
+            self.save()
+            raise Interrupted(name_of_signal)
+
+    def _epoch(self, progress: tqdm) -> dict[str, float]:
         """One pass over the steps of an epoch, or what is left of it; the means of its metrics over the samples."""
         begin = time.perf_counter() - self.seconds
         for values in self.steps_from(self.step):
@@ -257,16 +271,18 @@ class Engine(ABC):
             report = self._pace.report(self, values["samples"])
             if report and self.rank == 0:
                 progress.write(report)
-            if self.step == self.course.steps_of(self.epoch):
-                break
-            # Several processes see a signal, or the time pass, at different steps: then they have to agree.
-            if self.world == 1 or self.step % STEPS_BETWEEN_CHECKS == 0:
-                name_of_signal, due = self._agreed(signal(), self._is_due())
+            # Several processes see a signal, or the time pass, at different steps: then they have to agree. After the
+            # last step, too, as the validation may take long.
+            is_last = self.step == self.course.steps_of(self.epoch)
+            if self.world == 1 or is_last or self.step % STEPS_BETWEEN_CHECKS == 0:
+                name_of_signal, due = self._agreed(self._signal(), self._is_due())
                 if name_of_signal or due:
                     self._check()
                     self.save()
                 if name_of_signal:
                     raise Interrupted(name_of_signal)
+            if is_last:
+                break
         self._check()
         sums = {name: distributed.summed(total.clone()).item() for name, total in self.sums.items()}
         count = sums.pop("samples")

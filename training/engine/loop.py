@@ -468,7 +468,11 @@ class Trainer(Engine):
         start = generator(settings.seed, "validation", x.device)
 
         def robust(x: Tensor, y: Tensor) -> Tensor:
-            return measures.robust(self.network, x, y, attack, start, search=self.search)
+            parts = []
+            for xs, ys in zip(x.split(measures.BATCH), y.split(measures.BATCH), strict=True):
+                self.stop_if_asked()
+                parts.append(measures.robust(self.network, xs, ys, attack, start, search=self.search))
+            return torch.cat(parts)
 
         seen = spread(len(x), len(data.x_train)).to(x.device)
         values = {
