@@ -158,9 +158,8 @@ def test_best_is_chosen_by_robust_then_clean_accuracy_then_the_later_epoch(tmp_p
     kept = []
     for epoch, (robust, clean) in enumerate([(50, 90), (60, 80), (60, 85), (60, 85), (55, 99)], start=1):
         run.epoch = epoch
-        run.keep_best({"val_pgd_acc": robust, "val_acc": clean})
-        run.written()
-        kept.append(checkpoint.load(tmp_path / "best.pt")["epoch"])
+        run.is_best({"val_pgd_acc": robust, "val_acc": clean})
+        kept.append(run.best["epoch"])
     assert kept == [1, 2, 3, 4, 4]
 
 
@@ -168,9 +167,8 @@ def test_best_of_standard_training_is_chosen_by_clean_accuracy(tmp_path: Path) -
     run = trainer(tmp_path, "--objective", "standard")
     for epoch, (robust, clean) in enumerate([(30, 60), (10, 99), (12, 98)], start=1):
         run.epoch = epoch
-        run.keep_best({"val_pgd_acc": robust, "val_acc": clean})
-        run.written()
-    assert checkpoint.load(tmp_path / "best.pt")["epoch"] == 2
+        assert run.is_best({"val_pgd_acc": robust, "val_acc": clean}) == (epoch <= 2)
+    assert run.best["epoch"] == 2
 
 
 def test_a_checkpoint_that_is_due_does_not_wait_for_a_validation(
@@ -182,6 +180,23 @@ def test_a_checkpoint_that_is_due_does_not_wait_for_a_validation(
         run.fit()
     saved = checkpoint.load(tmp_path / "checkpoint.pt")
     assert (saved["epoch"], saved["training"]["step"]) == (0, run.course.steps)
+
+
+def test_best_weights_and_checkpoint_are_of_one_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an interruption on a device that does not repeat its bits: no epoch is as good as before it."""
+    robust = iter([50.0, 50.0, 50.0, 90.0, *[10.0] * 4])
+    monkeypatch.setattr(Trainer, "validate", lambda self: {"val_pgd_acc": next(robust), "val_acc": 50.0})
+    options = ("--epochs", "6", "--save-every", "3")
+    first = trainer(tmp_path, *options)
+    first.save()
+    interrupted_after(first, 4 * first.course.steps + 1)
+    second = trainer(tmp_path, *options)
+    second.resume()
+    second.fit()
+    best = checkpoint.load(tmp_path / "best.pt")["epoch"]
+    assert best == second.best["epoch"]
+    logged = {entry["epoch"]: entry["val_pgd_acc"] for entry in checkpoint.read_metrics(tmp_path / "metrics.jsonl")}
+    assert logged[best] == second.best["val_pgd_acc"]
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])

@@ -381,6 +381,10 @@ def test_a_run_that_has_lost_a_file_says_so_before_it_goes_on(
 ) -> None:
     interrupted(call, monkeypatch, "--objective", "standard", *tiny, "--save-every", "1", "--out", "here")
     (tmp_path / "here" / lost).unlink()
+    path = tmp_path / "here" / "checkpoint.pt"
+    saved = checkpoint.load(path)
+    saved["training"]["step"] = 1  # else the weights of best.pt are in it
+    torch.save(saved, path)
     ending = call("run", "--resume", "here")
     assert ending.status == 2
     assert told in ending.err

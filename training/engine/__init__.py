@@ -36,7 +36,7 @@ class Course:
     steps: int  # steps of an epoch
     total: int | None = None  # steps in all, where the last epoch is shorter
     validate_every: int = 1  # epochs between validations; the last epoch is always validated
-    save_every: int = 1  # epochs between checkpoints; the last epoch always ends with one
+    save_every: int = 1  # epochs between checkpoints; the last epoch and the best one so far always end with one
     save_minutes: float = 15.0  # minutes between checkpoints within an epoch
     keep_last: int = 0  # how many checkpoints of earlier epochs stay, as epoch-NNNN.pt
     lr_hint: str = ""  # ends the message about a loss or weights that are not finite
@@ -151,6 +151,15 @@ class Engine(ABC):
         self.step, sums, self.seconds = (saved.get(k, v) for k, v in (("step", 0), ("sums", {}), ("seconds", 0.0)))
         self.sums = {name: total.to(self.device) for name, total in sums.items()}
         self._saved_epoch = self.epoch
+        if self._is_of_best() and self.rank == 0:
+            best = self.out / "best.pt"
+            if not best.exists() or checkpoint.load(best)["epoch"] != self.epoch:  # a kill came between the two files
+                self._write("best.pt")
+                self.written()
+
+    def _is_of_best(self) -> bool:
+        """Whether the weights are those of best.pt."""
+        return self.step == 0 and self.epoch > 0 and self.best.get("epoch") == self.epoch
 
     def save(self) -> None:
         """Hand the state over to be written as checkpoint.pt; training may go on at once."""
@@ -217,16 +226,18 @@ class Engine(ABC):
                     entry |= self.validate()
                 self.epoch += 1
                 self.step, self.sums, self.seconds = 0, {}, 0.0
-                if validates:
-                    self.keep_best(entry)
+                better = validates and self.is_best(entry)
                 entry = {"epoch": self.epoch, **entry}
                 if log is not None and curves is not None:
                     log.append(entry)
                     for name, value in entry.items():
                         curves.add_scalar(name, value, self.epoch)
                 name_of_signal, due = self._agreed(self._signal(), self._is_due())
-                if self.epoch % course.save_every == 0 or last or name_of_signal or due:
+                if self.epoch % course.save_every == 0 or last or name_of_signal or due or better:
                     self.save()
+                    # After the checkpoint, so that best.pt is never of a training that no checkpoint goes on with.
+                    if better:
+                        self._write("best.pt")
                     if self.rank == 0:
                         self._writer.keep_copy(self.out / "checkpoint.pt", self.epoch, course.keep_last)
                 progress.set_postfix(self._shown(entry), refresh=False)
@@ -240,10 +251,6 @@ class Engine(ABC):
 
     def _shown(self, entry: dict[str, float]) -> dict[str, str]:
         return {"epoch": f"{self.epoch}/{self.course.epochs}", "loss": f"{entry['loss']:.4f}"}
-
-    def keep_best(self, entry: dict[str, float]) -> None:
-        if self.is_best(entry):
-            self._write("best.pt")
 
     def stop_if_asked(self) -> None:
         """For a validation to call between two batches: save and stop if a signal waits. It is then begun anew.

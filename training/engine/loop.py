@@ -311,7 +311,9 @@ class Trainer(Engine):
 
     def resume(self) -> None:
         super().resume()
-        if self.best and self.settings.selection == "best" and not (self.out / "best.pt").exists():
+        if self._is_of_best() or not self.best or self.settings.selection == "last":
+            return
+        if not (self.out / "best.pt").exists():
             raise InputError(f"resume: {self.out} holds no best.pt, which the run ends with, expected all of its files")
 
     def state(self) -> dict[str, Any]:

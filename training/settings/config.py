@@ -163,7 +163,7 @@ class RunSettings:
     autoattack_compile: bool = False  # AutoAttack searches with torch.compile(model)
 
     # The run itself
-    save_every: int = 1  # epochs between checkpoints; the last epoch always ends with one
+    save_every: int = 1  # epochs between checkpoints; the last epoch and the best one so far always end with one
     save_minutes: float = 15.0  # minutes between checkpoints within an epoch
     keep_last: int = 0  # how many checkpoints of earlier epochs stay, as epoch-NNNN.pt
     seed: int = 0  # decides initialisation, data order, augmentation and attacks; never the split
