@@ -171,7 +171,7 @@ def parse(arguments: Sequence[str]) -> ScoreSettings:
     if kept := folder or file:
         given, known = flat(as_table(settings)), flat(as_table(default))
         for name in sorted({*given, *known}):
-            fixed = folder is not None or name.partition(".")[0] in OF_FILE
+            fixed = (folder is not None and name != "device") or name.partition(".")[0] in OF_FILE
             if fixed and given.get(name) != known.get(name):
                 raise InputError(f"{name}: {given.get(name)!r} contradicts {kept}, whose training keeps its settings")
     if folder is not None:

@@ -171,6 +171,21 @@ def test_best_of_standard_training_is_chosen_by_clean_accuracy(tmp_path: Path) -
     assert run.best["epoch"] == 2
 
 
+def test_a_training_goes_on_on_the_same_kind_of_device_alone(tmp_path: Path) -> None:
+    run, path = trainer(tmp_path), tmp_path / "checkpoint.pt"
+    run.save()
+    run.written()
+    run.resume()
+    saved = checkpoint.load(path)
+    saved["training"]["device"] = "cuda"
+    torch.save(saved, path)
+    with pytest.raises(InputError, match=r"^device: cpu, but .*checkpoint.pt was saved on cuda.* --device cuda"):
+        run.resume()
+    del saved["training"]["device"]  # as earlier versions saved
+    torch.save(saved, path)
+    run.resume()
+
+
 def test_a_checkpoint_that_is_due_does_not_wait_for_a_validation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

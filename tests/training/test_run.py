@@ -402,7 +402,8 @@ def test_a_resumed_run_needs_neither_the_place_of_its_posterior_nor_the_same_num
         tmp_path / "first" / "posterior.pt"
     )
     (tmp_path / "first").rename(tmp_path / "moved")
-    ending = call("run", "--resume", "second", "--threads", "2", "--out", tmp_path / "second")
+    moved = ["--threads", "2", "--device", "cpu"]
+    ending = call("run", "--resume", "second", *moved, "--out", tmp_path / "second")
     assert ending.status == 0, ending
     assert tomllib.loads((tmp_path / "second" / "config.toml").read_text())["threads"] == 2
     summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("moved", "second")]

@@ -349,7 +349,7 @@ def test_a_resumed_training_keeps_its_settings(call: Any) -> None:
     ending = call("score", "--resume", "here", "--seed", "4")
     assert ending.status == 2
     assert "seed: 4 contradicts here" in ending.err
-    assert "is finished already" in call("score", "--resume", "here").out
+    assert "is finished already" in call("score", "--resume", "here", "--device", "cpu").out
     assert "holds a posterior already" in call("score", *OPTIONS.split(), "--out", "here").err
 
 

@@ -140,11 +140,17 @@ class Engine(ABC):
         state = checkpoint.load(path)
         self.check_saved(state, path)
         saved = state["training"]
+        before, now = saved.get("device", self.device.type), self.device.type  # earlier versions did not save it
+        if before != now:
+            raise InputError(
+                f"device: {now}, but {path} was saved on {before}, and random numbers go on only there, allowed: "
+                f"--device {before}, or a new run"
+            )
         try:
             self.load_state(saved)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
-            raise InputError(f"{path}: its weights do not fit this run ({reason})") from None
+            raise InputError(f"{path}: does not fit this run ({reason})") from None
         torch.set_rng_state(saved["torch_rng"].cpu())
         self.epoch, self.best = state["epoch"], saved["best"]
         # Checkpoints from before there were any within an epoch do not have these.
@@ -165,6 +171,7 @@ class Engine(ABC):
         """Hand the state over to be written as checkpoint.pt; training may go on at once."""
         training = self.state() | {
             "torch_rng": torch.get_rng_state(),
+            "device": self.device.type,
             "best": self.best,
             "step": self.step,
             "sums": self.sums,

@@ -241,7 +241,8 @@ LAYOUT = Layout(
         "Posterior: the estimate of p_d(y|x'); None is what was tuned for the data set": "posterior_settings.sigma",
     },
 )
-MAY_MOVE = ("data_root", "threads")  # what a run may go on with otherwise: the same data, the same computation
+# What a run may go on with otherwise: the same data, the same computation. Checkpoints refuse another kind of device.
+MAY_MOVE = ("data_root", "threads", "device")
 NOT_IN_RECIPES = ("out", "resume", "recipe", "dry_run", "download")
 
 Check = tuple[Callable[[Any], bool], str]
