@@ -491,6 +491,23 @@ def test_folding_that_finds_nothing_says_so(
     assert ("nothing is folded" in ending.out) == said
 
 
+def test_the_time_of_evaluation_has_that_before_an_interruption(
+    call: Any, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AutoAttack counts its own, also over several processes."""
+    original = measures.autoattack
+
+    def begun_before(*arguments: Any, **options: Any) -> dict[str, Any]:
+        report = original(*arguments, **options)
+        return {**report, "seconds": report["seconds"] + 1e6}
+
+    monkeypatch.setattr(measures, "autoattack", begun_before)
+    ensemble = ["--autoattack", "fast", "--autoattack-samples", "10"]
+    assert call("run", "--objective", "standard", *tiny, *ensemble, "--out", "here").status == 0
+    summary = json.loads((tmp_path / "here" / "summary.json").read_text())
+    assert summary["eval_seconds"] > summary["autoattack_seconds"] > 1e6
+
+
 def test_evaluate_prints_intervals_and_takes_another_threat_model(call: Any, tiny: list[str], tmp_path: Path) -> None:
     assert call("run", "--objective", "standard", *tiny, "--out", "here").status == 0
     attack = ["--steps", "2", "--restarts", "1", "--losses", "ce"]
