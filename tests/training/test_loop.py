@@ -237,6 +237,23 @@ def test_a_gradient_that_is_not_finite_spoils_no_file(optimizer: str, bad: float
         assert all(value.isfinite().all() for value in saved["network"].values()), name
 
 
+@pytest.mark.parametrize(
+    ("options", "folds"),
+    [
+        ("--objective trades", True),
+        ("--objective trades --attack-mode train", False),
+        ("--objective pgd_at", False),
+        ("--objective pgd_at --free-replays 2", False),
+        ("--objective standard", False),
+        ("--objective standard --precision bfloat16", True),  # in the search of a validation
+        ("--objective trades --model digits_cnn --batchnorm-momentum None", False),
+    ],
+)
+def test_folding_is_told_where_it_happens(options: str, folds: bool, tmp_path: Path) -> None:
+    training = trainer(tmp_path, "--fold", *options.split())
+    assert ("batch norm folded" in str(training.speed)) == folds
+
+
 @pytest.mark.parametrize("fused", ["--fused", "--no-fused"])
 def test_a_step_folds_the_weights_of_the_step_before(fused: str, tmp_path: Path) -> None:
     """Nothing else changes with frozen batch norms, and a fused optimiser does not tell that it writes."""

@@ -489,6 +489,7 @@ def test_folding_that_finds_nothing_says_so(
     ending = call("run", *options)
     assert ending.status == 0, ending
     assert ("nothing is folded" in ending.out) == said
+    assert ("batch norm folded" in ending.out) != said
 
 
 def test_the_time_of_evaluation_has_that_before_an_interruption(

@@ -48,6 +48,16 @@ POSTERIOR = "--posterior-settings"
         ),
         (f"{TRADES} --schedule multistep --milestones 3 5 --epochs 5", {"milestones 5": "with more epochs than 5"}),
         ("--objective pgd_at --recipe table2 --device cpu", {}),
+        (f"{TRADES} --fold --precision float32", {}),
+        ("--objective pgd_at --fold --precision bfloat16", {}),  # in the search of a validation
+        (
+            "--objective pgd_at --fold --precision float32",
+            {"fold": "with an attack in eval mode, such as that of trades, and without compile"},
+        ),
+        (
+            f"{TRADES} --fold --compile on",
+            {"fold": "with an attack in eval mode, such as that of trades, and without compile"},
+        ),
         (
             "--objective pgd_at --data-root somewhere --download",  # a newcomer may think that this is CIFAR
             {

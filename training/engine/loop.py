@@ -1,5 +1,6 @@
 """The training of a classifier: what a step is, what is validated, and what a checkpoint holds."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -179,9 +180,7 @@ def speed_of(settings: RunSettings, device: Hardware, steps: int, processes: int
     """
     searches = settings.searches and not settings.free_replays
     passes = settings.free_replays or 1 + (settings.attack_steps if searches else 0)
-    attack_mode = settings.attack_mode or (
-        objectives.default_of(settings.objective, "attack_mode") if searches else None
-    )
+    attack_mode = settings.attack_mode_in_steps
     communicates = processes > 1 and settings.sync_batchnorm and attack_mode != "eval"
     if settings.graph == "on" and communicates:
         raise InputError(
@@ -264,6 +263,9 @@ class Trainer(Engine):
         self.schedule = build_schedule(settings, self.optimizer, updates)
         self.average = build_average(settings, self.model, settings.epochs * updates)
         self.search = self._fast_path()
+        # What is told of it: whether something is folded, in the attack of a step or in the search of a validation.
+        in_eval_mode = settings.attack_mode_in_steps == "eval" or self.search is not None
+        self.speed = dataclasses.replace(self.speed, fold=self.forward.folds and in_eval_mode)
         self.lr = settings.lr  # of the last step
         self.start_of_epoch = self.generators["order"].get_state()
 

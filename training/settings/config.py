@@ -18,7 +18,7 @@ import tyro
 
 from scorematch import ThreatModel
 from scorematch.divergences import KINDS
-from scorematch.objectives import alignment_of
+from scorematch.objectives import alignment_of, default_of
 from training import data as data_sets
 from training.data import DataName, DataSettings, Format, ToyLabels
 from training.data.smoothing import Spread
@@ -203,6 +203,13 @@ class RunSettings:
     def searches(self) -> bool:
         """Whether x' is searched by an attack in training."""
         return self.objective not in ("standard", "gaussian")
+
+    @property
+    def attack_mode_in_steps(self) -> str | None:
+        """The mode of batch norm in the attack of a step; None without such an attack."""
+        if not self.searches or self.free_replays:
+            return None
+        return self.attack_mode or default_of(self.objective, "attack_mode")
 
     @property
     def held_alignment(self) -> float | None:

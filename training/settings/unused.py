@@ -21,6 +21,13 @@ def _asks_posterior(settings: RunSettings) -> bool:
     return settings.objective == "score_direct" or settings.soft_targets or settings.transported > 0
 
 
+def _folds(settings: RunSettings) -> bool:
+    """Whether attacks may fold batch norm: in training in eval mode, or in validations in another precision."""
+    if settings.compile == "on":
+        return False
+    return settings.attack_mode_in_steps == "eval" or settings.precision != "float32"
+
+
 # What options there are, what reads them, and whether this run does. All lines that name an option must hold for it.
 OF_ASKING = "with transport above 0, soft_targets or objective score_direct"
 READERS: tuple[tuple[tuple[str, ...], str, Callable[[RunSettings], bool]], ...] = (
@@ -28,6 +35,7 @@ READERS: tuple[tuple[tuple[str, ...], str, Callable[[RunSettings], bool]], ...] 
     (("beta",), "with objective trades", lambda s: s.objective == "trades"),
     (OF_GAUSSIAN, "with objective gaussian", lambda s: s.objective == "gaussian"),
     (OF_SEARCH, "with objectives pgd_at, trades and score_direct", lambda s: s.searches),
+    (("fold",), "with an attack in eval mode, such as that of trades, and without compile", _folds),
     (("steps",), "with attack pgd in training", lambda s: s.searches and s.attack == "pgd" and not s.free_replays),
     (("clip_form",), "with clip above 0", lambda s: s.clip > 0),
     (("label_smoothing_over",), "with label_smoothing above 0", lambda s: s.label_smoothing > 0),
