@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import sys
 import threading
 from pathlib import Path
 
@@ -212,6 +213,38 @@ def test_best_weights_and_checkpoint_are_of_one_training(tmp_path: Path, monkeyp
     assert best == second.best["epoch"]
     logged = {entry["epoch"]: entry["val_pgd_acc"] for entry in checkpoint.read_metrics(tmp_path / "metrics.jsonl")}
     assert logged[best] == second.best["val_pgd_acc"]
+
+
+def test_dropout_is_a_function_of_the_step_and_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "with_dropout.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Sequential):\n"
+        "    def __init__(self, input_shape, num_classes):\n"
+        "        super().__init__(nn.Flatten(), nn.Dropout(), nn.Linear(64, num_classes))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "with_dropout", raising=False)
+    masks = []
+
+    def keep(module: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        masks.append(output == 0)
+
+    for other_process, before in ((0, 1), (0, 2), (1, 1)):
+        monkeypatch.setattr(distributed, "rank", lambda other_process=other_process: other_process)
+        run = trainer(tmp_path / "run", "--objective", "standard", "--model", "with_dropout:Net", "--shift", "0")
+        run.rank = 0  # of the samples: the same ones
+        run.model.get_submodule("1").register_forward_hook(keep)
+        torch.manual_seed(before)
+        run._step(torch.arange(25))
+    assert torch.equal(masks[0], masks[1])
+    assert not torch.equal(masks[0], masks[2])
+
+
+def test_a_step_without_random_layers_leaves_the_global_generator(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    before = torch.get_rng_state()
+    run._step(torch.arange(25))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])

@@ -7,6 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -138,6 +139,15 @@ def summed(values: Tensor) -> Tensor:
     if world_size() > 1:
         distributed.all_reduce(values)
     return values
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Seed torch's global generators for a step, on all devices: a function of the seed, the step and the process.
+
+    What layers such as dropout draw is then different in every process, and the same after an interruption.
+    """
+    state = np.random.SeedSequence([seed, step, rank()]).generate_state(1, np.uint64)
+    torch.manual_seed(int(state[0]) >> 1)
 
 
 def share_buffers(module: nn.Module) -> None:

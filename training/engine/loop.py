@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parallel import DistributedDataParallel
 
 from scorematch import objectives
@@ -238,6 +239,8 @@ class Trainer(Engine):
         super().__init__(course(settings, self.batches.steps), device, out)
         self._check_shares(model)
         self.model = model
+        # A network from elsewhere may draw where no layer tells; others draw nothing.
+        self.random_layers = ":" in settings.model or any(isinstance(m, _DropoutNd) for m in model.modules())
         if self.world > 1 and settings.sync_batchnorm:
             self.model = distributed.synchronise_batchnorm(model)
 
@@ -369,6 +372,8 @@ class Trainer(Engine):
         """One step on the samples ``index`` (and the generated ones that belong to it); the sums of its metrics."""
         settings = self.settings
         x, targets = self.batches.batch(index, self.steps_done)
+        if self.random_layers:
+            distributed.seed_step(settings.seed, self.steps_done)
         self.model.train()
         self._set_batchnorm(self.steps_done)
         draws = self._draws(x)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -110,9 +109,8 @@ class ScoreTrainer(Engine):
     def _step(self) -> dict[str, Tensor]:
         fitting, training = self.fitting, self.training
         self.lr = fitting.optimizer.param_groups[0]["lr"]
-        if training.random_layers:  # a function of the step and the process, so that it can be resumed
-            state = np.random.SeedSequence([training.seed, self.steps_done, self.rank]).generate_state(1, np.uint64)
-            torch.manual_seed(int(state[0]) >> 1)
+        if training.random_layers:
+            distributed.seed_step(training.seed, self.steps_done)
         whole = fitting.draw(training.x, training.y, self.generator, training.augment)
         mine = whole.part(slice(self.rank, None, self.world))
         fitting.network.train()
