@@ -12,6 +12,7 @@ autoattack.pt exists only until AutoAttack is finished.
 """
 
 import dataclasses
+import functools
 import io
 import itertools
 import shlex
@@ -37,7 +38,7 @@ from training.data import Data, toy
 from training.data.batches import fewer_steps
 from training.data.generated import EXPECTED
 from training.engine import checkpoint, distributed, hardware, posteriors
-from training.engine.claims import OF_RUNS_FOLDER, claimed
+from training.engine.claims import OF_RUNS_FOLDER, claimed, refuse_left_over
 from training.engine.hardware import Hardware, Speed
 from training.engine.loop import Trainer, generator
 from training.reports import run as report
@@ -70,7 +71,8 @@ def main(arguments: list[str]) -> None:
 
 
 def run(settings: RunSettings, device: torch.device) -> None:
-    loaded = data.load(settings.data_settings).to(device)
+    load = functools.partial(data.load, settings.data_settings)
+    loaded = (distributed.in_turns(load) if settings.download else load()).to(device)
     config.validate_for(settings, loaded.format)
     if settings.autoattack != "none" and settings.autoattack_samples > len(loaded.x_test):
         raise InputError(
@@ -156,8 +158,7 @@ def prepare_folder(settings: RunSettings, claims: ExitStack) -> Path:
         if distributed.restarts() and path.read_text() == content:
             return out
         raise InputError(f"out: {out} holds a run already, give --resume {out} or another folder")
-    if left := sorted(found.name for name in OF_RUNS_FOLDER for found in out.glob(name)):
-        raise InputError(f"out: {out} holds {', '.join(left)} without a config.toml, allowed: another folder")
+    refuse_left_over(out, OF_RUNS_FOLDER)
     checkpoint.write_atomically(path, content)
     return out
 
@@ -241,6 +242,10 @@ def train_and_evaluate(
         epoch = state["epoch"]
     log = checkpoint.read_metrics(out / "metrics.jsonl")
     results = measure(settings, loaded, trainer.network, posterior, out, search=trainer.search)
+    before_autoattack = time.perf_counter() - begin
+    results |= attack_with_ensemble(settings, loaded, trainer.network, out)
+    # AutoAttack's own seconds have those before an interruption in them.
+    eval_seconds = max(time.perf_counter() - begin, before_autoattack + (results["autoattack_seconds"] or 0.0))
     summary = {
         **{key: getattr(settings, key) for key in ("objective", "divergence", "data", "model", "norm", "eps", "seed")},
         "posterior": settings.posterior,
@@ -265,7 +270,7 @@ def train_and_evaluate(
         "sign_change_share": log[-1].get("sign_change_share"),
         "train_seconds": sum(entry["seconds"] for entry in log),
         "posterior_seconds": posterior_seconds,
-        "eval_seconds": time.perf_counter() - begin,
+        "eval_seconds": eval_seconds,
         "device": str(loaded.x_train.device),
         "speed": str(trainer.speed),
         "threads": settings.threads,
@@ -348,9 +353,10 @@ def measure(
     out: Path,
     search: nn.Module | None = None,
 ) -> dict[str, Any]:
-    """The final numbers, on the test split. Writes curve.json, paths.json and toy.json where they apply.
+    """The final numbers on the test split, but for AutoAttack's.
 
-    ``search`` is the network made faster, see :func:`training.measures.robust`.
+    Writes curve.json, paths.json and toy.json where they apply. ``search`` is the network made faster, see
+    :func:`training.measures.robust`.
     """
     x, y = loaded.x_test, loaded.y_test
     threat_model = settings.threat_model(loaded.lower, loaded.upper)
@@ -415,7 +421,7 @@ def measure(
         results["posterior_samples"] = len(few[0])
         if posteriors.anchored_at_labels(posterior):
             results["posterior_clean_acc"] = None  # the labels themselves
-    return results | attack_with_ensemble(settings, loaded, network, out)
+    return results
 
 
 def save_fooled(settings: RunSettings, loaded: Data, network: nn.Module, out: Path) -> None:

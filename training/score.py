@@ -14,6 +14,7 @@ generated data: ``image`` uint8, ``label``) or, on the toy, scores.png. ``torchr
 """
 
 import dataclasses
+import functools
 import math
 import shlex
 import sys
@@ -35,11 +36,11 @@ from scorematch.posteriors import Posterior, ScoreNetwork
 from training import data, generate
 from training.data import Data, DataName, DataSettings
 from training.engine import checkpoint, distributed, hardware, posteriors, scores
-from training.engine.claims import claimed
+from training.engine.claims import OF_SCORES_FOLDER, claimed, refuse_left_over
 from training.engine.hardware import PrecisionWish, Speed, Switch
 from training.measures import judge, toy_scores
 from training.reports import audit, score_network
-from training.settings import command_line, config, tables
+from training.settings import command_line, config, tables, unused
 from training.settings.errors import InputError, Interrupted, run_program
 from training.settings.help_page import Layout
 from training.settings.posterior import FITTED, PosteriorSettings
@@ -136,6 +137,8 @@ def main(arguments: list[str]) -> None:
         hardware.only_deterministic()
     device = distributed.device_of_this_process(config.resolve_device(settings.device))
     with distributed.processes(device):
+        if distributed.rank() == 0:
+            unused.print_notes(unused.unused_of_data(settings.data, arguments))
         run(settings, device)
 
 
@@ -168,7 +171,7 @@ def parse(arguments: Sequence[str]) -> ScoreSettings:
     if kept := folder or file:
         given, known = flat(as_table(settings)), flat(as_table(default))
         for name in sorted({*given, *known}):
-            fixed = folder is not None or name.partition(".")[0] in OF_FILE
+            fixed = (folder is not None and name != "device") or name.partition(".")[0] in OF_FILE
             if fixed and given.get(name) != known.get(name):
                 raise InputError(f"{name}: {given.get(name)!r} contradicts {kept}, whose training keeps its settings")
     if folder is not None:
@@ -255,7 +258,8 @@ def run(settings: ScoreSettings, device: torch.device) -> None:
         download=settings.download,
         image_size=settings.image_size,
     )
-    loaded = data.load(source).to(device)
+    load = functools.partial(data.load, source)
+    loaded = (distributed.in_turns(load) if settings.download else load()).to(device)
     for name in ("eps", "norm", "human_labels"):
         if getattr(settings, name) is not None and not settings.audit:
             raise InputError(f"{name}: is for --audit, which is not given")
@@ -324,8 +328,11 @@ def prepare_folder(settings: ScoreSettings, claims: ExitStack) -> Path:
     if settings.resume is not None:
         return out
     path, content = out / "config.toml", tomli_w.dumps(as_table(settings))
-    if (out / "score.json").exists() or (path.exists() and not distributed.restarts()):
+    if path.exists():
+        if distributed.restarts() and path.read_text() == content and not (out / "score.json").exists():
+            return out
         raise InputError(f"out: {out} holds a posterior already, give --resume {out} or another folder")
+    refuse_left_over(out, OF_SCORES_FOLDER)
     checkpoint.write_atomically(path, content)
     return out
 

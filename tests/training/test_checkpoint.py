@@ -129,6 +129,35 @@ def test_a_writer_saves_what_it_was_given_whatever_happens_to_it_afterwards(tmp_
     assert (tmp_path / "epoch-0001.pt").read_bytes() == (tmp_path / "a.pt").read_bytes()
 
 
+def test_copies_on_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", refused)
+    path = tmp_path / "checkpoint.pt"
+    for epoch in (1, 2, 3):
+        path.write_text(f"epoch {epoch}")
+        checkpoint.keep_copy(path, epoch, 2)
+    kept = {found.name: found.read_text() for found in tmp_path.glob("epoch-*.pt")}
+    assert kept == {"epoch-0002.pt": "epoch 2", "epoch-0003.pt": "epoch 3"}
+    assert not list(tmp_path.glob(".*"))
+
+    monkeypatch.setattr(os, "replace", refused)
+    with pytest.raises(StopError, match=r"epoch-0004.pt cannot be written \(Operation not permitted\)$"):
+        checkpoint.keep_copy(path, 4, 2)
+    monkeypatch.undo()
+    original = Path.unlink
+
+    def kept_open(self: Path, missing_ok: bool = False) -> None:
+        if not missing_ok:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(self))
+        original(self, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", kept_open)
+    with pytest.raises(StopError, match=r"epoch-0002.pt cannot be removed \(Device or resource busy\)"):
+        checkpoint.keep_copy(path, 4, 2)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_copy_is_complete_on_a_device_that_is_not_the_current_one():
     value = torch.zeros(1, device="cuda:1")

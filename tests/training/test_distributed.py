@@ -3,15 +3,19 @@
 Two tests have torchrun itself. The others start the processes as it does, without new imports.
 """
 
+import functools
+import hashlib
 import json
 import os
 import random
+import re
+import shutil
 import subprocess
 import sys
 import time
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -19,7 +23,8 @@ from killing import Hit, without_times
 from pairs import pair
 from torch import nn
 
-from training import run
+from training import measures, run
+from training.data import official
 from training.engine import checkpoint, distributed
 from training.settings.errors import InputError, run_program
 
@@ -109,6 +114,63 @@ def test_two_processes_equal_one(case: str, by_two: Runs, tmp_path: Path) -> Non
     assert run_program(run.main, ["--resume", str(two)]) == 0
 
 
+def tell_measured_buffers() -> None:
+    """From now on this process says of each network that it attacks which buffers that has."""
+    original = measures.robust
+
+    def robust(model: nn.Module, *arguments: Any, **options: Any) -> torch.Tensor:
+        digest = hashlib.sha256(b"".join(buffer.numpy().tobytes() for buffer in model.buffers())).hexdigest()
+        os.write(1, f"rank {os.environ['RANK']}: {digest}\n".encode())  # at once: another process writes, too
+        return original(model, *arguments, **options)
+
+    measures.robust = robust
+
+
+def test_all_processes_evaluate_the_same_running_statistics(
+    processes: ForkServerContext, log: Path, tmp_path: Path
+) -> None:
+    """Each has statistics of its own in training. Two validations and two radii, with and without an average."""
+    options = [*OPTIONS.format(objective="pgd_at").split(), "--no-sync-batchnorm", "--selection", "last"]
+    runs = [[*options, "--averaging", decay, "--out", str(tmp_path / decay)] for decay in ("0", "0.9")]
+    assert pair(processes, log, runs, prepare=tell_measured_buffers).statuses() == [0, 0], log.read_text()
+    told = [re.findall(f"rank {rank}: (\\w+)", log.read_text()) for rank in range(2)]
+    assert [len(digests) for digests in told] == [8, 8]
+    assert len(set(told[0])) == 4, "one network for each validation, the last one is also evaluated"
+    assert told[0] == told[1]
+
+
+def download_from(source: Path | None, lists: dict[str, Any]) -> None:
+    """From now on this process downloads CIFAR-10 out of a folder, or in vain, and says so."""
+
+    def download(self: Any) -> None:
+        if self._check_integrity():
+            return
+        os.write(1, f"download by {os.environ['RANK']}\n".encode())
+        if source is None:
+            raise RuntimeError("no network")
+        time.sleep(1)  # as long as the others would need to begin as well
+        shutil.copytree(source, self.root)
+
+    official.CIFAR["cifar10"] = type("CIFAR10", (official.CIFAR["cifar10"],), {**lists, "download": download})
+
+
+@pytest.mark.parametrize("reached", [True, False])
+def test_the_first_process_downloads(
+    reached: bool, synthetic: Any, processes: ForkServerContext, log: Path, tmp_path: Path
+) -> None:
+    source = synthetic("cifar10")
+    lists = {name: getattr(official.CIFAR["cifar10"], name) for name in ("train_list", "test_list", "meta")}
+    options = "--objective standard --data cifar10 --download --autoattack fast --autoattack-samples 1000 --threads 1"
+    options += f" --data-root {tmp_path / 'downloaded'} --out {tmp_path / 'run'}"
+    prepare = functools.partial(download_from, source if reached else None, lists)
+    assert pair(processes, log, [options.split()], prepare=prepare).statuses() == [2, 2], log.read_text()
+    assert re.findall(r"download by (\d)", log.read_text()) == ["0"]
+    # All have read the files, or all say why not.
+    told = "autoattack_samples: 1000 is out of range" if reached else "holds no intact cifar10, expected"
+    assert log.read_text().count(told) == 2
+    assert "Traceback" not in log.read_text()
+
+
 def long_run(limit: int, out: Path) -> list[str]:
     options = [*OPTIONS.format(objective="pgd_at").split(), "--epochs", "400", "--validate-every", "400"]
     return [*options, "--batch-size", "10", "--limit", str(limit), "--out", str(out)]
@@ -121,10 +183,10 @@ def wait_for_an_epoch(out: Path) -> None:
         time.sleep(0.05)
 
 
-def all_stopped(out: Path, said: str, step: int) -> None:
+def all_stopped(out: Path, said: str, *steps: int) -> None:
     assert "continue with" in said
     saved = checkpoint.load(out / "checkpoint.pt")
-    assert saved["training"]["step"] in (0, step)
+    assert saved["training"]["step"] in (0, *steps)
     assert saved["epoch"] < 400
 
 
@@ -141,7 +203,7 @@ def test_a_signal_stops_all_processes_after_the_same_twentieth_step(tmp_path: Pa
     process.terminate()
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
-    all_stopped(out, errors, 20)
+    all_stopped(out, errors, 20, 30)
 
 
 def test_a_signal_stops_all_processes_after_the_same_short_epoch(
@@ -154,7 +216,7 @@ def test_a_signal_stops_all_processes_after_the_same_short_epoch(
     for process in started.processes:
         process.terminate()
     assert started.statuses() == [1, 1], log.read_text()
-    all_stopped(out, log.read_text(), 0)
+    all_stopped(out, log.read_text(), 5)
 
 
 @pytest.mark.soak

@@ -18,7 +18,7 @@ RUN = (
 @pytest.mark.parametrize(
     ("fault", "told"),
     [
-        (FULL_DISK, "stopped: {out}/best.pt cannot be written (File too large); the file that was there is"),
+        (FULL_DISK, "stopped: {out}/checkpoint.pt cannot be written (File too large); the file that was there is"),
         (NO_MEMORY, "stopped: out of memory (DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
     ],
 )

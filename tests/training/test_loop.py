@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import sys
 import threading
 from pathlib import Path
 
@@ -157,9 +159,8 @@ def test_best_is_chosen_by_robust_then_clean_accuracy_then_the_later_epoch(tmp_p
     kept = []
     for epoch, (robust, clean) in enumerate([(50, 90), (60, 80), (60, 85), (60, 85), (55, 99)], start=1):
         run.epoch = epoch
-        run.keep_best({"val_pgd_acc": robust, "val_acc": clean})
-        run.written()
-        kept.append(checkpoint.load(tmp_path / "best.pt")["epoch"])
+        run.is_best({"val_pgd_acc": robust, "val_acc": clean})
+        kept.append(run.best["epoch"])
     assert kept == [1, 2, 3, 4, 4]
 
 
@@ -167,9 +168,123 @@ def test_best_of_standard_training_is_chosen_by_clean_accuracy(tmp_path: Path) -
     run = trainer(tmp_path, "--objective", "standard")
     for epoch, (robust, clean) in enumerate([(30, 60), (10, 99), (12, 98)], start=1):
         run.epoch = epoch
-        run.keep_best({"val_pgd_acc": robust, "val_acc": clean})
-        run.written()
-    assert checkpoint.load(tmp_path / "best.pt")["epoch"] == 2
+        assert run.is_best({"val_pgd_acc": robust, "val_acc": clean}) == (epoch <= 2)
+    assert run.best["epoch"] == 2
+
+
+def test_a_training_goes_on_on_the_same_kind_of_device_alone(tmp_path: Path) -> None:
+    run, path = trainer(tmp_path), tmp_path / "checkpoint.pt"
+    run.save()
+    run.written()
+    run.resume()
+    saved = checkpoint.load(path)
+    saved["training"]["device"] = "cuda"
+    torch.save(saved, path)
+    with pytest.raises(InputError, match=r"^device: cpu, but .*checkpoint.pt was saved on cuda.* --device cuda"):
+        run.resume()
+    del saved["training"]["device"]  # as earlier versions saved
+    torch.save(saved, path)
+    run.resume()
+
+
+def test_a_checkpoint_that_is_due_does_not_wait_for_a_validation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trainer(tmp_path, "--save-minutes", "1e-9")
+    monkeypatch.setattr(Trainer, "validate", lambda self: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        run.fit()
+    saved = checkpoint.load(tmp_path / "checkpoint.pt")
+    assert (saved["epoch"], saved["training"]["step"]) == (0, run.course.steps)
+
+
+def test_best_weights_and_checkpoint_are_of_one_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an interruption on a device that does not repeat its bits: no epoch is as good as before it."""
+    robust = iter([50.0, 50.0, 50.0, 90.0, *[10.0] * 4])
+    monkeypatch.setattr(Trainer, "validate", lambda self: {"val_pgd_acc": next(robust), "val_acc": 50.0})
+    options = ("--epochs", "6", "--save-every", "3")
+    first = trainer(tmp_path, *options)
+    first.save()
+    interrupted_after(first, 4 * first.course.steps + 1)
+    second = trainer(tmp_path, *options)
+    second.resume()
+    second.fit()
+    best = checkpoint.load(tmp_path / "best.pt")["epoch"]
+    assert best == second.best["epoch"]
+    logged = {entry["epoch"]: entry["val_pgd_acc"] for entry in checkpoint.read_metrics(tmp_path / "metrics.jsonl")}
+    assert logged[best] == second.best["val_pgd_acc"]
+
+
+def test_dropout_is_a_function_of_the_step_and_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "with_dropout.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Sequential):\n"
+        "    def __init__(self, input_shape, num_classes):\n"
+        "        super().__init__(nn.Flatten(), nn.Dropout(), nn.Linear(64, num_classes))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "with_dropout", raising=False)
+    masks = []
+
+    def keep(module: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        masks.append(output == 0)
+
+    for other_process, before in ((0, 1), (0, 2), (1, 1)):
+        monkeypatch.setattr(distributed, "rank", lambda other_process=other_process: other_process)
+        run = trainer(tmp_path / "run", "--objective", "standard", "--model", "with_dropout:Net", "--shift", "0")
+        run.rank = 0  # of the samples: the same ones
+        run.model.get_submodule("1").register_forward_hook(keep)
+        torch.manual_seed(before)
+        run._step(torch.arange(25))
+    assert torch.equal(masks[0], masks[1])
+    assert not torch.equal(masks[0], masks[2])
+
+
+def test_a_step_without_random_layers_leaves_the_global_generator(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    before = torch.get_rng_state()
+    run._step(torch.arange(25))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_gradient_that_is_not_finite_spoils_no_file(optimizer: str, bad: float, tmp_path: Path) -> None:
+    """In the last step of an epoch, whose loss is finite."""
+    run = trainer(tmp_path, "--objective", "standard", "--epochs", "3", "--optimizer", optimizer)
+    update = run._update
+
+    def spoilt() -> None:
+        if run.steps_done == 2 * run.course.steps - 1:
+            gradient = run.weights()[0].grad
+            assert gradient is not None
+            gradient.view(-1)[0] = bad
+        update()
+
+    run._update = spoilt  # type: ignore[method-assign]
+    with pytest.raises(StopError, match=r"the weights are not finite in epoch 2; .* last good checkpoint .epoch 1."):
+        run.fit()
+    for name in ("checkpoint.pt", "best.pt"):
+        saved = checkpoint.load(tmp_path / name)
+        assert saved["epoch"] == 1, name
+        assert all(value.isfinite().all() for value in saved["network"].values()), name
+
+
+@pytest.mark.parametrize(
+    ("options", "folds"),
+    [
+        ("--objective trades", True),
+        ("--objective trades --attack-mode train", False),
+        ("--objective pgd_at", False),
+        ("--objective pgd_at --free-replays 2", False),
+        ("--objective standard", False),
+        ("--objective standard --precision bfloat16", True),  # in the search of a validation
+        ("--objective trades --model digits_cnn --batchnorm-momentum None", False),
+    ],
+)
+def test_folding_is_told_where_it_happens(options: str, folds: bool, tmp_path: Path) -> None:
+    training = trainer(tmp_path, "--fold", *options.split())
+    assert ("batch norm folded" in str(training.speed)) == folds
 
 
 def test_validation_judges_the_averaged_weights_on_its_own_split(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import signal
 from pathlib import Path
 
+import pytest
 import torch
 from killing import Hit, Start, status, without_times
 
@@ -100,10 +101,40 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, start: Start, log:
     assert (saved["epoch"], saved["training"]["step"]) == (2, 2), "the step under way was taken to its end"
 
 
+def test_a_kill_between_a_checkpoint_and_the_best_weights(tmp_path: Path, start: Start, log: Path) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "parts"
+    options = [*OPTIONS.split(), "--epochs", "2"]
+    assert status(start([*options, "--out", str(whole)])) == 0, log.read_text()
+    # Before them come the settings, the checkpoint before the first step, the empty log and that checkpoint.
+    assert status(start([*options, "--out", str(out)], Hit("replace", 5))) == -signal.SIGKILL
+    assert checkpoint.load(out / "checkpoint.pt")["training"]["best"]["epoch"] == 1
+    assert not (out / "best.pt").exists()
+    assert status(start(["--resume", str(out)], Hit("step", 1))) == -signal.SIGKILL
+    assert checkpoint.load(out / "best.pt")["epoch"] == 1
+    assert status(start(["--resume", str(out)])) == 0, log.read_text()
+    assert final(out)[1:] == final(whole)[1:]
+    weights = [checkpoint.load(folder / "best.pt")["network"] for folder in (out, whole)]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+@pytest.mark.parametrize("hit", [Hit("step", STEPS, signal.SIGTERM), Hit("validation", 1, signal.SIGTERM)])
+def test_a_signal_need_not_wait_for_a_validation(hit: Hit, tmp_path: Path, start: Start, log: Path) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "parts"
+    options = [*OPTIONS.split(), "--epochs", "2"]
+    assert status(start([*options, "--out", str(whole)])) == 0, log.read_text()
+    assert status(start([*options, "--out", str(out)], hit)) == 1, log.read_text()
+    saved = checkpoint.load(out / "checkpoint.pt")
+    assert (saved["epoch"], saved["training"]["step"]) == (0, STEPS)
+    assert not checkpoint.read_metrics(out / "metrics.jsonl")
+    assert status(start(["--resume", str(out)])) == 0, log.read_text()
+    assert all(torch.equal(value, final(out)[0][name]) for name, value in final(whole)[0].items())
+    assert final(out)[1:] == final(whole)[1:]
+
+
 def test_checkpoints_of_some_epochs(tmp_path: Path, start: Start, log: Path) -> None:
     """``--save-every``: what comes after the last checkpoint is trained again, to the same bits."""
     whole, out = tmp_path / "whole", tmp_path / "parts"
-    options = [*OPTIONS.split(), "--epochs", "8", "--save-every", "3"]
+    options = [*OPTIONS.split(), "--epochs", "8", "--save-every", "3", "--validate-every", "8"]
     assert status(start([*options, "--out", str(whole)])) == 0, log.read_text()
     assert status(start([*options, "--out", str(out)], Hit("step", 5 * STEPS + 2))) == -signal.SIGKILL
     assert checkpoint.load(out / "checkpoint.pt")["epoch"] == 3

@@ -469,6 +469,10 @@ def test_a_run_that_has_lost_a_file_says_so_before_it_goes_on(
 ) -> None:
     interrupted(call, monkeypatch, "--objective", "standard", *tiny, "--save-every", "1", "--out", "here")
     (tmp_path / "here" / lost).unlink()
+    path = tmp_path / "here" / "checkpoint.pt"
+    saved = checkpoint.load(path)
+    saved["training"]["step"] = 1  # else the weights of best.pt are in it
+    torch.save(saved, path)
     ending = call("run", "--resume", "here")
     assert ending.status == 2
     assert told in ending.err
@@ -486,7 +490,8 @@ def test_a_resumed_run_needs_neither_the_place_of_its_posterior_nor_the_same_num
         tmp_path / "first" / "posterior.pt"
     )
     (tmp_path / "first").rename(tmp_path / "moved")
-    ending = call("run", "--resume", "second", "--threads", "2", "--out", tmp_path / "second")
+    moved = ["--threads", "2", "--device", "cpu"]
+    ending = call("run", "--resume", "second", *moved, "--out", tmp_path / "second")
     assert ending.status == 0, ending
     assert tomllib.loads((tmp_path / "second" / "config.toml").read_text())["threads"] == 2
     summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("moved", "second")]
@@ -572,6 +577,24 @@ def test_folding_that_finds_nothing_says_so(
     ending = call("run", *options)
     assert ending.status == 0, ending
     assert ("nothing is folded" in ending.out) == said
+    assert ("batch norm folded" in ending.out) != said
+
+
+def test_the_time_of_evaluation_has_that_before_an_interruption(
+    call: Any, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AutoAttack counts its own, also over several processes."""
+    original = measures.autoattack
+
+    def begun_before(*arguments: Any, **options: Any) -> dict[str, Any]:
+        report = original(*arguments, **options)
+        return {**report, "seconds": report["seconds"] + 1e6}
+
+    monkeypatch.setattr(measures, "autoattack", begun_before)
+    ensemble = ["--autoattack", "fast", "--autoattack-samples", "10"]
+    assert call("run", "--objective", "standard", *tiny, *ensemble, "--out", "here").status == 0
+    summary = json.loads((tmp_path / "here" / "summary.json").read_text())
+    assert summary["eval_seconds"] > summary["autoattack_seconds"] > 1e6
 
 
 def test_evaluate_prints_intervals_and_takes_another_threat_model(call: Any, tiny: list[str], tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from pairs import pair
 from scorematch import ThreatModel
 from scorematch.audit import attacked_log_likelihood, log_likelihood
 from scorematch.augmentation import NonLeaking
-from scorematch.matching import fit_classifier, fit_denoiser, losses_by_level
+from scorematch.matching import Fitting, fit_classifier, fit_denoiser, losses_by_level
 from scorematch.networks import EmbeddedDenoiser
 from scorematch.posteriors import NoiseConditionalClassifier, ScoreNetwork
 from training import data, score
@@ -29,7 +29,7 @@ from training.engine.hardware import Speed
 from training.reports import audit
 from training.settings import config, tables
 from training.settings.config import tomllib
-from training.settings.errors import InputError
+from training.settings.errors import InputError, StopError
 from training.settings.posterior import PosteriorSettings
 
 QUICK = {"steps": 7, "batch_size": 8, "width": 16, "depth": 1}
@@ -151,6 +151,26 @@ def test_weights_are_picked_by_held_out_loss(
     assert isinstance(again, ScoreNetwork)
     chosen = checkpoint.load(tmp_path / "best" / "score-network" / "best.pt", "cpu")["network"]
     assert all(torch.equal(value, chosen[name]) for name, value in again.denoiser.state_dict().items())
+
+
+def test_a_gradient_that_is_not_finite_spoils_no_file(
+    digits: data.Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scores, "INTERVAL", 3)
+    update = Fitting.update
+
+    def spoilt(self: Fitting) -> None:
+        if self.steps == 5:
+            next(self.network.parameters()).grad.fill_(torch.inf)  # type: ignore[union-attr]
+        update(self)
+
+    monkeypatch.setattr(Fitting, "update", spoilt)
+    settings = PosteriorSettings("score_network", anchor="label", **QUICK)  # type: ignore[arg-type]
+    with pytest.raises(StopError, match="the weights are not finite in epoch 2"):
+        posteriors.build(settings, digits, seed=0, folder=tmp_path)
+    saved = checkpoint.load(tmp_path / "score-network" / "checkpoint.pt")
+    assert saved["epoch"] == 1
+    assert all(value.isfinite().all() for value in saved["training"]["fitting"]["network"].values())
 
 
 HITS = [
@@ -329,8 +349,43 @@ def test_a_resumed_training_keeps_its_settings(call: Any) -> None:
     ending = call("score", "--resume", "here", "--seed", "4")
     assert ending.status == 2
     assert "seed: 4 contradicts here" in ending.err
-    assert "is finished already" in call("score", "--resume", "here").out
+    assert "is finished already" in call("score", "--resume", "here", "--device", "cpu").out
     assert "holds a posterior already" in call("score", *OPTIONS.split(), "--out", "here").err
+
+
+@pytest.mark.parametrize("kept", ["posterior.pt", "score-network", "score.json"])
+def test_what_another_program_has_left_is_not_gone_on_from(kept: str, call: Any, tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / kept).touch()
+    ending = call("score", *OPTIONS.split(), "--out", "here")
+    assert (ending.status, ending.out) == (2, "")
+    assert f"out: here holds {kept} without a config.toml, allowed: another folder" in ending.err
+    assert [path.name for path in (tmp_path / "here").iterdir()] == [kept]
+
+
+def test_a_training_goes_on_with_its_own_settings_seed_and_data_alone(digits: data.Data, tmp_path: Path) -> None:
+    named = PosteriorSettings("score_network", anchor="label", **QUICK).resolved("digits")  # type: ignore[arg-type]
+    about = {**tables.plain(named), "limit": 100}
+
+    def built(loaded: data.Data = digits, seed: int = 3, **changes: Any) -> None:
+        posteriors.build(named, loaded, seed=seed, folder=tmp_path, about={**about, **changes})
+
+    built()
+    path = tmp_path / "score-network" / "checkpoint.pt"
+    for given, told in (
+        ({"seed": 4}, "seed 3, now 4"),
+        ({"limit": 60}, "limit 100, now 60"),
+        ({"smoothing": 0.2}, "smoothing 0.1, now 0.2"),
+        ({"loaded": data.load(DataSettings("digits", limit=60))}, "100 samples to train, now 60"),
+    ):
+        with pytest.raises(InputError, match=re.escape(str(path)) + ".*" + re.escape(told)):
+            built(**given)
+    saved = checkpoint.load(path)
+    for name in ("seed", "data"):  # as saved before there were these
+        del saved[name]
+    del saved["settings"]["dropout"]
+    torch.save(saved, path)
+    built(seed=4)
 
 
 def test_every_recipe_is_understood(call: Any, synthetic: Any, monkeypatch: pytest.MonkeyPatch) -> None:

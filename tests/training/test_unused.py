@@ -48,12 +48,47 @@ POSTERIOR = "--posterior-settings"
         ),
         (f"{TRADES} --schedule multistep --milestones 3 5 --epochs 5", {"milestones 5": "with more epochs than 5"}),
         ("--objective pgd_at --recipe table2 --device cpu", {}),
+        (f"{TRADES} --fold --precision float32", {}),
+        ("--objective pgd_at --fold --precision bfloat16", {}),  # in the search of a validation
+        (
+            "--objective pgd_at --fold --precision float32",
+            {"fold": "with an attack in eval mode, such as that of trades, and without compile"},
+        ),
+        (
+            f"{TRADES} --fold --compile on",
+            {"fold": "with an attack in eval mode, such as that of trades, and without compile"},
+        ),
+        (
+            "--objective pgd_at --data-root somewhere --download",  # a newcomer may think that this is CIFAR
+            {
+                "data_root": "with --data cifar10, cifar100, svhn, folder",
+                "download": "with --data cifar10, cifar100, svhn",
+            },
+        ),
+        ("--objective pgd_at --data cifar10 --data-root somewhere --download", {}),
+        (
+            f"{DIRECT} {POSTERIOR}.anchor classifier {POSTERIOR}.smoothing 0.2",
+            {"posterior_settings.smoothing": "with anchor label"},
+        ),
+        (f"{DIRECT} {POSTERIOR}.anchor label {POSTERIOR}.smoothing 0.2 {POSTERIOR}.averaging 0.9", {}),
+        (
+            f"{DIRECT} {POSTERIOR}.half-life 500 {POSTERIOR}.averaging 0.9",
+            {"posterior_settings.averaging": "with half_life 0"},
+        ),
         ("--objective gaussian --sigma 0.1 0.2 --antithetic --schedule multistep --milestones 3 --lr-decay 0.2", {}),
     ],
 )
 def test_what_is_named(options: str, where: dict[str, str]) -> None:
     arguments = options.split()
     assert unused(config.parse(arguments), arguments) == where
+
+
+def test_a_fit_names_what_its_data_do_not_read(call: Any, tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "posterior.pt").touch()  # ends it
+    ending = call("score", "--data-root", "somewhere", "--out", "here")
+    where = "with --data cifar10, cifar100, svhn, folder"
+    assert ending.err.splitlines()[0] == f"note: --data-root changes nothing here, it counts {where}"
 
 
 def test_every_option_in_the_list_exists() -> None:

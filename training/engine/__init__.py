@@ -22,7 +22,7 @@ from tqdm import tqdm
 from training.engine import checkpoint, distributed
 from training.settings.errors import InputError, Interrupted, StopError, interrupts_deferred
 
-STEPS_BETWEEN_CHECKS = 20  # a check reads the loss and thereby waits for the device
+STEPS_BETWEEN_CHECKS = 20  # a check reads loss and weights and thereby waits for the device
 SETTLED = 5  # steps after which kernels have been chosen, networks compiled and graphs recorded
 GIB = 2**30
 
@@ -36,10 +36,10 @@ class Course:
     steps: int  # steps of an epoch
     total: int | None = None  # steps in all, where the last epoch is shorter
     validate_every: int = 1  # epochs between validations; the last epoch is always validated
-    save_every: int = 1  # epochs between checkpoints; the last epoch always ends with one
+    save_every: int = 1  # epochs between checkpoints; the last epoch and the best one so far always end with one
     save_minutes: float = 15.0  # minutes between checkpoints within an epoch
     keep_last: int = 0  # how many checkpoints of earlier epochs stay, as epoch-NNNN.pt
-    lr_hint: str = ""  # ends the message about a loss that is not finite
+    lr_hint: str = ""  # ends the message about a loss or weights that are not finite
 
     @property
     def all_steps(self) -> int:
@@ -66,12 +66,13 @@ class Engine(ABC):
         self.course, self.device, self.out = course, device, out
         self.rank, self.world = distributed.rank(), distributed.world_size()
         self.epoch = 0  # complete ones
-        self.step = 0  # of the epoch under way
+        self.step = 0  # of the epoch under way; all of them while it validates
         self.sums: dict[str, Tensor] = {}  # of each metric over the samples of that epoch
         self.seconds = 0.0  # spent on that epoch
         self.best: dict[str, float] = {}
         self._writer = checkpoint.Writer()
         self._pace = _Pace()
+        self._signal: Callable[[], str | None] = lambda: None  # the name of one that waits
         self._saved_epoch = 0  # of the last checkpoint
         self._last_save = time.monotonic()
 
@@ -84,6 +85,10 @@ class Engine(ABC):
         Yields the sums of the metrics of a step over its samples in this process, tensors on the device; ``loss`` and
         ``samples`` are among them.
         """
+
+    @abstractmethod
+    def weights(self) -> list[Tensor]:
+        """What is trained."""
 
     @abstractmethod
     def epoch_metrics(self) -> dict[str, float]:
@@ -109,6 +114,14 @@ class Engine(ABC):
     def description(self) -> dict[str, Any]:
         """What a checkpoint holds beside the state: ``settings``, a table, and ``network``, a state dict."""
 
+    @abstractmethod
+    def check_saved(self, saved: dict[str, Any], path: Path) -> None:
+        """Refuse a checkpoint, read from ``path``, that is of another training.
+
+        Raises:
+            InputError: as said.
+        """
+
     # What the engine does with it.
 
     @property
@@ -117,26 +130,48 @@ class Engine(ABC):
         return min(self.epoch * self.course.steps, self.course.all_steps) + self.step
 
     def resume(self) -> None:
-        """Go back to the last checkpoint, bit for bit."""
+        """Go back to the last checkpoint, bit for bit.
+
+        Raises:
+            InputError: it is of another training.
+        """
+        path = self.out / "checkpoint.pt"
         # On the CPU, where Adam counts its steps: of a count on a GPU it would wait for the value in every step.
-        state = checkpoint.load(self.out / "checkpoint.pt")
+        state = checkpoint.load(path)
+        self.check_saved(state, path)
         saved = state["training"]
+        before, now = saved.get("device", self.device.type), self.device.type  # earlier versions did not save it
+        if before != now:
+            raise InputError(
+                f"device: {now}, but {path} was saved on {before}, and random numbers go on only there, allowed: "
+                f"--device {before}, or a new run"
+            )
         try:
             self.load_state(saved)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
-            raise InputError(f"{self.out / 'checkpoint.pt'}: its weights do not fit this run ({reason})") from None
+            raise InputError(f"{path}: does not fit this run ({reason})") from None
         torch.set_rng_state(saved["torch_rng"].cpu())
         self.epoch, self.best = state["epoch"], saved["best"]
         # Checkpoints from before there were any within an epoch do not have these.
         self.step, sums, self.seconds = (saved.get(k, v) for k, v in (("step", 0), ("sums", {}), ("seconds", 0.0)))
         self.sums = {name: total.to(self.device) for name, total in sums.items()}
         self._saved_epoch = self.epoch
+        if self._is_of_best() and self.rank == 0:
+            best = self.out / "best.pt"
+            if not best.exists() or checkpoint.load(best)["epoch"] != self.epoch:  # a kill came between the two files
+                self._write("best.pt")
+                self.written()
+
+    def _is_of_best(self) -> bool:
+        """Whether the weights are those of best.pt."""
+        return self.step == 0 and self.epoch > 0 and self.best.get("epoch") == self.epoch
 
     def save(self) -> None:
         """Hand the state over to be written as checkpoint.pt; training may go on at once."""
         training = self.state() | {
             "torch_rng": torch.get_rng_state(),
+            "device": self.device.type,
             "best": self.best,
             "step": self.step,
             "sums": self.sums,
@@ -165,11 +200,11 @@ class Engine(ABC):
     def fit(self) -> None:
         """Train to the last epoch.
 
-        SIGINT and SIGTERM wait for the end of a step; then a checkpoint is written.
+        SIGINT and SIGTERM wait for the end of a step, or of a batch of a validation; then a checkpoint is written.
 
         Raises:
             Interrupted: there was such a signal.
-            StopError: the loss is not finite, or a file cannot be written.
+            StopError: the loss or a weight is not finite, or a file cannot be written.
         """
         try:
             self._fit()
@@ -181,7 +216,7 @@ class Engine(ABC):
         course = self.course
         with (
             self._curves() as curves,
-            interrupts_deferred() as signal,
+            interrupts_deferred() as self._signal,
             tqdm(
                 total=course.all_steps,
                 initial=self.steps_done,
@@ -192,21 +227,24 @@ class Engine(ABC):
             ) as progress,
         ):
             while self.epoch < course.epochs:
-                entry = self._epoch(progress, signal)
+                entry = self._epoch(progress)
+                last = self.epoch + 1 == course.epochs
+                if validates := (self.epoch + 1) % course.validate_every == 0 or last:
+                    entry |= self.validate()
                 self.epoch += 1
                 self.step, self.sums, self.seconds = 0, {}, 0.0
-                last = self.epoch == course.epochs
-                if self.epoch % course.validate_every == 0 or last:
-                    entry |= self.validate()
-                    self.keep_best(entry)
+                better = validates and self.is_best(entry)
                 entry = {"epoch": self.epoch, **entry}
                 if log is not None and curves is not None:
                     log.append(entry)
                     for name, value in entry.items():
                         curves.add_scalar(name, value, self.epoch)
-                name_of_signal, due = self._agreed(signal(), self._is_due())
-                if self.epoch % course.save_every == 0 or last or name_of_signal or due:
+                name_of_signal, due = self._agreed(self._signal(), self._is_due())
+                if self.epoch % course.save_every == 0 or last or name_of_signal or due or better:
                     self.save()
+                    # After the checkpoint, so that best.pt is never of a training that no checkpoint goes on with.
+                    if better:
+                        self._write("best.pt")
                     if self.rank == 0:
                         self._writer.keep_copy(self.out / "checkpoint.pt", self.epoch, course.keep_last)
                 progress.set_postfix(self._shown(entry), refresh=False)
@@ -221,11 +259,19 @@ class Engine(ABC):
     def _shown(self, entry: dict[str, float]) -> dict[str, str]:
         return {"epoch": f"{self.epoch}/{self.course.epochs}", "loss": f"{entry['loss']:.4f}"}
 
-    def keep_best(self, entry: dict[str, float]) -> None:
-        if self.is_best(entry):
-            self._write("best.pt")
+    def stop_if_asked(self) -> None:
+        """For a validation to call between two batches: save and stop if a signal waits. It is then begun anew.
 
-    def _epoch(self, progress: tqdm, signal: Callable[[], str | None]) -> dict[str, float]:
+        Several processes go on, as they have different numbers of batches.
+
+        Raises:
+            Interrupted: a signal waits.
+        """
+        if self.world == 1 and (name_of_signal := self._signal()):
+            self.save()
+            raise Interrupted(name_of_signal)
+
+    def _epoch(self, progress: tqdm) -> dict[str, float]:
         """One pass over the steps of an epoch, or what is left of it; the means of its metrics over the samples."""
         begin = time.perf_counter() - self.seconds
         for values in self.steps_from(self.step):
@@ -239,16 +285,18 @@ class Engine(ABC):
             report = self._pace.report(self, values["samples"])
             if report and self.rank == 0:
                 progress.write(report)
-            if self.step == self.course.steps_of(self.epoch):
-                break
-            # Several processes see a signal, or the time pass, at different steps: then they have to agree.
-            if self.world == 1 or self.step % STEPS_BETWEEN_CHECKS == 0:
-                name_of_signal, due = self._agreed(signal(), self._is_due())
+            # Several processes see a signal, or the time pass, at different steps: then they have to agree. After the
+            # last step, too, as the validation may take long.
+            is_last = self.step == self.course.steps_of(self.epoch)
+            if self.world == 1 or is_last or self.step % STEPS_BETWEEN_CHECKS == 0:
+                name_of_signal, due = self._agreed(self._signal(), self._is_due())
                 if name_of_signal or due:
                     self._check()
                     self.save()
                 if name_of_signal:
                     raise Interrupted(name_of_signal)
+            if is_last:
+                break
         self._check()
         sums = {name: distributed.summed(total.clone()).item() for name, total in self.sums.items()}
         count = sums.pop("samples")
@@ -270,11 +318,13 @@ class Engine(ABC):
         return (signal or "SIGTERM") if interrupted else None, bool(saving)
 
     def _check(self) -> None:
-        """A sum is finite only if every loss in it was."""
-        total = distributed.summed(self.sums["loss"].clone())
-        if not torch.isfinite(total):
+        """A sum is finite only if every loss in it was. The last step may have spoiled the weights all the same."""
+        values = torch.stack([self.sums["loss"], torch.nn.utils.get_total_norm(self.weights())])
+        loss, weights = distributed.summed(values).isfinite().tolist()
+        if not (loss and weights):
+            what = "weights are" if loss else "loss is"
             raise StopError(
-                f"the loss is not finite in epoch {self.epoch + 1}; {self.out / 'checkpoint.pt'} keeps the last good "
+                f"the {what} not finite in epoch {self.epoch + 1}; {self.out / 'checkpoint.pt'} keeps the last good "
                 f"checkpoint (epoch {self._saved_epoch}){self.course.lr_hint}"
             )
 

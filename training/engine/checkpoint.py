@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -216,14 +217,25 @@ def load_weights(network: nn.Module, state: dict[str, Any], path: Path) -> None:
 
 
 def keep_copy(path: Path, epoch: int, count: int) -> None:
-    """Keep ``path`` as epoch-NNNN.pt beside it, and the ``count`` latest of these."""
+    """Keep ``path`` as epoch-NNNN.pt beside it, and the ``count`` latest of these.
+
+    Raises:
+        StopError: the file cannot be made, or an older one not removed.
+    """
     if count == 0:
         return
     copy = path.with_name(f"epoch-{epoch:04d}.pt")
-    copy.unlink(missing_ok=True)
-    os.link(path, copy)  # the same bytes: the next checkpoint replaces the name, not the file
-    for old in sorted(path.parent.glob("epoch-*.pt"))[:-count]:
-        old.unlink()
+    try:
+        copy.unlink(missing_ok=True)
+        os.link(path, copy)  # the same bytes: the next checkpoint replaces the name, not the file
+    except OSError:  # on a file system without hard links
+        with replacing(copy) as file, open(path, "rb") as source:
+            shutil.copyfileobj(source, file)
+    try:
+        for old in sorted(path.parent.glob("epoch-*.pt"))[:-count]:
+            old.unlink()
+    except OSError as error:
+        raise StopError(f"{error.filename} cannot be removed ({error.strerror}); {path} is written") from None
 
 
 class MetricsLog:

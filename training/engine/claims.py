@@ -8,7 +8,7 @@ import fcntl
 import fnmatch
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from training.settings.errors import InputError
@@ -24,7 +24,18 @@ OF_SCORE = (
 )
 OF_BOTH = ("tensorboard", "score-network", "classifier", "fold-*")  # folders
 OF_RUNS_FOLDER = (*OF_RUN, *OF_BOTH)
+OF_SCORES_FOLDER = (MARK, *OF_SCORE, *OF_BOTH)
 TAKEN = (*OF_RUNS_FOLDER, *OF_SCORE)
+
+
+def refuse_left_over(folder: Path, names: Iterable[str]) -> None:
+    """Refuse a folder without a config.toml that holds files of these names, which an earlier program has left.
+
+    Raises:
+        InputError: as said.
+    """
+    if left := sorted(found.name for name in names for found in folder.glob(name)):
+        raise InputError(f"out: {folder} holds {', '.join(left)} without a {MARK}, allowed: another folder")
 
 
 @contextlib.contextmanager

@@ -5,13 +5,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from training.settings.errors import InputError
+
+Result = TypeVar("Result")
 
 PATIENCE = timedelta(hours=12)  # one process trains a posterior while the others wait
 
@@ -104,11 +107,57 @@ def by_first(function: Callable[[], Path]) -> Path:
     return found
 
 
+def in_turns(function: Callable[[], Result]) -> Result:
+    """Call ``function``, such as a download, in the first process, then in the first one of each machine, then in all.
+
+    Later ones may find what earlier ones have left.
+
+    Raises:
+        InputError: one of them has raised it; then every process does.
+    """
+    if world_size() == 1:
+        return function()
+    own_turn = 0 if rank() == 0 else 1 if os.environ.get("LOCAL_RANK") == "0" else 2
+    found: list[Result] = []
+    for turn in range(3):
+        told: list[str | None] = [None] * world_size()
+        mine = None
+        if turn == own_turn:
+            try:
+                found.append(function())
+            except InputError as error:
+                mine = str(error)
+        distributed.all_gather_object(told, mine)  # and waits for all
+        for message in told:
+            if message is not None:
+                raise InputError(message)
+    return found[0]
+
+
 def summed(values: Tensor) -> Tensor:
     """The sum over the processes of a tensor that has no graph, in place."""
     if world_size() > 1:
         distributed.all_reduce(values)
     return values
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Seed torch's global generators for a step, on all devices: a function of the seed, the step and the process.
+
+    What layers such as dropout draw is then different in every process, and the same after an interruption.
+    """
+    state = np.random.SeedSequence([seed, step, rank()]).generate_state(1, np.uint64)
+    torch.manual_seed(int(state[0]) >> 1)
+
+
+def share_buffers(module: nn.Module) -> None:
+    """Give every process the buffers of the first one, such as the running statistics of batch norm, in place."""
+    if world_size() == 1:
+        return
+    for buffer in module.buffers():
+        dense = buffer.contiguous()  # which alone can be sent
+        distributed.broadcast(dense, src=0)
+        buffer.copy_(dense)
 
 
 def interleaved(mine: Tensor) -> Tensor:

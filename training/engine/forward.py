@@ -40,10 +40,15 @@ class Forward(nn.Module):
             return self._outputs(x, *more)
 
     @property
+    def folds(self) -> bool:
+        """Whether it folds a batch norm where it may."""
+        return self._folding is not None and bool(self._folding.pairs)
+
+    @property
     def folds_nothing(self) -> bool:
         """Whether folding was asked for, and of the batch norms that there are none can be folded."""
         norms = any(isinstance(module, _BatchNorm) for module in self.network.modules())
-        return norms and self._folding is not None and not self._folding.pairs
+        return norms and self._folding is not None and not self.folds
 
     def _takes_gradients(self) -> bool:
         return any(parameter.requires_grad for parameter in self.network.parameters())

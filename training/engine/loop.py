@@ -1,5 +1,6 @@
 """The training of a classifier: what a step is, what is validated, and what a checkpoint holds."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parallel import DistributedDataParallel
 
 from scorematch import objectives
@@ -22,7 +24,7 @@ from scorematch.weight_perturbation import WeightPerturbation
 from training import measures
 from training.data import Data, check_record, is_own, spread, toy
 from training.data.batches import Batches
-from training.engine import Course, Engine, checkpoint, distributed, hardware
+from training.engine import Course, Engine, distributed, hardware
 from training.engine.forward import forward_at
 from training.engine.hardware import Hardware, Speed
 from training.engine.optimisation import (
@@ -179,9 +181,7 @@ def speed_of(settings: RunSettings, device: Hardware, steps: int, processes: int
     """
     searches = settings.searches and not settings.free_replays
     passes = settings.free_replays or 1 + (settings.attack_steps if searches else 0)
-    attack_mode = settings.attack_mode or (
-        objectives.default_of(settings.objective, "attack_mode") if searches else None
-    )
+    attack_mode = settings.attack_mode_in_steps
     communicates = processes > 1 and settings.sync_batchnorm and attack_mode != "eval"
     if settings.graph == "on" and communicates:
         raise InputError(
@@ -239,6 +239,8 @@ class Trainer(Engine):
         super().__init__(course(settings, self.batches.steps), device, out)
         self._check_shares(model)
         self.model = model
+        # A network from elsewhere may draw where no layer tells; others draw nothing.
+        self.random_layers = ":" in settings.model or any(isinstance(m, _DropoutNd) for m in model.modules())
         if self.world > 1 and settings.sync_batchnorm:
             self.model = distributed.synchronise_batchnorm(model)
 
@@ -264,6 +266,9 @@ class Trainer(Engine):
         self.schedule = build_schedule(settings, self.optimizer, updates)
         self.average = build_average(settings, self.model, settings.epochs * updates)
         self.search = self._fast_path()
+        # What is told of it: whether something is folded, in the attack of a step or in the search of a validation.
+        in_eval_mode = settings.attack_mode_in_steps == "eval" or self.search is not None
+        self.speed = dataclasses.replace(self.speed, fold=self.forward.folds and in_eval_mode)
         self.lr = settings.lr  # of the last step
         self.start_of_epoch = self.generators["order"].get_state()
 
@@ -305,12 +310,15 @@ class Trainer(Engine):
         """What a checkpoint remembers of the data; made once, as it waits for the device."""
         return self.data.record()
 
-    def resume(self) -> None:
-        path = self.out / "checkpoint.pt"
+    def check_saved(self, saved: dict[str, Any], path: Path) -> None:
         if is_own(self.settings.data):
-            check_record(checkpoint.load(path).get("data"), self.data, path, exact=True)
+            check_record(saved.get("data"), self.data, path, exact=True)
+
+    def resume(self) -> None:
         super().resume()
-        if self.best and self.settings.selection == "best" and not (self.out / "best.pt").exists():
+        if self._is_of_best() or not self.best or self.settings.selection == "last":
+            return
+        if not (self.out / "best.pt").exists():
             raise InputError(f"resume: {self.out} holds no best.pt, which the run ends with, expected all of its files")
 
     def state(self) -> dict[str, Any]:
@@ -354,14 +362,18 @@ class Trainer(Engine):
         for index in self.batches.epoch(first):
             yield self._step(index)
 
+    def weights(self) -> list[Tensor]:
+        return list(self.model.parameters())
+
     def epoch_metrics(self) -> dict[str, float]:
-        weights = torch.nn.utils.get_total_norm(list(self.model.parameters()))
-        return {"lr": self.lr, "weight_norm": float(weights)}
+        return {"lr": self.lr, "weight_norm": float(torch.nn.utils.get_total_norm(self.weights()))}
 
     def _step(self, index: Tensor) -> dict[str, Tensor]:
         """One step on the samples ``index`` (and the generated ones that belong to it); the sums of its metrics."""
         settings = self.settings
         x, targets = self.batches.batch(index, self.steps_done)
+        if self.random_layers:
+            distributed.seed_step(settings.seed, self.steps_done)
         self.model.train()
         self._set_batchnorm(self.steps_done)
         draws = self._draws(x)
@@ -448,8 +460,13 @@ class Trainer(Engine):
     def validate(self) -> dict[str, float]:
         """Clean and robust accuracy on the validation split, per cent, always from the same random starts.
 
-        Beside them the clean accuracy on as many training images, not augmented.
+        Beside them the clean accuracy on as many training images, not augmented. Every process then has the statistics
+        of the first one, also where there is nothing to measure: that is the network which is saved and evaluated.
         """
+        # DistributedDataParallel does so at the start of a step alone, and never for the average.
+        distributed.share_buffers(self.model)
+        if self.average is not None:
+            distributed.share_buffers(self.average)
         settings, data = self.settings, self.data
         x, y = data.x_validation, data.y_validation
         if not len(x):
@@ -460,7 +477,11 @@ class Trainer(Engine):
         start = generator(settings.seed, "validation", x.device)
 
         def robust(x: Tensor, y: Tensor) -> Tensor:
-            return measures.robust(self.network, x, y, attack, start, search=self.search)
+            parts = []
+            for xs, ys in zip(x.split(measures.BATCH), y.split(measures.BATCH), strict=True):
+                self.stop_if_asked()
+                parts.append(measures.robust(self.network, xs, ys, attack, start, search=self.search))
+            return torch.cat(parts)
 
         seen = spread(len(x), len(data.x_train)).to(x.device)
         values = {

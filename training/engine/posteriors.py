@@ -566,6 +566,7 @@ class _Builder:
             save_minutes=self.trains.save_minutes,
             about=self.trains.about,
             width=self.data.format.width,
+            data=self.data if isinstance(self.data, Data) else None,
         )
         generator = torch.Generator(self.x.device).manual_seed(1_000_003 * purpose + self.seed)
         title, place = name.replace("-", " ") + self.trains.which, self.trains.folder / name

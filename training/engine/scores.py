@@ -4,23 +4,25 @@ Steps, losses and averages are the library's (:class:`scorematch.matching.Fittin
 processes are the engine's. The same seed gives the weights that ``matching.fit_denoiser`` gives, to the bit.
 """
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from scorematch.matching import Fit, Fitting, MatchingLoss, losses_by_level
 from scorematch.matching.fit import Augment
-from training.data import spread
+from training.data import Data, check_record, spread
 from training.engine import Course, Engine, checkpoint, distributed
 from training.engine.hardware import Speed
+from training.settings import tables
 from training.settings.errors import InputError
+from training.settings.posterior import PosteriorSettings
 
 # Steps between two looks at held-out data, each of which is followed by a checkpoint: a twentieth of the training
 INTERVAL, SHORTEST, LOOKS = 500, 50, 20
@@ -50,6 +52,7 @@ class Training:
     save_minutes: float
     about: dict[str, Any]  # saved as the settings
     width: float = 1.0  # of the box of images, see levels()
+    data: Data | None = None  # what x and y are of, remembered by checkpoints
 
 
 class ScoreTrainer(Engine):
@@ -106,9 +109,8 @@ class ScoreTrainer(Engine):
     def _step(self) -> dict[str, Tensor]:
         fitting, training = self.fitting, self.training
         self.lr = fitting.optimizer.param_groups[0]["lr"]
-        if training.random_layers:  # a function of the step and the process, so that it can be resumed
-            state = np.random.SeedSequence([training.seed, self.steps_done, self.rank]).generate_state(1, np.uint64)
-            torch.manual_seed(int(state[0]) >> 1)
+        if training.random_layers:
+            distributed.seed_step(training.seed, self.steps_done)
         whole = fitting.draw(training.x, training.y, self.generator, training.augment)
         mine = whole.part(slice(self.rank, None, self.world))
         fitting.network.train()
@@ -120,9 +122,11 @@ class ScoreTrainer(Engine):
         count = torch.ones_like(losses[0]) * len(mine.x)
         return {"loss": losses.detach().mean() * count, "samples": count}
 
+    def weights(self) -> list[Tensor]:
+        return list(self.fitting.network.parameters())
+
     def epoch_metrics(self) -> dict[str, float]:
-        weights = torch.nn.utils.get_total_norm(list(self.fitting.network.parameters()))
-        return {"lr": self.lr, "weight_norm": float(weights)}
+        return {"lr": self.lr, "weight_norm": float(torch.nn.utils.get_total_norm(self.weights()))}
 
     def validate(self) -> dict[str, float]:
         """The loss of the averaged network on held-out points, at each noise level with the same noise every time."""
@@ -151,7 +155,30 @@ class ScoreTrainer(Engine):
         self.lr = saved["lr"]
 
     def description(self) -> dict[str, Any]:
-        return {"settings": self.training.about, "network": self.fitting.averaged().state_dict()}
+        return {
+            "settings": self.training.about,
+            "network": self.fitting.averaged().state_dict(),
+            "seed": self.training.seed,
+            "data": self.record,
+        }
+
+    @functools.cached_property
+    def record(self) -> dict[str, Any] | None:
+        """What a checkpoint remembers of the data; made once, as it waits for the device."""
+        return None if self.training.data is None else self.training.data.record()
+
+    def check_saved(self, saved: dict[str, Any], path: Path) -> None:
+        """Settings, seed and data have to be the same; checkpoints from before they held the last two do not say."""
+        now = {**self.training.about, "seed": self.training.seed}
+        known = {**saved["settings"], "seed": saved.get("seed", self.training.seed)}
+        before = tables.plain(PosteriorSettings())  # what a setting is that there was not when it was saved
+        names = sorted({*now, *known})
+        changed = [name for name in names if known.get(name, before.get(name)) != now.get(name, before.get(name))]
+        if changed:
+            told = ", ".join(f"{name} {known.get(name)!r}, now {now.get(name)!r}" for name in changed)
+            raise InputError(f"{path}: is of another training ({told}), allowed: another folder, or those settings")
+        if self.training.data is not None:
+            check_record(saved.get("data"), self.training.data, path, exact=True)
 
 
 def train(trainer: ScoreTrainer) -> None:

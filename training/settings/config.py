@@ -18,7 +18,7 @@ import tyro
 
 from scorematch import ThreatModel
 from scorematch.divergences import KINDS
-from scorematch.objectives import alignment_of
+from scorematch.objectives import alignment_of, default_of
 from training import data as data_sets
 from training.data import DataName, DataSettings, Format, ToyLabels
 from training.data.smoothing import Spread
@@ -80,9 +80,10 @@ class RunSettings:
     # Threat model and the attack during training
     norm: Literal["linf", "l2", "l1"] = "linf"  # norm of the perturbation, over all features of a sample
     eps: float = 0.15  # radius of the perturbation, in input units
-    step_size: float | None = None  # length of one step of any attack, in input units; None is eps / 4
+    step_size: float | None = None  # length of one step of PGD, in training and later, in input units; None is eps / 4
     attack: Attack = "pgd"  # attack during training; fgsm_rs and n_fgsm are one step of a length of their own
-    free_replays: int = 0  # pgd_at: passes over each batch in free adversarial training; 0 turns it off
+    # pgd_at: passes over each batch in free adversarial training, whose steps have length eps; 0 turns it off
+    free_replays: int = 0
     steps: int = 10  # steps of PGD during training
     attack_start: Literal["uniform", "gaussian"] | None = None  # where that attack starts; None is the objective's own
     attack_mode: Literal["eval", "train", "frozen"] | None = None  # batch norm in it; None is the objective's own
@@ -162,7 +163,7 @@ class RunSettings:
     autoattack_compile: bool = False  # AutoAttack searches with torch.compile(model)
 
     # The run itself
-    save_every: int = 1  # epochs between checkpoints; the last epoch always ends with one
+    save_every: int = 1  # epochs between checkpoints; the last epoch and the best one so far always end with one
     save_minutes: float = 15.0  # minutes between checkpoints within an epoch
     keep_last: int = 0  # how many checkpoints of earlier epochs stay, as epoch-NNNN.pt
     seed: int = 0  # decides initialisation, data order, augmentation and attacks; never the split
@@ -204,6 +205,13 @@ class RunSettings:
         return self.objective not in ("standard", "gaussian")
 
     @property
+    def attack_mode_in_steps(self) -> str | None:
+        """The mode of batch norm in the attack of a step; None without such an attack."""
+        if not self.searches or self.free_replays:
+            return None
+        return self.attack_mode or default_of(self.objective, "attack_mode")
+
+    @property
     def held_alignment(self) -> float | None:
         """gaussian: the coefficient σ² / (2 (1 − γ)) where γ follows σ; None where γ is fixed."""
         if self.alignment is None and self.final_sigma is not None:
@@ -240,7 +248,8 @@ LAYOUT = Layout(
         "Posterior: the estimate of p_d(y|x'); None is what was tuned for the data set": "posterior_settings.sigma",
     },
 )
-MAY_MOVE = ("data_root", "threads")  # what a run may go on with otherwise: the same data, the same computation
+# What a run may go on with otherwise: the same data, the same computation. Checkpoints refuse another kind of device.
+MAY_MOVE = ("data_root", "threads", "device")
 NOT_IN_RECIPES = ("out", "resume", "recipe", "dry_run", "download")
 
 Check = tuple[Callable[[Any], bool], str]
