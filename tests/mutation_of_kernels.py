@@ -112,7 +112,7 @@ MUTANTS: dict[tuple[str, str], list[Change]] = {
         Change("uniform(relative_length) > std::numeric_limits<T>::max()", "false"),
         Change("rescaling_to_length<A>(lanes, offset, count, A(eps))", "rescaling_to_length<A>(lanes, offset, count, A(step_size))"),
         Change("clamp(x0(j) + (offset(j) * back.scale) * back.factor, A(box.lower), A(box.upper))", "x0(j) + (offset(j) * back.scale) * back.factor"),
-        Change("rounded_product(A(eps), clamp(noise, A(-1), A(1)))", "A(eps) * clamp(noise, A(-1), A(1))"),
+        Change("rounded_product(A(eps), clamp(noise, A(-1), A(1)))", "A(eps) * clamp(noise, A(-1), A(1))", harmless="mutants are compiled without instructions that multiply and add"),
         Change("l2_projection(x(j) + (grad(j)", "l2_projection(x(j) - (grad(j)"),
         Change("clamp(x(j) + (noise(j) * start.scale) * start.factor, A(box.lower), A(box.upper))", "x(j) + (noise(j) * start.scale) * start.factor"),
         Change("clamp(x(j) + (noise(j)", "clamp(x(j) - (noise(j)"),

@@ -108,6 +108,8 @@ def test_points_that_are_very_far_away_are_projected_to_the_sphere(eps, dtype, d
             pgd_step(x0, x, x0, norm="l2", step_size=min(10.0**power, 1e38), eps=eps, **box),
         ):
             torch.testing.assert_close(moved[0].cpu().double() / eps, direction, rtol=0, atol=1e-6)
+        inside = project(x, x0, norm="l2", eps=eps, lower=-0.1 * eps, upper=0.1 * eps)
+        torch.testing.assert_close(inside[0].cpu().double() / eps, direction.clamp(-0.1, 0.1), rtol=0, atol=1e-6)
 
 
 def layouts() -> list[tuple[str, Callable[[Tensor], Tensor]]]:
