@@ -66,7 +66,7 @@ def test_score_networks_audits_and_images(call: Any, monkeypatch: pytest.MonkeyP
 
 def test_evaluations(call: Any, tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert call("run", "--objective", "standard", *tiny, "--out", "here").status == 0
-    for attack in ("pgd --steps 2", "certify --n0 4 --n 8", "autoattack --version fast --state state.pt"):
+    for attack in ("pgd --steps 2", "certify --n0 4 --n 10", "autoattack --version fast --state state.pt"):
         both(call, monkeypatch, "evaluate", f"--run here --limit 4 --attack {attack} --out FOLDER", lazy="found.json")
 
 

@@ -595,8 +595,8 @@ def test_weights_from_elsewhere_on_a_function(trained: Path, call: Any) -> None:
     assert other.status == 2
     assert "was trained on my_data:grey, expected a classifier for 3 classes of inputs [3, 18, 20]" in other.err
     transferred = call(
-        "evaluate", "--run", trained, "--attack", "obfuscation", "--transfer-from", trained / "best.pt", "--steps", 2,
-        "--limit", 10, "--restarts", 1,
+        "evaluate", "--run", trained, "--attack", "obfuscation", "--transfer-from", trained / "checkpoint.pt",
+        "--steps", 2, "--limit", 10, "--restarts", 1,
     )  # fmt: skip
     assert transferred.status == 0, transferred
 

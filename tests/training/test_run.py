@@ -452,7 +452,17 @@ def test_an_interruption_tells_what_is_saved_and_how_to_go_on(
     call: Any, tiny: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ending = interrupted(
-        call, monkeypatch, "--objective", "standard", *tiny, "--save-every", "2", "--out", "my runs/a b"
+        call,
+        monkeypatch,
+        "--objective",
+        "standard",
+        *tiny,
+        "--validate-every",
+        "2",
+        "--save-every",
+        "2",
+        "--out",
+        "my runs/a b",
     )
     assert "0 of 2 epochs are saved; continue with: python -m training.run --resume 'my runs/a b'" in ending.err
 
