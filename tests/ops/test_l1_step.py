@@ -143,7 +143,13 @@ def test_the_largest_gradients_move(count, device):
 
 @pytest.mark.parametrize(
     "values",
-    [[3.0, 3.0, -3.0, 1.0], [1e-38, 1e-30, 2.0, -3.0], [math.inf, -math.inf, 5.0, 0.0], [math.inf, 5.0, -4.0, 3.0]],
+    [
+        [3.0, 3.0, -3.0, 1.0],
+        [1e-38, 1e-30, 2.0, -3.0],
+        [2.0**-149, 0.0, 2.0, -3.0],  # the smallest number of float32
+        [math.inf, -math.inf, 5.0, 0.0],
+        [math.inf, 5.0, -4.0, 3.0],
+    ],
 )
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_ties_and_extreme_gradients(values, count, device):
