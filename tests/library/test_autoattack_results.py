@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from scorematch.attacks import EvaluationState, evaluation
 from scorematch.attacks.accounting import Cost
-from scorematch.attacks.report import report_of, result_line
+from scorematch.attacks.report import doubts_of, report_of, result_line
 
 
 def test_verdicts_of_samples() -> None:
@@ -169,6 +169,14 @@ def test_the_seconds_of_a_report_are_those_of_all_attacks() -> None:
     state = EvaluationState.new({}, torch.rand(2, 1), torch.arange(2))
     state.costs = {"clean": Cost(seconds=0.5), "apgd-ce": Cost(seconds=2.0), "square": Cost(seconds=1.5)}
     assert report_of(state, [])["seconds"] == 4.0
+
+
+@pytest.mark.parametrize(("names", "doubtful"), [(("fab", "apgd", "square"), False), (("square", "fab"), True)])
+def test_what_square_adds_is_judged_from_the_attack_before_it(names: tuple[str, ...], doubtful: bool) -> None:
+    accuracies = {"fab": 0.5, "apgd": 0.3, "square": 0.3}
+    report = {"clean_accuracy": 0.9, "attacks": {name: {"accuracy": accuracies[name]} for name in names}}
+    state = EvaluationState.new({}, torch.rand(2, 1), torch.arange(2))
+    assert any("Square lowered" in (doubt or "") for doubt in doubts_of(report, state)) == doubtful
 
 
 def test_the_result_tells_the_largest_perturbation() -> None:
