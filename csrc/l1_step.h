@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "threat_model.h"
 
@@ -28,20 +29,14 @@ SCOREMATCH_INLINE auto reaches(A v, T bound) {
 }
 
 // The number in the middle of all floating-point numbers between two positive ones.
-SCOREMATCH_INLINE float halfway_in_bits(float low, float high) {
-  uint32_t a, b;
+template <typename T>
+SCOREMATCH_INLINE T halfway_in_bits(T low, T high) {
+  using Bits = std::conditional_t<sizeof(T) == sizeof(uint32_t), uint32_t, uint64_t>;
+  Bits a, b;
   std::memcpy(&a, &low, sizeof a);
   std::memcpy(&b, &high, sizeof b);
-  const uint32_t middle = a + (b - a) / 2;
-  std::memcpy(&low, &middle, sizeof low);
-  return low;
-}
-SCOREMATCH_INLINE double halfway_in_bits(double low, double high) {
-  uint64_t a, b;
-  std::memcpy(&a, &low, sizeof a);
-  std::memcpy(&b, &high, sizeof b);
-  const uint64_t middle = a + (b - a) / 2;
-  std::memcpy(&low, &middle, sizeof low);
+  a += (b - a) / 2;
+  std::memcpy(&low, &a, sizeof low);
   return low;
 }
 

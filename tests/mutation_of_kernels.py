@@ -271,7 +271,7 @@ MUTANTS: dict[tuple[str, str], list[Change]] = {
         Change("if (at_least(few) >= wanted) return few;", "", harmless="the bisection ends just below the largest, with the same elements"),
         Change("if (number == wanted) return middle;", ""),
         Change("step < 20 ?", "step < 0 ?", harmless="halves in bits find the same, later where the gradients are usual"),
-        Change("a + (b - a) / 2;\n  std::memcpy(&low, &middle, sizeof low);\n  return low;\n}\nSCOREMATCH_INLINE double", "a;\n  std::memcpy(&low, &middle, sizeof low);\n  return low;\n}\nSCOREMATCH_INLINE double"),
+        Change("a += (b - a) / 2;", ""),
         Change("select(m > A(0), m, A(-1)) >= A(bound)", "m > A(bound)"),
         Change("select(m > A(0), m, A(-1)) >= A(bound)", "m >= A(bound)"),
         Change("(number > wanted ? enough : few) = middle", "(number > wanted ? few : enough) = middle"),

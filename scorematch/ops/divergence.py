@@ -51,9 +51,9 @@ def divergence(logits: Tensor, target: Tensor, *, kind: str = "se", clip: float 
     Logits may be -inf (a class that the model excludes). With class indices, kl is the cross-entropy.
 
     Differentiable once, with respect to the logits and to a probability target: by autograd, in forward mode, by
-    `torch.func`, through `torch.vmap`, compiled and exported. Where a target probability is 0, its
-    gradient is 0. Where D = 0, the gradient of l2 and js_distance is 0. Where D <= clip and clip > 0, all gradients are
-    0. If several classes are equally far apart, the gradient of linf goes to the first of them.
+    `torch.func`, through `torch.vmap`, compiled and exported. Where a target probability is 0, its gradient is 0. Where
+    D = 0, the gradient of l2 and js_distance is 0. Where D <= clip and clip > 0, all gradients are 0. If several
+    classes are equally far apart, the gradient of linf goes to the first of them.
 
     Args:
         logits: `[N, L]`; float32 or float64, on CUDA also float16 or bfloat16 (computed in float32).
