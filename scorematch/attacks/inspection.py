@@ -11,7 +11,7 @@ from torch import Tensor
 from .classifier import Classifier, predicted
 from .losses import cross_entropy, dlr_loss
 from .parts import Attack
-from .watching import watched
+from .watching import watch
 
 
 class AutoAttackWarning(UserWarning):
@@ -140,8 +140,7 @@ def zero_gradients(classifier: Classifier, x: Tensor, y: Tensor) -> str | None:
 def dynamic(model: Model, x: Tensor) -> str | None:
     """Whether the model computes gradients while it predicts."""
     calls: list[Any] = []
-    with watched((torch.autograd.grad, torch.autograd.backward), calls.append), torch.no_grad():
-        model(x)
+    watch((torch.autograd.grad, torch.autograd.backward), calls.append, lambda: torch.no_grad()(model)(x))
     if calls:
         return "the model takes gradients while it predicts (a dynamic defence): AutoAttack may be insufficient"
     return None

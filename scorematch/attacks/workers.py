@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from .watching import watched
+from .watching import watch
 
 Job = TypeVar("Job")
 MOST = 8  # threads that "auto" takes; more have not been measured
@@ -178,8 +178,8 @@ def can_be_shared(model: Any, x: Tensor) -> bool:
         nonlocal writes
         writes += id(frame.f_locals["self"]) in modules  # what is set and reset within a pass is the same after it
 
-    with watched((nn.Module.__setattr__, nn.Module.__delattr__), count_write), torch.enable_grad():
-        model(x.detach().requires_grad_())
+    passing = torch.enable_grad()(lambda: model(x.detach().requires_grad_()))
+    watch((nn.Module.__setattr__, nn.Module.__delattr__), count_write, passing)
     after = _contents(model) + _surroundings(modules.values())
     one, other = ([(id(value), version) for value, version in contents] for contents in (before + around, after))
     return not writes and one == other

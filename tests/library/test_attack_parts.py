@@ -1,6 +1,9 @@
 """APGD, FAB and Square alone: exact on linear models, inside the ball, the same numbers in any batch."""
 
+import cProfile
+import functools
 import math
+import sys
 import threading
 from itertools import pairwise
 from typing import Any
@@ -11,9 +14,10 @@ from library_autoattack import data
 from library_models import small_cnn
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
+from torch.profiler import ProfilerActivity, profile
 
-from scorematch import ThreatModel, _extension
-from scorematch.attacks import APGD, FAB, Square
+from scorematch import AutoAttack, ThreatModel, _extension
+from scorematch.attacks import APGD, FAB, Square, inspection
 from scorematch.attacks.apgd import _State
 from scorematch.attacks.classifier import Classifier, cache_chunk, channels_last_works, folded_copy
 from scorematch.attacks.fab import distance
@@ -21,7 +25,7 @@ from scorematch.attacks.losses import dlr_loss, margin_loss, ranked_targets, tar
 from scorematch.attacks.parts import Batch, Search
 from scorematch.attacks.randomness import KeyedNoise, ReferenceNoise
 from scorematch.attacks.square import l1_pattern, l2_pattern
-from scorematch.attacks.watching import watched
+from scorematch.attacks.watching import watch
 from scorematch.ops import _checks
 from scorematch.threat_model import DUAL_ORDERS, ORDERS
 
@@ -255,11 +259,45 @@ def test_a_watched_function_is_told_once_before_it_does_anything() -> None:
     def function() -> None:
         told.append(len(told))
 
-    with watched((function,), lambda frame: told.append(frame.f_code.co_name)):
+    def work() -> None:
         function()
         len(told)
+
+    watch((function,), lambda frame: told.append(frame.f_code.co_name), work)
     function()
     assert told == ["function", 1, 2]
+    with pytest.raises(ZeroDivisionError):
+        watch((function,), told.append, lambda: 1 / 0)
+    assert sys.getprofile() is None
+
+
+class Dynamic(nn.Module):
+    """Looks at a gradient before it predicts."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            point = x.detach().requires_grad_()
+            torch.autograd.grad(point.square().sum(), point)
+        return x.flatten(1)[:, :5]
+
+
+@pytest.mark.parametrize(
+    "profiler",
+    [cProfile.Profile, functools.partial(profile, activities=[ProfilerActivity.CPU], with_stack=True)],
+    ids=["cProfile", "torch"],
+)
+def test_an_evaluation_may_be_profiled(profiler: Any) -> None:
+    """There is one place for a profiler in a thread, and checks of the model would like it, too."""
+    model, x, y = batch()
+    evaluation = AutoAttack(model, "Linf", 0.05, 0, False, version="custom", attacks_to_run=["apgd-ce"], workers=2)
+    expected = evaluation.run_standard_evaluation(x, y)
+    with profiler():
+        active = sys.getprofile()
+        found = evaluation.run_standard_evaluation(x, y)
+        assert sys.getprofile() is active
+        assert "dynamic" in (inspection.dynamic(Dynamic(), x) or "")
+        assert inspection.dynamic(model, x) is None
+    assert torch.equal(found, expected)
 
 
 def test_square_never_accepts_a_worse_point() -> None:
