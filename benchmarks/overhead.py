@@ -6,6 +6,7 @@ An untrained network is attacked within so small a radius that nothing is found,
 every attack does all of its work for every sample. All passes are counted, with the samples of each. Before every tenth
 a bare pass of the same network on the same samples is timed, which does not count for the attack, and floor = Σ count ×
 median time of a bare pass. What an attack takes beyond is its own: steps, losses, choices of the best point, books.
+The checks of the model, which an evaluation does once on its first batch, are told apart, and so are their passes.
 Seconds are those of the processor, which other work on the machine lengthens little; of threads they are the sum.
 """
 
@@ -17,6 +18,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from torch import Tensor
 
 from benchmarks import record
 from scorematch import AutoAttack
-from scorematch.attacks import classifier
+from scorematch.attacks import classifier, inspection
 from scorematch.attacks.autoattack import VERSIONS
 from training import models
 from training.settings import command_line
@@ -74,6 +76,17 @@ class Recorder:
     passes: Counter[Pass] = field(default_factory=Counter)
     bare: dict[Pass, list[float]] = field(default_factory=dict)
     seconds: float = 0.0  # that the bare passes took
+    checks: float = 0.0  # seconds of the checks of the model
+
+    def check(self, doubts: Callable[..., Any], *arguments: Any) -> Any:
+        """Stands for `doubts`."""
+        counted, self.passes = self.passes, Counter()
+        begin, bare = time.process_time(), self.seconds
+        try:
+            return doubts(*arguments)
+        finally:
+            self.checks = time.process_time() - begin - (self.seconds - bare)
+            self.passes = counted
 
     def __call__(self, network: Network, x: Tensor) -> Tensor:
         with_graph, count = torch.is_grad_enabled() and x.requires_grad, len(x)
@@ -100,14 +113,16 @@ def measure(model: torch.nn.Module, x: Tensor, attack: str, settings: BenchmarkS
         part.n_iter = settings.steps
     adversary.square.n_queries = settings.queries
     y = classifier.predicted(model(x))
-    recorder = Recorder(classifier.logits_of)
+    recorder, doubts = Recorder(classifier.logits_of), inspection.doubts
     vars(classifier)["logits_of"] = recorder
+    vars(inspection)["doubts"] = partial(recorder.check, doubts)
     try:
         begin = time.process_time()
         adversary.run_standard_evaluation(x, y, bs=len(x))
-        taken = time.process_time() - begin - recorder.seconds
+        taken = time.process_time() - begin - recorder.seconds - recorder.checks
     finally:
         vars(classifier)["logits_of"] = recorder.call
+        vars(inspection)["doubts"] = doubts
     lowest = recorder.floor_seconds()
     counts = {
         kind: sum(n for (k, _), n in recorder.passes.items() if k == kind) for kind in ("logits", "graph", "back")
@@ -118,6 +133,7 @@ def measure(model: torch.nn.Module, x: Tensor, attack: str, settings: BenchmarkS
         "seconds": taken,
         "floor_seconds": lowest,
         "times_floor": taken / lowest,
+        "checks_seconds": recorder.checks,
         "overhead_a_forward_us": (taken - lowest) / (counts["logits"] + counts["graph"]) * 1e6,
     }
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import autoattack, class_scores, endurance, floor, kernels, overhead, record, training
-from scorematch.attacks import classifier, precision
+from scorematch.attacks import classifier, inspection, precision
 from training.settings.errors import run_program
 
 pytestmark = pytest.mark.usefixtures("untouched_process")
@@ -197,15 +197,24 @@ def test_the_floor_of_an_attack_is_its_passes():
     assert recorder.floor_seconds() == pytest.approx(10 * 0.1 + 2 * 0.2 + 3 * 0.4)
 
 
+def test_passes_of_the_checks_do_not_count():
+    network, recorder = torch.nn.Linear(3, 4), overhead.Recorder(classifier.logits_of)
+    recorder(network, torch.rand(5, 3))
+    assert recorder.check(recorder, network, torch.rand(2, 3)).shape == (2, 4)
+    assert recorder.passes == {("logits", 5): 1}
+    assert recorder.checks > 0
+
+
 def test_overheads_from_the_command_line(tmp_path):
     out = tmp_path / "overhead.json"
     options = ["--samples", "3", "--steps", "2", "--queries", "4", "--out", str(out)]
     overhead.main([*options, "--attacks", "apgd-ce", "fab-t"])
     first, second = json.loads(out.read_text())["attacks"]
     assert (first["attack"], second["attack"]) == ("apgd-ce", "fab-t")
-    assert first["passes"]["graph"] == first["passes"]["back"] >= 2
+    assert first["passes"]["graph"] == first["passes"]["back"] == 3, "at the start, and after each of two steps"
+    assert first["checks_seconds"] > 0
     assert first["times_floor"] == pytest.approx(first["seconds"] / first["floor_seconds"])
-    assert classifier.logits_of.__name__ == "logits_of"
+    assert (classifier.logits_of.__name__, inspection.doubts.__name__) == ("logits_of", "doubts")
 
 
 def cycles(slope: float) -> list[dict]:
