@@ -79,7 +79,8 @@ def untouched_process() -> Iterator[None]:
 def processes() -> ForkServerContext:
     """Fresh processes that need not import torch again, nor what a run imports when it comes to need it."""
     context = multiprocessing.get_context("forkserver")
-    later = ["torch._dynamo", "torch.utils.tensorboard", "sklearn.datasets"]
+    later = ["torch._dynamo", "torch.utils.tensorboard", "typeguard"]
+    later += [f"sklearn.{name}" for name in ("datasets", "metrics", "model_selection")]
     context.set_forkserver_preload(["training.run", "training.score", "killing", *later])
     return context
 

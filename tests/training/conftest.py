@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from killing import FROM_FORK_SERVER, Hit, Start, program
+from killing import FROM_FORK_SERVER, Hit, Start, leave_pictures_undrawn, program
 from scipy.io import savemat
 
 from training import compare, data, demo, evaluate, generate, plan, run, score
@@ -63,6 +63,13 @@ def few_held_out_points(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trainings of score networks that take a few steps must not spend their time on measuring themselves."""
     monkeypatch.setattr(scores, "HELD_OUT", 16)
     monkeypatch.setattr(score, "AUDITED", 64)
+
+
+@pytest.fixture(autouse=True)
+def only_pictures_that_matter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports draw their pictures where a test is marked so: there is one for each kind of report."""
+    if request.node.get_closest_marker("pictures") is None:
+        leave_pictures_undrawn(monkeypatch.setattr)
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ def points():
 RUNS = ["--objectives", "pgd_at:se", "score_direct:kernel_density", "--seeds", "0", "1", "--out", "here"]
 
 
+@pytest.mark.pictures
 @pytest.mark.usefixtures("quick_runs")
 def test_a_comparison_of_two_objectives(call: Any, tiny: list[str], tmp_path: Path) -> None:
     tiny += ["--autoattack", "fast", "--autoattack-samples", "20"]
@@ -136,6 +137,7 @@ def test_the_usual_objectives_with_generated_images() -> None:
     assert len(names) == 8
 
 
+@pytest.mark.pictures
 def test_a_comparison_on_the_toy(call: Any, tiny: list[str], tmp_path: Path) -> None:
     """Its run is started as a user's is."""
     ending = call("compare", "--data", "toy", "--objectives", "standard", "--seeds", "0", "--out", "here", "--", *tiny)

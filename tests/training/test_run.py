@@ -66,6 +66,7 @@ def finished(out: Path) -> dict[str, Any]:
     return summary
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize("options", SURROGATES.values(), ids=SURROGATES.keys())
 def test_surrogates_on_the_digits(call: Any, tiny: list[str], tmp_path: Path, options: list[str]) -> None:
     ending = call("run", *options, *tiny, "--out", "here")
@@ -116,6 +117,7 @@ def test_what_fools_a_classifier() -> None:
     assert always_wrong["attacked"].shape == (0, 1)
 
 
+@pytest.mark.pictures
 def test_the_report_shows_what_fools_the_model(call: Any, tiny: list[str], tmp_path: Path) -> None:
     options = ["--objective", "standard", *tiny, "--limit", "400", "--epochs", "6", "--autoattack", "none"]
     ending = call("run", *options, "--out", "here")
@@ -215,6 +217,7 @@ def test_the_report_tells_what_of_the_calibration_error_is_expected(call: Any, t
     assert told.startswith(f"{error:.1f} points; −log p"), "a summary of an earlier version"
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize("posterior", DIRECT)
 def test_direct_on_the_digits(
     call: Any, tiny: list[str], small_posterior: list[str], tmp_path: Path, posterior: str
@@ -311,6 +314,7 @@ def test_a_resumed_direct_run_keeps_its_posterior(
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize("options", ["pgd_at", "score_direct --posterior oracle"])
 def test_toy(call: Any, tiny: list[str], tmp_path: Path, options: str) -> None:
     ending = call("run", "--data", "toy", "--objective", *options.split(), *tiny, "--out", "here")

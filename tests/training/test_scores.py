@@ -405,6 +405,7 @@ def test_every_recipe_is_understood(call: Any, synthetic: Any, monkeypatch: pyte
     assert "10 samples (heun) are recognised" in ending.out
 
 
+@pytest.mark.pictures
 def test_an_audit_says_what_it_found(call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(audit, "POINTS", 40)
     options = [*OPTIONS.split(), "--audit", "--out", "here"]
