@@ -280,7 +280,9 @@ def test_two_seeds_decide_nothing() -> None:
     assert comparisons.judged(failed, 3, counted=True) == told
 
 
-def of_real_digits(values: dict[str, tuple[float, float]], ratio: float = 1.05) -> list[dict[str, Any]]:
+def of_real_digits(
+    values: dict[str, tuple[float, float]], ratio: float = 1.05, eps: float = 0.15
+) -> list[dict[str, Any]]:
     """Three runs with these clean and AutoAttack accuracies; every other objective is far below."""
     forms = (*real_digits.SURROGATES, *real_digits.DIRECT, *real_digits.ABLATED)
     entries: dict[str, Any] = {}
@@ -288,7 +290,7 @@ def of_real_digits(values: dict[str, tuple[float, float]], ratio: float = 1.05) 
         clean, robust = values.get(form, (10.0, 10.0))
         entries[f"student {form}"] = {"clean": clean, "autoattack": robust, "validation": robust, "nll_attacked": 1.0}
     entries["memory regular"] = {"held_out_over_training": {"0.25": ratio, "0.5": 1.0}}
-    return [{"entries": entries, "fold": fold, "seed": 0} for fold in range(3)]
+    return [{"entries": entries, "fold": fold, "seed": 0, "eps": eps} for fold in range(3)]
 
 
 def test_a_direct_setting_stands_unless_a_surrogate_dominates_it() -> None:
@@ -350,12 +352,25 @@ def test_the_front_over_radii_pairs_runs_of_both() -> None:
     others = of_real_digits({surrogate: (97.0, 82.0)})
     all_of_them = "\n".join(real_digits_page.over_radii({0.15: cells, 0.2: others}))
     assert "the 3 runs that have the same fold and seed" in all_of_them
+    third = of_real_digits({direct: (99.9, 99.9)}, eps=0.3)[:1]
+    assert "\n".join(real_digits_page.over_radii({0.15: cells, 0.2: others, 0.3: third})) == all_of_them
     assert "direct, score network, eps 0.15, by +0.3" in all_of_them
     two = "\n".join(real_digits_page.over_radii({0.15: cells, 0.2: others[:2]}))
     assert "the 2 runs that have" in two
     assert "direct, score network, eps 0.15" not in two
     assert tables.OPEN in two
     assert real_digits_page.over_radii({0.15: cells}) == real_digits_page.over_radii({0.15: cells, 0.2: []}) == []
+
+
+def test_the_clean_accuracy_after_a_large_ball() -> None:
+    def told(direct: float, surrogate: float, eps: float = 0.3, runs: int = 3) -> str:
+        values = {"direct:kl score": (direct, 60.0), "trades:kl:4": (surrogate, 70.0), "pgd_at:kl": (99.9, 50.0)}
+        return real_digits_page.hypotheses(of_real_digits(values, eps=eps)[:runs])[-1]
+
+    assert "surrogate, beyond the interval: +1.0 [+1.0, +1.0]: **holds**." in told(97.0, 96.0)
+    assert ": -1.0 [-1.0, -1.0]: **fails**." in told(95.0, 96.0)
+    assert f": {tables.OPEN}." in told(97.0, 96.0, runs=1)
+    assert "R6" not in told(97.0, 96.0, eps=0.2)
 
 
 def test_intervals_over_folds_know_that_they_share_images() -> None:
