@@ -6,7 +6,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
+
+# What is longer than the rest and finds little that the rest does not: with `make soak`.
+LONG = [
+    pytest.mark.soak,
+    pytest.mark.skipif("SCOREMATCH_SOAK" not in os.environ, reason="takes long; others of its kind run here"),
+]
 
 
 def run_pytest(

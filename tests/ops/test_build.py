@@ -14,6 +14,8 @@ import scorematch
 from scorematch import _C, _extension
 from tests import mutation_of_kernels
 
+from .processes import LONG
+
 ROOT = Path(__file__).resolve().parents[2]
 OPERATORS = [
     "apgd_step",
@@ -63,7 +65,7 @@ def nvcc() -> str:
     pytest.skip("no CUDA toolkit")
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("architecture", [pytest.param("sm_80", marks=LONG), "sm_90"])
 @pytest.mark.parametrize("source", sorted(path.name for path in (ROOT / "csrc/cuda").glob("*.cu")))
 def test_cuda_compiles_without_spills(source, architecture, nvcc, tmp_path):
     """The code for the device alone: the build compiles what runs on the host."""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 
 from .emulated_device import build
-from .processes import ROOT, end_of, run_pytest
+from .processes import LONG, ROOT, end_of, run_pytest
 
 OPERATORS = ["apgd_step", "divergence", "fab_step", "keyed_uniform", "l1_step", "score_step", "square", "threat_model"]
 KERNELS = {
@@ -33,12 +33,6 @@ SCHEDULES = {
     "last": f"{SELECTED} and not (float16 or float64)",
     "1": f"{SELECTED} and not (float16 or float64)",
 }
-
-# What is longer than the rest and finds little that the rest does not: with `make soak`.
-LONG = [
-    pytest.mark.soak,
-    pytest.mark.skipif("SCOREMATCH_SOAK" not in os.environ, reason="takes long; others of its kind run here"),
-]
 
 pytestmark = [
     pytest.mark.skipif(build.runtime_libraries() is None, reason="needs g++ with its address sanitizer (libasan)"),
@@ -159,11 +153,9 @@ MUTANTS = {
     ),
 }
 
-SHORT = {  # one of each kind: a race, a block that is stuck, rows left out, an address outside
+SHORT = {  # a race, and rows left out; test_sanitizers.py has an address outside
     "no barrier before a reduction is read",
-    "a barrier that some threads pass by",
     "a grid stride that leaves rows out",
-    "a read beyond the end",
 }
 
 
