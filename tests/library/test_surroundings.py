@@ -1,6 +1,7 @@
 """The library within modes, settings and programs that its caller has chosen for other reasons."""
 
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -17,6 +18,7 @@ from scorematch.augmentation import mirror
 from scorematch.bounds import robust_errors, theorem_2, theorem_4
 from scorematch.divergences import KINDS, clip_bound
 from scorematch.matching import Fit, JointEnergy, fit_classifier, fit_denoiser, sliced
+from scorematch.model_state import borrowed
 from scorematch.networks import Denoiser, MLPBackbone
 from scorematch.posteriors import KernelDensity, NoiseConditionalClassifier
 from scorematch.sampling import noise_levels
@@ -167,6 +169,30 @@ def test_what_a_model_holds_may_be_deep() -> None:
     assert can_be_shared(model, data()[0])
     entry.append(object())  # which may keep anything
     assert not can_be_shared(model, data()[0])
+
+
+def test_a_model_in_training_mode_may_be_evaluated_by_several_threads() -> None:
+    """The first to leave must not put the model into training mode while another one is still at work."""
+    model, first_left = linear().train(), threading.Event()
+
+    def first(entered: threading.Barrier) -> None:
+        with borrowed(model):
+            entered.wait(60)
+            entered.wait(60)
+        first_left.set()
+
+    entered = threading.Barrier(2)
+    thread = threading.Thread(target=first, args=(entered,))
+    thread.start()
+    entered.wait(60)
+    with borrowed(model):
+        entered.wait(60)
+        assert first_left.wait(60)
+        assert not any(module.training for module in model.modules())
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+    thread.join()
+    assert all(module.training for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 class Picture(Tensor):
