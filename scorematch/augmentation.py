@@ -31,7 +31,7 @@ def mirror(x: Tensor, generator: Generator) -> tuple[Tensor, None]:
         Images like x, and None.
     """
     _check(x)
-    flipped = torch.rand(len(x), generator=generator, device=x.device) < 0.5
+    flipped = torch.rand(len(x), generator=generator, device=x.device, dtype=torch.float32) < 0.5
     return torch.where(flipped[:, None, None, None], x.flip(3), x), None
 
 

@@ -87,6 +87,6 @@ def clip_bound(kind: str, threshold: float, num_classes: int) -> float:
         raise ValueError(f"num_classes must be at least 2, got {num_classes}")
     if threshold == 0.0:
         return 0.0
-    prediction = torch.full((1, num_classes), threshold / (num_classes - 1), dtype=torch.float64)
+    prediction = torch.full((1, num_classes), threshold / (num_classes - 1), dtype=torch.float64, device="cpu")
     prediction[0, 0] = 1.0 - threshold
-    return float(divergence(prediction.log(), torch.zeros(1, dtype=torch.int64), kind=kind))
+    return float(divergence(prediction.log(), torch.zeros(1, dtype=torch.int64, device="cpu"), kind=kind))

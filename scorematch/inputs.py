@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from torch.utils.data import RandomSampler
 
 from .ops._checks import check_number
@@ -350,6 +351,16 @@ def check_levels(sigma: Any, x: Tensor, *, numbers: bool = False) -> None:
         raise ValueError(f"sigma must be positive and finite, got values in {torch.stack(sigma.aminmax()).tolist()}")
 
 
+def handed(x: Tensor) -> Tensor:
+    """x [N, …] as it is handed to a module whose gradient in x will be asked for.
+
+    Hooks of all modules, such as those of ``torch.utils.flop_counter.FlopCounterMode``, may ask the engine about what
+    a module was given, and it refuses to answer for a tensor at which a graph begins.
+    """
+    begins = x.requires_grad and x.is_leaf
+    return x.view_as(x) if begins and torch_module._has_any_global_hook() else x
+
+
 def output_at(network: nn.Module, x: Tensor, sigma: Tensor, conditions: Tensor | None = None) -> Any:
     """Whatever a network that is told the noise level returns for x [N, …] and sigma [N].
 
@@ -362,7 +373,7 @@ def output_at(network: nn.Module, x: Tensor, sigma: Tensor, conditions: Tensor |
     if torch.compiler.is_compiling():
         return network(*inputs)
     try:
-        return network(*inputs)
+        return network(*map(handed, inputs))
     except TypeError as error:
         if (taken := _other_parameters(network.forward, *inputs)) is None:
             raise

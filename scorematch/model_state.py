@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -27,9 +28,31 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
             module.track_running_stats = True
 
 
+class _Loan:
+    """What a model was like before it was borrowed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.borrowers = 0
+        self.training = [(m, m.training) for m in model.modules() if hasattr(m, "training")]  # a frozen script has none
+        # Those that were made in inference mode take no gradients, and could not be given back.
+        self.trainable = [p for p in model.parameters() if p.requires_grad and not p.is_inference()]
+
+    def end(self) -> None:
+        for module, was_training in self.training:
+            module.training = was_training
+        for parameter in self.trainable:
+            parameter.requires_grad_(True)
+
+
+_loans: dict[int, _Loan] = {}  # of models in eval mode, by their id
+_lending = threading.Lock()
+
+
 @contextmanager
 def borrowed(model: nn.Module, attack_mode: str = "eval") -> Iterator[None]:
     """Put a model into the mode of an attack, without parameter gradients; restore everything on leaving.
+
+    Several threads may borrow a model in eval mode at a time; the last to leave restores it.
 
     Args:
         model: any module.
@@ -45,21 +68,25 @@ def borrowed(model: nn.Module, attack_mode: str = "eval") -> Iterator[None]:
     """
     if attack_mode not in ATTACK_MODES:
         raise ValueError(f"attack_mode must be one of {', '.join(ATTACK_MODES)}, got {attack_mode!r}")
-    training = [(m, m.training) for m in model.modules() if hasattr(m, "training")]  # a frozen script has no mode
-    # Those that were made in inference mode take no gradients, and could not be given back.
-    trainable = [p for p in model.parameters() if p.requires_grad and not p.is_inference()]
+    with _lending:
+        loan = (_loans.get(id(model)) if attack_mode == "eval" else None) or _Loan(model)
+        loan.borrowers += 1
+        if attack_mode == "eval":
+            _loans[id(model)] = loan
     try:
-        for parameter in trainable:
+        for parameter in loan.trainable:
             parameter.requires_grad_(False)
-        if training and attack_mode == "eval":
+        if loan.training and attack_mode == "eval":
             model.eval()
         with frozen_statistics(model) if attack_mode == "frozen" else nullcontext():
             yield
     finally:
-        for module, was_training in training:
-            module.training = was_training
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+        with _lending:
+            loan.borrowers -= 1
+            if not loan.borrowers:
+                if attack_mode == "eval":
+                    del _loans[id(model)]
+                loan.end()
 
 
 @contextmanager

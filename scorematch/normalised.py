@@ -14,7 +14,8 @@ class Normalised(nn.Module):
     Args:
         model: maps normalised inputs [N, C, …] to whatever this module returns.
         mean, std: a number for each of C channels (of vectors [N, C]: for each feature), or one number for all; in the
-            units of x, std > 0. Kept as buffers in the default dtype, or that of a tensor of floating-point numbers.
+            units of x, std > 0. Kept as buffers in the default dtype, or that of a tensor of floating-point numbers. On
+            the meta device they have no values yet, and none are looked at.
 
     Raises:
         TypeError: ``model`` is not a module; in a call: x is not floating point.
@@ -34,7 +35,7 @@ class Normalised(nn.Module):
             self.register_buffer(name, _numbers(name, values))
         if self.mean.shape != self.std.shape:
             raise ValueError(f"mean and std must be equally many, got {len(self.mean)} and {len(self.std)}")
-        if not bool((self.std > 0).all()):
+        if not (self.std.is_meta or bool((self.std > 0).all())):
             raise ValueError(f"std must be positive, got {std!r}")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,6 +69,6 @@ def _numbers(name: str, values: float | Sequence[float]) -> Tensor:
         numbers = (given if isinstance(values, Tensor) else given.to(torch.get_default_dtype())).flatten().clone()
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"{name} must be a number, or one for each channel, got {values!r}") from None
-    if len(numbers) == 0 or not numbers.is_floating_point() or not bool(numbers.isfinite().all()):
+    if len(numbers) == 0 or not numbers.is_floating_point() or not (numbers.is_meta or bool(numbers.isfinite().all())):
         raise ValueError(f"{name} must be finite numbers, at least one, got {values!r}")
     return numbers

@@ -26,7 +26,9 @@ def noise_levels(sigma_max: float, sigma_min: float, count: int) -> list[float]:
     if not 0.0 < sigma_min <= sigma_max < math.inf:
         raise ValueError(f"0 < sigma_min ≤ sigma_max is needed, both finite, got {sigma_min} and {sigma_max}")
     check_count("count", count)
-    return torch.logspace(math.log10(sigma_max), math.log10(sigma_min), count, dtype=torch.float64).tolist()
+    return torch.logspace(
+        math.log10(sigma_max), math.log10(sigma_min), count, dtype=torch.float64, device="cpu"
+    ).tolist()
 
 
 @torch.no_grad()

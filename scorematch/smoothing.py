@@ -309,7 +309,7 @@ def noise_seeds(count: int, generator: torch.Generator | None = None) -> Tensor:
     check_count("count", count, least=0)
     device = "cpu" if generator is None else generator.device
     one_by_one = [torch.randint(2**62, (1,), generator=generator, device=device) for _ in range(count)]
-    return torch.cat(one_by_one).cpu() if one_by_one else torch.zeros(0, dtype=torch.int64)
+    return torch.cat(one_by_one).cpu() if one_by_one else torch.zeros(0, dtype=torch.int64, device="cpu")
 
 
 def least_votes(alpha: float) -> int:

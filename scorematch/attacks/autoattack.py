@@ -569,7 +569,8 @@ class AutoAttack:
         console: Console,
         before: EvaluationState | None = None,
     ) -> tuple[EvaluationState, dict[str, Any]]:
-        x, y = x.cpu(), y.cpu()
+        # A file with tensors of a class of one's own could not be read again.
+        x, y = (t.cpu().as_subclass(Tensor) for t in (x, y))
         state, report = evaluate(self.model, x, y, attacks, options, console, Share.of_this_process(), before)
         console.say(result_line(report, state, x, self.threat_model.norm, self.norm))
         return state, report

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..folding import Folding, copy_sharing_tensors
+from ..inputs import handed
 
 PACKAGE = __name__.partition(".")[0] + "."
 Loss = Callable[..., Tensor]  # (logits [N, L], labels [N], …) to [N]
@@ -39,7 +40,7 @@ def output_of(model: Callable[[Tensor], Any], x: Tensor) -> Any:
     if torch.compiler.is_compiling():
         return model(x)
     try:
-        return model(x)
+        return model(handed(x))
     except (RuntimeError, TypeError, ValueError) as error:
         if not _is_bare(error, x):
             raise

@@ -67,12 +67,13 @@ class Console:
 
     def start_progress(self, passes: int) -> None:
         """Show how many of so many passes of one sample are done."""
+        seen = getattr(sys.stderr, "isatty", bool)()  # a program without a console has no stderr
         self._progress = tqdm(
             total=passes,
             unit="pass",
             unit_scale=True,
             smoothing=0.05,
-            disable=not (self._verbose and sys.stderr.isatty()),
+            disable=not (self._verbose and seen),
         )
 
     def advance(self, passes: int) -> None:

@@ -189,14 +189,15 @@ def _has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, f"_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre"))
 
 
-def _contents(value: Any, seen: set[int] | None = None) -> list[tuple[Any, int | None]]:
+def _contents(value: Any) -> list[tuple[Any, int | None]]:
     """A value and all that it is made of, down to any depth, with how often a tensor was written to."""
-    seen = set() if seen is None else seen
-    contents = [(value, _version(value))]
-    if id(value) not in seen:
-        seen.add(id(value))
-        for entry in _entries(value):
-            contents += _contents(entry, seen)
+    contents, waiting, seen = [], [value], set()
+    while waiting:
+        value = waiting.pop()
+        contents.append((value, _version(value)))
+        if id(value) not in seen:
+            seen.add(id(value))
+            waiting += _entries(value)
     return contents
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..attacks.classifier import gradient_of, logits_of
-from ..inputs import check_callable, check_count, check_length, check_samples
+from ..inputs import check_callable, check_count, check_length, check_samples, handed
 from ..model_state import as_found
 from ..modes import outside_modes
 from ..noise import normal_like
@@ -133,7 +133,7 @@ def _difference_gradient(problem: Problem, coefficients: Tensor) -> Tensor:
     """Σ_y c_y (∇ₓ p_d(y|x) − ∇ₓ p_θ(y|x)) for c [N, L], [N, …]."""
     with as_found(problem.model), torch.enable_grad():
         point = problem.x.detach().requires_grad_()
-        by_model = gradient_of(problem.model(point).softmax(1), point, coefficients, problem.model)
+        by_model = gradient_of(problem.model(handed(point)).softmax(1), point, coefficients, problem.model)
     trace = begin_trace(problem.posterior, problem.x, problem.y)
     return trace.pull_back((coefficients * trace.log_p.exp()).contiguous(), -by_model)
 

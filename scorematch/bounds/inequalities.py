@@ -127,7 +127,7 @@ def theorem_2(
     madry = errors.madry.double()
     value = phi(madry)
     average = mean(value, weights)
-    right = float(inverse(torch.tensor(average, dtype=torch.float64)))
+    right = float(inverse(torch.tensor(average, dtype=torch.float64, device="cpu")))
     deviation = value - average
     # Where all values are equal the slope may be infinite, as that of a root at 0, but nothing varies.
     influence = torch.where(deviation == 0, deviation, deviation / _slope(phi, right))
@@ -218,7 +218,7 @@ def _below(
 
 def _slope(phi: Callable[[Tensor], Tensor], at: float) -> float:
     with torch.enable_grad():
-        point = torch.tensor(at, dtype=torch.float64, requires_grad=True)
+        point = torch.tensor(at, dtype=torch.float64, device="cpu", requires_grad=True)
         return float(torch.autograd.grad(phi(point), point)[0])
 
 
@@ -231,7 +231,7 @@ def _check_phi(phi: Callable[[Tensor], Tensor], inverse: Callable[[Tensor], Tens
     largest = float(distances.max())
     if largest == 0.0:
         return
-    at = torch.linspace(0.0, largest, PHI_POINTS, dtype=torch.float64)
+    at = torch.linspace(0.0, largest, PHI_POINTS, dtype=torch.float64, device="cpu")
     values = phi(at)
     rise = values.diff()
     if not bool((rise > 0).all()):

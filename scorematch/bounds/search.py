@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..attacks.classifier import check_logits, gradient_of, output_of
 from ..attacks.pgd import ascend
-from ..inputs import check_callable, check_count, check_instance, check_points, check_posterior, check_tensor
+from ..inputs import check_callable, check_count, check_instance, check_points, check_posterior, check_tensor, handed
 from ..model_state import as_found
 from ..posteriors import Ensemble
 from ..posteriors.base import PointwisePosterior, Posterior, begin_trace, check_scores
@@ -119,7 +119,7 @@ def _climb(
             trace.move(at)
             with torch.enable_grad():
                 point = at.detach().requires_grad_()
-                logits = model(point)
+                logits = model(handed(point))
                 log_p, z = trace.log_p.detach().requires_grad_(), logits.detach().requires_grad_()
                 value = ascent.value(log_p, z)
                 weights, by_logits = torch.autograd.grad(

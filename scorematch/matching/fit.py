@@ -24,6 +24,7 @@ from torch.nn.functional import cross_entropy
 
 from ..averaging import WeightAverage
 from ..inputs import check_count, check_finite, check_instance, check_labels, check_length, check_share, output_at
+from ..modes import with_gradients
 from ..networks.denoiser import Denoiser
 from ..noise import normal_like
 from ..ops._checks import check_number
@@ -362,6 +363,7 @@ class Fitting:
         self.steps = state["steps"]
 
 
+@with_gradients
 def fit_denoiser(
     denoiser: Denoiser,
     x: Tensor,
@@ -399,6 +401,7 @@ def fit_denoiser(
     return denoiser
 
 
+@with_gradients
 def fit_classifier(
     network: nn.Module,
     x: Tensor,

@@ -30,6 +30,7 @@ from ..inputs import (
     check_levels,
     check_like,
     check_real,
+    handed,
     output_at,
     readable,
 )
@@ -172,7 +173,7 @@ def sliced(score: Score, x: Tensor, projection: Tensor) -> Tensor:
     _check_direction(score, x, projection)
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        slope = (score(x) * projection).flatten(1).sum(1)
+        slope = (score(handed(x)) * projection).flatten(1).sum(1)
         (curvature,) = torch.autograd.grad(slope.sum(), x, create_graph=True)
     return (curvature * projection).flatten(1).sum(1) + 0.5 * slope.square()
 

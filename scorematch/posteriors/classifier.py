@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..inputs import check_count, check_instance, check_length, check_real, output_at
+from ..inputs import check_count, check_instance, check_length, check_real, handed, output_at
 from .base import PointwisePosterior, Trace, check_pull
 
 
@@ -70,7 +70,7 @@ class _ClassifierTrace(Trace):
         check_real(x)
         with torch.enable_grad():
             self.x = x.detach().requires_grad_()
-            self._log_p = self.posterior(self.x)
+            self._log_p = self.posterior(handed(self.x))
         self.log_p = self._log_p.detach()
 
     def pull_back(self, weights: Tensor, grad: Tensor) -> Tensor:
