@@ -337,10 +337,10 @@ def _start(job: Job, threads: int | None) -> subprocess.Popen:
     arguments = ["--resume", str(job.out)] if started else job.arguments
     # The runs find this very package from any working directory.
     search_path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": search_path}
+    environment = {**os.environ, "PYTHONPATH": search_path, "PYTHONIOENCODING": "utf-8"}
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
-    with open(_log(job), "a") as log:
+    with open(_log(job), "a", encoding="utf-8") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "training.run", *arguments],
             stdin=subprocess.DEVNULL,
@@ -356,7 +356,8 @@ def _log(job: Job) -> Path:
 
 
 def _failure(job: Job, status: int) -> str:
-    lines = [line for line in _log(job).read_text().replace("\r", "\n").splitlines() if line.strip()]
+    text = _log(job).read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
+    lines = [line for line in text.splitlines() if line.strip()]
     return "\n".join([f"{job.out.name} failed with status {status}; the end of {_log(job)}:", *lines[-LOG_LINES:]])
 
 

@@ -155,7 +155,7 @@ def prepare_folder(settings: RunSettings, claims: ExitStack) -> Path:
             checkpoint.write_atomically(path, content)
         return out
     if path.exists():
-        if distributed.restarts() and path.read_text() == content:
+        if distributed.restarts() and path.read_text(encoding="utf-8") == content:
             return out
         raise InputError(f"out: {out} holds a run already, give --resume {out} or another folder")
     refuse_left_over(out, OF_RUNS_FOLDER)
@@ -183,7 +183,7 @@ def begun_before(settings: RunSettings, content: str) -> Path | None:
     found = None
     for out in itertools.takewhile(Path.exists, usual_folders(settings)):
         path = out / "config.toml"
-        if path.exists() and not (out / "summary.json").exists() and path.read_text() == content:
+        if path.exists() and not (out / "summary.json").exists() and path.read_text(encoding="utf-8") == content:
             found = out
     return found
 

@@ -329,7 +329,7 @@ def prepare_folder(settings: ScoreSettings, claims: ExitStack) -> Path:
         return out
     path, content = out / "config.toml", tomli_w.dumps(as_table(settings))
     if path.exists():
-        if distributed.restarts() and path.read_text() == content and not (out / "score.json").exists():
+        if distributed.restarts() and path.read_text(encoding="utf-8") == content and not (out / "score.json").exists():
             return out
         raise InputError(f"out: {out} holds a posterior already, give --resume {out} or another folder")
     refuse_left_over(out, OF_SCORES_FOLDER)

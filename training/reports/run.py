@@ -52,7 +52,7 @@ def page(out: Path) -> str:
         "<h2>Cost</h2>",
         pages.table([["", ""], *costs(summary)], "facts"),
         "<h2>Configuration</h2>",
-        pages.folded("config.toml: all settings of the run", (out / "config.toml").read_text()),
+        pages.folded("config.toml: all settings of the run", (out / "config.toml").read_text(encoding="utf-8")),
         pages.folded("commands to go on with", commands(out, summary)),
     ]
     return pages.page(title, sections)
