@@ -194,8 +194,8 @@ def plan(settings: CompareSettings, options: Sequence[str], out: Path, jobs: int
             if entry.soft:
                 arguments += ["--soft-targets"]
             if entry.generated:
-                arguments += ["--generated", *map(str, settings.generated)]
-            arguments += ["--seed", str(seed), "--out", str(folder)]
+                arguments += ["--generated", *map(command_line.as_argument, settings.generated)]
+            arguments += ["--seed", str(seed), "--out", command_line.as_argument(folder)]
             if jobs > 1:
                 arguments += ["--threads", "1"]
             arguments += options
@@ -334,7 +334,7 @@ def run_all(planned: Sequence[Job], jobs: int) -> list[Job]:
 def _start(job: Job, threads: int | None) -> subprocess.Popen:
     job.out.mkdir(parents=True, exist_ok=True)
     started = (job.out / "config.toml").exists()
-    arguments = ["--resume", str(job.out)] if started else job.arguments
+    arguments = ["--resume", command_line.as_argument(job.out)] if started else job.arguments
     # The runs find this very package from any working directory.
     search_path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": search_path, "PYTHONIOENCODING": "utf-8"}

@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import io
 import itertools
-import shlex
 import subprocess
 import sys
 import time
@@ -42,7 +41,7 @@ from training.engine.claims import OF_RUNS_FOLDER, claimed, refuse_left_over
 from training.engine.hardware import Hardware, Speed
 from training.engine.loop import Trainer, generator
 from training.reports import run as report
-from training.settings import config, tables, unused
+from training.settings import command_line, config, tables, unused
 from training.settings.config import RunSettings
 from training.settings.errors import InputError, Interrupted, StopError, out_of_memory, run_program
 
@@ -139,8 +138,8 @@ def saved(settings: RunSettings, out: Path) -> str:
     """How far an interrupted run has come, and how to go on."""
     path = out / "checkpoint.pt"
     last = checkpoint.epoch_of(path) if path.exists() else 0
-    command = shlex.join(["python", "-m", "training.run", "--resume", str(out)])
-    return f"{last} of {settings.epochs} epochs are saved; continue with: {command}"
+    resume = command_line.command("python", "-m", "training.run", "--resume", out)
+    return f"{last} of {settings.epochs} epochs are saved; continue with: {resume}"
 
 
 def prepare_folder(settings: RunSettings, claims: ExitStack) -> Path:
@@ -157,7 +156,9 @@ def prepare_folder(settings: RunSettings, claims: ExitStack) -> Path:
     if path.exists():
         if distributed.restarts() and path.read_text(encoding="utf-8") == content:
             return out
-        raise InputError(f"out: {out} holds a run already, give --resume {out} or another folder")
+        raise InputError(
+            f"out: {out} holds a run already, give {command_line.command('--resume', out)} or another folder"
+        )
     refuse_left_over(out, OF_RUNS_FOLDER)
     checkpoint.write_atomically(path, content)
     return out

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -9,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 
 from training import __main__ as one_command
-from training import compare, run
+from training import compare, evaluate, run
 from training.engine import checkpoint, distributed
-from training.settings import config
+from training.reports import run as report
+from training.settings import command_line, config
 from training.settings.errors import InputError, StopError, run_program
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -180,3 +183,25 @@ def test_a_port_in_use(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     place = "MASTER_ADDR:MASTER_PORT, 127.0.0.1:29500"
     told = f"stopped: the processes cannot meet at {place} (gloo: address already in use)\n"
     assert (ending.status, ending.err) == (1, told)
+
+
+@pytest.mark.parametrize("folder", ["-o my runs", "runs of $USER; 'x'"])
+def test_commands_to_copy_are_ones_of_a_shell(tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(folder).mkdir()
+    out, settings = Path(folder), config.parse([*DRY, f"--out={folder}"])
+    (out / "config.toml").write_text(tomli_w.dumps(config.as_table(settings)), encoding="utf-8")
+    summary = {"autoattack_acc": 1.0, "autoattack_version": "standard"}
+    words = [shlex.split(line) for line in (run.saved(settings, out), report.commands(out, summary).splitlines()[0])]
+    assert config.parse(words[0][words[0].index("training.run") + 1 :]).resume == out
+    evaluation = command_line.parse(
+        evaluate.EvaluateSettings, words[1][words[1].index("training.evaluate") + 1 :], program="", description=""
+    )
+    assert evaluation.run == out
+
+
+def test_a_comparison_in_a_folder_that_starts_with_a_dash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = compare.CompareSettings("toy", ("standard",), seeds=(0,))
+    (job,) = compare.plan(settings, [], Path("-c"), 1)
+    assert job.out == job.settings.out == Path("-c/runs/standard-seed0")

@@ -1,7 +1,6 @@
 """The report of one run: report.html, made from what the run has left in its folder."""
 
 import html
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from training.data import npy, toy
 from training.engine import checkpoint
 from training.reports import pages, plots
 from training.reports.plots import Series
+from training.settings import command_line
 
 EXAMPLES = "fooled.npz"
 TITLES = {
@@ -221,7 +221,7 @@ def posterior_section(out: Path, summary: Mapping[str, Any]) -> list[str]:
 
 
 def commands(out: Path, summary: Mapping[str, Any]) -> str:
-    evaluate = shlex.join(["python", "-m", "training.evaluate", "--run", str(out)])
+    evaluate = command_line.command("python", "-m", "training.evaluate", "--run", out)
     lines = [f"{evaluate} --attack obfuscation --plot curve.png"]
     if summary["autoattack_acc"] is None or summary["autoattack_version"] != "standard":
         lines.append(f"{evaluate} --attack autoattack")
