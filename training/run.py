@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import io
 import itertools
+import os
 import subprocess
 import sys
 import time
@@ -482,20 +483,32 @@ def attack_with_ensemble(settings: RunSettings, loaded: Data, network: nn.Module
 
 def commit() -> str | None:
     """The git commit of the source tree that runs, with ``+`` where it has changes; None outside a repository."""
-    folder = Path(__file__).resolve().parent.parent
-    commands = (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+    file = Path(__file__).resolve()
+    commands = (
+        ["ls-files", "--error-unmatch", str(file)],  # fails where it is installed within a project of somebody else
+        ["rev-parse", "HEAD"],
+        ["status", "--porcelain", "--untracked-files=no"],
+    )
+    # Such as GIT_DIR, within a hook of another repository.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     outputs = []
     for command in commands:
         try:
             finished = subprocess.run(
-                ["git", "-C", str(folder), *command], capture_output=True, text=True, timeout=10, check=False
+                ["git", "-C", str(file.parent.parent), *command],
+                env=environment,
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",
+                timeout=10,
+                check=False,
             )
         except (OSError, subprocess.TimeoutExpired):
             return None
         if finished.returncode:
             return None
         outputs.append(finished.stdout.strip())
-    return outputs[0] + ("+" if outputs[1] else "")
+    return outputs[1] + ("+" if outputs[2] else "")
 
 
 def print_table(summary: dict[str, Any]) -> None:

@@ -205,3 +205,32 @@ def test_a_comparison_in_a_folder_that_starts_with_a_dash(tmp_path: Path, monkey
     settings = compare.CompareSettings("toy", ("standard",), seeds=(0,))
     (job,) = compare.plan(settings, [], Path("-c"), 1)
     assert job.out == job.settings.out == Path("-c/runs/standard-seed0")
+
+
+@pytest.fixture
+def other_repository(tmp_path: Path) -> Path:
+    folder = tmp_path / "project"
+    identity = ["-c", "user.name=somebody", "-c", "user.email=somebody@example.org"]
+    subprocess.run(["git", "init", "-q", str(folder)], check=True)
+    subprocess.run(["git", "-C", str(folder), *identity, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
+    return folder
+
+
+def test_the_commit_of_another_repository_is_not_ours(other_repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = run.commit()
+    monkeypatch.setenv("GIT_DIR", str(other_repository / ".git"))
+    assert run.commit() == ours, "as within a hook of it"
+    monkeypatch.delenv("GIT_DIR")
+    installed = other_repository / "venv" / "training" / "run.py"
+    installed.parent.mkdir(parents=True)
+    installed.touch()
+    monkeypatch.setattr(run, "__file__", str(installed))
+    assert run.commit() is None, "as installed within it"
+
+
+def test_the_commit_where_git_says_what_is_no_utf_8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    git = tmp_path / "git"
+    git.write_text("#!/bin/sh\nprintf 'caf\\351'\n", encoding="utf-8")
+    git.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert run.commit() == "caf\N{REPLACEMENT CHARACTER}+"
