@@ -4,7 +4,7 @@ import difflib
 import importlib
 import sys
 
-from training.settings.errors import run_program
+from training.settings.errors import InputError, run_program
 
 PROGRAMS = {
     "demo": "watch PGD-AT and direct SCORE learn a toy: a first look, in a minute",
@@ -33,16 +33,15 @@ USAGE = "\n".join(
 def main() -> None:
     """Run the program that the first argument names, with the others as its arguments."""
     name, *arguments = sys.argv[1:] or ["--help"]
-    if name in ("-h", "--help"):
-        print(USAGE)
-        return
-    if name not in PROGRAMS:
-        close = difflib.get_close_matches(name, PROGRAMS, n=1)
-        guess = f"did you mean {close[0]}" if close else f"allowed: {', '.join(PROGRAMS)}"
-        print(f"error: {name!r} is not a program, {guess}; scorematch --help lists them", file=sys.stderr)
-        sys.exit(2)
 
     def program(arguments: list[str]) -> None:
+        if name in ("-h", "--help"):
+            print(USAGE)
+            return
+        if name not in PROGRAMS:
+            close = difflib.get_close_matches(name, PROGRAMS, n=1)
+            guess = f"did you mean {close[0]}" if close else f"allowed: {', '.join(PROGRAMS)}"
+            raise InputError(f"{name!r} is not a program, {guess}; scorematch --help lists them")
         module = importlib.import_module(f"training.{name}")  # here, where an interruption is a line
         if hasattr(module, "__path__"):
             module = importlib.import_module(f"training.{name}.__main__")

@@ -194,8 +194,8 @@ def plan(settings: CompareSettings, options: Sequence[str], out: Path, jobs: int
             if entry.soft:
                 arguments += ["--soft-targets"]
             if entry.generated:
-                arguments += ["--generated", *map(str, settings.generated)]
-            arguments += ["--seed", str(seed), "--out", str(folder)]
+                arguments += ["--generated", *map(command_line.as_argument, settings.generated)]
+            arguments += ["--seed", str(seed), "--out", command_line.as_argument(folder)]
             if jobs > 1:
                 arguments += ["--threads", "1"]
             arguments += options
@@ -334,13 +334,13 @@ def run_all(planned: Sequence[Job], jobs: int) -> list[Job]:
 def _start(job: Job, threads: int | None) -> subprocess.Popen:
     job.out.mkdir(parents=True, exist_ok=True)
     started = (job.out / "config.toml").exists()
-    arguments = ["--resume", str(job.out)] if started else job.arguments
+    arguments = ["--resume", command_line.as_argument(job.out)] if started else job.arguments
     # The runs find this very package from any working directory.
     search_path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": search_path}
+    environment = {**os.environ, "PYTHONPATH": search_path, "PYTHONIOENCODING": "utf-8"}
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
-    with open(_log(job), "a") as log:
+    with open(_log(job), "a", encoding="utf-8") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "training.run", *arguments],
             stdin=subprocess.DEVNULL,
@@ -356,7 +356,8 @@ def _log(job: Job) -> Path:
 
 
 def _failure(job: Job, status: int) -> str:
-    lines = [line for line in _log(job).read_text().replace("\r", "\n").splitlines() if line.strip()]
+    text = _log(job).read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
+    lines = [line for line in text.splitlines() if line.strip()]
     return "\n".join([f"{job.out.name} failed with status {status}; the end of {_log(job)}:", *lines[-LOG_LINES:]])
 
 

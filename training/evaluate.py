@@ -14,7 +14,6 @@ torchrun takes --run for an option of its own.
 import dataclasses
 import importlib
 import math
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -612,7 +611,7 @@ def _check(settings: EvaluateSettings) -> None:
         for name in ("rng", "search_dtype", "compile", "verdict_passes", "radii", "state"):
             if name in given:
                 raise InputError(f"{name}: is for --engine native, the official engine does not have it")
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if distributed.planned_world_size() > 1:
             raise InputError("engine: official runs in one process, allowed under torchrun: native")
     if settings.plot is not None and settings.plot.suffix != ".png":
         raise InputError(f"plot: {settings.plot} is written as PNG, expected a name that ends in .png")

@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import io
 import itertools
-import shlex
+import os
 import subprocess
 import sys
 import time
@@ -42,7 +42,7 @@ from training.engine.claims import OF_RUNS_FOLDER, claimed, refuse_left_over
 from training.engine.hardware import Hardware, Speed
 from training.engine.loop import Trainer, generator
 from training.reports import run as report
-from training.settings import config, tables, unused
+from training.settings import command_line, config, tables, unused
 from training.settings.config import RunSettings
 from training.settings.errors import InputError, Interrupted, StopError, out_of_memory, run_program
 
@@ -139,8 +139,8 @@ def saved(settings: RunSettings, out: Path) -> str:
     """How far an interrupted run has come, and how to go on."""
     path = out / "checkpoint.pt"
     last = checkpoint.epoch_of(path) if path.exists() else 0
-    command = shlex.join(["python", "-m", "training.run", "--resume", str(out)])
-    return f"{last} of {settings.epochs} epochs are saved; continue with: {command}"
+    resume = command_line.command("python", "-m", "training.run", "--resume", out)
+    return f"{last} of {settings.epochs} epochs are saved; continue with: {resume}"
 
 
 def prepare_folder(settings: RunSettings, claims: ExitStack) -> Path:
@@ -155,9 +155,11 @@ def prepare_folder(settings: RunSettings, claims: ExitStack) -> Path:
             checkpoint.write_atomically(path, content)
         return out
     if path.exists():
-        if distributed.restarts() and path.read_text() == content:
+        if distributed.restarts() and path.read_text(encoding="utf-8") == content:
             return out
-        raise InputError(f"out: {out} holds a run already, give --resume {out} or another folder")
+        raise InputError(
+            f"out: {out} holds a run already, give {command_line.command('--resume', out)} or another folder"
+        )
     refuse_left_over(out, OF_RUNS_FOLDER)
     checkpoint.write_atomically(path, content)
     return out
@@ -183,7 +185,7 @@ def begun_before(settings: RunSettings, content: str) -> Path | None:
     found = None
     for out in itertools.takewhile(Path.exists, usual_folders(settings)):
         path = out / "config.toml"
-        if path.exists() and not (out / "summary.json").exists() and path.read_text() == content:
+        if path.exists() and not (out / "summary.json").exists() and path.read_text(encoding="utf-8") == content:
             found = out
     return found
 
@@ -481,20 +483,32 @@ def attack_with_ensemble(settings: RunSettings, loaded: Data, network: nn.Module
 
 def commit() -> str | None:
     """The git commit of the source tree that runs, with ``+`` where it has changes; None outside a repository."""
-    folder = Path(__file__).resolve().parent.parent
-    commands = (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+    file = Path(__file__).resolve()
+    commands = (
+        ["ls-files", "--error-unmatch", str(file)],  # fails where it is installed within a project of somebody else
+        ["rev-parse", "HEAD"],
+        ["status", "--porcelain", "--untracked-files=no"],
+    )
+    # Such as GIT_DIR, within a hook of another repository.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     outputs = []
     for command in commands:
         try:
             finished = subprocess.run(
-                ["git", "-C", str(folder), *command], capture_output=True, text=True, timeout=10, check=False
+                ["git", "-C", str(file.parent.parent), *command],
+                env=environment,
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",
+                timeout=10,
+                check=False,
             )
         except (OSError, subprocess.TimeoutExpired):
             return None
         if finished.returncode:
             return None
         outputs.append(finished.stdout.strip())
-    return outputs[0] + ("+" if outputs[1] else "")
+    return outputs[1] + ("+" if outputs[2] else "")
 
 
 def print_table(summary: dict[str, Any]) -> None:

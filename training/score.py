@@ -16,7 +16,6 @@ generated data: ``image`` uint8, ``label``) or, on the toy, scores.png. ``torchr
 import dataclasses
 import functools
 import math
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -304,7 +303,8 @@ def run(settings: ScoreSettings, device: torch.device) -> None:
                     audited(settings, resolved, loaded, posterior, people, out / "posterior.pt", out)
             distributed.barrier()
         except Interrupted as signal:
-            raise Interrupted(f"{signal}; continue with: python -m training.score --resume {out}") from None
+            resume = command_line.command("python", "-m", "training.score", "--resume", out)
+            raise Interrupted(f"{signal}; continue with: {resume}") from None
 
 
 def audit_file(settings: ScoreSettings, path: Path, loaded: Data, people: Tensor | None) -> None:
@@ -329,9 +329,11 @@ def prepare_folder(settings: ScoreSettings, claims: ExitStack) -> Path:
         return out
     path, content = out / "config.toml", tomli_w.dumps(as_table(settings))
     if path.exists():
-        if distributed.restarts() and path.read_text() == content and not (out / "score.json").exists():
+        if distributed.restarts() and path.read_text(encoding="utf-8") == content and not (out / "score.json").exists():
             return out
-        raise InputError(f"out: {out} holds a posterior already, give --resume {out} or another folder")
+        raise InputError(
+            f"out: {out} holds a posterior already, give {command_line.command('--resume', out)} or another folder"
+        )
     refuse_left_over(out, OF_SCORES_FOLDER)
     checkpoint.write_atomically(path, content)
     return out
@@ -412,13 +414,13 @@ def command_of(
 ) -> str:
     """The command of training.run that reads these networks as the audit chose, or else trains those that it chose."""
     chosen = best.settings
-    words = ["python", "-m", "training.run", "--objective", "score_direct", "--data", settings.data]
+    words: list[str | Path] = ["python", "-m", "training.run", "--objective", "score_direct", "--data", settings.data]
     for name in ("data_root", "limit", "image_size", "validation_size", "norm", "eps"):
         if (value := getattr(settings, name)) not in (None, 0):
-            words += [f"--{name.replace('_', '-')}", str(value)]
+            words += [f"--{name.replace('_', '-')}", value if isinstance(value, Path) else str(value)]
     words += ["--posterior", chosen["posterior"]]
     if chosen["posterior"] == settings.posterior:
-        words += ["--posterior-from", str(path)]
+        words += ["--posterior-from", path]
         changes = {key: value for key, value in chosen["posterior_settings"].items() if value != getattr(resolved, key)}
     else:
         changes = audit.options_of(best, resolved, loaded)["posterior_settings"]
@@ -427,7 +429,7 @@ def command_of(
             words.append(f"--posterior-settings.{'' if value else 'no-'}{name}")
         else:
             words += [f"--posterior-settings.{name}", *map(str, value if isinstance(value, list) else [value])]
-    return shlex.join(words)
+    return command_line.command(*words)
 
 
 def report(

@@ -308,7 +308,8 @@ def _mapped(member: _Member) -> np.ndarray:
 def _loaded(archive: zipfile.ZipFile, member: _Member) -> np.ndarray:
     if member.compressed and member.size > CHUNK:
         available = available_memory()
-        remedy = f"python -m training.data.generated --source {member.path} --out FILE.npz rewrites it uncompressed"
+        rewrite = command_line.command("python", "-m", "training.data.generated", "--source", member.path)
+        remedy = f"{rewrite} --out FILE.npz rewrites it uncompressed"
         size = f"{member.path} is compressed: {member.entry.filename} takes {member.size / 1e9:.1f} GB of memory"
         if available is not None and member.size > available:
             raise InputError(f"generated: {size}, available: {available / 1e9:.1f} GB; {remedy}")

@@ -24,6 +24,8 @@ FORMAT = "scorematch-run-1"
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """An open file that takes the place of ``path`` when the block ends: a reader sees the old file or the new one."""
+    if is_special(path):
+        raise StopError(f"{path} cannot be written (it is a device or a pipe, whose place a file would take)")
     temporary = path.with_name(f".{path.name}.part")
     try:
         with open(temporary, "wb") as file:
@@ -43,6 +45,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def is_special(path: Path) -> bool:
+    """Whether this is a device, a pipe or a name of an open file, such as /dev/null, /dev/stdout and /dev/fd/3."""
+    folder = path.parent.resolve()
+    return folder == Path("/dev") or folder.is_relative_to("/proc") or (path.exists() and not path.is_file())
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -67,6 +75,8 @@ def check_writable(path: Path) -> None:
         raise InputError(f"{path}: its folder cannot be made ({error.strerror})") from None
     if path.is_dir():
         raise InputError(f"{path}: is a folder, expected a file to write")
+    if is_special(path):
+        raise InputError(f"{path}: is a device or a pipe, expected a file to write")
     if not os.access(path.parent, os.W_OK):
         raise InputError(f"{path}: its folder cannot be written")
 
@@ -252,7 +262,7 @@ class MetricsLog:
 
     def append(self, entry: dict[str, Any]) -> None:
         try:
-            with open(self.path, "a") as file:
+            with open(self.path, "a", encoding="utf-8") as file:
                 file.write(as_json(entry) + "\n")
                 file.flush()
                 os.fsync(file.fileno())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from training.settings.errors import InputError
+from training.settings.errors import InputError, StopError, lost_process
 
 Result = TypeVar("Result")
 
@@ -20,7 +20,32 @@ PATIENCE = timedelta(hours=12)  # one process trains a posterior while the other
 
 
 def started_by_torchrun() -> bool:
-    return distributed.is_available() and "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    return distributed.is_available() and all(os.environ.get(name) for name in ("RANK", "WORLD_SIZE"))
+
+
+def check_environment() -> None:
+    """Refuse variables of torchrun that are left over from elsewhere, or cannot be.
+
+    Raises:
+        InputError: one is missing, no number, or out of range.
+    """
+    if not started_by_torchrun():
+        return
+    alone = "allowed: all as torchrun sets them, or, to run alone, neither RANK nor WORLD_SIZE"
+    given = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    for name, value in given.items():
+        if not value:
+            raise InputError(f"{name}: is not set in the environment, while RANK and WORLD_SIZE are, {alone}")
+        if name != "MASTER_ADDR" and not value.isdecimal():
+            raise InputError(f"{name}: {value!r} in the environment is not a number, {alone}")
+    if int(given["RANK"]) >= int(given["WORLD_SIZE"]):
+        raise InputError(f"RANK: {given['RANK']} with WORLD_SIZE {given['WORLD_SIZE']} in the environment, {alone}")
+
+
+def planned_world_size() -> int:
+    """How many processes torchrun has started, also before they have joined; 1 without it."""
+    check_environment()
+    return int(os.environ["WORLD_SIZE"]) if started_by_torchrun() else 1
 
 
 def restarts() -> int:
@@ -34,6 +59,7 @@ def device_of_this_process(device: torch.device) -> torch.device:
     Raises:
         InputError: a machine has fewer GPUs than processes.
     """
+    check_environment()
     if not started_by_torchrun() or device.type != "cuda" or device.index is not None:
         return device
     rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -53,7 +79,13 @@ def processes(device: torch.device) -> Iterator[None]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    store, rank, size = next(distributed.rendezvous("env://", timeout=PATIENCE))
+    try:
+        store, rank, size = next(distributed.rendezvous("env://", timeout=PATIENCE))
+    except RuntimeError as error:
+        if (told := lost_process(error)) is None:
+            raise
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise StopError(f"the processes cannot meet at MASTER_ADDR:MASTER_PORT, {place} ({told})") from None
     # Processes that torchrun has started again must not find the addresses of those before them: with gloo they do.
     store = distributed.PrefixStore(f"start {restarts()}", store)
     backend = "nccl" if device.type == "cuda" else "gloo"

@@ -147,7 +147,7 @@ def summary_of(path: Path) -> dict[str, Any]:
         InputError: the file is damaged.
     """
     try:
-        summary: dict[str, Any] = json.loads(path.read_text())
+        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         float(summary["clean_acc"])
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"runs: {path} is damaged ({error}), expected what training.run writes") from None

@@ -1,7 +1,6 @@
 """The report of one run: report.html, made from what the run has left in its folder."""
 
 import html
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from training.data import npy, toy
 from training.engine import checkpoint
 from training.reports import pages, plots
 from training.reports.plots import Series
+from training.settings import command_line
 
 EXAMPLES = "fooled.npz"
 TITLES = {
@@ -52,7 +52,7 @@ def page(out: Path) -> str:
         "<h2>Cost</h2>",
         pages.table([["", ""], *costs(summary)], "facts"),
         "<h2>Configuration</h2>",
-        pages.folded("config.toml: all settings of the run", (out / "config.toml").read_text()),
+        pages.folded("config.toml: all settings of the run", (out / "config.toml").read_text(encoding="utf-8")),
         pages.folded("commands to go on with", commands(out, summary)),
     ]
     return pages.page(title, sections)
@@ -221,7 +221,7 @@ def posterior_section(out: Path, summary: Mapping[str, Any]) -> list[str]:
 
 
 def commands(out: Path, summary: Mapping[str, Any]) -> str:
-    evaluate = shlex.join(["python", "-m", "training.evaluate", "--run", str(out)])
+    evaluate = command_line.command("python", "-m", "training.evaluate", "--run", out)
     lines = [f"{evaluate} --attack obfuscation --plot curve.png"]
     if summary["autoattack_acc"] is None or summary["autoattack_version"] != "standard":
         lines.append(f"{evaluate} --attack autoattack")

@@ -5,7 +5,9 @@ import difflib
 import io
 import os
 import re
+import shlex
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
@@ -77,6 +79,16 @@ def parse_known(
                     break
         raise InputError(message) from None
     return parsed, list(unknown)
+
+
+def as_argument(path: Path) -> str:
+    """A path as an option takes it: one that starts with a dash would be an option itself."""
+    return f"./{path}" if str(path).startswith("-") else str(path)
+
+
+def command(*words: str | Path) -> str:
+    """A command that can be copied into a shell."""
+    return shlex.join(as_argument(word) if isinstance(word, Path) else word for word in words)
 
 
 def value_of(arguments: Sequence[str], name: str) -> str | None:

@@ -1,11 +1,20 @@
 """How a program ends: 0 done, 2 bad arguments or input (one line on stderr), 1 anything else."""
 
+import contextlib
+import errno
+import io
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
+
+# Of an OSError that tells of the machine, never of a mistake in these programs.
+OF_MACHINE = {
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE),
+}
 
 
 class InputError(Exception):
@@ -78,26 +87,90 @@ def run_program(program: Callable[[list[str]], None], arguments: Sequence[str] |
     """Run ``program`` on the command line's arguments and return its exit status."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
+    _prepare_streams()
     try:
-        program(list(sys.argv[1:] if arguments is None else arguments))
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails again as it flushes
-        print("stopped: standard output is closed", file=sys.stderr)
-        return 1
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        _check_values(given)
+        with _flushed_at_exit():
+            program(given)
     except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        _tell(f"error: {' '.join(str(error).split())}")
         return 2
     except (StopError, Interrupted) as error:
-        print(f"stopped: {error}", file=sys.stderr)
+        _tell(f"stopped: {error}")
         return 1
     except Exception as error:
-        if (told := out_of_memory(error)) is not None:
+        if isinstance(error, OSError) and (told := _of_output(error)) is not None:
+            message = f"standard output {told}"
+        elif (told := out_of_memory(error)) is not None:
             message = f"out of memory ({told}); what was saved is kept; smaller batches need less"
         elif (told := lost_process(error)) is not None:
             message = f"another process has ended, its own message says why; what was saved is kept ({told})"
+        elif isinstance(error, OSError) and error.filename is not None and error.errno in OF_MACHINE:
+            message = f"{error.filename} cannot be used ({error.strerror})"
         else:
             raise
-        print(f"stopped: {message}", file=sys.stderr)
+        _tell(f"stopped: {message}")
         return 1
     return 0
+
+
+def _prepare_streams() -> None:
+    """Whatever standard output and the others are, no program ends because of a line that it prints."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by whoever started this program
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # its encoding may lack a letter; that of stderr does this
+
+
+def _check_values(arguments: Sequence[str]) -> None:
+    """Refuse what is no value of any option.
+
+    Raises:
+        InputError: a value is empty, as of a variable that is not set (as a path it would be the current folder), or it
+            could not be written into any file of settings, report or log.
+    """
+    option = "argument"
+    for argument in arguments:
+        if argument.startswith("--"):
+            option = argument.partition("=")[0]
+        if argument in ("", f"{option}="):
+            raise InputError(f"{option}: the value is empty, allowed: one that is not, or to leave the option out")
+        if argument.encode(errors="replace") != argument.encode(errors="surrogatepass"):
+            raise InputError(
+                f"{argument!a}: is not text in the encoding of this shell ({sys.getfilesystemencoding()}), allowed: "
+                "names that are; for letters beyond ASCII set LC_ALL=C.UTF-8"
+            )
+
+
+@contextlib.contextmanager
+def _flushed_at_exit() -> Iterator[None]:
+    """What was printed is written here, also by ``--help``, which exits: Python fails later with lines of its own."""
+    try:
+        yield
+    except SystemExit:
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()
+
+
+def _of_output(error: OSError) -> str | None:
+    """What is wrong with standard output, if that is where the error comes from."""
+    if error.filename is not None:
+        return None
+    try:
+        if not isinstance(error, BrokenPipeError):
+            print(flush=True)
+            return None  # it takes what is printed
+    except OSError:
+        pass
+    with contextlib.suppress(OSError):  # a notebook's has no descriptor
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails again as it flushes
+    return "is closed" if isinstance(error, BrokenPipeError) else f"cannot be written ({error.strerror})"
+
+
+def _tell(message: str) -> None:
+    """One line on stderr, where that can be written: the status says the most important thing as well."""
+    with contextlib.suppress(OSError):
+        print(message, file=sys.stderr, flush=True)

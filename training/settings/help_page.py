@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-WIDTH = 110  # columns at most
+LEAST_WIDTH, WIDTH = 20, 110  # columns
 BOLD, PLAIN = "\033[1m", "\033[0m"
 
 
@@ -64,7 +64,7 @@ def page(boxes: str, layout: Layout, *, program: str, description: str, short: b
             title = starts.get(name, title)
             if name in options:
                 sections.setdefault(title, []).append(options[name])
-    width = min(WIDTH, shutil.get_terminal_size().columns)
+    width = max(LEAST_WIDTH, min(WIDTH, shutil.get_terminal_size().columns))
     bold = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     lines = [f"usage: {program} [OPTIONS]", "", *textwrap.wrap(description, width)]
     for title, entries in sections.items():
