@@ -66,7 +66,7 @@ def untouched_process() -> Iterator[None]:
     """For tests of programs, which set signal handlers, threads and determinism for their whole process."""
     import torch
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     threads = torch.get_num_threads()
     yield
     for number, handler in handlers.items():

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -183,6 +184,47 @@ def test_a_port_in_use(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     place = "MASTER_ADDR:MASTER_PORT, 127.0.0.1:29500"
     told = f"stopped: the processes cannot meet at {place} (gloo: address already in use)\n"
     assert (ending.status, ending.err) == (1, told)
+
+
+HUNG_UP = """
+import sys, time
+from pathlib import Path
+from training.settings.errors import interrupts_deferred, run_program
+
+def program(arguments):
+    with interrupts_deferred() as signal:
+        print("begun", flush=True)
+        while signal() is None:
+            time.sleep(0.01)
+        print("a bar of progress", file=sys.stderr, flush=True)
+        Path(arguments[0]).write_text(signal())
+
+sys.exit(run_program(program))
+"""
+
+
+def test_a_terminal_that_hangs_up(tmp_path: Path) -> None:
+    """As when a connection breaks: what is to be saved is saved, though nothing can be shown any more."""
+    ours, terminal = os.openpty()
+    # The first process of a session takes the terminal that it opens for the one that controls it.
+    shell = ["bash", "-c", 'exec "$@" <"$0" >"$0" 2>&1', os.ttyname(terminal)]
+    process = subprocess.Popen(
+        [*shell, sys.executable, "-c", HUNG_UP, str(tmp_path / "saved")], cwd=ROOT, start_new_session=True
+    )
+    shown = b""
+    while b"begun" not in shown:
+        shown += os.read(ours, 4096)
+    os.close(terminal)
+    os.close(ours)
+    assert process.wait() == 1
+    assert (tmp_path / "saved").read_text() == "SIGHUP"
+
+
+def test_a_program_under_nohup_goes_on(untouched_process: None) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    assert run_program(lambda _: os.kill(os.getpid(), signal.SIGHUP), []) == 0
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    assert run_program(lambda _: os.kill(os.getpid(), signal.SIGHUP), []) == 1
 
 
 @pytest.mark.parametrize("folder", ["-o my runs", "runs of $USER; 'x'"])

@@ -91,11 +91,12 @@ def test_autoattack_goes_on_inside_itself(tmp_path: Path, start: Start, log: Pat
     assert final(out)[2] == final(whole)[2]
 
 
-def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, start: Start, log: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_saves_and_says_how_to_go_on(number: signal.Signals, tmp_path: Path, start: Start, log: Path) -> None:
     out = tmp_path / "run"
-    assert status(start([*OPTIONS.split(), "--out", str(out)], Hit("step", 2 * STEPS + 2, signal.SIGTERM))) == 1
+    assert status(start([*OPTIONS.split(), "--out", str(out)], Hit("step", 2 * STEPS + 2, number))) == 1
     last = log.read_text().splitlines()[-1]
-    assert last.startswith("stopped: SIGTERM")
+    assert last.startswith(f"stopped: {number.name}")
     assert last.endswith(f"python -m training.run --resume {out}")
     saved = checkpoint.load(out / "checkpoint.pt")
     assert (saved["epoch"], saved["training"]["step"]) == (2, 2), "the step under way was taken to its end"

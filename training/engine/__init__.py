@@ -200,7 +200,8 @@ class Engine(ABC):
     def fit(self) -> None:
         """Train to the last epoch.
 
-        SIGINT and SIGTERM wait for the end of a step, or of a batch of a validation; then a checkpoint is written.
+        SIGINT, SIGTERM and SIGHUP wait for the end of a step, or of a batch of a validation; then a checkpoint is
+        written.
 
         Raises:
             Interrupted: there was such a signal.

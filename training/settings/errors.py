@@ -40,8 +40,15 @@ class _Deferral:
     waiting: str | None = None
 
 
+_terminals: list[int] = []  # which of standard output and standard error were one when the program began
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:
     name = signal.Signals(number).name
+    if number == signal.SIGHUP:
+        signal.signal(number, signal.SIG_IGN)  # the shell may send another one
+        for descriptor in _terminals:  # it is gone, and a progress bar must not end what is still to be saved
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
     if _Deferral.active and _Deferral.waiting is None:
         _Deferral.waiting = name
         return
@@ -50,7 +57,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def interrupts_deferred() -> Iterator[Callable[[], str | None]]:
-    """A context in which the first SIGINT or SIGTERM waits; the function that it yields names that signal.
+    """A context in which the first SIGINT, SIGTERM or SIGHUP waits; the function that it yields names that signal.
 
     A second signal interrupts at once.
 
@@ -85,8 +92,10 @@ def lost_process(error: BaseException) -> str | None:
 
 def run_program(program: Callable[[list[str]], None], arguments: Sequence[str] | None = None) -> int:
     """Run ``program`` on the command line's arguments and return its exit status."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, _interrupt)
+    _terminals[:] = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
     _prepare_streams()
     try:
         given = list(sys.argv[1:] if arguments is None else arguments)
