@@ -28,17 +28,6 @@ def outside_inference_mode(function: Callable[Parameters, Result]) -> Callable[P
     return outside
 
 
-def with_gradients(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """A function that takes gradients of its own, in whatever mode of autograd its caller is."""
-
-    @functools.wraps(function)
-    def taking(*arguments: Parameters.args, **options: Parameters.kwargs) -> Result:
-        with torch.inference_mode(False), torch.enable_grad():
-            return function(*arguments, **options)
-
-    return taking
-
-
 def own_precision(x: Tensor) -> AbstractContextManager[object]:
     """No autocast, for a posterior: log-densities of thousands of nats differ by less than half precision resolves."""
     device = x.device.type

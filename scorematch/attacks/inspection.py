@@ -140,7 +140,12 @@ def zero_gradients(classifier: Classifier, x: Tensor, y: Tensor) -> str | None:
 def dynamic(model: Model, x: Tensor) -> str | None:
     """Whether the model computes gradients while it predicts."""
     calls: list[Any] = []
-    watch((torch.autograd.grad, torch.autograd.backward), calls.append, lambda: torch.no_grad()(model)(x))
+
+    @torch.no_grad()
+    def predict() -> None:
+        model(x)
+
+    watch((torch.autograd.grad, torch.autograd.backward), calls.append, predict)
     if calls:
         return "the model takes gradients while it predicts (a dynamic defence): AutoAttack may be insufficient"
     return None

@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy
 
 from ..averaging import WeightAverage
 from ..inputs import check_count, check_finite, check_instance, check_labels, check_length, check_share, output_at
-from ..modes import with_gradients
+from ..modes import outside_inference_mode
 from ..networks.denoiser import Denoiser
 from ..noise import normal_like
 from ..ops._checks import check_number
@@ -363,7 +363,8 @@ class Fitting:
         self.steps = state["steps"]
 
 
-@with_gradients
+@outside_inference_mode
+@torch.enable_grad()
 def fit_denoiser(
     denoiser: Denoiser,
     x: Tensor,
@@ -401,7 +402,8 @@ def fit_denoiser(
     return denoiser
 
 
-@with_gradients
+@outside_inference_mode
+@torch.enable_grad()
 def fit_classifier(
     network: nn.Module,
     x: Tensor,
