@@ -109,7 +109,7 @@ def compare(settings: BenchmarkSettings, arguments: list[str], device: torch.dev
     model = loading.load(settings.model_from, model=settings.model, data=settings.data, device=device)
 
     def ours(names: Sequence[str], seed: int, **options: Any) -> Run:
-        adversary = AutoAttack(model, settings.norm, settings.eps, seed, False, **options)
+        adversary = AutoAttack(model, settings.norm, settings.eps, seed, False, share_samples=True, **options)
         adversary.attacks_to_run = list(names)
         return lambda xs, ys: adversary.run_standard_evaluation(xs, ys, bs=settings.batch)
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 ATTACK_MODES = ("eval", "train", "frozen")
 
@@ -28,6 +30,47 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
             module.track_running_stats = True
 
 
+@contextmanager
+def by_itself(model: nn.Module) -> Iterator[None]:
+    """Let ``DistributedDataParallel``, around the model or a part of it, compute without a word to other processes.
+
+    It counts on a backward pass of the parameters after its forward passes. With those of an attack in between, a
+    static graph sums no gradients at all, and processes that make different numbers of them wait forever.
+    """
+    wrappers = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
+    before = [vars(wrapper).get("forward") for wrapper in wrappers]
+    try:
+        for wrapper in wrappers:
+            vars(wrapper)["forward"] = wrapper.module.__call__
+        yield
+    finally:
+        for wrapper, forward in zip(wrappers, before, strict=True):
+            if forward is None:
+                del vars(wrapper)["forward"]
+            else:
+                vars(wrapper)["forward"] = forward
+
+
+def check_whole(model: nn.Module) -> None:
+    """Refuse a model whose parameters are spread over processes (FSDP, tensor parallelism).
+
+    Each pass waits for all processes, which make different numbers of them in an evaluation.
+
+    Raises:
+        TypeError: as said.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    kinds = (("torch.distributed.fsdp", "FullyShardedDataParallel"), ("torch.distributed.tensor", "DTensor"))
+    # Slow to import; there is none where nobody has.
+    known = tuple(getattr(sys.modules.get(name), kind, ()) for name, kind in kinds)
+    if any(isinstance(part, known) for part in (*model.modules(), *model.parameters())):
+        raise TypeError(
+            "model must be whole in each process, but its parameters are spread over several (FSDP): gather its state "
+            "dict and load it into a copy"
+        )
+
+
 class _Loan:
     """What a model was like before it was borrowed."""
 
@@ -36,8 +79,11 @@ class _Loan:
         self.training = [(m, m.training) for m in model.modules() if hasattr(m, "training")]  # a frozen script has none
         # Those that were made in inference mode take no gradients, and could not be given back.
         self.trainable = [p for p in model.parameters() if p.requires_grad and not p.is_inference()]
+        self.kept = ExitStack()
+        self.kept.enter_context(by_itself(model))
 
     def end(self) -> None:
+        self.kept.close()
         for module, was_training in self.training:
             module.training = was_training
         for parameter in self.trainable:
@@ -52,7 +98,8 @@ _lending = threading.Lock()
 def borrowed(model: nn.Module, attack_mode: str = "eval") -> Iterator[None]:
     """Put a model into the mode of an attack, without parameter gradients; restore everything on leaving.
 
-    Several threads may borrow a model in eval mode at a time; the last to leave restores it.
+    Several threads may borrow a model in eval mode at a time; the last to leave restores it. Passes through
+    ``DistributedDataParallel`` are meanwhile those of its module, see :func:`by_itself`.
 
     Args:
         model: any module.
@@ -77,7 +124,8 @@ def borrowed(model: nn.Module, attack_mode: str = "eval") -> Iterator[None]:
         for parameter in loan.trainable:
             parameter.requires_grad_(False)
         if loan.training and attack_mode == "eval":
-            model.eval()
+            with suppress(NotImplementedError):  # of torch.export: it stays in the mode that it was exported in
+                model.eval()
         with frozen_statistics(model) if attack_mode == "frozen" else nullcontext():
             yield
     finally:
@@ -138,6 +186,12 @@ def plain(t: Tensor) -> Tensor:
 
 @contextmanager
 def as_found(model: Any) -> Iterator[None]:
-    """Borrow a model in eval mode and give its buffers back, too; a callable that is no module is used as it is."""
+    """Borrow a model in eval mode and give its buffers back, too; a callable that is no module is used as it is.
+
+    Raises:
+        TypeError: its parameters are spread over processes, see :func:`check_whole`.
+    """
+    if isinstance(model, nn.Module):
+        check_whole(model)
     with borrowed(model, "eval") if isinstance(model, nn.Module) else nullcontext(), unchanged_buffers(model):
         yield

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .inputs import check_instance
-from .model_state import frozen_statistics
+from .model_state import by_itself, frozen_statistics
 
 
 class WeightPerturbation:
@@ -71,7 +71,7 @@ class WeightPerturbation:
         if self._saved:
             raise RuntimeError("perturb was called twice in one `with` block, the weights are perturbed already")
         weights = [p for p in self.model.parameters() if p.requires_grad and p.dim() > 1]
-        with frozen_statistics(self.model), torch.enable_grad():
+        with frozen_statistics(self.model), by_itself(self.model), torch.enable_grad():
             gradients = torch.autograd.grad(loss(), weights, allow_unused=True)
         if weights and all(gradient is None for gradient in gradients):
             raise ValueError("model must be the one whose loss is taken: the loss depends on none of its weights")

@@ -305,6 +305,7 @@ def native_autoattack(
         lower=threat_model.lower,
         upper=threat_model.upper,
         device=x.device,
+        share_samples=True,
     )
     try:
         if settings.radii:

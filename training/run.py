@@ -468,6 +468,7 @@ def attack_with_ensemble(settings: RunSettings, loaded: Data, network: nn.Module
         compile=settings.autoattack_compile,
         lower=loaded.lower,
         upper=loaded.upper,
+        share_samples=True,
     )
     index = loaded.few(count, len(loaded.x_test))
     report = measures.autoattack(adversary, loaded.x_test[index], loaded.y_test[index], state=out / STATE)

@@ -29,7 +29,7 @@ from .precision import full_precision
 from .randomness import ATTACK_KEYS
 from .report import result_line, table
 from .settings import AttackSettings, refuse_unknown
-from .sharing import Share
+from .sharing import Share, path_of_this_process
 from .square import Square
 from .targets import check_targets_fit
 
@@ -47,7 +47,7 @@ ATTACKS = ("apgd", "apgd_targeted", "fab", "square")
 FIXED = ("norm", "eps", "epsilon", "lower", "upper", "threat_model", "version", "is_tf_model", "logger")
 SETTINGS = (
     *("model", "seed", "verbose", "attacks_to_run", "device"),
-    *("rng", "search_dtype", "compile", "save_every", "workers", "budget", "verdict_passes"),
+    *("rng", "search_dtype", "compile", "save_every", "workers", "budget", "verdict_passes", "share_samples"),
     *ATTACKS,
 )
 
@@ -66,9 +66,6 @@ class AutoAttack:
     one of highest loss. Third, the file at ``state_path`` resumes an interrupted evaluation where it was, with the same
     verdicts, even in the middle of an attack. With keyed numbers the search folds batch norm into convolutions, except
     for ``version="rand"``, ``verdict_passes`` above 1 and ``compile``; the check of what it finds does not.
-
-    Under ``torchrun`` (an initialised ``torch.distributed``) every rank attacks its share of the samples and all return
-    the same whole result.
 
     A sample counts as misclassified wherever the model returns NaN among its logits, clean or under attack, and is
     listed in the report. Where a gradient is NaN in some pixel, that pixel stays as it is.
@@ -118,6 +115,10 @@ class AutoAttack:
         lower, upper: the box: smallest and largest value that a feature may have, finite. For a model that takes
             normalised images do not widen the box, since eps then counts in other units for each channel: wrap it in
             :class:`scorematch.Normalised`.
+        share_samples: where ``torch.distributed`` is initialised, whether its processes share out the samples. They
+            must all make the same call, with the same samples; each attacks its share, and all return the whole result.
+            False leaves the others alone, as the official package does: this process attacks all that it is given, so
+            that the call may be made by one of them only, or with samples of its own.
 
     Attributes:
         report: of the last evaluation. It has ``robust_accuracy``, ``clean_accuracy`` and ``attacks``: for each attack
@@ -160,6 +161,7 @@ class AutoAttack:
         verdict_passes: int = 1,
         lower: float = 0.0,
         upper: float = 1.0,
+        share_samples: bool = False,
     ) -> None:
         if is_tf_model:
             raise ValueError("is_tf_model: TensorFlow models are not supported, wrap the model in a PyTorch callable")
@@ -187,6 +189,7 @@ class AutoAttack:
         self.workers = workers
         self.budget = budget
         self.verdict_passes = verdict_passes
+        self.share_samples = share_samples
         self.apgd = APGD(self.threat_model)
         self.apgd_targeted = APGD(self.threat_model, loss="dlr-targeted")
         self.fab = FAB(self.threat_model, targeted=False)
@@ -245,6 +248,8 @@ class AutoAttack:
         passes = self.verdict_passes
         if isinstance(passes, bool) or not isinstance(passes, Integral) or passes < 1:
             raise ValueError(f"verdict_passes must be a whole number of at least 1, got {passes!r}")
+        if not isinstance(self.share_samples, bool):
+            raise TypeError(f"share_samples must be True or False, got {self.share_samples!r}")
         several = isinstance(self.device, Sequence) and not isinstance(self.device, str)
         if several and not self.device:
             raise ValueError("device names no device; None is that of the model")
@@ -351,7 +356,7 @@ class AutoAttack:
             return_labels: also return the predicted classes.
             state_path: file to resume from if it exists, and to write what was found so far, with any number of
                 workers; missing folders are made. It must belong to the same model, judged by its tensors and, up to
-                rounding, by its clean logits. Under ``torchrun`` each rank has its own, with ``.rank…`` appended.
+                rounding, by its clean logits. Of several processes each has its own, with ``.rank…`` appended.
 
         Returns:
             The adversarial points [N, …] on the device of x_orig, the original where none was found; with
@@ -535,10 +540,12 @@ class AutoAttack:
         return state
 
     def _console(self) -> Console:
-        return Console(self.verbose, self.logger, speaks=Share.of_this_process().rank == 0)
+        return Console(self.verbose, self.logger, speaks=self._share().rank == 0)
+
+    def _share(self) -> Share:
+        return Share.of_this_process() if self.share_samples else Share()
 
     def _options(self, x: Tensor, bs: int, state_path: Path | None) -> Options:
-        share = Share.of_this_process()
         options = Options(
             threat_model=self.threat_model,
             version=self.version,
@@ -550,7 +557,7 @@ class AutoAttack:
             batch_size=int(bs),
             devices=self._devices(x),
             workers=None if self.workers == "auto" else int(self.workers),
-            state_path=share.path(state_path) if state_path is not None else None,
+            state_path=path_of_this_process(state_path) if state_path is not None else None,
             verdict_passes=int(self.verdict_passes),
             budget=self.budget,
         )
@@ -571,7 +578,7 @@ class AutoAttack:
     ) -> tuple[EvaluationState, dict[str, Any]]:
         # A file with tensors of a class of one's own could not be read again.
         x, y = (t.cpu().as_subclass(Tensor) for t in (x, y))
-        state, report = evaluate(self.model, x, y, attacks, options, console, Share.of_this_process(), before)
+        state, report = evaluate(self.model, x, y, attacks, options, console, self._share(), before)
         console.say(result_line(report, state, x, self.threat_model.norm, self.norm))
         return state, report
 

@@ -85,7 +85,8 @@ def check_logits(logits: Any, x: Tensor) -> None:
         ValueError: as said.
     """
     if not isinstance(logits, Tensor):
-        raise ValueError(f"the model must return a tensor of logits [N, L], got {type(logits).__name__}")
+        hint = "; its .logits are: wrap the model in a module that returns those" if hasattr(logits, "logits") else ""
+        raise ValueError(f"the model must return a tensor of logits [N, L], got {type(logits).__name__}{hint}")
     if logits.dim() != 2 or len(logits) != len(x) or logits.shape[1] < 2:
         raise ValueError(
             f"the model must return logits [N, L] with L >= 2, got {list(logits.shape)} for x of shape {list(x.shape)}"

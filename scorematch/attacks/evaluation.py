@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..compilation import compiled
-from ..model_state import borrowed, unchanged_buffers
+from ..model_state import borrowed, check_whole, unchanged_buffers
 from ..threat_model import ThreatModel
 from . import inspection
 from .accounting import Ledger
@@ -103,9 +103,11 @@ def evaluate(
     mine = share.samples(len(x))
     with ExitStack() as stack:
         if isinstance(model, nn.Module):
-            if getattr(model, "training", False):  # a frozen script has no mode
-                console.warn("the model is in training mode; it is evaluated in eval mode")
+            check_whole(model)
+            was_training = getattr(model, "training", False)  # a frozen script has no mode
             stack.enter_context(borrowed(model, "eval"))
+            if was_training and not model.training:
+                console.warn("the model is in training mode; it is evaluated in eval mode")
         stack.enter_context(unchanged_buffers(model, console.warn))
         first_x, first_y = (t[: options.batch_size].to(options.device, copy=True) for t in (x, y))
         logits = Classifier(model).logits(first_x)
@@ -227,9 +229,10 @@ def _begin(
         "search_dtype": str(options.search_dtype),
         "compile": options.compile,
         "verdict_passes": options.verdict_passes,
-        "share of the samples": str(share),
         "smaller radii": list(options.smaller_radii),
     }
+    share.check_alike(identity)
+    identity["share of the samples"] = str(share)
     kept = None
     if path is not None and path.exists():
         wanted = {} if options.seed is None else {"seed": options.seed}

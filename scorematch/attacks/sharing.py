@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,19 @@ from .evaluation_state import VECTORS, EvaluationState
 SHARED = (*VECTORS, "adversarial")
 
 
+def rank_and_world() -> tuple[int, int]:
+    """Of ``torch.distributed``; 0 and 1 where it is not initialised."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def path_of_this_process(path: Path) -> Path:
+    """A file of its own for each of several processes, whether they share out the samples or not."""
+    rank, world = rank_and_world()
+    return path if world == 1 else path.with_name(f"{path.name}.rank{rank}of{world}")
+
+
 @dataclass(frozen=True)
 class Share:
     """One process of several, or the only one."""
@@ -24,9 +38,7 @@ class Share:
 
     @classmethod
     def of_this_process(cls) -> Share:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return cls(torch.distributed.get_rank(), torch.distributed.get_world_size())
-        return cls()
+        return cls(*rank_and_world())
 
     def __str__(self) -> str:
         return f"{self.rank} of {self.world}"
@@ -35,9 +47,27 @@ class Share:
         """Which of ``count`` samples are those of this process, int64."""
         return torch.arange(count, device="cpu")[self.rank :: self.world]
 
-    def path(self, path: Path) -> Path:
-        """The file of this process."""
-        return path if self.world == 1 else path.with_name(f"{path.name}.rank{self.rank}of{self.world}")
+    def check_alike(self, identity: Mapping[str, Any]) -> None:
+        """Refuse processes of which some have another model, data or settings.
+
+        Each of them must ask, or the others wait for it.
+
+        Args:
+            identity: what this process has, by the name that the error gives it.
+
+        Raises:
+            ValueError: as said. Every process raises it.
+        """
+        if self.world == 1:
+            return
+        everywhere: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(everywhere, dict(identity))
+        for rank, other in enumerate(everywhere):
+            if differs := [name for name, value in everywhere[0].items() if other[name] != value]:
+                raise ValueError(
+                    "share_samples takes the same model, samples and settings in all processes, but ranks 0 and "
+                    f"{rank} differ in {', '.join(differs)}; without it each process attacks the samples it was given"
+                )
 
     def agreed_seed(self, kept: int | None, new: int) -> int:
         """One seed for all processes; each of them must ask, or the others wait for it.

@@ -295,7 +295,8 @@ def _curve_of_a_share(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     model, x, y = data()
-    curve = attack(model).accuracy_curve(x, y, radii=RADII["Linf"], bs=8, state_path=Path(folder) / "state.pt")
+    adversary = attack(model, share_samples=True)
+    curve = adversary.accuracy_curve(x, y, radii=RADII["Linf"], bs=8, state_path=Path(folder) / "state.pt")
     torch.save((curve.nearest, curve.adversarial), f"{folder}/result{rank}.pt")
     torch.distributed.destroy_process_group()
 

@@ -538,7 +538,7 @@ def _evaluate_share(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     model, x, y = data()
-    adversary = attack(model)
+    adversary = attack(model, share_samples=True)
     x_adv, labels = adversary.run_standard_evaluation(
         x, y, bs=8, return_labels=True, state_path=Path(folder) / "state.pt"
     )

@@ -15,7 +15,7 @@ from scorematch.attacks.accounting import Cost, Ledger
 from scorematch.attacks.classifier import Classifier
 from scorematch.attacks.console import Console, Logger
 from scorematch.attacks.schedule import passes_left, stages_of
-from scorematch.attacks.sharing import Share
+from scorematch.attacks.sharing import Share, path_of_this_process
 
 LINF = ThreatModel("linf", 0.1)
 
@@ -114,8 +114,7 @@ def test_noise_in_small_logits_is_noticed() -> None:
 def test_shares() -> None:
     shares = [Share(rank, 3) for rank in range(3)]
     assert torch.equal(torch.cat([share.samples(8) for share in shares]).sort().values, torch.arange(8))
-    assert shares[1].path(Path("a/state.pt")) == Path("a/state.pt.rank1of3")
-    assert Share().path(Path("a/state.pt")) == Path("a/state.pt")
+    assert path_of_this_process(Path("a/state.pt")) == Path("a/state.pt")
     assert Share.of_this_process() == Share()
 
 

@@ -20,7 +20,7 @@ def _resume_with_files_that_differ(rank: int, folder: str) -> None:
     mine = Path(folder) / f"state.pt.rank{rank}of2"
 
     def outcome() -> tuple[int, float] | str:
-        adversary = alone(model, "apgd-ce", seed=None)
+        adversary = alone(model, "apgd-ce", seed=None, share_samples=True)
         try:
             adversary.run_standard_evaluation(x, y, state_path=Path(folder) / "state.pt")
         except ValueError as error:
