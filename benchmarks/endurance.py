@@ -191,7 +191,9 @@ def growth(cycles: Sequence[dict[str, Any]]) -> dict[str, float] | None:
     """Slope of the resident memory after the warm-up, by least squares, with its 95 % interval (Student's t).
 
     Cycles of one objective hold about the same, so that each objective has a level of its own and all share the slope.
-    None for fewer than three cycles an objective.
+    What the process holds after one cycle it mostly still holds after the next, so cycles are no independent
+    measurements: where the residuals of neighbours have a correlation ρ > 0, the standard error is √((1 + ρ)/(1 − ρ))
+    times that of independent ones (those of a process of first order). None for fewer than three cycles an objective.
     """
     kept = [c for c in cycles if c["minutes"] >= WARM_UP * cycles[-1]["minutes"]]
     kinds = sorted({c["objective"] for c in kept})
@@ -202,8 +204,12 @@ def growth(cycles: Sequence[dict[str, Any]]) -> dict[str, float] | None:
     values = np.array([c["resident_mb"] for c in kept])
     solution, *_ = np.linalg.lstsq(columns, values, rcond=None)
     free = len(kept) - columns.shape[1]
-    variance = ((values - columns @ solution) ** 2).sum() / free
-    error = float(np.sqrt(variance * np.linalg.inv(columns.T @ columns)[0, 0]))
+    residuals = values - columns @ solution
+    squares = float(residuals @ residuals)
+    variance = squares / free
+    neighbours = max(0.0, float(residuals[1:] @ residuals[:-1]) / squares) if squares else 0.0
+    longer = (1 + neighbours) / (1 - neighbours)
+    error = float(np.sqrt(longer * variance * np.linalg.inv(columns.T @ columns)[0, 0]))
     half = float(scipy.stats.t.ppf(0.975, free)) * error
     return {"estimate": float(solution[0]), "lower": float(solution[0]) - half, "upper": float(solution[0]) + half}
 

@@ -238,6 +238,23 @@ def test_growth_of_memory_is_found_below_the_levels_of_the_objectives(slope):
     assert found["estimate"] == pytest.approx((found["lower"] + found["upper"]) / 2)
 
 
+def test_growth_of_memory_allows_for_cycles_that_are_alike():
+    """A level that stays for ten cycles, then changes: far fewer independent values than cycles."""
+    slow = cycles(0.0)
+    for i, cycle in enumerate(slow):
+        cycle["resident_mb"] += 3.0 * (-1) ** (i // 10)
+    wide, narrow = (found["upper"] - found["lower"] for found in map(endurance.growth, (slow, shuffled(slow))))
+    assert wide > 2 * narrow
+    assert endurance.growth(slow)["lower"] < 0.0 < endurance.growth(slow)["upper"]
+
+
+def shuffled(found: list[dict]) -> list[dict]:
+    """The same levels in an order without memory; the times stay."""
+    order = random.Random(0).sample(range(4, len(found)), len(found) - 4)
+    rest = [found[i] for i in order]
+    return found[:4] + [{**cycle, "minutes": other["minutes"]} for cycle, other in zip(rest, found[4:], strict=True)]
+
+
 def test_a_short_run_says_nothing_about_growth():
     assert endurance.growth(cycles(0.0)[:11]) is None
 

@@ -121,12 +121,15 @@ label** is the usual robust accuracy, under PGD; p_d itself is not robust in tha
 class changes within the ball. A **student** is a classifier that is trained here, with any of the objectives.
 
 Some things to know about the verdicts. **Fails** means that these runs do not show it; they need not show the opposite.
-“Not clearly behind” asks little where intervals are wide. H3 is about all surrogates; the verdict against those as
-published was added after its first results. All objectives have as many steps of training and of attack, but direct
-SCORE takes [longer](#cost), and its posterior is trained before. The posteriors are told one thing about p_d: the noise
-levels σ that they choose from are multiples of its noise. Seeds and folds were added when the results of the first ones
-were known; the intervals do not account for that. The search for R_SCORE finds a lower bound, and misses a larger share
-of it for models that are very near p_d ([how much](results.md#what-the-search-for-r_score-misses))."""
+“Not clearly behind” asks little where intervals are wide. Intervals are not corrected for their number, except in R5.
+To be ahead of *every* surrogate needs no correction, as all comparisons have to agree; but of the many single
+differences on this page about one in twenty will lie outside its interval. H3 is about all surrogates; the verdict
+against those as published was added after its first results. All objectives have as many steps of training and of
+attack, but direct SCORE takes [longer](#cost), and its posterior is trained before. The posteriors are told one thing
+about p_d: the noise levels σ that they choose from are multiples of its noise. Seeds and folds were added when the
+results of the first ones were known; the intervals do not account for that. The search for R_SCORE finds a lower bound,
+and misses a larger share of it for models that are very near p_d ([how
+much](results.md#what-the-search-for-r_score-misses))."""
 
 
 def section_gradients(cells: Sequence[dict[str, Any]]) -> str:

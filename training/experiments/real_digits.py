@@ -20,9 +20,9 @@ R6  Trained within a ball as large as .3, to which the surrogates want their pre
     more clean accuracy: the best direct setting of each run is ahead of the best surrogate on clean images, beyond the
     interval. Written down after the results at .15 and .2, and before any at .3.
 
-Comparisons are paired over folds and seeds. A cell is a fold, a seed and the radius of the training. Two more attacks
-look for masked gradients: Square alone, and points that were found on another network. Either of them would have to do
-better than PGD for that.
+Comparisons are paired over folds and seeds; seeds of a fold share all images, so intervals count folds. A cell is a
+fold, a seed and the radius of the training. Two more attacks look for masked gradients: Square alone, and points that
+were found on another network. Either of them would have to do better than PGD for that.
 """
 
 from __future__ import annotations

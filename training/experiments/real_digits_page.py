@@ -1,7 +1,8 @@
 """The section of docs/direct-score.md about real digits."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import stdev
 from typing import Any
@@ -56,9 +57,9 @@ def section(cells: Sequence[dict[str, Any]], figures: Path) -> str:
         f"{cells[0]['budget']['attack_steps']} steps. Every training keeps the weights with the highest robust "
         "accuracy on 240 validation images. “Drawn” means that half of every batch was drawn from a score network, "
         "which was trained on three quarters of the same images; the others chose its weights. AutoAttack is the "
-        "standard version, on every test image. Mean ± half the 95 % interval over folds and seeds. Folds share most "
-        "of their training images, and seeds all of them, so the variance is corrected as in Nadeau and Bengio "
-        "(Inference for the generalization error, 2003).",
+        "standard version, on every test image. Mean ± half the 95 % interval over folds. The seeds of a fold share "
+        "all their images, so their mean counts once. Folds share most of their training images, so the variance is "
+        "corrected as in Nadeau and Bengio (Inference for the generalization error, 2003).",
     ]
     for radius, group in sorted(by_radius.items()):
         lines += ["", f"### Trained at eps {radius:g}, {runs(len(group))} of each", "", *table(group)]
@@ -89,14 +90,27 @@ def _folds(cells: Sequence[dict[str, Any]]) -> str:
     return "all of them are" if count == 5 else f"{count} of them {'is' if count == 1 else 'are'}"
 
 
+def per_fold(group: Sequence[Mapping[str, Any]], value: Callable[[Mapping[str, Any]], float]) -> list[float]:
+    """Of a value its mean over the seeds of each fold: runs on the same images are no further sample of images."""
+    values: dict[int, list[float]] = defaultdict(list)
+    for cell in group:
+        values[cell["fold"]].append(value(cell))
+    return [float(np.mean(values[fold])) for fold in sorted(values)]
+
+
+def folds_of(group: Sequence[Mapping[str, Any]]) -> int:
+    """How many independent runs there are at most, for a verdict."""
+    return len({cell["fold"] for cell in group})
+
+
 def over_folds(values: Sequence[float], *, comparisons: int = 1, least: float = 0.0) -> Estimate:
-    """A mean over folds and seeds with its 95 % interval, for trainings that share their data.
+    """A mean over folds with its 95 % interval, for trainings that share their data.
 
     Nadeau and Bengio (2003): the variance of the mean is (1/n + test/training images) s² in the place of s²/n, which
     holds for independent trainings alone.
 
     Args:
-        values: one for each run.
+        values: one for each fold, see :func:`per_fold`.
         comparisons: of so many intervals all hold at once (Bonferroni).
         least: the smallest s that is believed.
     """
@@ -113,15 +127,11 @@ def of(cell: Mapping[str, Any], form: str, measure: str) -> float:
     return value
 
 
-def mean(group: Sequence[dict[str, Any]], form: str, measure: str) -> float:
-    return float(np.mean([of(cell, form, measure) for cell in group]))
-
-
 def table(group: Sequence[dict[str, Any]], columns: Mapping[str, str] = COLUMNS) -> list[str]:
     """One row an objective."""
     lines = [f"| objective | {' | '.join(columns.values())} |", "| --- |" + " --- |" * len(columns)]
     for form in (*SURROGATES, *DIRECT, *real_digits.ABLATED):
-        values = [over_folds([of(cell, form, measure) for cell in group]) for measure in columns]
+        values = [over_folds(per_fold(group, partial(of, form=form, measure=measure))) for measure in columns]
         shows = [
             shown(value, 2 if measure.startswith("nll") else 1) for measure, value in zip(columns, values, strict=True)
         ]
@@ -130,12 +140,12 @@ def table(group: Sequence[dict[str, Any]], columns: Mapping[str, str] = COLUMNS)
 
 
 def difference(group: Sequence[dict[str, Any]], first: str, second: str, measure: str) -> Estimate:
-    return over_folds([of(cell, first, measure) - of(cell, second, measure) for cell in group])
+    return over_folds(per_fold(group, lambda cell: of(cell, first, measure) - of(cell, second, measure)))
 
 
 def front_scores(group: Sequence[dict[str, Any]], form: str) -> dict[str, list[float]]:
-    """The two measures of the front, a number a run."""
-    return {measure: [of(cell, form, measure) for cell in group] for measure in FRONT}
+    """The two measures of the front, a number a fold."""
+    return {measure: per_fold(group, partial(of, form=form, measure=measure)) for measure in FRONT}
 
 
 def leads(
@@ -143,8 +153,23 @@ def leads(
 ) -> list[tuple[str, bool]]:
     """Who is on the front beside the rivals, by what lead, and whether that is beyond the interval.
 
-    The lead is over the rival that comes closest to dominating it, in the measure where it is largest. Runs are paired.
+    The lead is over the rival that comes closest to dominating it, in the measure where it is largest. Beyond the
+    interval it is if it is so over every rival, in one of the two measures each. Folds are paired.
+
+    Args:
+        scores: of each name its measures, a number a fold.
+        rivals: those among the names that may dominate the others.
+        comparisons: of so many intervals all hold at once (Bonferroni).
     """
+
+    def lead(name: str, rival: str, measure: str) -> Estimate:
+        pairs = zip(scores[name][measure], scores[rival][measure], strict=True)
+        return over_folds([ours - theirs for ours, theirs in pairs], comparisons=comparisons, least=ROUNDING)
+
+    def ahead(name: str, rival: str) -> bool:
+        lows = [lead(name, rival, measure).low for measure in FRONT]
+        return any(low is not None and low > 0 for low in lows)
+
     means = {name: {measure: float(np.mean(numbers)) for measure, numbers in by.items()} for name, by in scores.items()}
     found = []
     for name in scores:
@@ -155,11 +180,10 @@ def leads(
             continue
         rival = min(rivals, key=lambda other: max(over[other].values()))
         measure = max(FRONT, key=over[rival].__getitem__)
-        pairs = zip(scores[name][measure], scores[rival][measure], strict=True)
-        lead = over_folds([ours - theirs for ours, theirs in pairs], comparisons=comparisons, least=ROUNDING)
-        clear = lead.low is not None and lead.low > 0
-        doubt = "" if clear or lead.low is None else ", within the interval"
-        found.append((f"{name}, by {signed(lead)} points of {FRONT[measure]}{doubt}", clear))
+        largest = lead(name, rival, measure)
+        clear = all(ahead(name, other) for other in rivals)
+        doubt = "" if clear or largest.low is None else ", within the interval"
+        found.append((f"{name}, by {signed(largest)} points of {FRONT[measure]}{doubt}", clear))
     return found
 
 
@@ -169,7 +193,7 @@ def best_beside_best(group: Sequence[dict[str, Any]], measure: str) -> Estimate:
     def best(cell: Mapping[str, Any], forms: Sequence[str]) -> float:
         return of(cell, max(forms, key=lambda form: of(cell, form, "validation")), measure)
 
-    return over_folds([best(cell, DIRECT) - best(cell, SURROGATES) for cell in group])
+    return over_folds(per_fold(group, lambda cell: best(cell, DIRECT) - best(cell, SURROGATES)))
 
 
 def hypotheses(group: Sequence[dict[str, Any]]) -> list[str]:
@@ -196,11 +220,11 @@ def hypotheses(group: Sequence[dict[str, Any]]) -> list[str]:
     regular = difference(group, REGULAR, "direct:kl score", "autoattack")
 
     def positive(values: Sequence[Estimate]) -> str:
-        return verdict(all(value.low is not None and value.low > 0 for value in values), len(group))
+        return verdict(all(value.low is not None and value.low > 0 for value in values), folds_of(group))
 
     return [
         f"- R1, by the means of clean and AutoAttack accuracy some direct setting is not dominated by a surrogate: "
-        f"{verdict(bool(found), len(group))}{by_means_alone}: {told}.",
+        f"{verdict(bool(found), folds_of(group))}{by_means_alone}: {told}.",
         "- The best direct setting of each run beside the best surrogate, both chosen by robust accuracy on validation "
         f"images: clean {signed(best['clean'])}, AutoAttack {signed(best['autoattack'])} points, −log p under PGD "
         f"{signed(best['nll_attacked'], 2)} nats.",
@@ -215,7 +239,7 @@ def hypotheses(group: Sequence[dict[str, Any]]) -> list[str]:
         f"{positive(list(ablation.values()))}.",
         "- R4, with augmented images and dropout the held-out denoising loss of the score network is within 10 % of "
         f"that on training images at every σ: the largest mean ratio is {largest:.2f}: "
-        f"{verdict(largest <= 1.1, len(group))}; and direct SCORE with it is more robust than with the plain "
+        f"{verdict(largest <= 1.1, folds_of(group))}; and direct SCORE with it is more robust than with the plain "
         f"one: AutoAttack {signed(regular)}, clean "
         f"{signed(difference(group, REGULAR, 'direct:kl score', 'clean'))}: {positive([regular])}. This hypothesis was "
         "added after the others had been seen, and its settings were chosen on held-out images of fold 0, which other "
@@ -231,8 +255,8 @@ def larger_ball(group: Sequence[dict[str, Any]], clean: Estimate) -> list[str]:
     return [
         "- R6, within so large a ball the best direct setting of each run keeps more clean accuracy than the best "
         f"surrogate, beyond the interval: {signed(clean)}: "
-        f"{verdict(clean.low is not None and clean.low > 0, len(group))}. This hypothesis was written down after the "
-        "results at 0.15 and 0.2 and before those at 0.3."
+        f"{verdict(clean.low is not None and clean.low > 0, folds_of(group))}. This hypothesis was written down after "
+        "the results at 0.15 and 0.2 and before those at 0.3."
     ]
 
 
@@ -254,7 +278,8 @@ def over_radii(by_radius: Mapping[float, Sequence[dict[str, Any]]]) -> list[str]
         for form in (*SURROGATES, *DIRECT)
     }
     rivals = [trained(form, radius) for radius in known for form in SURROGATES]
-    found = leads(scores, rivals, comparisons=len(scores) - len(rivals))
+    settings = len(scores) - len(rivals)
+    found = leads(scores, rivals, comparisons=settings * len(FRONT))
     told = "; ".join(text for text, _ in found) or "each is dominated by a surrogate"
     return [
         "",
@@ -263,9 +288,9 @@ def over_radii(by_radius: Mapping[float, Sequence[dict[str, Any]]]) -> list[str]
         f"Of each objective and radius the {runs(len(shared))} that have the same fold and seed at both radii:",
         "",
         "- R5, on the front of all objectives and radii some direct setting is not dominated by a surrogate, beyond "
-        f"the interval: {verdict(any(clear for _, clear in found), len(shared))}: {told}. Its intervals hold for all "
-        f"{len(scores) - len(rivals)} direct settings at once. This hypothesis was written down after the results at "
-        "0.15 and before those at 0.2.",
+        f"the interval: {verdict(any(clear for _, clear in found), len({fold for fold, _ in shared}))}: {told}. Its "
+        f"intervals hold for all {settings} direct settings and both measures at once. This hypothesis was written "
+        "down after the results at 0.15 and before those at 0.2.",
     ]
 
 
@@ -302,11 +327,13 @@ def masking(group: Sequence[dict[str, Any]]) -> list[str]:
 
 def memory_ratios(cells: Sequence[dict[str, Any]], entry: str) -> dict[str, Estimate]:
     """The denoising loss on held-out images over that on training images, by σ."""
-    ratios: dict[str, list[float]] = defaultdict(list)
-    for cell in cells:
-        for sigma, ratio in cell["entries"][entry]["held_out_over_training"].items():
-            ratios[sigma].append(ratio)
-    return {sigma: over_folds(values) for sigma, values in ratios.items()}
+
+    def ratio(cell: Mapping[str, Any], sigma: str) -> float:
+        value: float = cell["entries"][entry]["held_out_over_training"][sigma]
+        return value
+
+    sigmas = cells[0]["entries"][entry]["held_out_over_training"]
+    return {sigma: over_folds(per_fold(cells, partial(ratio, sigma=sigma))) for sigma in sigmas}
 
 
 def memory(cells: Sequence[dict[str, Any]]) -> list[str]:
@@ -319,10 +346,11 @@ def memory(cells: Sequence[dict[str, Any]]) -> list[str]:
         name: sorted({f"{cell['entries'][f'posterior {name}']['settings']['sigma']:g}" for cell in cells})
         for name in ("score", "score_regular", "energy_ensemble")
     }
-    evidence = {
-        name: over_folds([max(cell["entries"][f"posterior {name}"]["evidence"].values()) for cell in cells])
-        for name in ("score", "score_regular")
-    }
+
+    def highest(cell: Mapping[str, Any], name: str) -> float:
+        return float(max(cell["entries"][f"posterior {name}"]["evidence"].values()))
+
+    evidence = {name: over_folds(per_fold(cells, partial(highest, name=name))) for name in ("score", "score_regular")}
     return [
         "The denoising loss of the score networks on held-out images, relative to that on their training images, by σ, "
         "and the highest held-out log p(y|x + noise), in nats:",
@@ -359,7 +387,7 @@ def draw(by_radius: Mapping[float, Sequence[dict[str, Any]]], path: Path) -> Non
                 continue
             kind = max(matching, key=len)
             colour, marker = kinds[kind]
-            x, y = (over_folds([of(cell, form, measure) for cell in cells]) for measure in FRONT)
+            x, y = (over_folds(values) for values in front_scores(cells, form).values())
             spread = [0.0 if v.high is None else v.high - v.mean for v in (x, y)]
             face = colour if "drawn" in form else "none"
             places.append((x.mean, y.mean))
