@@ -340,6 +340,8 @@ def test_martingale() -> None:
     assert unsure > 10 * error
     with pytest.raises(ValueError, match="sigmas must rise"):
         audit.martingale(truth, truth, x, y, sigmas=(0.8, 0.3))
+    with pytest.raises(ValueError, match=r"sigmas must rise, got \(0.3, 0.3\)"):
+        audit.martingale(truth, truth, x, y, sigmas=(0.3, 0.3))
     with pytest.raises(ValueError, match="sigmas must"):
         audit.martingale(truth, truth, x, y, sigmas=(0.8, math.inf))
 
@@ -587,8 +589,9 @@ def test_nan_is_not_self_consistent(kind: str) -> None:
         (torch.full((3, 5), 0.5), ThreatModel("l2", 8.0), "eps must not be larger than the diagonal"),
         (torch.ones(3, 5, dtype=torch.int64), free(1.0), "x must be floating point"),
         (torch.full((4, 5), 0.5), free(1.0), r"got x \[4, 5\] and y \[3\]"),
+        (torch.full((3,), 0.5), free(1.0), r"x must be \[N, …\] and y \[N\], got x \[3\] and y \[3\]"),
     ],
-    ids=["outside", "nan", "radius", "integers", "short"],
+    ids=["outside", "nan", "radius", "integers", "short", "flat"],
 )
 def test_points_that_the_judge_refuses(x: Tensor, threat_model: ThreatModel, message: str) -> None:
     truth = mixture()
@@ -674,6 +677,7 @@ def test_labels_that_are_not_classes(
         ({"step": 0.0}, r"step must lie in \(0, 1\), got 0.0"),
         ({"repeats": 0}, "repeats must be at least 1, got 0"),
         ({"y": torch.full((5,), 7)}, r"y must lie in \[0, 3\)"),
+        ({"x": torch.zeros(0, 5).double(), "y": torch.zeros(0).long()}, "must hold at least 1 samples, got 0"),
     ],
 )
 def test_bad_input_of_the_energy_identity(options: dict, message: str) -> None:

@@ -164,6 +164,8 @@ def test_a_radius_in_pixel_values_is_refused() -> None:
         ball.check_radius(3072)
     ball.replace(eps=0.5).check_radius(3072)
     ball.replace(eps=math.sqrt(3072)).check_radius(3072)
+    with pytest.raises(ValueError, match="eps must not be larger than the diagonal of the box"):
+        ball.replace(eps=1.01 * math.sqrt(3072)).check_radius(3072)
     ThreatModel("l2", 128, lower=-math.inf, upper=math.inf).check_radius(3072)
     sums = ThreatModel("l1", 3060)
     sums.check_radius(3072)
