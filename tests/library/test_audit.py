@@ -432,7 +432,7 @@ def test_both_sides_of_the_energy_identity_are_their_definitions() -> None:
     log_p = truth.smoothed(sigma)(point)
     gradients = [torch.autograd.grad(log_p[:, c].sum(), point, retain_graph=True)[0] for c in range(3)]
     squares = torch.stack(gradients, 1).square().sum(2)
-    assert energy == pytest.approx(float((log_p.exp() * squares).sum(1).mean()))
+    assert energy == pytest.approx(float((log_p.exp() * squares).sum(1).mean().detach()))
 
 
 def test_agreement_with_people() -> None:

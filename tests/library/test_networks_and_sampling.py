@@ -93,6 +93,21 @@ def test_zero_conditions_are_none(kind: str) -> None:
     )
 
 
+def test_a_backbone_is_told_the_class_and_the_augmentation() -> None:
+    """One-hot, nothing for the unconditional head; a network that was saved takes it so."""
+    denoiser, shape = embedded("mlp")
+    told: list[Tensor] = []
+    denoiser.backbone.register_forward_pre_hook(lambda module, inputs: told.append(inputs[2]))
+    x, labels, moved = torch.randn(3, *shape), torch.tensor([2, 0, 1]), torch.randn(3, 2)
+    classes, none = torch.eye(3)[labels], torch.zeros(3, 3)
+    denoiser(x, 0.5, labels)
+    denoiser(x, 0.5)
+    denoiser.denoise_pair(x, 0.5, labels, moved)
+    assert torch.equal(told[0], torch.cat([classes, 0 * moved], 1))
+    assert torch.equal(told[1], torch.cat([none, 0 * moved], 1))
+    assert torch.equal(told[2], torch.cat([torch.cat([classes, none]), torch.cat([moved, moved])], 1))
+
+
 def test_scores_of_some_classes_alone() -> None:
     denoiser, shape = embedded("conv")
     x, classes = torch.randn(4, *shape), torch.tensor([[0, 2], [2, 1], [1, 0], [0, 1]])
