@@ -43,12 +43,19 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 SURVIVORS = Path(__file__).with_suffix(".toml")
+OTHERS = "augmentation averaging compilation folding free graphs inputs l1_ball model_state modes normalised sampling"
+OTHERS += " self_consistency threat_model weight_perturbation"
 MODULES = {
     "objectives": "scorematch/objectives",
     "divergences": "scorematch/divergences.py",
     "posteriors": "scorematch/posteriors",
     "matching": "scorematch/matching",
     "attacks": "scorematch/attacks",
+    "bounds": "scorematch/bounds",
+    "audit": "scorematch/audit",
+    "networks": "scorematch/networks",
+    "smoothing": "scorematch/smoothing.py",
+    "others": [f"scorematch/{name}.py" for name in OTHERS.split()],
 }
 # Mistakes that a person could make. Cosmic Ray knows more, such as a shift in the place of a sum, which every test that
 # reaches the line notices: they would only make the score look better.
@@ -357,8 +364,10 @@ def main() -> None:
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
 
-    target = ROOT / MODULES[options.module]
-    files = [str(f.relative_to(ROOT)) for f in ([target] if target.is_file() else sorted(target.rglob("*.py")))]
+    module = MODULES[options.module]
+    targets = [ROOT / path for path in ([module] if isinstance(module, str) else module)]
+    paths = [file for target in targets for file in ([target] if target.is_file() else sorted(target.rglob("*.py")))]
+    files = [str(path.relative_to(ROOT)) for path in paths]
     tests = (ROOT / "tests" / "library").glob("*.py")
     key = digest([*(ROOT / "scorematch").rglob("*.py"), *tests])
     coverage = coverage_of(key, options.out / "coverage.json")

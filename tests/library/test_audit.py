@@ -163,6 +163,21 @@ def test_a_path_starts_where_nothing_more_is_known_of_clean_x() -> None:
     assert abs(float((there * back).mean())) < 0.05
 
 
+def test_matching_error_is_its_definition() -> None:
+    """The mean over both signs of two noise vectors, whatever the unconditional score is."""
+    truth, sigma = mixture(), 0.5
+    x, y = sample(truth, 12)
+    generator = torch.Generator().manual_seed(7)
+    squares = []
+    for omega in [torch.empty_like(x).normal_(generator=generator) for _ in range(2)]:
+        for noise in (omega, -omega):
+            point = (x + sigma * noise).requires_grad_()
+            (gradient,) = torch.autograd.grad(truth(point).gather(1, y[:, None]).sum(), point)
+            squares.append((gradient + (3 * point.detach()).sin() + noise / sigma).square().mean(1))
+    found = audit.matching_error(truth, lambda v: (3 * v).sin(), x, y, sigma=sigma, repeats=2, seed=7)
+    torch.testing.assert_close(found, torch.stack(squares).mean(0), **F64)
+
+
 def test_matching_error_ranks_as_the_truth_does() -> None:
     """Its differences are the differences of the errors of the gradients, which are known here."""
     truth, sigma = mixture(), 0.5
@@ -192,6 +207,7 @@ def test_calibration() -> None:
     assert good.accuracy == pytest.approx(float((truth(x).argmax(1) == y).double().mean()))
     assert sure.error > 4 * good.error
     assert sure.confidence > sure.accuracy
+    assert good == pytest.approx(audit.reliability(truth(x), y))
 
 
 def test_calibration_at_noise_does_not_start_where_more_is_known() -> None:
@@ -262,6 +278,8 @@ def test_spread_over_trainings() -> None:
     assert audit.spread([truth, Altered(truth, temperature=3.0)], x, y)[1] > 0.01
     with pytest.raises(ValueError, match="at least two, got 1"):
         audit.spread([truth], x, y)
+    with pytest.raises(TypeError, match=r"each of posteriors must be a posterior, .* got Linear"):
+        audit.spread([truth, nn.Linear(5, 3)], x, y)  # type: ignore[list-item]
 
 
 def two_points(variance: float, shift: float = 0.0) -> GaussianMixture:
@@ -340,6 +358,8 @@ def test_martingale() -> None:
     assert unsure > 10 * error
     with pytest.raises(ValueError, match="sigmas must rise"):
         audit.martingale(truth, truth, x, y, sigmas=(0.8, 0.3))
+    with pytest.raises(ValueError, match=r"sigmas must rise, got \(0.3, 0.3\)"):
+        audit.martingale(truth, truth, x, y, sigmas=(0.3, 0.3))
     with pytest.raises(ValueError, match="sigmas must"):
         audit.martingale(truth, truth, x, y, sigmas=(0.8, math.inf))
 
@@ -395,7 +415,8 @@ def test_energy_identity() -> None:
     assert same == pytest.approx(slope)
 
 
-def test_the_slope_of_the_energy_identity_is_a_central_difference() -> None:
+def test_both_sides_of_the_energy_identity_are_their_definitions() -> None:
+    """Of one noise vector with both signs; the slope is a central difference."""
     truth, sigma, step = mixture(), 0.7, 0.4
     x, y = sample(truth, 30)
     omega = torch.empty_like(x).normal_(generator=torch.Generator().manual_seed(3))
@@ -405,8 +426,13 @@ def test_the_slope_of_the_energy_identity_is_a_central_difference() -> None:
         return -truth.smoothed(level)(noisy).gather(1, torch.cat([y, y])[:, None]).mean()
 
     expected = (entropy(sigma * (1 + step)) - entropy(sigma * (1 - step))) / (2 * step * sigma) / sigma
-    _, slope = audit.energy_identity(truth.smoothed, x, y, sigma=sigma, step=step, repeats=1, seed=3)
+    energy, slope = audit.energy_identity(truth.smoothed, x, y, sigma=sigma, step=step, repeats=1, seed=3)
     assert slope == pytest.approx(float(expected))
+    point = torch.cat([x + sigma * omega, x - sigma * omega]).requires_grad_()
+    log_p = truth.smoothed(sigma)(point)
+    gradients = [torch.autograd.grad(log_p[:, c].sum(), point, retain_graph=True)[0] for c in range(3)]
+    squares = torch.stack(gradients, 1).square().sum(2)
+    assert energy == pytest.approx(float((log_p.exp() * squares).sum(1).mean().detach()))
 
 
 def test_agreement_with_people() -> None:
@@ -587,8 +613,9 @@ def test_nan_is_not_self_consistent(kind: str) -> None:
         (torch.full((3, 5), 0.5), ThreatModel("l2", 8.0), "eps must not be larger than the diagonal"),
         (torch.ones(3, 5, dtype=torch.int64), free(1.0), "x must be floating point"),
         (torch.full((4, 5), 0.5), free(1.0), r"got x \[4, 5\] and y \[3\]"),
+        (torch.full((3,), 0.5), free(1.0), r"x must be \[N, …\] and y \[N\], got x \[3\] and y \[3\]"),
     ],
-    ids=["outside", "nan", "radius", "integers", "short"],
+    ids=["outside", "nan", "radius", "integers", "short", "flat"],
 )
 def test_points_that_the_judge_refuses(x: Tensor, threat_model: ThreatModel, message: str) -> None:
     truth = mixture()
@@ -674,6 +701,7 @@ def test_labels_that_are_not_classes(
         ({"step": 0.0}, r"step must lie in \(0, 1\), got 0.0"),
         ({"repeats": 0}, "repeats must be at least 1, got 0"),
         ({"y": torch.full((5,), 7)}, r"y must lie in \[0, 3\)"),
+        ({"x": torch.zeros(0, 5).double(), "y": torch.zeros(0).long()}, "must hold at least 1 samples, got 0"),
     ],
 )
 def test_bad_input_of_the_energy_identity(options: dict, message: str) -> None:

@@ -156,6 +156,74 @@ def test_the_search_finds_what_the_judge_of_self_consistency_finds() -> None:
     assert found.madry.mean() > 1.02 * judged.divergence.mean()
 
 
+def test_the_search_looks_at_every_point_of_every_ascent() -> None:
+    """From clean x, the first-order solution, a random point and its mirror image, at last from the best of these."""
+    truth, model = mixture(), steep(5, 3, 1.5)
+    x, y = truth.sample(20, seeded())
+    seen: list[Tensor] = []
+
+    def watched(points: Tensor) -> Tensor:
+        seen.append(points.detach().clone())
+        return model(points)
+
+    ball = ThreatModel("l2", 2.0, step_size=0.2, **UNBOUNDED)
+    found = bounds.theorem_4(watched, truth, x, y, ball, steps=2, generator=seeded())
+    points = torch.stack(seen[3:])  # x itself comes first, and twice for its gradients
+    assert len(points) == 5 * 3
+    p, q = (f(points.flatten(0, 1)).softmax(1).detach() for f in (truth, model))
+    values = plain_divergence(p, q, "l1").unflatten(0, (15, 20))
+    torch.testing.assert_close(found.increase, values.amax(0) - values[0], **F64)
+    assert torch.equal(points[0], x)
+    torch.testing.assert_close((points[3] - x).norm(dim=1), 2 * torch.ones(20, dtype=x.dtype), **F64)
+    torch.testing.assert_close(points[9], 2 * x - points[6], **F64)
+    assert torch.equal(points[12], points[values[:12].argmax(0), torch.arange(20)])
+    assert float((points[13] - points[12]).norm(dim=1).max()) == pytest.approx(0.05)
+
+
+def test_a_feature_whose_score_is_nan_stays_where_it_is() -> None:
+    class HalfBlind(GaussianMixture):
+        def log_prob_and_scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            log_p, scores = super().log_prob_and_scores(x)
+            return log_p, scores.index_fill(2, torch.tensor([1]), math.nan)
+
+    truth = mixture(2, 1, 2)
+    x, y = truth.sample(10, seeded())
+    seen: list[Tensor] = []
+
+    def watched(points: Tensor) -> Tensor:
+        seen.append(points.detach().clone())
+        return smooth_mlp(2, 2)(points)
+
+    posterior, ball = HalfBlind(truth.means, truth.covariances), ThreatModel("linf", 1.0, **UNBOUNDED)
+    bounds.robust_errors(watched, posterior, x, y, ball, divergences="kl", steps=2)
+    end = seen[3]  # of the first ascent, which begins at x
+    assert torch.equal(end[:, 1], x[:, 1])
+    assert (end[:, 0] != x[:, 0]).all()
+
+
+@pytest.mark.parametrize(("name", "limit", "allowed"), [("ROWS", 30, 6), ("FEATURES", 100, 4), ("ROWS", 1, 1)])
+def test_candidates_are_looked_at_a_part_at_a_time(
+    name: str, limit: int, allowed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So many that rows and features stay within what memory is meant for, and the errors do not depend on it."""
+    truth, model = mixture(), smooth_mlp(5, 3)
+    x, y = truth.sample(5, seeded())
+    candidates = x[:, None] + 0.1 * torch.randn(5, 11, 5, dtype=x.dtype, generator=seeded())
+    problem = (truth, x, y, ThreatModel("l2", 5.0, **UNBOUNDED))
+    expected = bounds.robust_errors(model, *problem, divergences="l1", candidates=candidates)["l1"]
+    sizes: list[int] = []
+
+    def watched(points: Tensor) -> Tensor:
+        sizes.append(len(points))
+        return model(points)
+
+    monkeypatch.setattr(bounds.search, name, limit)
+    found = bounds.robust_errors(watched, *problem, divergences="l1", candidates=candidates)["l1"]
+    assert sum(sizes[1:]) == 5 * 11
+    assert max(sizes[1:]) == 5 * allowed
+    torch.testing.assert_close(found[1:], expected[1:], **F64)
+
+
 def test_clean_x_counts_beside_the_candidates() -> None:
     """As it must for the upper bound of Theorem 3: x ∈ B(x)."""
     truth, model = mixture(3, 2, 5), smooth_mlp(5, 3)
@@ -384,6 +452,40 @@ def test_theorem_2_needs_a_convex_function() -> None:
         bounds.theorem_2(errors, phi=lambda t: t.clamp(min=0.2), inverse=lambda t: t)
     with pytest.raises(ValueError, match="undo"):
         bounds.theorem_2(errors, inverse=lambda t: t)
+
+
+@pytest.mark.parametrize("power", [0.9, 1.0, 1.5, 4.0])
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
+def test_the_units_of_phi_do_not_count(scale: float, power: float) -> None:
+    distances = torch.linspace(0.0, 1.5, 50, dtype=torch.float64)
+    zero = torch.zeros_like(distances)
+    errors = RobustErrors("l2", zero, distances, zero, zero, zero)
+    functions = {"phi": lambda t: scale * t**power, "inverse": lambda s: (s / scale) ** (1 / power)}
+    if power < 1.0:
+        with pytest.raises(ValueError, match="phi must be convex"):
+            bounds.theorem_2(errors, **functions)
+    else:
+        right = bounds.theorem_2(errors, **functions).right_mean.mean
+        assert right == pytest.approx(float((distances**power).mean() ** (1 / power)))
+
+
+@pytest.mark.parametrize(("phi", "inverse"), [(torch.square, torch.sqrt), (torch.cosh, torch.acosh)])
+def test_theorem_2_of_a_model_that_is_right_everywhere(
+    phi: Callable[[Tensor], Tensor], inverse: Callable[[Tensor], Tensor]
+) -> None:
+    """The slope of φ is 0 there, and nothing varies."""
+    zero = torch.zeros(5, dtype=torch.float64)
+    found = bounds.theorem_2(RobustErrors("l2", zero, zero, zero, zero, zero), phi=phi, inverse=inverse)
+    assert found.right_mean == found.slack == (0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("largest", [1e-5, 1.0])
+def test_an_inverse_must_undo_phi_at_small_distances_too(largest: float) -> None:
+    distances = torch.tensor([0.0, largest], dtype=torch.float64)
+    zero = torch.zeros_like(distances)
+    errors = RobustErrors("l2", zero, distances, zero, zero, zero)
+    with pytest.raises(ValueError, match="inverse must undo phi"):
+        bounds.theorem_2(errors, inverse=lambda s: 0.5 * s.sqrt())
 
 
 # Theorem 3
@@ -1149,7 +1251,8 @@ def test_bad_input_elsewhere() -> None:
         bounds.corollary_1(errors["l1"], errors["kl"]._replace(madry=errors["kl"].madry[:2]))
     with pytest.raises(ValueError, match="beta must not be negative"):
         errors["l1"].trades(-1.0)
-    with pytest.raises(ValueError, match="weights must be non-negative"):
+    told = "weights must be non-negative with a positive and finite sum, got 1 negative values and the sum 1$"
+    with pytest.raises(ValueError, match=told):
         bounds.theorem_1(errors["l1"], weights=torch.tensor([1.0, -1.0, 1.0]))
     with pytest.raises(ValueError, match=r"weights must be \[N\]"):
         bounds.theorem_1(errors["l1"], weights=torch.ones(2))

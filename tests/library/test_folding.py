@@ -19,7 +19,7 @@ def positive(x: Tensor) -> Tensor:
 
 
 class Net(nn.Module):
-    """A pair that folds; a convolution whose output goes two ways; a norm used twice; one before a convolution."""
+    """Two pairs that fold; a convolution whose output goes two ways; a norm used twice; a convolution used twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,12 +27,14 @@ class Net(nn.Module):
         self.conv2, self.norm2 = nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6)
         self.conv3, self.conv4, self.norm3 = nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6)
         self.conv5, self.norm5 = nn.Conv2d(6, 4, 3, groups=2), nn.BatchNorm2d(4, affine=False)
+        self.conv6, self.norm6, self.norm7 = nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6), nn.BatchNorm2d(6)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm1(self.conv1(x)).relu()
         y = self.conv2(x)
         y = y + self.norm2(y)
         y = self.norm3(self.conv3(y)) + self.norm3(self.conv4(y))
+        y = self.norm6(self.conv6(y)) + self.norm7(self.conv6(x))
         return self.norm5(self.conv5(y)).flatten(1)
 
 

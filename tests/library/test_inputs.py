@@ -34,11 +34,12 @@ def model() -> nn.Module:
     ("x", "told"),
     [
         (255 * X, r"box \[0.0, 1.0\] of the threat model, got values in \[.*\]; divide pixels in 0…255 by 255"),
+        (255 * X.masked_fill(X < 0.2, 0.0), r"got values in \[0.0, .*\]; divide pixels in 0…255 by 255"),
         ((X - 0.5) / 0.25, "if images are normalised, do that in the model"),
         (X + 2000, r"got values in \[2000.[0-9]*, 200[01].[0-9]*\]$"),
         (X.masked_fill(X > 0.9, math.nan), r"got values in \[nan, nan"),
     ],
-    ids=["pixels", "normalised", "far", "nan"],
+    ids=["pixels", "black", "normalised", "far", "nan"],
 )
 def test_images_outside_the_box(name: str, x: Tensor, told: str) -> None:
     with pytest.raises(ValueError, match=told):
@@ -108,6 +109,16 @@ def test_a_radius_in_pixel_values_stops_attacks_too() -> None:
         AutoAttack(model(), "L2", 128, verbose=False).run_standard_evaluation(X, Y)
     with pytest.raises(ValueError, match="for 8-bit pixels write 128/255"):
         PGD(ThreatModel("l2", 128))(model(), X, Y)
+
+
+@pytest.mark.parametrize("name", ["pgd_at", "trades", "score_direct", "free"])
+def test_a_radius_that_suits_larger_images_stops_training(name: str) -> None:
+    """The diagonal of one image of 16 pixels is 4, that of all six together 9.8."""
+    wide = ThreatModel("l2", 5.0)
+    told = "eps must not be larger than the diagonal of the box, 4 for 16 features, got 5; for 8-bit pixels write 5/255"
+    objective = FreeAttack(wide).step if name == "free" else partial(OBJECTIVES[name], threat_model=wide)
+    with pytest.raises(ValueError, match=told):
+        objective(model(), X, Y)
 
 
 def test_labels_that_are_no_tensor_are_named() -> None:

@@ -117,10 +117,12 @@ def test_denoising_likelihood() -> None:
     torch.testing.assert_close(logits, classifier(NOISY, SIGMA))
 
 
-@pytest.mark.parametrize("center", [0.4, "each feature"])
-def test_joint_energy(center: Any) -> None:
+MIDDLES = {"number": 0.4, "each feature": torch.tensor([0.4, -0.2]).double(), "all": torch.tensor([[0.4]]).double()}
+
+
+@pytest.mark.parametrize("middle", MIDDLES.values(), ids=MIDDLES)
+def test_joint_energy(middle: Any) -> None:
     classifier = Classifier()
-    middle = torch.tensor([0.4, -0.2], dtype=torch.float64) if center == "each feature" else center
     x = NOISY.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(classifier(x, SIGMA).gather(1, Y[:, None]).sum(), x)
     level = SIGMA[:, None]

@@ -5,7 +5,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from scorematch.networks import ConvBackbone, Denoiser, EmbeddedDenoiser, MLPBackbone, UNetBackbone
 from scorematch.sampling import annealed_langevin, heun, noise_levels
@@ -92,6 +93,21 @@ def test_zero_conditions_are_none(kind: str) -> None:
     )
 
 
+def test_a_backbone_is_told_the_class_and_the_augmentation() -> None:
+    """One-hot, nothing for the unconditional head; a network that was saved takes it so."""
+    denoiser, shape = embedded("mlp")
+    told: list[Tensor] = []
+    denoiser.backbone.register_forward_pre_hook(lambda module, inputs: told.append(inputs[2]))
+    x, labels, moved = torch.randn(3, *shape), torch.tensor([2, 0, 1]), torch.randn(3, 2)
+    classes, none = torch.eye(3)[labels], torch.zeros(3, 3)
+    denoiser(x, 0.5, labels)
+    denoiser(x, 0.5)
+    denoiser.denoise_pair(x, 0.5, labels, moved)
+    assert torch.equal(told[0], torch.cat([classes, 0 * moved], 1))
+    assert torch.equal(told[1], torch.cat([none, 0 * moved], 1))
+    assert torch.equal(told[2], torch.cat([torch.cat([classes, none]), torch.cat([moved, moved])], 1))
+
+
 def test_scores_of_some_classes_alone() -> None:
     denoiser, shape = embedded("conv")
     x, classes = torch.randn(4, *shape), torch.tensor([[0, 2], [2, 1], [1, 0], [0, 1]])
@@ -135,6 +151,102 @@ def test_a_convolution_is_told_where_a_pixel_is() -> None:
     torch.testing.assert_close(rows, torch.tensor([-1.0, 0.0, 1.0])[:, None].expand(3, 5))
     torch.testing.assert_close(columns, torch.tensor([-1.0, -0.5, 0.0, 0.5, 1.0]).expand(3, 5))
     assert [block.second[-1].dilation for block in backbone.blocks] == [(1, 1), (2, 2), (1, 1), (2, 2)]
+
+
+class Stored:
+    """The function that the weights of a network stand for, in plain PyTorch."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        self.values = backbone.state_dict()
+
+    def of(self, name: str) -> tuple[Tensor, Tensor]:
+        return self.values[f"{name}.weight"], self.values[f"{name}.bias"]
+
+    def embedded(self, noise: Tensor, conditions: Tensor | None) -> Tensor:
+        """Sines and cosines of eight octaves."""
+        phase = noise[:, None] * torch.tensor([0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0])
+        result = F.linear(torch.cat([noise[:, None], phase.sin(), phase.cos()], 1), *self.of("noise.linear"))
+        return result if conditions is None else result + conditions @ self.values["noise.conditions.weight"].T
+
+    def mlp(self, x: Tensor, noise: Tensor, conditions: Tensor | None = None, depth: int = 2) -> Tensor:
+        def normed(h: Tensor, name: str) -> Tensor:
+            return F.layer_norm(h, h.shape[1:], *self.of(name))
+
+        h = F.linear(x.reshape(len(x), -1), *self.of("inlet")) + self.embedded(noise, conditions)
+        for block in range(depth):
+            inner = F.silu(F.linear(normed(h, f"blocks.{block}.0"), *self.of(f"blocks.{block}.1")))
+            h = h + F.linear(inner, *self.of(f"blocks.{block}.4"))
+        return F.linear(F.silu(normed(h, "outlet.0")), *self.of("outlet.2"))
+
+    def conv(
+        self, x: Tensor, noise: Tensor, conditions: Tensor | None = None, depth: int = 3, patch: int = 1
+    ) -> Tensor:
+        def active(h: Tensor, name: str) -> Tensor:
+            return F.silu(F.group_norm(h, 8, *self.of(name)))
+
+        count, channels, height, width = x.shape
+        rows, columns = height // patch, width // patch
+        x = x.reshape(count, channels, rows, patch, columns, patch).permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
+        place = torch.stack(torch.meshgrid(torch.linspace(-1, 1, rows), torch.linspace(-1, 1, columns), indexing="ij"))
+        h = F.conv2d(torch.cat([x, place.repeat(count, 1, 1, 1)], 1), *self.of("inlet"), padding=1)
+        for block in range(depth):
+            far = 2 if block % 2 else 1
+            inner = F.conv2d(active(h, f"blocks.{block}.first.0"), *self.of(f"blocks.{block}.first.2"), padding=1)
+            inner = inner + self.embedded(noise, conditions)[:, :, None, None]
+            inner = active(inner, f"blocks.{block}.second.0")
+            h = h + F.conv2d(inner, *self.of(f"blocks.{block}.second.3"), padding=far, dilation=far)
+        h = active(h, "outlet.0")
+        if self.values["last.weight"].dim() == 2:
+            return F.linear(h.flatten(2).mean(2), *self.of("last"))
+        h = F.conv2d(h, *self.of("last")).reshape(count, -1, patch, patch, rows, columns)
+        return h.permute(0, 1, 4, 2, 5, 3).reshape(count, -1, height, width)
+
+
+@pytest.mark.parametrize("conditions", [0, 3])
+def test_a_network_that_was_saved_is_the_same_function(conditions: int) -> None:
+    torch.manual_seed(0)
+    x, noise = torch.randn(4, 2, 6, 8), torch.randn(4)
+    told = (torch.randn(4, conditions),) if conditions else ()
+    mlp = MLPBackbone((2, 6, 8), 5, width=16, depth=2, conditions=conditions)
+    torch.testing.assert_close(mlp(x, noise, *told), Stored(mlp).mlp(x, noise, *told), rtol=1e-4, atol=1e-5)
+    for more in ({}, {"patch": 2}, {"pooled": True}):
+        conv = ConvBackbone(2, 5, width=16, depth=3, conditions=conditions, **more)  # type: ignore[arg-type]
+        expected = Stored(conv).conv(x, noise, *told, patch=conv.patch)
+        assert expected.shape == ((4, 5) if "pooled" in more else (4, 5, 6, 8))
+        torch.testing.assert_close(conv(x, noise, *told), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_networks_that_were_saved_have_the_sizes_of_today() -> None:
+    """Those that nobody gave: a state of other sizes could not be read."""
+    mlp, conv, unet = MLPBackbone((7,), 5), ConvBackbone(3, 5), UNetBackbone(3, 5)
+    assert mlp.inlet.weight.shape == (256, 7)
+    assert conv.inlet.weight.shape == (64, 3 + 2, 3, 3)
+    assert (len(mlp.blocks), len(conv.blocks)) == (3, 4)
+    assert conv.last.weight.shape == (5, 64, 1, 1)
+    assert [stage[0].block1.proj.weight.shape[0] for stage in unet.unet.downs] == [64, 64, 128]
+    assert unet.unet.mid_block1.block1.proj.weight.shape[0] == 256
+
+
+def test_the_u_net_is_told_of_noise_as_of_a_time_step() -> None:
+    """ln(σ)/4 within ±2 as 0 to 1000; and what it is told besides is added to its embedding of that time."""
+    torch.manual_seed(0)
+    x, noise, told = torch.randn(3, 2, 8, 8), torch.tensor([-2.0, 0.0, 2.0]), torch.randn(3, 4)
+    images, pooled, conditioned = (
+        UNetBackbone(2, 5, width=8, multipliers=(1, 2), pooled=pooled, conditions=conditions).eval()
+        for pooled, conditions in ((False, 0), (True, 0), (False, 4))
+    )
+    pooled.load_state_dict(images.state_dict())
+    time = torch.tensor([0.0, 500.0, 1000.0])
+    torch.testing.assert_close(images(x, noise), images.unet(x, time))
+    torch.testing.assert_close(pooled(x, noise), images.unet(x, time).flatten(2).mean(2))
+    outputs: list[Tensor] = []
+    conditioned.unet.time_mlp.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    for more in ((), (told,), (0 * told,)):
+        conditioned(x, noise, *more)
+    plain, moved, still = outputs
+    torch.testing.assert_close(plain, conditioned.unet.time_mlp.embedding(time))
+    torch.testing.assert_close(moved - plain, told @ conditioned.unet.time_mlp.conditions.weight.T)
+    torch.testing.assert_close(still, plain)
 
 
 def test_preconditioning_is_that_of_karras() -> None:
@@ -223,6 +335,16 @@ def test_noise_levels_fall_geometrically() -> None:
             lambda: Denoiser(nn.Identity(), num_classes=2, sigma_data=0.0),
             "sigma_data must be finite and positive, got 0.0",
         ),
+        (
+            lambda: EmbeddedDenoiser(nn.Identity(), num_classes=2, sigma_data=1.0, augmentations=-1),
+            "augmentations must be at least 0, got -1",
+        ),
+        (lambda: EmbeddedDenoiser(nn.Identity(), num_classes=2, sigma_data=1.0, chunk=0), "chunk must be at least 1"),
+        (lambda: ConvBackbone(1, 1, width=8), "width must be a multiple of 8 and at least 16, got 8"),
+        (lambda: ConvBackbone(1, 1, width=20), "width must be a multiple of 8 and at least 16, got 20"),
+        (lambda: UNetBackbone(1, 1, multipliers=()), r"multipliers must be .* each at least 1, got \(\)"),
+        (lambda: UNetBackbone(1, 1, multipliers=(1, 0)), r"multipliers must be .* each at least 1, got \(1, 0\)"),
+        (lambda: MLPBackbone((3,), 1, conditions=-1), "conditions must be at least 0, got -1"),
     ],
 )
 def test_bad_input(build, message: str) -> None:  # type: ignore[no-untyped-def]

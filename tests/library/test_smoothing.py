@@ -66,7 +66,7 @@ def test_radius_of_a_linear_classifier() -> None:
 def test_it_abstains_at_the_boundary() -> None:
     x = at([0.0] * 40)
     found = SMOOTHED.certify(x, n0=20, n=200, alpha=1e-3, generator=seeded(0))
-    assert (found.classes == ABSTAIN).all()
+    assert found.classes.tolist() == [ABSTAIN] * 40 == [-1] * 40
     assert (found.radius == 0.0).all()
     assert (found.p_lower <= 0.5).all()
     assert (SMOOTHED.predict(x, n=200, alpha=1e-3, generator=seeded(0)) == ABSTAIN).all()
@@ -242,6 +242,35 @@ def test_the_largest_radius() -> None:
     assert float(ndtr(float(found.radius) / SIGMA)) == pytest.approx(0.001 ** (1 / 100))
 
 
+def test_the_radius_of_certainty_and_of_chance() -> None:
+    found = SMOOTHED.radius(torch.tensor([0.0, 0.3, 0.5, float(ndtr(2.0)), 1.0], dtype=torch.float64))
+    assert found.tolist() == pytest.approx([0.0, 0.0, 0.0, 2 * SIGMA, math.inf])
+
+
+@pytest.mark.parametrize("n", [1, 100, 130])
+def test_the_model_is_asked_as_often_as_said(n: int) -> None:
+    asked: list[int] = []
+
+    def watched(x: torch.Tensor) -> torch.Tensor:
+        asked.append(len(x))
+        return linear(x)
+
+    smoothed = SmoothedClassifier(watched, num_classes=2, sigma=SIGMA)
+    smoothed.predict(X, n=n)
+    assert sum(asked) == 3 * n
+    smoothed.probabilities(X, n=n)
+    assert sum(asked) == 3 * (2 * n)
+    smoothed.certify(X, n0=n, n=2 * n, alpha=0.5 if n > 1 else 0.6)
+    assert sum(asked) == 3 * (5 * n)
+
+
+def test_seeds_fill_their_range() -> None:
+    seeds = noise_seeds(2000, seeded(0))
+    assert seeds.dtype == torch.int64
+    assert float(seeds.double().mean() / 2**62) == pytest.approx(0.5, abs=0.03)
+    assert 0 <= int(seeds.min()) < int(seeds.max()) < 2**62
+
+
 def test_the_curve_and_its_intervals() -> None:
     found = Certificates(
         torch.tensor([0, 1, ABSTAIN, 1, 2]), torch.tensor([0.5, 0.2, 0.0, 0.9, 0.3]).double(), torch.zeros(5).double()
@@ -289,6 +318,7 @@ NOTHING = Certificates(torch.zeros(2).long(), torch.zeros(2).double(), torch.zer
         (lambda: BAD_LOGITS(lambda x: (x, x)).certify(X), ValueError, "model must return logits .* got tuple"),
         (lambda: BAD_LOGITS(lambda x: x[:, :3] / 0).probabilities(X), ValueError, "model must return finite logits"),
         (lambda: SMOOTHED.radius(torch.tensor([1.2])), ValueError, r"p_lower must lie in \[0, 1\]"),
+        (lambda: SMOOTHED.radius(torch.tensor([-0.5])), ValueError, r"p_lower must .* got values in \[-0.5, -0.5\]"),
         (lambda: noise_seeds(-1), ValueError, "count must be at least 0, got -1"),
         (lambda: lower_bound(torch.tensor([1]), 0, 0.1), ValueError, "count must be at least 1, got 0"),
         (lambda: lower_bound(torch.tensor([1]), 2, 0.0), ValueError, r"alpha must lie in \(0, 1\), got 0.0"),

@@ -18,7 +18,7 @@ from scorematch.augmentation import mirror
 from scorematch.bounds import robust_errors, theorem_2, theorem_4
 from scorematch.divergences import KINDS, clip_bound
 from scorematch.matching import Fit, JointEnergy, fit_classifier, fit_denoiser, sliced
-from scorematch.model_state import borrowed
+from scorematch.model_state import as_found, borrowed
 from scorematch.networks import Denoiser, MLPBackbone
 from scorematch.posteriors import KernelDensity, NoiseConditionalClassifier
 from scorematch.sampling import noise_levels
@@ -239,3 +239,27 @@ def test_mirrored_images_do_not_depend_on_the_default_dtype() -> None:
         assert torch.equal(mirror(x, seeded())[0], expected)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_a_model_gets_its_buffers_back() -> None:
+    """Even one that counts its calls, and puts another tensor in the place of a buffer; None is no tensor."""
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+            self.register_buffer("last", torch.full((1,), 7.0))
+            self.register_buffer("nothing", None)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            self.last = x
+            return x
+
+    model = Counting()
+    calls, last = model.calls, model.last
+    with as_found(model):
+        model(torch.zeros(2))
+    assert model.calls is calls
+    assert model.last is last
+    assert (calls.item(), last.item(), model.nothing) == (0.0, 7.0, None)

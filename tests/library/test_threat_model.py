@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scorematch import ThreatModel
+from scorematch import ThreatModel, l1_ball
 from scorematch.threat_model import NORMS, ORDERS
 
 
@@ -164,6 +164,8 @@ def test_a_radius_in_pixel_values_is_refused() -> None:
         ball.check_radius(3072)
     ball.replace(eps=0.5).check_radius(3072)
     ball.replace(eps=math.sqrt(3072)).check_radius(3072)
+    with pytest.raises(ValueError, match="eps must not be larger than the diagonal of the box"):
+        ball.replace(eps=1.01 * math.sqrt(3072)).check_radius(3072)
     ThreatModel("l2", 128, lower=-math.inf, upper=math.inf).check_radius(3072)
     sums = ThreatModel("l1", 3060)
     sums.check_radius(3072)
@@ -187,6 +189,15 @@ def test_a_step_in_l1_moves_the_largest_gradients_that_the_box_lets_move() -> No
     far = two.replace(step_size=9.0).step(x, grad, x)
     assert far[0, 3] == 0.0, "to the box"
     assert far[0, 7] == 1.0
+
+
+def test_the_box_of_moves_in_l1_is_that_of_images() -> None:
+    x = torch.tensor([[0.1, 0.9]]).repeat(200, 1)
+    moved = l1_ball.random_start(x, torch.Generator().manual_seed(0), eps=2.0)
+    assert [float(moved[:, 0].min()), float(moved[:, 1].max())] == [0.0, 1.0]
+    for sign, end in ((-1.0, [0.0, 0.4]), (1.0, [0.6, 1.0])):
+        found = l1_ball.sparse_step(x, sign * torch.ones_like(x), x, step_size=1.0, share=1.0, eps=2.0)
+        torch.testing.assert_close(found, torch.tensor([end]).expand_as(x))
 
 
 def test_projecting_in_l1_minds_the_box() -> None:
