@@ -77,7 +77,11 @@ TESTS = {
         "tests/training/test_run.py::test_a_run_that_has_lost_a_file_says_so_before_it_goes_on",
     ],
     "distributed": [
-        *("tests/training/test_distributed.py", "tests/training/test_environment.py"),
+        "tests/training/test_distributed.py",
+        "tests/training/test_environment.py::test_a_port_in_use",
+        "tests/training/test_environment.py::test_empty_variables_of_torchrun_are_none",
+        "tests/training/test_environment.py::test_variables_of_torchrun_left_over",
+        "tests/training/test_evaluate.py::test_verdicts_come_back_in_the_order_of_the_samples",
         "--deselect=tests/training/test_distributed.py::test_a_signal_stops_all_processes_after_the_same_twentieth_step",
         "--deselect=tests/training/test_distributed.py::test_torchrun_restarts_a_run_where_it_was",
     ],
