@@ -4,10 +4,11 @@
     python -m tests.mutation --module objectives --count 300
 
 A *mutant* is the code with one small mistake: a sign, a bound, a number, a condition. Cosmic Ray makes them, and a
-seed draws some. The tests of ``tests/library`` run once under coverage, so that each mutant meets only the tests that
-execute its line, those first that are short and execute little else. It is *killed* by the first one that fails or
-hangs. It *survives* when none does. Each mutant has a process of its own, forked after torch was imported, which sees
-the mutant in the place of the file. The file itself is never written.
+seed draws some. The tests of the module run once under coverage, so that each mutant meets only the tests that execute
+its line, those first that are short and execute little else. Tests that execute it in processes of their own, where
+coverage does not look, come last (APART). It is *killed* by the first one that fails or hangs. It *survives* when none
+does. Each mutant has a process of its own, forked after torch was imported, in a copy of the tree (``tree`` in the
+folder of the results) where the file has the mistake: so programs that a test starts have it, too.
 
 An interrupted run goes on where it was. Results are kept, a line of JSON each, as long as neither the module nor the
 tests that they rest on change. SURVIVORS says why some survivors do no harm. Needs Python 3.11.
@@ -20,28 +21,35 @@ import contextlib
 import difflib
 import functools
 import hashlib
-import importlib
-import importlib.machinery
+import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable
+import types
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy  # noqa: F401  imported before the forks, as are the next ones
+import matplotlib.pyplot  # noqa: F401  imported before the forks, as are the next ones
+import numpy  # noqa: F401
 import pytest
+import scipy.io
 import scipy.stats
 import tomllib
 import torch
 import torch.nn.functional
+import torch.utils.tensorboard
+import torchvision.datasets  # noqa: F401
+import tyro  # noqa: F401
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
+CODE = ("scorematch", "training")
 SURVIVORS = Path(__file__).with_suffix(".toml")
 OTHERS = "augmentation averaging compilation folding free graphs inputs l1_ball model_state modes normalised sampling"
 OTHERS += " self_consistency threat_model weight_perturbation"
@@ -56,6 +64,40 @@ MODULES = {
     "networks": "scorematch/networks",
     "smoothing": "scorematch/smoothing.py",
     "others": [f"scorematch/{name}.py" for name in OTHERS.split()],
+    "compare": "training/compare.py",
+    "evaluate": "training/evaluate.py",
+    "checkpoint": "training/engine/checkpoint.py",
+    "distributed": "training/engine/distributed.py",
+}
+# What pytest is told to run; of a module that is not here, all tests of the library.
+TESTS = {
+    "compare": ["tests/training/test_compare.py"],
+    "evaluate": ["tests/training/test_evaluate.py", "tests/training/test_certify.py"],
+    "checkpoint": [
+        "tests/training/test_checkpoint.py",
+        "tests/training/test_command_line.py::test_bad_input",
+        "tests/training/test_environment.py::test_a_pipe_is_not_replaced",
+        "tests/training/test_environment.py::test_devices_are_known_by_their_names",
+        "tests/training/test_evaluate.py::test_bad_sources",
+        "tests/training/test_evaluate.py::test_files_that_are_read_are_not_written_over",
+        "tests/training/test_figures.py::test_a_damaged_summary_is_named",
+        "tests/training/test_run.py::test_a_run_that_has_lost_a_file_says_so_before_it_goes_on",
+    ],
+    "distributed": [
+        "tests/training/test_distributed.py",
+        "tests/training/test_environment.py::test_a_port_in_use",
+        "tests/training/test_environment.py::test_empty_variables_of_torchrun_are_none",
+        "tests/training/test_environment.py::test_variables_of_torchrun_left_over",
+        "tests/training/test_evaluate.py::test_verdicts_come_back_in_the_order_of_the_samples",
+        "--deselect=tests/training/test_distributed.py::test_a_signal_stops_all_processes_after_the_same_twentieth_step",
+        "--deselect=tests/training/test_distributed.py::test_torchrun_restarts_a_run_where_it_was",
+    ],
+}
+LIBRARY = ["tests/library"]
+# How the names of those begin that execute the module in other processes.
+APART = {
+    "evaluate": ["tests/training/test_evaluate.py::test_two_processes_say"],
+    "distributed": ["tests/training/test_distributed.py"],
 }
 # Mistakes that a person could make. Cosmic Ray knows more, such as a shift in the place of a sum, which every test that
 # reaches the line notices: they would only make the score look better.
@@ -98,8 +140,12 @@ class Result:
 class Coverage:
     """Which tests execute a line, and how long each takes."""
 
-    def __init__(self, lines: dict[str, dict[int, list[str]]], seconds: dict[str, float]) -> None:
+    def __init__(self, lines: dict[str, dict[int, list[str]]], seconds: dict[str, float], module: str) -> None:
         self.lines, self.seconds = lines, seconds
+        self.options = TESTS.get(module, LIBRARY)
+        self.apart = sorted(
+            (test for test in seconds if test.startswith(tuple(APART.get(module, ())))), key=seconds.__getitem__
+        )
         self.breadth = collections.Counter(test for by in lines.values() for tests in by.values() for test in tests)
 
     def tests(self, file: str, *places: int) -> list[str]:
@@ -113,7 +159,8 @@ class Coverage:
         found = {test for line in places for test in self.lines[file].get(line, ())}
         if not found or "" in found:
             found = found.union(*self.lines[file].values())
-        return sorted(found - {""}, key=lambda test: (self.breadth[test] * self.seconds[test], test))
+        seen = found.difference(self.apart, [""])
+        return sorted(seen, key=lambda test: (self.breadth[test] * self.seconds[test], test)) + self.apart
 
 
 # ----------------------------------------------------------------------------------------------------------- mutants
@@ -225,6 +272,8 @@ def in_a_process(work: Callable[[], Any], limit: float) -> Any:
     child = os.fork()
     if child == 0:
         os.setsid()
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        sys.modules["__main__"] = types.ModuleType("__main__")  # processes that a test starts need not import this file
         os.close(read)
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), 1)
@@ -250,20 +299,21 @@ def in_a_process(work: Callable[[], Any], limit: float) -> Any:
     return json.loads(answer) if answer else None
 
 
-def run_tests(selection: Selection, files: Iterable[str], *options: str) -> int:
-    command = ["-q", "-p", "no:cacheprovider", *options, *files]
+def run_tests(selection: Selection, arguments: Iterable[str], *options: str) -> int:
+    command = ["-q", "-p", "no:cacheprovider", *options, *arguments]
     return int(pytest.main(command, plugins=[selection]))
 
 
-def baseline() -> dict[str, Any]:
-    """All tests once, under coverage, test by test: the lines that each executes, and its seconds."""
+def baseline(arguments: list[str]) -> dict[str, Any]:
+    """These tests once, under coverage, test by test: the lines that each executes, and its seconds."""
     import coverage
 
     def work() -> Any:
-        watch = coverage.Coverage(data_file=None, source=[str(ROOT / "scorematch")], config_file=False)
+        source = [str(ROOT / name) for name in CODE]
+        watch = coverage.Coverage(data_file=None, source=source, config_file=False)
         watch.start()
         selection = Selection(switch=watch.switch_context)
-        status = run_tests(selection, ["tests/library"])
+        status = run_tests(selection, arguments)
         watch.stop()
         data = watch.get_data()
         lines = {
@@ -280,38 +330,61 @@ def baseline() -> dict[str, Any]:
     return found
 
 
-def try_mutant(place: Place, coverage: Coverage) -> Result:
+def plant(tree: Path) -> None:
+    """A copy of the code and its tests, with all else that they may read."""
+    shutil.rmtree(tree, ignore_errors=True)
+    tree.mkdir(parents=True)
+    for entry in ROOT.iterdir():
+        if entry.name in (*CODE, "tests"):
+            shutil.copytree(entry, tree / entry.name)
+        elif entry.name != "build" and not entry.name.startswith("."):
+            (tree / entry.name).symlink_to(entry)
+
+
+@contextlib.contextmanager
+def written(code: str, path: Path) -> Iterator[None]:
+    """``code`` in the place of the file, as long as the block takes; what Python has compiled of it is removed."""
+    before, compiled = path.read_text(), Path(importlib.util.cache_from_source(str(path)))
+    try:
+        compiled.unlink(missing_ok=True)
+        path.write_text(code)
+        yield
+    finally:
+        path.write_text(before)
+        compiled.unlink(missing_ok=True)
+
+
+def try_mutant(place: Place, coverage: Coverage, tree: Path) -> Result:
     tests = coverage.tests(place.file, statement_of(place), place.line)
-    code, target = mutated(place).encode(), str(ROOT / place.file)
     start = time.monotonic()
 
-    def work() -> Any:
-        class Loader(importlib.machinery.SourceFileLoader):
-            def get_code(self, name: str) -> Any:
-                path = self.get_filename(name)
-                return self.source_to_code(code, path) if path == target else super().get_code(name)
+    def limited(test: str) -> None:
+        signal.alarm(60 + round(10 * coverage.seconds.get(test, 0)))
 
-        finder = importlib.machinery.FileFinder.path_hook(
-            (importlib.machinery.ExtensionFileLoader, importlib.machinery.EXTENSION_SUFFIXES),
-            (Loader, importlib.machinery.SOURCE_SUFFIXES),
-        )
-        sys.path_hooks.insert(0, finder)
+    def work() -> Any:
+        os.chdir(tree)
+        os.environ["PYTHONPATH"] = str(tree)
+        sys.path[:] = [str(tree), *(path for path in sys.path if Path(path).absolute() != ROOT)]
         sys.path_importer_cache.clear()
         files = list(dict.fromkeys(test.partition("::")[0] for test in tests))
+        options = [option for option in coverage.options if option.startswith("-")]
         for part in (files[:2], files[2:]):  # to collect all tests takes longer than most of them
-            selection = Selection([test for test in tests if test.partition("::")[0] in part], coverage.seconds)
-            status = run_tests(selection, part, "-x") if part else 0
+            chosen = [test for test in tests if test.partition("::")[0] in part]
+            selection = Selection(chosen, coverage.seconds, limited)
+            named = [argument for argument in coverage.options if argument.partition("::")[0] in part]
+            status = run_tests(selection, named or part, "-x", *options) if part else 0
             if status not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
                 return {"status": status, "by": selection.failed[0] if selection.failed else "(collection)"}
         return {"status": 0}
 
     found = None
     if tests:
-        found = in_a_process(work, limit=60 + 10 * sum(coverage.seconds[test] for test in tests))
+        with written(mutated(place), tree / place.file):
+            found = in_a_process(work, limit=60 + 10 * sum(coverage.seconds[test] for test in tests))
     outcome = "survived" if not tests or (found and found.get("status") == 0) else "killed" if found else "hung"
     by = (found or {}).get("by", "")
     seconds = round(time.monotonic() - start, 2)
-    return Result(place, outcome, by, len(tests), seconds, change_of(place), evidence_of(by))
+    return Result(place, outcome, by, len(tests), seconds, change_of(place), evidence_of(by, *coverage.options))
 
 
 # ------------------------------------------------------------------------------------------------------------ program
@@ -325,21 +398,27 @@ def digest(files: Iterable[Path]) -> str:
 
 
 @functools.cache
-def evidence_of(by: str) -> str:
-    """Digest of the file with the test that killed a mutant, or of all tests: new ones may kill it."""
+def evidence_of(by: str, *arguments: str) -> str:
+    """Digest of the file with the test that killed a mutant, or of all its tests: new ones may kill it."""
     file = ROOT / by.partition("::")[0]
-    return digest([file] if file.is_file() else (ROOT / "tests" / "library").glob("*.py"))
+    return digest([file] if file.is_file() else files_of(arguments))
 
 
-def coverage_of(key: str, path: Path) -> Coverage:
+def files_of(arguments: Iterable[str]) -> list[Path]:
+    """The files that pytest is told to run."""
+    given = [ROOT / argument.partition("::")[0] for argument in arguments if not argument.startswith("-")]
+    return [file for path in given for file in ([path] if path.is_file() else path.glob("*.py"))]
+
+
+def coverage_of(module: str, key: str, path: Path) -> Coverage:
     """As stored, if the code and the tests are still those."""
     stored = json.loads(path.read_text()) if path.exists() else {}
     if stored.get("key") != key:
         print("== the tests under coverage", flush=True)
-        stored = baseline() | {"key": key}
+        stored = baseline(TESTS.get(module, LIBRARY)) | {"key": key}
         path.write_text(json.dumps(stored))
     lines = {file: {int(line): tests for line, tests in by.items()} for file, by in stored["lines"].items()}
-    return Coverage(lines, stored["seconds"])
+    return Coverage(lines, stored["seconds"], module)
 
 
 def reason(result: Result, survivors: dict[str, list[dict[str, Any]]]) -> str:
@@ -359,7 +438,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.count < 1:
         parser.error(f"--count must be at least 1, got {options.count}")
-    assert "scorematch" not in sys.modules, "each mutant imports it anew"
+    assert not sys.modules.keys() & set(CODE), "each mutant imports them anew"
     os.chdir(ROOT)
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -371,6 +450,14 @@ def main() -> None:
     tests = (ROOT / "tests" / "library").glob("*.py")
     key = digest([*(ROOT / "scorematch").rglob("*.py"), *tests])
     coverage = coverage_of(key, options.out / "coverage.json")
+    target = ROOT / MODULES[options.module]
+    files = [str(f.relative_to(ROOT)) for f in ([target] if target.is_file() else sorted(target.rglob("*.py")))]
+    tests = TESTS.get(options.module, LIBRARY)
+    key = digest([*(file for name in CODE for file in (ROOT / name).rglob("*.py")), *files_of(tests)])
+    stored = f"coverage-{options.module}.json" if options.module in TESTS else "coverage.json"
+    coverage = coverage_of(options.module, key, options.out / stored)
+    tree = options.out.absolute() / "tree"
+    plant(tree)
 
     path = options.out / f"{options.module}.jsonl"
     kept: dict[Place, Result] = {}
@@ -381,14 +468,14 @@ def main() -> None:
             for line in map(json.loads, rest):
                 place = Place(**line.pop("place"))
                 result = Result(place, **line | {"change": tuple(line["change"])})
-                if result.evidence == evidence_of(result.by):
+                if result.evidence == evidence_of(result.by, *tests):
                     kept[place] = result
     if not path.exists() or json.loads(path.read_text().partition("\n")[0])["key"] != key:
         path.write_text(json.dumps({"key": key}) + "\n")
     results = []
     for place in tqdm(drawn(files, options.count, options.seed), desc=options.module, unit="mutant"):
         if place not in kept:
-            kept[place] = try_mutant(place, coverage)
+            kept[place] = try_mutant(place, coverage, tree)
             with path.open("a") as file:
                 file.write(json.dumps(asdict(kept[place])) + "\n")
         results.append(kept[place])

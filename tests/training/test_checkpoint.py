@@ -1,17 +1,19 @@
 import errno
+import io
 import json
 import math
 import os
 import pickle
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from training.engine import checkpoint
-from training.settings.errors import InputError, StopError
+from training.settings.errors import InputError, Interrupted, StopError
 
 
 def save(path: Path, network: nn.Module) -> None:
@@ -43,6 +45,19 @@ def test_a_failure_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch
         save(path, nn.Linear(200, 200))
     assert path.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_a_signal_just_after_a_file_is_in_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace = os.replace
+
+    def interrupted(*paths: Path) -> None:
+        replace(*paths)
+        raise Interrupted("SIGTERM")
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        checkpoint.write_atomically(tmp_path / "a", "content")
+    assert (tmp_path / "a").read_text() == "content"
 
 
 def test_a_line_of_the_log_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,6 +102,8 @@ def test_code_in_a_checkpoint_is_never_run(tmp_path: Path, monkeypatch: pytest.M
     for name in ("a.pt", "b.pt"):
         with pytest.raises(InputError):
             checkpoint.load(Path(name))
+    with pytest.raises(pickle.UnpicklingError):
+        checkpoint.epoch_of(Path("b.pt"))
     assert not Path("harmed").exists()
 
 
@@ -127,6 +144,12 @@ def test_a_writer_saves_what_it_was_given_whatever_happens_to_it_afterwards(tmp_
     assert torch.equal(state["network"]["w"], torch.zeros(3))
     assert torch.equal(state["training"]["nested"][0], torch.zeros(3))
     assert (tmp_path / "epoch-0001.pt").read_bytes() == (tmp_path / "a.pt").read_bytes()
+
+
+def test_no_copies_where_none_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint.pt").write_text("epoch 1")
+    checkpoint.keep_copy(tmp_path / "checkpoint.pt", 1, 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
 def test_copies_on_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,6 +260,65 @@ def test_of_several_files_that_cannot_be_written_the_first_is_told(tmp_path, mon
     with pytest.raises(StopError, match="first cannot be written"):
         writer.save(tmp_path / "third", network={})
     writer.wait()  # as a training does at its end, whatever ended it
+
+
+@pytest.mark.parametrize("lost", ["first", "second"])
+def test_one_file_of_several_that_cannot_be_written_is_told(lost, tmp_path, monkeypatch):
+    """Whoever hands over the third may hear of the second, and else whoever waits."""
+    go_on, written = threading.Event(), []
+
+    def failing(path, **state):
+        assert go_on.wait(60)
+        written.append(path.name)
+        if path.name == lost:
+            raise StopError(f"{lost} cannot be written")
+
+    def third_and_wait():
+        writer.save(tmp_path / "third", network={})
+        writer.wait()
+
+    monkeypatch.setattr(checkpoint, "save", failing)
+    writer = checkpoint.Writer()
+    for name in ("first", "second"):
+        writer.save(tmp_path / name, network={})
+    go_on.set()
+    with pytest.raises(StopError, match=f"{lost} cannot be written"):
+        third_and_wait()
+    writer.wait()
+    assert written[:2] == ["first", "second"]
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_only_a_bare_pickle_is_read_into_memory_as_a_whole(
+    zipped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save({"w": torch.ones(2)}, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+    sources, load = [], torch.load
+
+    def watched(source: Any, **options: Any) -> Any:
+        sources.append(source)
+        return load(source, **options)
+
+    monkeypatch.setattr(torch, "load", watched)
+    assert checkpoint.load_values(tmp_path / "a.pt")["w"].tolist() == [1, 1]
+    assert isinstance(sources[0], io.BytesIO) != zipped
+
+
+def test_logs_and_results_that_cannot_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    for read in (checkpoint.read_metrics, checkpoint.read_json):
+        path.write_bytes(b"\xff\n")
+        with pytest.raises(InputError, match=r"a\.json: cannot be read \(it is not text\)$"):
+            read(path)
+        with pytest.raises(InputError, match=r": cannot be read \(Is a directory\)$"):
+            read(tmp_path)
+
+
+def test_a_damaged_line_of_a_log_is_named_by_its_number(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"epoch": 1}\n{"epoch": 2\n{"epoch": 3}\n')
+    with pytest.raises(InputError, match=r"metrics\.jsonl, line 2: is damaged"):
+        checkpoint.read_metrics(path)
 
 
 def test_what_is_not_finite_is_null(tmp_path: Path) -> None:

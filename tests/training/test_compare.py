@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -455,7 +457,8 @@ def test_a_lead_of_less_than_one_sample_is_none() -> None:
 
 
 def test_equal_values_of_other_measures_have_no_interval() -> None:
-    assert compare.over_seeds([0.25, 0.25, 0.25]) == (0.25, None, None, [0.25, 0.25, 0.25])
+    for value in (0.25, 0.0):
+        assert compare.over_seeds([value] * 3) == (value, None, None, [value] * 3)
     nearly = [80.3 - 80.0, 81.4 - 81.1]
     assert nearly[0] != nearly[1]
     assert compare.over_seeds(nearly).low is None
@@ -540,3 +543,147 @@ def test_finished_runs_on_other_data_are_refused(
         planned(data=name)
     (job.out / "summary.json").unlink()
     planned(data=name)  # the run looks by itself when it goes on
+
+
+class Played:
+    """A run that a comparison starts, without a process: it ends when it is asked for the third time."""
+
+    started: ClassVar[list["Played"]] = []
+    most = 0  # that were under way at once
+
+    def __init__(self, command: list[str], **options: Any) -> None:
+        self.command, self.environment, self.asked = command, options["env"], 0
+        self.out = Path(command[command.index("--resume" if "--resume" in command else "--out") + 1])
+        Played.started.append(self)
+        Played.most = max(Played.most, sum(run.asked < 3 for run in Played.started))
+
+    returncode = 0
+
+    def poll(self) -> int | None:
+        self.asked += 1
+        if self.asked < 3:
+            return None
+        (self.out / "summary.json").write_text("{}")
+        return 0
+
+
+@pytest.fixture
+def played(monkeypatch: pytest.MonkeyPatch) -> type[Played]:
+    monkeypatch.setattr(Played, "started", [])
+    monkeypatch.setattr(Played, "most", 0)
+    monkeypatch.setattr(compare.subprocess, "Popen", Played)
+    monkeypatch.setattr(compare, "POLL_SECONDS", 0.0)
+    return Played
+
+
+@pytest.mark.parametrize("jobs", [1, 2, 3])
+def test_as_many_runs_side_by_side_as_are_wished(jobs: int, played: type[Played], tmp_path: Path) -> None:
+    settings = compare.CompareSettings(objectives=("standard", "pgd_at"), seeds=(0, 1))
+    planned = compare.plan(settings, [], tmp_path, jobs)
+    planned[0].out.mkdir(parents=True)
+    (planned[0].out / "config.toml").write_text("")  # it had begun
+    planned[1].out.mkdir(parents=True)
+    (planned[1].out / "summary.json").write_text("{}")
+    assert compare.run_all(planned, jobs) == []
+    assert [run.out for run in played.started] == [job.out for job in (planned[0], *planned[2:])]
+    assert played.most == jobs
+    assert ["--resume" in run.command for run in played.started] == [True, False, False]
+    for run in played.started:
+        assert run.environment["PYTHONPATH"].split(os.pathsep)[0] == str(compare.ROOT)
+    threads = {job.arguments[job.arguments.index("--threads") + 1] for job in planned if "--threads" in job.arguments}
+    assert threads == ({"1"} if jobs > 1 else set())
+    if jobs > 1:
+        assert {run.environment["OMP_NUM_THREADS"] for run in played.started} == {"1"}
+
+
+def test_runs_of_a_comparison_that_was_killed_are_waited_for(
+    played: type[Played], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two of three still run, and fill both places; they end at different times."""
+    planned = compare.plan(compare.CompareSettings(objectives=("standard",), seeds=(0, 1, 2)), [], tmp_path, 2)
+    asked = 0
+
+    def is_claimed(out: Path) -> bool:
+        nonlocal asked
+        asked += 1
+        number = [job.out for job in planned].index(out)
+        claimed = number < 2 and asked < 10 * (1 + number)
+        if claimed:
+            assert not played.started or number == 1, "both places were taken"
+        elif number < 2:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "summary.json").write_text("{}")
+        return claimed
+
+    monkeypatch.setattr(compare, "is_claimed", is_claimed)
+    assert compare.run_all(planned, 2) == []
+    assert capsys.readouterr().out == "still running: standard-seed0, standard-seed1\n"
+    assert [run.out for run in played.started] == [planned[2].out]
+
+
+def test_an_accuracy_counts_samples_of_its_own_attack() -> None:
+    summaries = [
+        {"split": {"test": 500}, "autoattack_samples": 50},
+        {"split": {"test": 400}, "autoattack_samples": 100},
+    ]
+    assert compare._one_sample("pgd_acc", summaries) == 0.25
+    assert compare._one_sample("autoattack_acc", summaries) == 2.0
+    assert compare._one_sample("nll", summaries) == 0.0
+    assert compare._one_sample("pgd_acc", [*summaries, {}]) == compare._one_sample("autoattack_acc", [{}]) == 0.0
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"seeds": ()}, {"seeds": (0, 0)}, {"seeds": (0, -1)}, {"seeds": (2**32,)}, {"jobs": -1}]
+)
+def test_seeds_and_jobs_that_there_are_not(wrong: dict[str, Any]) -> None:
+    compare._check(compare.CompareSettings())
+    compare._check(compare.CompareSettings(seeds=(0, 2**32 - 1), jobs=0))
+    (name,) = wrong
+    with pytest.raises(InputError, match=f"^{name}: .* is out of range"):
+        compare._check(compare.CompareSettings(**wrong))
+
+
+def test_the_last_five_lines_of_a_log_are_shown(planned: Plan) -> None:
+    job = planned()
+    job.out.parent.mkdir(parents=True)
+    job.out.with_suffix(".log").write_text("one\ntwo\n\nthree\rfour\n  \nfive\nsix\n\n")
+    first, *shown = compare._failure(job, 3).splitlines()
+    assert first == f"pgd_at-seed0 failed with status 3; the end of {job.out}.log:"
+    assert shown == ["two", "three", "four", "five", "six"]
+
+
+def test_a_lead_of_one_sample_is_one() -> None:
+    """500 samples: 80.2 − 80.0 is one of them but for rounding, above it or below."""
+    for low, high in ((80.0, 80.2), (64.4, 64.6)):
+        behind, ahead = over(*[low] * 40), over(*[high] * 40)
+        found = compared({"pgd_at:kl": behind, "score_direct": ahead})
+        assert found["paired"]["verdict"]["ahead"] == "direct"
+        found = compared({"pgd_at:kl": ahead, "score_direct": behind})
+        assert found["paired"]["verdict"]["ahead"] == "surrogate"
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("standard", "standard"),
+        ("standard:se", "standard SE"),
+        ("trades:se", "TRADES SE"),
+        ("score_direct:kernel_density", "direct kernel density"),
+        ("score_direct:se:kernel_density:generated", "direct kernel density SE, generated data too"),
+    ],
+)
+def test_labels_name_what_is_not_usual(name: str, label: str) -> None:
+    assert compare.parse_entry(name).label == label
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_only_a_terminal_gets_every_state_of_the_progress(
+    terminal: bool, played: type[Played], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A log would have two lines a second."""
+    shown = []
+    monkeypatch.setattr(compare.tqdm, "refresh", lambda self, **options: shown.append(options))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    planned = compare.plan(compare.CompareSettings(objectives=("standard",), seeds=(0,)), [], tmp_path, 1)
+    assert compare.run_all(planned, 1) == []
+    assert shown.count({}) == (3 if terminal else 0), "what update and the beginning show has options"

@@ -3,8 +3,10 @@
 Two tests have torchrun itself. The others start the processes as it does, without new imports.
 """
 
+import copy
 import functools
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -303,3 +305,135 @@ class Activated(nn.BatchNorm2d):
 def test_a_batch_norm_that_does_more_is_not_replaced() -> None:
     with pytest.raises(InputError, match=r"sync_batchnorm: 1 is a Activated, .* allowed: --no-sync-batchnorm"):
         distributed.synchronise_batchnorm(nn.Sequential(nn.Conv2d(1, 2, 3), Activated(2)))
+
+
+@pytest.fixture
+def twins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process is one of two that have the same samples."""
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed.distributed, "all_reduce", lambda values: values.mul_(2))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"momentum": None}, {"momentum": 0.3}, {"track_running_stats": False}, {"affine": False}]
+)
+def test_batchnorm_is_that_of_all_samples(options: dict[str, Any], twins: None) -> None:
+    torch.manual_seed(0)
+    plain = nn.BatchNorm1d(3, eps=0.1, **options).double()
+    if plain.affine:
+        nn.init.normal_(plain.weight)
+        nn.init.normal_(plain.bias)
+    shared = distributed._with_our_batchnorm(copy.deepcopy(plain))
+    assert isinstance(shared, distributed.SyncBatchNorm)
+    for _ in range(3):
+        x = torch.randn(7, 3, dtype=torch.float64) + 2
+        torch.testing.assert_close(shared(x), plain(torch.cat([x, x]))[:7])
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(shared.state_dict()[name], value)
+    torch.testing.assert_close(shared.eval()(x), plain.eval()(x))
+    assert not distributed._with_our_batchnorm(plain).training, "it is in the mode that it was in"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_batchnorm_of_short_numbers_adds_in_float32(dtype: torch.dtype, twins: None) -> None:
+    x = (100 + torch.randn(1000, 3, generator=torch.Generator().manual_seed(0))).to(dtype)
+    y = distributed.SyncBatchNorm(3)(x)
+    assert y.dtype == dtype
+    assert torch.equal(y, distributed.SyncBatchNorm(3)(x.float()).to(dtype))
+
+
+def test_batchnorm_of_what_has_no_channels(twins: None) -> None:
+    with pytest.raises(ValueError, match=r"x must be \[N, C, …\], got \[3\]"):
+        distributed.SyncBatchNorm(3)(torch.zeros(3))
+
+
+def test_buffers_of_one_process_are_its_own() -> None:
+    norm = nn.BatchNorm1d(3)
+    before = {name: value.clone() for name, value in norm.named_buffers()}
+    distributed.share_buffers(norm)
+    assert all(torch.equal(value, before[name]) for name, value in norm.named_buffers())
+
+
+def test_rows_of_all_processes_come_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = torch.arange(14).view(7, 2)
+    assert distributed.interleaved(whole) is whole, "there is one process"
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+
+    def gather(parts: list[Any], mine: torch.Tensor) -> None:
+        assert torch.equal(mine, whole[1::3])
+        parts[:] = [whole[number::3] for number in range(3)]
+
+    monkeypatch.setattr(distributed.distributed, "all_gather_object", gather)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    assert torch.equal(distributed.interleaved(whole[distributed.own_samples(7)]), whole)
+
+
+def test_what_layers_draw_depends_on_seed_step_and_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = {}
+    for rank, seed, step in itertools.product(range(2), range(2), range(2)):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        found = []
+        for _ in range(2):
+            distributed.seed_step(seed, step)
+            found.append(torch.rand(()).item())
+        assert found[0] == found[1]
+        drawn[rank, seed, step] = found[0]
+    assert len(set(drawn.values())) == 8
+
+
+def test_each_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert distributed.device_of_this_process(cuda) == cuda, "alone"
+    given = {"RANK": "5", "WORLD_SIZE": "8", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert distributed.device_of_this_process(cuda) == torch.device("cuda", 0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert distributed.device_of_this_process(cuda) == torch.device("cuda", 1)
+    for device in (torch.device("cpu"), torch.device("cuda", 0)):
+        assert distributed.device_of_this_process(device) == device
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(InputError, match="process 2 of this machine finds 2 CUDA devices, allowed: at most as many"):
+        distributed.device_of_this_process(cuda)
+
+
+def test_how_often_torchrun_has_started_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
+    assert distributed.restarts() == 0
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    assert distributed.restarts() == 2
+
+
+@pytest.mark.parametrize(("rank", "local", "turn"), [(0, "0", 0), (2, "0", 1), (1, "1", 2), (3, "1", 2)])
+def test_turns_on_two_machines(rank: int, local: str, turn: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """First one process of all, then the first of the other machine, then those that find what is there."""
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
+    monkeypatch.setattr(distributed, "rank", lambda: rank)
+    monkeypatch.setenv("LOCAL_RANK", local)
+    told_by_others: list[str | None] = [None] * 4
+    gathered: list[str | None] = []
+
+    def gather(told: list[str | None], mine: str | None) -> None:
+        gathered.append(mine)
+        told[:] = [mine if number == rank else other for number, other in enumerate(told_by_others)]
+
+    monkeypatch.setattr(distributed.distributed, "all_gather_object", gather)
+    called: list[int] = []
+
+    def found() -> int:
+        called.append(len(gathered))
+        return 10 + rank
+
+    def refused() -> int:
+        raise InputError("no network")
+
+    assert distributed.in_turns(found) == 10 + rank
+    assert (called, gathered) == ([turn], [None] * 3)
+    gathered.clear()
+    with pytest.raises(InputError, match="no network"):
+        distributed.in_turns(refused)
+    assert gathered == [None] * turn + ["no network"]
+    told_by_others[(rank + 1) % 4] = "another has none"
+    with pytest.raises(InputError, match="another has none"):
+        distributed.in_turns(found)

@@ -24,7 +24,7 @@ from scorematch.attacks import AutoAttackWarning
 from training import evaluate, measures, models, run
 from training.engine import claims
 from training.reports import plots
-from training.settings.errors import Interrupted, run_program
+from training.settings.errors import InputError, Interrupted, run_program
 
 TRAINING = (
     "--objective pgd_at --eps 0.05 --epochs 8 --limit 300 --steps 2 --validate-every 8 --validation-steps 1 "
@@ -622,3 +622,30 @@ def test_a_step_in_proportion_to_eps_is_at_most_as_long_as_the_ball_is_wide() ->
     assert measures.scaled(ThreatModel("linf", 0.1, 0.05), 0.2).step_size == pytest.approx(0.1)
     assert measures.scaled(ThreatModel("linf", 0.01, 0.5), 1.0).step_size == 2.0
     assert measures.scaled(ThreatModel("linf", 0.1), 0.2).step_size is None
+
+
+LEAST: dict[str, dict[str, Any]] = {  # what is allowed, at the bounds where there are such
+    "pgd": {"limit": 0, "batch_size": 1, "eps": 1e-9, "step_size": 1e-9, "steps": 1, "restarts": 1},
+    "certify": {"sigma": 1e-9, "n0": 1, "alpha": 0.6, "n": 1, "radii": (0.0, 0.1)},
+    "autoattack": {"verdict_passes": 1, "radii": (1e-9,)},
+}
+BEYOND = [
+    *[("pgd", name, -1 if name == "limit" else 0) for name in LEAST["pgd"]],
+    *[("pgd", name, math.inf) for name in ("eps", "step_size")],
+    *[("certify", name, 0) for name in ("sigma", "n0", "n", "alpha")],
+    *[("certify", "alpha", 1), ("certify", "sigma", math.inf)],
+    *[("certify", "radii", (0.1, end)) for end in (-1e-9, math.inf)],
+    *[("autoattack", "radii", (0.1, 0.0)), ("autoattack", "verdict_passes", 0)],
+]
+
+
+@pytest.mark.parametrize("attack", LEAST)
+def test_the_least_that_is_allowed(attack: str) -> None:
+    evaluate._check(evaluate.EvaluateSettings(run=Path("run"), attack=attack, **LEAST[attack]))
+
+
+@pytest.mark.parametrize(("attack", "name", "value"), BEYOND)
+def test_what_is_out_of_range_is_named(attack: str, name: str, value: Any) -> None:
+    given = {**LEAST[attack], name: value}
+    with pytest.raises(InputError, match=rf"^{name}: .*(is out of range|certifies nothing), allowed"):
+        evaluate._check(evaluate.EvaluateSettings(run=Path("run"), attack=attack, **given))
