@@ -108,11 +108,11 @@ def test_data_parallel_training_takes_the_mean_gradient(processes: ForkServerCon
                 torch.testing.assert_close(values, expected[name], rtol=0, atol=1e-12, msg=f"{name}, {way}")
 
 
-def different_passes(rank: int) -> Any:
+def different_passes(rank: int, folder: str) -> Any:
     """An attack by the first process alone, one of both on samples of their own, and one that is shared out."""
     model, x, y = data(batch_norm=True)
     wrapped = DistributedDataParallel(model)
-    adversary = alone(wrapped, "apgd-ce")
+    adversary = alone(wrapped, "apgd-ce", log_path=f"{folder}/log{rank}")
     if rank == 0:
         adversary.run_standard_evaluation(x, y)
     mine = slice(0, 30) if rank == 0 else slice(30, 40)
@@ -127,7 +127,9 @@ def different_passes(rank: int) -> Any:
 def test_processes_attack_a_data_parallel_model_as_they_like(processes: ForkServerContext, tmp_path: Path) -> None:
     model, x, y = data(batch_norm=True)
     expected = alone(model, "apgd-ce").run_standard_evaluation(x, y)
-    (first, whole), (second, again) = in_two_processes(different_passes, tmp_path)
+    (first, whole), (second, again) = in_two_processes(different_passes, tmp_path, str(tmp_path))
+    alone_line = "this is one of 2 processes, alone with its samples; share_samples=True shares them out"
+    assert [(tmp_path / f"log{rank}").read_text().count(alone_line) for rank in range(2)] == [2, 1]
     for found in (whole, again):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
     for found, (part, labels) in ((first, (x[:30], y[:30])), (second, (x[30:], y[30:]))):
