@@ -126,7 +126,9 @@ To be ahead of *every* surrogate needs no correction, as all comparisons have to
 differences on this page about one in twenty will lie outside its interval. H3 is about all surrogates; the verdict
 against those as published was added after its first results. All objectives have as many steps of training and of
 attack, but direct SCORE takes [longer](#cost), and its posterior is trained before. The posteriors are told one thing
-about p_d: the noise levels σ that they choose from are multiples of its noise. Seeds and folds were added when the
+about p_d: the noise levels σ that they choose from are multiples of its noise. And the estimators were developed on
+problems of this kind, where their errors could be seen, so held-out likelihood alone decides among them, but not which
+of them there are. Seeds and folds were added when the
 results of the first ones were known; the intervals do not account for that. The search for R_SCORE finds a lower bound,
 and misses a larger share of it for models that are very near p_d ([how
 much](results.md#what-the-search-for-r_score-misses))."""
