@@ -2,15 +2,18 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tomli_w
 import torch
+from tqdm import tqdm
 
 from scorematch import objectives, smoothing
 from scorematch.objectives import Outcome
 from training import compare, evaluate, measures, run
+from training.measures import certification
 from training.settings import config
 from training.settings.config import tomllib
 from training.settings.errors import run_program
@@ -57,6 +60,18 @@ def test_certify_says_what_the_library_says(call: Any, trained: Path, tmp_path: 
     assert accuracies == sorted(accuracies, reverse=True)
     for point in results["certified"]:
         assert f"{point['radius']:.4f}" in ending.out
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_sees_a_bar(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden = []
+    stream = SimpleNamespace(isatty=lambda: terminal)
+    monkeypatch.setattr(certification, "sys", SimpleNamespace(stderr=stream))
+    monkeypatch.setattr(certification, "tqdm", lambda disable, **_: hidden.append(disable) or tqdm(disable=True))
+    model = torch.nn.Linear(2, 2)
+    settings = {"sigma": 0.25, "n0": 2, "n": 20, "alpha": 0.1, "seed": 0, "batch": 4}
+    certification.certify(model, torch.rand(3, 2), torch.tensor([0, 1, 0]), **settings)  # type: ignore[arg-type]
+    assert hidden == [not terminal]
 
 
 def test_radii_by_default_go_as_far_as_the_votes(call: Any, trained: Path, tmp_path: Path) -> None:

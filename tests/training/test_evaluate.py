@@ -562,6 +562,34 @@ def test_calibration_is_that_of_the_model_in_eval_mode(training: bool) -> None:
     assert set(measures.calibration(model, x, y).values()) == {None}
 
 
+def test_the_numbers_of_a_report_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of single attacks are shares in the report, all others per cent."""
+    attack = {"accuracy": 0.625, "interval": [0.25, 0.75], "forwards": 1234, "backwards": 56, "seconds": 7.25}
+    results = {
+        **{"clean_acc": 90.0, "clean_interval": [80.0, 95.5], "autoattack": {"attacks": {"apgd-ce": attack}}},
+        **{"autoattack_acc": 50.0, "autoattack_interval": [40.0, 61.0]},
+        **{"kl": 0.5, "kl_interval": [0.25, 0.75], "r_score": 1.5, "r_score_interval": None},
+        **{"disagrees": 12.5, "disagrees_interval": [2.0, 30.0]},
+    }
+    evaluate.print_accuracies(results)
+    rows = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert rows[0] == "attack accuracy 95 % interval forwards backwards seconds"
+    assert rows[1] == "clean 90.0 % 80.0 to 95.5 %"
+    assert rows[2] == "apgd-ce 62.5 % 25.0 to 75.0 % 1,234 56 7.2"
+    assert rows[3] == "autoattack 50.0 % 40.0 to 61.0 %"
+    assert rows[5] == "KL(p_d, model) at clean points 0.5000 nat 0.2500 to 0.7500"
+    assert rows[6] == "R_SCORE, at least 1.5000 nat"
+    assert rows[7] == "another class in the ball, at least 12.5 % 2.0 to 30.0 %"
+
+
+@pytest.mark.parametrize(("attack", "restarts"), [("pgd", 2), ("obfuscation", 5)])
+def test_restarts_by_default(attack: Any, restarts: int) -> None:
+    defaults = evaluate.EvaluateSettings(attack=attack)
+    assert evaluate._pgd_options(defaults) == {"steps": 40, "restarts": restarts, "losses": ["ce", "margin"], "seed": 0}
+    given = evaluate.EvaluateSettings(attack=attack, restarts=3)
+    assert evaluate._pgd_options(given)["restarts"] == 3
+
+
 def test_autoattack_at_several_radii(call: Any, trained: Path, tmp_path: Path) -> None:
     curve = ["--radii", "0.05", "0.02", "--state", "state.pt", "--out", "curve.json"]
     ending = call("evaluate", "--run", trained, *FAST, *curve)
