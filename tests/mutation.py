@@ -81,6 +81,8 @@ MEASURED = [
     "tests/training/test_obfuscation.py",
     "tests/training/test_posteriors.py::test_exact_scores_imply_the_exact_posterior",
     "tests/training/test_run.py::test_probabilities_along_an_attack_are_those_of_its_points",
+    "tests/training/test_run.py::test_what_fools_a_classifier",
+    "tests/training/test_toy.py::test_intervals_of_the_judge_are_at_95_per_cent",
     "--deselect=tests/training/test_evaluate.py::test_two_processes_say_what_one_says",
     "--deselect=tests/training/test_evaluate.py::test_processes_without_a_sample",
 ]
@@ -122,7 +124,6 @@ TESTS = {
 LIBRARY = ["tests/library"]
 # How the names of those begin that execute the module in other processes.
 APART = {
-    "evaluate": ["tests/training/test_evaluate.py::test_two_processes_say"],
     "distributed": ["tests/training/test_distributed.py"],
 }
 # Mistakes that a person could make. Cosmic Ray knows more, such as a shift in the place of a sum, which every test that

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from statistics import NormalDist
 from types import SimpleNamespace
 from typing import Any
 
@@ -53,7 +54,18 @@ def test_certify_says_what_the_library_says(call: Any, trained: Path, tmp_path: 
     assert [p["acc"] for p in results["certified"]] == [100 * p.accuracy for p in expected]
     assert [p["interval"] for p in results["certified"]] == [[100 * p.low, 100 * p.high] for p in expected]
     assert results["certified"][0]["acc"] > 0, "the test needs certified samples"
-    assert results["abstained"] == measures.per_cent(found.classes == smoothing.ABSTAIN)
+    clean, abstained = measures.correct(model, x, y), found.classes == smoothing.ABSTAIN
+    assert clean.sum() != abstained.sum(), "the test needs two different numbers"
+    for name, one in (("clean_acc", clean), ("abstained", abstained)):
+        assert results[name] == measures.per_cent(one)
+        interval = list(measures.wilson(int(one.sum()), 20))
+        assert results[f"{name.removesuffix('_acc')}_interval"] == pytest.approx(interval)
+    largest = 0.2 * NormalDist().inv_cdf(0.001 ** (1 / 100))
+    grid = [largest * k / 100 for k in range(101)]
+    assert results["largest_radius"] == pytest.approx(largest)
+    assert [p["radius"] for p in results["curve"]] == pytest.approx(grid)
+    expected = smoothing.certified_accuracy(found, y, [p["radius"] for p in results["curve"]])
+    assert [p["acc"] for p in results["curve"]] == [100 * p.accuracy for p in expected]
     assert results["samples"] == 20
     assert results["threat_model"] is None
     accuracies = [point["acc"] for point in results["curve"]]

@@ -97,7 +97,10 @@ def test_autoattack_says_what_the_library_says(call: Any, trained: Path, tmp_pat
         warnings.simplefilter("ignore", AutoAttackWarning)
         x_adv = adversary.run_standard_evaluation(x, y)
     stands = measures.correct(model, x_adv, y)
-    assert 0 < stands.sum() < measures.correct(model, x, y).sum(), "the test needs survivors and fallen"
+    clean = measures.correct(model, x, y)
+    assert 0 < stands.sum() < clean.sum(), "the test needs survivors and fallen"
+    assert results["clean_acc"] == pytest.approx(measures.per_cent(clean))
+    assert results["clean_interval"] == pytest.approx(measures.wilson(int(clean.sum()), SAMPLES))
     assert results["autoattack_acc"] == measures.per_cent(stands)
     assert results["autoattack_interval"] == pytest.approx(measures.wilson(int(stands.sum()), SAMPLES))
     assert results["autoattack"]["attacks"].keys() == {"apgd-ce", "apgd-t"}
@@ -511,6 +514,13 @@ def test_pgd_searches_in_a_low_precision_and_judges_in_full(call: Any, trained: 
         ending = call("evaluate", "--run", trained, *attack, "--precision", precision, "--out", out)
         assert ending.status == 0, ending.err
         found[precision] = json.loads(out.read_text())
+    model, loaded = evaluate.restore(trained / "best.pt", torch.device("cpu"))[1:3]
+    x, y = loaded.x_test[:100], loaded.y_test[:100]
+    pgd = PGD(ThreatModel("linf", 0.05), steps=5, restarts=1, losses=("ce", "margin"))
+    stands = measures.robust(model, x, y, pgd, torch.Generator().manual_seed(0))
+    for name, expected in (("clean", measures.correct(model, x, y)), ("pgd", stands)):
+        assert found["float32"][f"{name}_acc"] == pytest.approx(measures.per_cent(expected))
+        assert found["float32"][f"{name}_interval"] == pytest.approx(measures.wilson(int(expected.sum()), 100))
     assert found["bfloat16"]["clean_acc"] == found["float32"]["clean_acc"]
     assert found["bfloat16"]["pgd_acc"] == pytest.approx(found["float32"]["pgd_acc"], abs=3)
     ending = call("evaluate", "--run", trained, "--attack", "autoattack", "--precision", "bfloat16")
