@@ -35,11 +35,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot  # noqa: F401  imported before the forks, as are the next ones
+import hypothesis  # noqa: F401  imported before the forks, as are the next ones
+import matplotlib.pyplot  # noqa: F401
 import numpy  # noqa: F401
 import pytest
 import scipy.io
 import scipy.stats
+import sklearn.datasets  # noqa: F401
 import tomllib
 import torch
 import torch.nn.functional
@@ -66,13 +68,39 @@ MODULES = {
     "others": [f"scorematch/{name}.py" for name in OTHERS.split()],
     "compare": "training/compare.py",
     "evaluate": "training/evaluate.py",
+    "measures": "training/measures",
+    "loop": "training/engine/loop.py",
+    "generated": "training/data/generated.py",
     "checkpoint": "training/engine/checkpoint.py",
     "distributed": "training/engine/distributed.py",
 }
+MEASURED = [
+    "tests/training/test_evaluate.py",
+    "tests/training/test_certify.py",
+    "tests/training/test_judge.py",
+    "tests/training/test_obfuscation.py",
+    "tests/training/test_posteriors.py::test_exact_scores_imply_the_exact_posterior",
+    "tests/training/test_run.py::test_probabilities_along_an_attack_are_those_of_its_points",
+    "tests/training/test_run.py::test_what_fools_a_classifier",
+    "tests/training/test_toy.py::test_intervals_of_the_judge_are_at_95_per_cent",
+    "--deselect=tests/training/test_evaluate.py::test_two_processes_say_what_one_says",
+    "--deselect=tests/training/test_evaluate.py::test_processes_without_a_sample",
+]
 # What pytest is told to run; of a module that is not here, all tests of the library.
 TESTS = {
     "compare": ["tests/training/test_compare.py"],
-    "evaluate": ["tests/training/test_evaluate.py", "tests/training/test_certify.py"],
+    "evaluate": MEASURED,
+    "measures": MEASURED,
+    "loop": [
+        "tests/training/test_loop.py",
+        "tests/training/test_techniques.py",
+        "tests/training/test_hardware.py::test_auto_takes_what_the_hardware_does_best",
+        "tests/training/test_hardware.py::test_short_runs_are_not_compiled",
+        "tests/training/test_hardware.py::test_an_attack_that_communicates_is_not_recorded",
+        "--deselect=tests/training/test_loop.py::test_switches_for_speed_change_rounding_alone",
+        "--deselect=tests/training/test_loop.py::test_recorded_attacks_train_to_the_same_bits",
+    ],
+    "generated": ["tests/training/test_generated.py"],
     "checkpoint": [
         "tests/training/test_checkpoint.py",
         "tests/training/test_command_line.py::test_bad_input",
@@ -96,7 +124,6 @@ TESTS = {
 LIBRARY = ["tests/library"]
 # How the names of those begin that execute the module in other processes.
 APART = {
-    "evaluate": ["tests/training/test_evaluate.py::test_two_processes_say"],
     "distributed": ["tests/training/test_distributed.py"],
 }
 # Mistakes that a person could make. Cosmic Ray knows more, such as a shift in the place of a sum, which every test that
@@ -447,11 +474,6 @@ def main() -> None:
     targets = [ROOT / path for path in ([module] if isinstance(module, str) else module)]
     paths = [file for target in targets for file in ([target] if target.is_file() else sorted(target.rglob("*.py")))]
     files = [str(path.relative_to(ROOT)) for path in paths]
-    tests = (ROOT / "tests" / "library").glob("*.py")
-    key = digest([*(ROOT / "scorematch").rglob("*.py"), *tests])
-    coverage = coverage_of(key, options.out / "coverage.json")
-    target = ROOT / MODULES[options.module]
-    files = [str(f.relative_to(ROOT)) for f in ([target] if target.is_file() else sorted(target.rglob("*.py")))]
     tests = TESTS.get(options.module, LIBRARY)
     key = digest([*(file for name in CODE for file in (ROOT / name).rglob("*.py")), *files_of(tests)])
     stored = f"coverage-{options.module}.json" if options.module in TESTS else "coverage.json"

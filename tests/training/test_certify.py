@@ -2,15 +2,19 @@
 
 import json
 from pathlib import Path
+from statistics import NormalDist
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tomli_w
 import torch
+from tqdm import tqdm
 
 from scorematch import objectives, smoothing
 from scorematch.objectives import Outcome
 from training import compare, evaluate, measures, run
+from training.measures import certification
 from training.settings import config
 from training.settings.config import tomllib
 from training.settings.errors import run_program
@@ -50,13 +54,36 @@ def test_certify_says_what_the_library_says(call: Any, trained: Path, tmp_path: 
     assert [p["acc"] for p in results["certified"]] == [100 * p.accuracy for p in expected]
     assert [p["interval"] for p in results["certified"]] == [[100 * p.low, 100 * p.high] for p in expected]
     assert results["certified"][0]["acc"] > 0, "the test needs certified samples"
-    assert results["abstained"] == measures.per_cent(found.classes == smoothing.ABSTAIN)
+    clean, abstained = measures.correct(model, x, y), found.classes == smoothing.ABSTAIN
+    assert clean.sum() != abstained.sum(), "the test needs two different numbers"
+    for name, one in (("clean_acc", clean), ("abstained", abstained)):
+        assert results[name] == measures.per_cent(one)
+        interval = list(measures.wilson(int(one.sum()), 20))
+        assert results[f"{name.removesuffix('_acc')}_interval"] == pytest.approx(interval)
+    largest = 0.2 * NormalDist().inv_cdf(0.001 ** (1 / 100))
+    grid = [largest * k / 100 for k in range(101)]
+    assert results["largest_radius"] == pytest.approx(largest)
+    assert [p["radius"] for p in results["curve"]] == pytest.approx(grid)
+    expected = smoothing.certified_accuracy(found, y, [p["radius"] for p in results["curve"]])
+    assert [p["acc"] for p in results["curve"]] == [100 * p.accuracy for p in expected]
     assert results["samples"] == 20
     assert results["threat_model"] is None
     accuracies = [point["acc"] for point in results["curve"]]
     assert accuracies == sorted(accuracies, reverse=True)
     for point in results["certified"]:
         assert f"{point['radius']:.4f}" in ending.out
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_sees_a_bar(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden = []
+    stream = SimpleNamespace(isatty=lambda: terminal)
+    monkeypatch.setattr(certification, "sys", SimpleNamespace(stderr=stream))
+    monkeypatch.setattr(certification, "tqdm", lambda disable, **_: hidden.append(disable) or tqdm(disable=True))
+    model = torch.nn.Linear(2, 2)
+    settings = {"sigma": 0.25, "n0": 2, "n": 20, "alpha": 0.1, "seed": 0, "batch": 4}
+    certification.certify(model, torch.rand(3, 2), torch.tensor([0, 1, 0]), **settings)  # type: ignore[arg-type]
+    assert hidden == [not terminal]
 
 
 def test_radii_by_default_go_as_far_as_the_votes(call: Any, trained: Path, tmp_path: Path) -> None:

@@ -97,7 +97,10 @@ def test_autoattack_says_what_the_library_says(call: Any, trained: Path, tmp_pat
         warnings.simplefilter("ignore", AutoAttackWarning)
         x_adv = adversary.run_standard_evaluation(x, y)
     stands = measures.correct(model, x_adv, y)
-    assert 0 < stands.sum() < measures.correct(model, x, y).sum(), "the test needs survivors and fallen"
+    clean = measures.correct(model, x, y)
+    assert 0 < stands.sum() < clean.sum(), "the test needs survivors and fallen"
+    assert results["clean_acc"] == pytest.approx(measures.per_cent(clean))
+    assert results["clean_interval"] == pytest.approx(measures.wilson(int(clean.sum()), SAMPLES))
     assert results["autoattack_acc"] == measures.per_cent(stands)
     assert results["autoattack_interval"] == pytest.approx(measures.wilson(int(stands.sum()), SAMPLES))
     assert results["autoattack"]["attacks"].keys() == {"apgd-ce", "apgd-t"}
@@ -511,6 +514,13 @@ def test_pgd_searches_in_a_low_precision_and_judges_in_full(call: Any, trained: 
         ending = call("evaluate", "--run", trained, *attack, "--precision", precision, "--out", out)
         assert ending.status == 0, ending.err
         found[precision] = json.loads(out.read_text())
+    model, loaded = evaluate.restore(trained / "best.pt", torch.device("cpu"))[1:3]
+    x, y = loaded.x_test[:100], loaded.y_test[:100]
+    pgd = PGD(ThreatModel("linf", 0.05), steps=5, restarts=1, losses=("ce", "margin"))
+    stands = measures.robust(model, x, y, pgd, torch.Generator().manual_seed(0))
+    for name, expected in (("clean", measures.correct(model, x, y)), ("pgd", stands)):
+        assert found["float32"][f"{name}_acc"] == pytest.approx(measures.per_cent(expected))
+        assert found["float32"][f"{name}_interval"] == pytest.approx(measures.wilson(int(expected.sum()), 100))
     assert found["bfloat16"]["clean_acc"] == found["float32"]["clean_acc"]
     assert found["bfloat16"]["pgd_acc"] == pytest.approx(found["float32"]["pgd_acc"], abs=3)
     ending = call("evaluate", "--run", trained, "--attack", "autoattack", "--precision", "bfloat16")
@@ -560,6 +570,34 @@ def test_calibration_is_that_of_the_model_in_eval_mode(training: bool) -> None:
     assert found["calibration_error_by_chance"] == pytest.approx(100 * expected.chance)
     model[0].bias.data[1] = math.nan
     assert set(measures.calibration(model, x, y).values()) == {None}
+
+
+def test_the_numbers_of_a_report_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of single attacks are shares in the report, all others per cent."""
+    attack = {"accuracy": 0.625, "interval": [0.25, 0.75], "forwards": 1234, "backwards": 56, "seconds": 7.25}
+    results = {
+        **{"clean_acc": 90.0, "clean_interval": [80.0, 95.5], "autoattack": {"attacks": {"apgd-ce": attack}}},
+        **{"autoattack_acc": 50.0, "autoattack_interval": [40.0, 61.0]},
+        **{"kl": 0.5, "kl_interval": [0.25, 0.75], "r_score": 1.5, "r_score_interval": None},
+        **{"disagrees": 12.5, "disagrees_interval": [2.0, 30.0]},
+    }
+    evaluate.print_accuracies(results)
+    rows = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert rows[0] == "attack accuracy 95 % interval forwards backwards seconds"
+    assert rows[1] == "clean 90.0 % 80.0 to 95.5 %"
+    assert rows[2] == "apgd-ce 62.5 % 25.0 to 75.0 % 1,234 56 7.2"
+    assert rows[3] == "autoattack 50.0 % 40.0 to 61.0 %"
+    assert rows[5] == "KL(p_d, model) at clean points 0.5000 nat 0.2500 to 0.7500"
+    assert rows[6] == "R_SCORE, at least 1.5000 nat"
+    assert rows[7] == "another class in the ball, at least 12.5 % 2.0 to 30.0 %"
+
+
+@pytest.mark.parametrize(("attack", "restarts"), [("pgd", 2), ("obfuscation", 5)])
+def test_restarts_by_default(attack: Any, restarts: int) -> None:
+    defaults = evaluate.EvaluateSettings(attack=attack)
+    assert evaluate._pgd_options(defaults) == {"steps": 40, "restarts": restarts, "losses": ["ce", "margin"], "seed": 0}
+    given = evaluate.EvaluateSettings(attack=attack, restarts=3)
+    assert evaluate._pgd_options(given)["restarts"] == 3
 
 
 def test_autoattack_at_several_radii(call: Any, trained: Path, tmp_path: Path) -> None:

@@ -110,6 +110,18 @@ def test_compressed_files_say_how_much_they_load(
         opened(tmp_path / "a.npz")
 
 
+def test_a_compressed_file_beyond_the_memory_is_refused_with_both_sizes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compressed(tmp_path / "a.npz", *some(50))
+    monkeypatch.setattr(generated, "available_memory", lambda: 5_240_000_000)
+    with zipfile.ZipFile(tmp_path / "a.npz") as archive:
+        entry = archive.getinfo("image.npy")
+        large = generated._Member(tmp_path / "a.npz", entry, (2_500_000, 32, 32, 3), False, np.dtype(np.uint8), 128)
+        with pytest.raises(InputError, match=r"image.npy takes 7\.7 GB of memory, available: 5\.2 GB; "):
+            generated._loaded(archive, large)
+
+
 def test_this_machine_says_how_much_memory_it_has() -> None:
     available = generated.available_memory()
     assert available is None or 1 << 20 < available < 1 << 50

@@ -90,6 +90,6 @@ def test_the_judge_mirrors_what_may_be_mirrored(name: str, flips: bool, monkeypa
     x, y = torch.rand(4, 1, 20, 20), torch.tensor([0, 1, 0, 1])
     split = {f"{what}_{part}": v for part in ("train", "validation", "test") for what, v in (("x", x), ("y", y))}
     asked = []
-    monkeypatch.setattr(judge, "augmented", lambda x, moves, shift, flip: asked.append(flip) or x)
+    monkeypatch.setattr(judge, "augmented", lambda x, moves, shift, flip: asked.append((shift, flip)) or x)
     judge.train(data.Data(name, **split, num_classes=2, lower=0.0, upper=1.0), 1, seed=0)
-    assert set(asked) == {flips}
+    assert set(asked) == {(4, flips)}

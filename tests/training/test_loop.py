@@ -444,6 +444,22 @@ def test_each_option_of_a_posterior_changes_the_training(tmp_path: Path) -> None
         assert not any(torch.equal(weights, other) for other in found[:number]), options[number]
 
 
+@pytest.mark.parametrize(
+    ("options", "labels"),
+    [
+        ("--objective pgd_at", False),
+        ("--objective pgd_at --toy-labels hard", True),
+        ("--objective pgd_at --soft-targets --posterior oracle", True),
+        ("--objective score_direct --posterior oracle", True),
+    ],
+)
+def test_the_oracle_is_the_target_where_no_posterior_gives_it(options: str, labels: bool, tmp_path: Path) -> None:
+    run = trainer(tmp_path, "--data", "toy", "--model", "toy_mlp", "--shift", "0", *options.split())
+    assert (run.batches.targets.dim() == 1) == labels
+    expected = run.data.y_train if labels else run.data.p_train
+    assert run.batches.targets is expected
+
+
 def test_batch_norm_needs_two_samples(tmp_path: Path) -> None:
     """One batch of all, or parts of them, that leaves a single sample is refused before the first step."""
     with pytest.raises(InputError) as refused:

@@ -176,6 +176,13 @@ def test_each_check_fails_by_itself(changes: dict[str, Any], failed: str | None)
     assert len(rows) == 8
 
 
+def test_the_largest_change_is_named_with_the_radius_that_it_ends_at() -> None:
+    found = dict.fromkeys(("steps", "restarts", "random", "square", "single"), mask(50))
+    curve = {0.0: 90.0, 0.1: 50.0, 0.2: 53.0, 0.4: 0.0}
+    row = obfuscation.checks(curve, mask(50), found, steps=40, restarts=5)[1]
+    assert (row["value"], row["text"]) == (3.0, "largest change +3.0 points, up to eps 0.2")
+
+
 def test_square_may_fool_two_samples_in_a_thousand() -> None:
     """0.2 points, as AutoAttack has it."""
     found = {name: mask(500, 1000) for name in ("steps", "restarts", "random", "single")}
@@ -199,6 +206,7 @@ def test_radii_reach_across_the_box_and_hold_eps_once() -> None:
     assert l2 == sorted(set(l2))
     assert 0.5 in l2
     assert l2[-1] == pytest.approx(math.sqrt(3072))
+    assert obfuscation.radii(ThreatModel("l2", 0.5), 64) == [0.125, 0.25, 0.375, 0.5, 0.75, 1.0, 2.0, 4.0, 8.0]
     assert obfuscation.radii(ThreatModel("l1", 12.0), 3072)[-1] == pytest.approx(3072)
     assert obfuscation.radii(ThreatModel("l2", 20.0), 64) == [5.0, 8.0, 20.0]
 

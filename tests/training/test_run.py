@@ -136,6 +136,25 @@ def test_the_report_shows_what_fools_the_model(call: Any, tiny: list[str], tmp_p
     assert "What fools it" in page.read_text(), "a run that ended before its report gets one"
 
 
+def test_probabilities_along_an_attack_are_those_of_its_points() -> None:
+    """The first row is of the clean samples, the last one of the final ones."""
+    torch.manual_seed(0)
+    x, y = torch.rand(3, 1, 2, 2), torch.tensor([0, 1, 1])
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2), nn.Dropout(0.5)).train()
+    density = KernelDensity(torch.rand(6, 1, 2, 2), torch.arange(6) % 2, num_classes=2, sigma=0.5)
+    paths = measures.posteriors_along_attack(model, density, x, y, ThreatModel("linf", 0.1, step_size=0.02), 3)
+    assert model.training
+    model.eval()
+    assert len(paths["model"]) == len(paths["posterior"]) == 4
+    for row, name in ((0, "clean"), (-1, "final")):
+        points = torch.tensor(paths[name])
+        torch.testing.assert_close(torch.tensor(paths["model"][row]), model(points).softmax(1).detach())
+        torch.testing.assert_close(torch.tensor(paths["posterior"][row]), density.log_prob(points).exp())
+    assert 0.02 < (torch.tensor(paths["final"]) - x).abs().max() <= 0.0601
+    label = torch.tensor(paths["model"]).gather(2, y.expand(4, 3)[..., None])
+    assert (label.diff(dim=0) < 0).all(), "each step lowers the probability of the label"
+
+
 def test_images_along_an_attack_are_drawn_in_their_box() -> None:
     x, y = torch.tensor([[-2.0, 0.0], [1.0, 3.0]]).reshape(1, 1, 2, 2), torch.tensor([1])
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
