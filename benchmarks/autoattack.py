@@ -165,7 +165,8 @@ def compare(settings: BenchmarkSettings, arguments: list[str], device: torch.dev
                 torch.set_num_threads(threads)
             seconds[label].append(time.perf_counter() - begin)
             processor_seconds[label].append(time.process_time() - processor)
-            verdicts[label] = distributed.from_first(measures.correct(model, x_adv, ys, settings.batch))
+            # On the CPU: what was on the device of the first process would come to that one in all of them.
+            verdicts[label] = distributed.from_first(measures.correct(model, x_adv, ys, settings.batch).cpu())
         for label in runs:
             total[label] = total.get(label, 0.0) + statistics.median(seconds[label])
             line[label] = {

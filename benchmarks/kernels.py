@@ -680,10 +680,19 @@ def main(arguments: list[str]) -> None:
         + "".join(f"{name:>10}" for name in columns)
         + f"{'eager/ours':>12}{'compiled/ours':>15}"
     )
-    results = []
+    about = {
+        "rounds": settings.rounds,
+        "python": platform.python_version(),
+        "scorematch": scorematch.__version__,
+        "build": _extension.build_info(),
+        **machine,
+    }
+    results: list[dict[str, object]] = []
     for case in cases:
         result = measure(case, settings.rounds, settings.compile, device.type, peak)
         results.append(result)
+        if settings.out is not None:  # what was measured so far is kept if the benchmark is stopped
+            record.write(out, "kernels", arguments, device, **about, results=results)
         cells = [f"{result[name]['median_us']:10.1f}" if name in result else " " * 10 for name in columns]  # type: ignore[index]
         ratios = [result.get("eager/ours"), result.get("compiled/ours")]
         print(
@@ -698,13 +707,6 @@ def main(arguments: list[str]) -> None:
         print(f"\n{'floor':45}" + "".join(f"{name:>10}" for name in headings) + "  bound by")
         for result in results:
             print_floor(result)
-    about = {
-        "rounds": settings.rounds,
-        "python": platform.python_version(),
-        "scorematch": scorematch.__version__,
-        "build": _extension.build_info(),
-        **machine,
-    }
     record.write(out, "kernels", arguments, device, **about, results=results)
     print(f"written to {out}" if out else "not written, as these are not all cases; --out FILE writes them")
 

@@ -141,15 +141,23 @@ class _Recording:
         # torch's own stream for recordings is on the device that was the current one when it first recorded. And by
         # default no other thread may take or give back pinned memory meanwhile.
         stream = torch.cuda.Stream(self.inputs[0].device if self.inputs else None)
+        failed: Exception | None = None
         try:
             with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
-                self.outputs = attack(*self.inputs)
+                try:
+                    self.outputs = attack(*self.inputs)
+                except Exception as error:
+                    failed = error  # then the recording cannot be ended either, with an error that says nothing
+                    raise
         except RuntimeError as error:
-            reason = " ".join(str(error).split())[:300]
+            first = failed or error
+            if not isinstance(first, RuntimeError) or isinstance(first, torch.OutOfMemoryError):
+                raise first from None
+            reason = " ".join(str(first).split())[:300]
             raise RuntimeError(
                 f"the attack cannot be recorded as a CUDA graph ({reason}); usual reasons: it reads a value of the "
                 "device, as batch norm with momentum None does, or it uses a generator that torch does not know of"
-            ) from error
+            ) from first
 
     def replay(self, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
         for own, given in zip(self.inputs, inputs, strict=True):

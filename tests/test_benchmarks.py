@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from elsewhere import DEVICE, elsewhere
 
 from benchmarks import autoattack, class_scores, endurance, floor, kernels, overhead, record, training
 from scorematch.attacks import classifier, inspection, precision
+from training import models
 from training.settings.errors import run_program
 
 pytestmark = pytest.mark.usefixtures("untouched_process")
@@ -327,6 +329,19 @@ def test_attacks_and_packages_side_by_side(tmp_path, monkeypatch, capsys):
     assert "times as fast as reference stream" in capsys.readouterr().out
 
 
+def test_verdicts_that_processes_share_are_on_the_cpu(tmp_path, monkeypatch):
+    """One on the device of the first process would be there in every process, whose samples are on another."""
+    shared = []
+    monkeypatch.setattr(autoattack.distributed, "from_first", lambda value: shared.append(value.device.type) or value)
+    monkeypatch.setattr(autoattack, "official_class", lambda: None)
+    torch.manual_seed(0)
+    torch.save(models.build("digits_cnn", (1, 8, 8), 10).state_dict(), tmp_path / "weights.pt")
+    options = ["--model-from", str(tmp_path / "weights.pt"), "--model", "digits_cnn", "--eps", "0.02", "--samples", "9"]
+    with elsewhere(monkeypatch):
+        autoattack.main([*options, "--attacks", "apgd-ce", "--no-reference-stream", "--device", str(DEVICE)])
+    assert shared == ["cpu"]
+
+
 @pytest.mark.parametrize(
     ("program", "options", "message"),
     [
@@ -373,6 +388,22 @@ def test_some_cases_leave_the_record_of_all_as_it_is(tmp_path, monkeypatch, caps
     assert run_program(kernels.main, options) == 0
     assert not list(tmp_path.iterdir())
     assert "not written, as these are not all cases" in capsys.readouterr().out
+
+
+def test_what_was_measured_before_the_end_is_kept(tmp_path, monkeypatch):
+    """On a GPU that is lent for minutes, compilations may take all of them."""
+    measure, out = kernels.measure, tmp_path / "kernels.json"
+
+    def stopped(case, *options):
+        if "line_integral" in case.name:
+            raise KeyboardInterrupt
+        return measure(case, *options)
+
+    monkeypatch.setattr(kernels, "measure", stopped)
+    options = ["--only", "score_step fixed", "score_line_integral", "pgd_step linf fixed", "--no-compile"]
+    with pytest.raises(KeyboardInterrupt):
+        kernels.main([*options, "--rounds", "2", "--threads", "1", "--out", str(out)])
+    assert [result["name"] for result in json.loads(out.read_text())["results"]] == ["pgd_step linf fixed [1,3,4,4]"]
 
 
 def test_a_record_says_how_it_was_made(tmp_path):

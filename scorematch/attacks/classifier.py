@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..folding import Folding, copy_sharing_tensors
 from ..inputs import handed
+from .precision import full_precision
 
 PACKAGE = __name__.partition(".")[0] + "."
 Loss = Callable[..., Tensor]  # (logits [N, L], labels [N], …) to [N]
@@ -377,8 +378,8 @@ def folded_copy(model: Any, x: Tensor) -> Iterator[nn.Module | None]:
 
 
 def _computes_the_same(model: nn.Module, x: Tensor, original: nn.Module, original_x: Tensor) -> bool:
-    """Whether a model at x gives the logits of the original at its x, but for rounding."""
-    with torch.no_grad():
+    """Whether a model at x gives the logits of the original at its x, but for rounding, which TF32 would coarsen."""
+    with torch.no_grad(), full_precision(x.device):
         expected = original(original_x)
         try:
             return _same(model(x), expected)

@@ -5,6 +5,7 @@ import functools
 import math
 import sys
 import threading
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 
 from scorematch import AutoAttack, ThreatModel, _extension
-from scorematch.attacks import APGD, FAB, Square, inspection
+from scorematch.attacks import APGD, FAB, Square, classifier, inspection
 from scorematch.attacks.apgd import _State
 from scorematch.attacks.classifier import Classifier, cache_chunk, channels_last_works, folded_copy
 from scorematch.attacks.fab import distance
@@ -614,6 +615,16 @@ def test_models_that_cannot_take_channels_last() -> None:
     assert not channels_last_works(Reads(), x)
     assert not channels_last_works(lambda x: x.flatten(1), x)
     assert not channels_last_works(nn.Flatten(), torch.rand(3, 5))
+
+
+def test_copies_are_compared_without_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With it the logits of deep networks differ by more than is allowed for rounding, and nothing would be folded."""
+    asked: list[torch.device] = []
+    monkeypatch.setattr(classifier, "full_precision", lambda device: asked.append(device) or nullcontext())
+    x = torch.rand(2, 1, 8, 8)
+    with folded_copy(small_cnn(batch_norm=True).eval(), x) as folded:
+        assert folded is not None
+    assert asked == [x.device]
 
 
 def test_a_folded_copy() -> None:

@@ -220,6 +220,35 @@ def test_a_recording_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> Non
         attack_graphs(reads, torch.zeros(1))
 
 
+@pytest.mark.parametrize(
+    ("failure", "kind", "message"),
+    [
+        (RuntimeError("operation not permitted"), RuntimeError, r"cannot be recorded as a CUDA graph \(operation not"),
+        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError, "^CUDA out of memory$"),
+        (ValueError("x has another shape"), ValueError, "^x has another shape$"),
+    ],
+)
+def test_what_fails_in_a_recording_is_told_even_if_its_end_fails_too(
+    failure: Exception, kind: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch ends a recording in any case. A lack of memory stays one, so that programs can say what needs less."""
+    captured_on_the_cpu(monkeypatch)
+
+    def end(self: object, *exception: object) -> None:
+        raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda.graph, "__exit__", end)
+
+    def fails(x: Tensor) -> dict[str, Tensor]:
+        raise failure
+
+    attack_graphs = AttackGraphs(warmup=1)
+    attack_graphs(lambda x: {"x": x}, torch.zeros(1))
+    with pytest.raises(kind, match=message) as raised:
+        attack_graphs(fails, torch.zeros(1))
+    assert type(raised.value) is kind
+
+
 def test_bad_input() -> None:
     with pytest.raises(ValueError, match="warmup must be at least 1, got 0"):
         AttackGraphs(warmup=0)

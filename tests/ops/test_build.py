@@ -118,6 +118,43 @@ def test_build_facts():
     assert info["instruction_set"] in {"baseline", "avx2", "avx512"}
 
 
+def planned(folder: Path, cases: list[tuple[str, dict[str, str]]]) -> list[list[str]]:
+    """What setup.py would build without a GPU, with nvcc of a version and such variables: libraries, architectures."""
+    code = f"""
+import os, pathlib, runpy, setuptools
+def setup(ext_modules, **options):
+    print(*(extension.name for extension in ext_modules), os.environ.get("TORCH_CUDA_ARCH_LIST"))
+setuptools.setup = setup
+nvcc = pathlib.Path("bin/nvcc").absolute()
+nvcc.parent.mkdir()
+for version, variables in {cases!r}:
+    nvcc.write_text("#!/bin/sh\\necho Cuda compilation tools, release " + version + ", V" + version + ".1")
+    nvcc.chmod(0o755)
+    os.environ.pop("TORCH_CUDA_ARCH_LIST", None)
+    os.environ.update({{"SCOREMATCH_CUDA": "auto"}} | variables)
+    runpy.run_path({str(ROOT / "setup.py")!r})
+"""
+    environment = {**os.environ, "CUDA_HOME": str(folder), "CUDA_VISIBLE_DEVICES": ""}
+    result = run([sys.executable, "-c", code], env=environment, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return [line.split() for line in result.stdout.splitlines()]
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="needs a torch with CUDA")
+def test_what_is_built_for_which_gpus(tmp_path):
+    """Code for 8.0 runs on 8.6 and 8.9, too, and PTX for 9.0 on all that come after it."""
+    major = str(torch.version.cuda).partition(".")[0]
+    both = ["scorematch._C", "scorematch._C_cuda"]
+    cases = [
+        (f"{major}.9", {}, [*both, "8.0;9.0+PTX"]),  # torch takes another minor version
+        (f"{major}.9", {"TORCH_CUDA_ARCH_LIST": ""}, [*both, "8.0;9.0+PTX"]),  # of which torch would look for a GPU
+        (f"{major}.9", {"TORCH_CUDA_ARCH_LIST": "7.5"}, [*both, "7.5"]),
+        ("7.5", {}, ["scorematch._C", "None"]),  # torch refuses another major version
+        ("7.5", {"SCOREMATCH_CUDA": "1"}, [*both, "8.0;9.0+PTX"]),  # and says so where CUDA was asked for
+    ]
+    assert planned(tmp_path, [case[:2] for case in cases]) == [case[2] for case in cases]
+
+
 def package_copy(tmp_path: Path) -> Path:
     """The package's loader alone, without compiled libraries."""
     package = tmp_path / "scorematch"

@@ -26,7 +26,8 @@ from scorematch.ops import _checks
 DEVICE = torch.device("lazy:0")
 GENERATOR = torch.Generator
 COPIES = ("copy_", "_to_copy")  # between devices
-INDEXES = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index")  # may be on the CPU
+INDEXES = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index")  # indices may be on the CPU
+JOINS = ("cat", "stack")
 
 
 class Elsewhere(torch.Tensor):
@@ -88,8 +89,16 @@ def computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     leaves = tree_leaves((args, kwargs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     is_elsewhere = any(isinstance(tensor, Elsewhere) for tensor in tensors)
-    on_cpu = [list(tensor.shape) for tensor in tensors if tensor.device.type == "cpu" and tensor.dim()]
-    if is_elsewhere and on_cpu and name not in (*COPIES, *INDEXES):
+    asked = [args[0], *args[2:3]] if name in INDEXES else tensors  # what is indexed, and the values put there
+    written = args[0] if name.endswith("_") else None
+    on_cpu = [
+        list(tensor.shape)
+        for tensor in asked
+        if isinstance(tensor, Tensor)
+        and tensor.device.type == "cpu"
+        and (tensor.dim() or name in JOINS or tensor is written)  # other operations take a number of the CPU
+    ]
+    if is_elsewhere and on_cpu and name not in COPIES:
         raise RuntimeError(f"{func} with tensors on {DEVICE} and on the CPU {on_cpu}")
     if (device := kwargs.get("device")) is not None:
         is_elsewhere = torch.device(device).type == DEVICE.type

@@ -4,6 +4,7 @@ Two tests have torchrun itself. The others start the processes as it does, witho
 """
 
 import copy
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -25,9 +26,10 @@ from killing import Hit, without_times
 from pairs import pair
 from torch import nn
 
-from training import measures, run
+from training import data, measures, models, run
 from training.data import official
-from training.engine import checkpoint, distributed
+from training.engine import checkpoint, distributed, loop
+from training.settings import config
 from training.settings.errors import InputError, run_program
 
 SOAKING = "SCOREMATCH_SOAK" in os.environ
@@ -352,6 +354,25 @@ def test_buffers_of_one_process_are_its_own() -> None:
     before = {name: value.clone() for name, value in norm.named_buffers()}
     distributed.share_buffers(norm)
     assert all(torch.equal(value, before[name]) for name, value in norm.named_buffers())
+
+
+def test_a_validation_sends_what_is_on_the_device_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL sends nothing else. Here the device is meta, and the average has a count on the CPU."""
+    make, sent = loop.generator, []
+    monkeypatch.setattr(loop, "generator", lambda seed, purpose, device="cpu": make(seed, purpose))
+    settings = config.parse(
+        ["--objective", "standard", "--model", "digits_cnn_bn", "--averaging", "0.9", "--limit", "60", "--threads", "1"]
+    )
+    loaded = data.load(settings.data_settings).to(torch.device("meta"))
+    loaded = dataclasses.replace(loaded, x_validation=loaded.x_validation[:0], y_validation=loaded.y_validation[:0])
+    model = models.build(settings.model, loaded.input_shape, loaded.num_classes).to("meta")
+    trainer = loop.Trainer(settings, loaded, model, None, tmp_path)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed.distributed, "broadcast", lambda values, src: sent.append(values.device.type))
+    trainer.validate()
+    assert trainer.average is not None
+    assert len(sent) == 2 * len(list(model.buffers())) > 0
+    assert set(sent) == {"meta"}
 
 
 def test_rows_of_all_processes_come_in_order(monkeypatch: pytest.MonkeyPatch) -> None:

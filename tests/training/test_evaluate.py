@@ -21,8 +21,10 @@ from torch import nn
 
 from scorematch import PGD, AutoAttack, ThreatModel, audit
 from scorematch.attacks import AutoAttackWarning
+from scorematch.posteriors import KernelDensity
 from training import evaluate, measures, models, run
 from training.engine import claims
+from training.measures import certification
 from training.reports import plots
 from training.settings.errors import InputError, Interrupted, run_program
 
@@ -554,6 +556,38 @@ def test_verdicts_are_given_without_tf32(monkeypatch: pytest.MonkeyPatch) -> Non
     x = torch.rand(5, 3)
     measures.robust(model, x, model(x).argmax(1), attack, torch.Generator().manual_seed(0), search=search)
     assert (set(model.seen[1:]), set(search.seen)) == ({True}, {False})
+
+
+@pytest.mark.parametrize("measure", ["autoattack", "accuracy_curve", "self_consistency", "certify"])
+def test_what_is_measured_in_float32_is_so_on_a_gpu(measure: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There torch takes TF32 in convolutions unless it is told otherwise."""
+    within: list[torch.device] = []
+
+    @contextlib.contextmanager
+    def full_precision(device: torch.device) -> Iterator[None]:
+        within.append(device)
+        yield
+        within.pop()
+
+    for module in (measures, certification):
+        monkeypatch.setattr(module, "full_precision", full_precision)
+    torch.manual_seed(0)
+    x, y = torch.rand(6, 3), torch.arange(6) % 2
+    model, seen = nn.Linear(3, 2), []
+    ball = ThreatModel("linf", 0.1)
+    adversary = AutoAttack(model, "Linf", 0.1, 0, False, version="custom", attacks_to_run=["apgd-ce"])
+    posterior = KernelDensity(x, y, num_classes=2, sigma=1.0)
+    model.register_forward_hook(lambda *_: seen.append(bool(within)))
+    if measure == "autoattack":
+        measures.autoattack(adversary, x, y)
+    elif measure == "accuracy_curve":
+        measures.accuracy_curve(adversary, x, y, [0.1])
+    elif measure == "self_consistency":
+        measures.self_consistency(model, posterior, x, y, ball, steps=1, seed=0)
+    else:
+        certification.certify(model, x, y, sigma=0.1, n0=2, n=20, alpha=0.1, seed=0, batch=10)
+    assert len(seen) > 3
+    assert all(seen[measure == "certify" :]), "the first pass of certify counts the classes"
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -466,7 +466,7 @@ class Trainer(Engine):
         # DistributedDataParallel does so at the start of a step alone, and never for the average.
         distributed.share_buffers(self.model)
         if self.average is not None:
-            distributed.share_buffers(self.average)
+            distributed.share_buffers(self.average.module)  # not its count, on the CPU, which NCCL cannot send
         settings, data = self.settings, self.data
         x, y = data.x_validation, data.y_validation
         if not len(x):

@@ -105,12 +105,13 @@ def autoattack(
 ) -> dict[str, Any]:
     """The report of ``adversary`` on x [N, ...] and y [N]. It goes on from the file ``state``, if that exists.
 
-    Warnings are printed as lines, like everything else that AutoAttack says.
+    Warnings are printed as lines, like everything else that AutoAttack says. It searches without TF32, which torch
+    allows in convolutions unless it is told otherwise.
 
     Raises:
         InputError: data, model or state file are not what AutoAttack takes.
     """
-    with _told_by_autoattack():
+    with _told_by_autoattack(), full_precision(x.device):
         adversary.run_standard_evaluation(x, y, bs=batch, state_path=state)
     return adversary.report
 
@@ -130,7 +131,7 @@ def accuracy_curve(
     Raises:
         InputError: as for :func:`autoattack`.
     """
-    with _told_by_autoattack():
+    with _told_by_autoattack(), full_precision(x.device):
         return adversary.accuracy_curve(x, y, radii=radii, bs=batch, state_path=state)
 
 
@@ -186,6 +187,8 @@ def self_consistency(
 ) -> dict[str, Any]:
     """How far a classifier is from a known p_d, with 95 % intervals over the samples, which one sample does not have.
 
+    Both are computed without TF32.
+
     ``kl`` and ``r_score`` are in nats, see :class:`scorematch.Consistency`. ``disagrees`` is the share of samples, in
     per cent, for which the search met a point of B(x) where the model's class is not the most likely one of p_d. Both
     ``r_score`` and ``disagrees`` are lower bounds, of a search with so many ``steps`` and random ``restarts``; the
@@ -194,10 +197,11 @@ def self_consistency(
     training_mode = model.training
     model.eval()
     generator = Generator(x.device).manual_seed(seed)
-    parts = [
-        consistency(model, posterior, xs, ys, threat_model, steps=steps, restarts=restarts, generator=generator)
-        for xs, ys in zip(x.split(batch), y.split(batch), strict=True)
-    ]
+    with full_precision(x.device):
+        parts = [
+            consistency(model, posterior, xs, ys, threat_model, steps=steps, restarts=restarts, generator=generator)
+            for xs, ys in zip(x.split(batch), y.split(batch), strict=True)
+        ]
     model.train(training_mode)
     results: dict[str, Any] = {}
     for name, values in (("kl", [p.divergence for p in parts]), ("r_score", [p.r_score for p in parts])):

@@ -8,6 +8,7 @@ import torch
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
+from scorematch.attacks.precision import full_precision
 from scorematch.smoothing import ABSTAIN, Certificates, SmoothedClassifier, certified_accuracy, noise_seeds
 from training import measures
 from training.engine import distributed
@@ -31,7 +32,7 @@ def certify(
     seed: int,
     batch: int,
 ) -> dict[str, Any]:
-    """Certify each sample of x [N, …] with labels y [N]; accuracies in per cent, lengths in input units.
+    """Certify each sample of x [N, …] with labels y [N], without TF32; accuracies in per cent, lengths in input units.
 
     Without ``radii`` the accuracy is given at multiples of σ/2 up to the largest radius that n votes can give. Under
     torchrun the samples are shared among the processes; the noise of a sample does not depend on that.
@@ -46,7 +47,7 @@ def certify(
     mine = distributed.own_samples(len(x))
     seeds = noise_seeds(len(x), Generator().manual_seed(seed))[mine]
     hidden = not sys.stderr.isatty() or distributed.rank() > 0
-    with tqdm(total=len(mine), desc="certify", unit="sample", disable=hidden) as progress:
+    with full_precision(x.device), tqdm(total=len(mine), desc="certify", unit="sample", disable=hidden) as progress:
         try:
             own = smoothed.certify(x[mine.to(x.device)], n0=n0, n=n, alpha=alpha, seeds=seeds, progress=progress.update)
         except ValueError as error:
