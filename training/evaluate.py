@@ -271,8 +271,7 @@ def clean_and_pgd(
             masks["pgd"] = measures.shared(robust, x, y)
     accuracies: dict[str, Any] = {}
     for name, mask in masks.items():
-        accuracies[f"{name}_acc"] = measures.per_cent(mask)
-        accuracies[f"{name}_interval"] = list(measures.wilson(int(mask.sum()), len(mask)))
+        accuracies |= measures.accuracy(name, mask)
     if settings.attack == "pgd" and subject.data.p_d is not None:
         assert threat_model is not None
         accuracies |= measures.self_consistency(
@@ -347,9 +346,7 @@ def official_autoattack(
     x_adv = adversary.run_standard_evaluation(x, y, bs=settings.batch_size)
     results: dict[str, Any] = {"engine": "official", "version": version}
     for name, points in (("clean", x), ("autoattack", x_adv)):
-        stands = measures.correct(model, points.to(x.device), y, settings.batch_size)
-        results[f"{name}_acc"] = measures.per_cent(stands)
-        results[f"{name}_interval"] = list(measures.wilson(int(stands.sum()), len(stands)))
+        results |= measures.accuracy(name, measures.correct(model, points.to(x.device), y, settings.batch_size))
     return results
 
 

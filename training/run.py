@@ -366,13 +366,9 @@ def measure(
     radii = [settings.eps * (i / half) for i in range(1, settings.curve_points + 1)] if half else [settings.eps]
     radii = [eps for eps in radii if eps <= max(settings.eps, loaded.format.largest_radius(settings.norm))]
 
-    clean = measures.correct(network, x, y)
-    curve = [{"eps": 0.0, "acc": measures.per_cent(clean)}]
-    results: dict[str, Any] = {
-        "clean_acc": curve[0]["acc"],
-        "clean_interval": measures.wilson(int(clean.sum()), len(x)),
-        **measures.calibration(network, x, y),
-    }
+    results = measures.accuracy("clean", measures.correct(network, x, y))
+    curve = [{"eps": 0.0, "acc": results["clean_acc"]}]
+    results |= measures.calibration(network, x, y)
     interval = 0.1 if sys.stderr.isatty() else 30.0
     hidden = distributed.rank() > 0
     with tqdm(
@@ -397,8 +393,7 @@ def measure(
             robust = measures.shared(under_attack, x, y)
             curve.append({"eps": eps, "acc": measures.per_cent(robust)})
             if eps == settings.eps:
-                results["pgd_acc"] = curve[-1]["acc"]
-                results["pgd_interval"] = measures.wilson(int(robust.sum()), len(x))
+                results |= measures.accuracy("pgd", robust)
     write_json(out / "curve.json", curve)
 
     if loaded.name == "toy":

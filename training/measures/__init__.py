@@ -167,6 +167,16 @@ def wilson(hits: int, count: int) -> tuple[float, float]:
     return 100.0 * low, 100.0 * high
 
 
+def interval(hits: Tensor) -> list[float]:
+    """The same of hits [N] bool, as a list for JSON."""
+    return list(wilson(int(hits.sum()), len(hits)))
+
+
+def accuracy(name: str, hits: Tensor) -> dict[str, Any]:
+    """The share of hits [N] bool in per cent and its 95 % interval, as ``{name}_acc`` and ``{name}_interval``."""
+    return {f"{name}_acc": per_cent(hits), f"{name}_interval": interval(hits)}
+
+
 def self_consistency(
     model: nn.Module,
     posterior: Posterior,
@@ -194,16 +204,16 @@ def self_consistency(
     results: dict[str, Any] = {}
     for name, values in (("kl", [p.divergence for p in parts]), ("r_score", [p.r_score for p in parts])):
         value = torch.cat(values).double()
-        mean, interval = value.mean().item(), None
+        mean, ends = value.mean().item(), None
         if len(value) > 1:
             half = 1.96 * value.std().item() / len(value) ** 0.5
-            interval = [mean - half, mean + half]
-        results |= {name: mean, f"{name}_interval": interval}
+            ends = [mean - half, mean + half]
+        results |= {name: mean, f"{name}_interval": ends}
     disagrees = torch.cat([p.disagrees for p in parts])
     return {
         **results,
         "disagrees": per_cent(disagrees),
-        "disagrees_interval": list(wilson(int(disagrees.sum()), len(disagrees))),
+        "disagrees_interval": interval(disagrees),
     }
 
 

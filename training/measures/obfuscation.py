@@ -176,8 +176,7 @@ def audit(
         "clean_acc": accuracies[0.0],
         "pgd_acc": accuracies[threat_model.eps],
         "curve": [
-            {"eps": eps, "acc": accuracies[eps], "interval": list(measures.wilson(int(mask.sum()), len(mask)))}
-            for eps, mask in curve.items()
+            {"eps": eps, "acc": accuracies[eps], "interval": measures.interval(mask)} for eps, mask in curve.items()
         ],
         "checks": checks(accuracies, base, found, steps=steps, restarts=restarts),
     }
