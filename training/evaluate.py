@@ -25,7 +25,7 @@ import torch
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
-from scorematch import AutoAttack, ThreatModel, smoothing
+from scorematch import PGD, AutoAttack, ThreatModel, smoothing
 from scorematch.attacks import inspection
 from training import data, measures, models
 from training.data import Data, DataName, DataSettings
@@ -256,7 +256,7 @@ def clean_and_pgd(
         assert threat_model is not None
         options = _pgd_options(settings)
         seed = options.pop("seed")
-        attack = measures.pgd(threat_model, **options)
+        attack = PGD(threat_model, **options)
         wish = settings.precision or (subject.run.precision if subject.run else "auto")
         precision = hardware.precision_of(wish, hardware.hardware_of(x.device))
         hardware.prepare(x.device, precision, deterministic=False)

@@ -379,7 +379,7 @@ def measure(
         disable=hidden,
     ) as progress:
         for eps in radii:
-            attack = measures.pgd(
+            attack = PGD(
                 measures.scaled(threat_model, eps),
                 steps=settings.eval_steps,
                 restarts=settings.eval_restarts,
@@ -423,7 +423,7 @@ def measure(
 
 def save_fooled(settings: RunSettings, loaded: Data, network: nn.Module, out: Path) -> None:
     """A few test images that fool the network, for the report, as a file of arrays."""
-    attack = measures.pgd(
+    attack = PGD(
         settings.threat_model(loaded.lower, loaded.upper),
         steps=settings.eval_steps,
         restarts=1,

@@ -24,10 +24,6 @@ from training.settings.errors import InputError
 BATCH = 512  # samples at a time; decides memory, not the numbers of AutoAttack
 
 
-def pgd(threat_model: ThreatModel, *, steps: int, restarts: int, losses: Sequence[str]) -> PGD:
-    return PGD(threat_model, steps=steps, restarts=restarts, losses=tuple(losses))
-
-
 def correct(model: nn.Module, x: Tensor, y: Tensor, batch: int = BATCH) -> Tensor:
     """Whether each sample of x [N, ...] is classified as y [N], [N] bool, without TF32."""
     with full_precision(x.device):

@@ -150,12 +150,12 @@ def audit(
         clean = measures.shared(lambda xs, ys: measures.correct(model, xs, ys, batch), x, y)
         curve = {0.0: clean}
         for eps in grid:
-            attack = measures.pgd(measures.scaled(threat_model, eps), steps=steps, **options)
+            attack = PGD(measures.scaled(threat_model, eps), steps=steps, **options)
             curve[eps] = attacks.pgd(clean, f"pgd, eps {eps:.4g}", attack)
         base = curve[threat_model.eps]
 
-        longer = measures.pgd(threat_model, steps=MORE_STEPS * steps, **options)
-        more = measures.pgd(threat_model, steps=steps, restarts=MORE_RESTARTS * restarts, losses=losses)
+        longer = PGD(threat_model, steps=MORE_STEPS * steps, **options)
+        more = PGD(threat_model, steps=steps, restarts=MORE_RESTARTS * restarts, losses=losses)
         single = PGD(threat_model.replace(step_size=threat_model.eps), steps=1, losses=("ce",), random_start=False)
         found = {
             "steps": attacks.pgd(base, f"pgd, {MORE_STEPS * steps} steps", longer),
@@ -165,7 +165,7 @@ def audit(
             "single": attacks.pgd(clean, "one step", single),
         }
         if other is not None:
-            attack = measures.pgd(threat_model, steps=steps, **options)
+            attack = PGD(threat_model, steps=steps, **options)
             found["transfer"] = attacks.pgd(clean, "transfer", attack, source=other)
 
     accuracies = {eps: measures.per_cent(mask) for eps, mask in curve.items()}
