@@ -42,7 +42,7 @@ from training.engine.claims import OF_RUNS_FOLDER, claimed, refuse_left_over
 from training.engine.hardware import Hardware, Speed
 from training.engine.loop import Trainer, generator
 from training.reports import run as report
-from training.settings import command_line, config, tables, unused
+from training.settings import command_line, config, unused
 from training.settings.config import RunSettings
 from training.settings.errors import InputError, Interrupted, StopError, out_of_memory, run_program
 
@@ -304,10 +304,7 @@ def get_posterior(settings: RunSettings, loaded: Data, given: dict[str, Any] | N
     """The data posterior: the run's own posterior.pt, one given, or a new one, trained on the training split."""
     path = out / "posterior.pt"
     state = read_posterior(settings, path, loaded) if path.exists() else given
-    about = {**tables.plain(settings.posterior_settings), "data": settings.data, "limit": settings.limit}
-    for name in ("image_size", "validation_size"):
-        if (value := getattr(settings, name)) is not None:
-            about[name] = value
+    about = posteriors.description(settings.posterior_settings, settings.data_settings)
     device = loaded.x_train.device
     speed = speed_of_posterior(settings, hardware.hardware_of(device))
     hardware.prepare(device, speed.precision, deterministic=settings.deterministic)  # it may have to be trained

@@ -30,7 +30,7 @@ from scorematch.networks.denoiser import ScaledModule
 from scorematch.posteriors import Ensemble, KernelDensity, NoiseConditionalClassifier, Posterior, ScoreNetwork
 from scorematch.posteriors.base import PointwisePosterior
 from scorematch.threat_model import ThreatModel
-from training.data import Data, Format, check_record
+from training.data import Data, DataSettings, Format, check_record
 from training.engine import checkpoint, scores
 from training.engine.forward import Forward
 from training.engine.hardware import Speed
@@ -299,6 +299,13 @@ def score_network_at(
         linear=settings.linear,
         top_k=settings.top_k,
     )
+
+
+def description(settings: PosteriorSettings, source: DataSettings) -> dict[str, Any]:
+    """What a posterior.pt says of itself, and of the data that :func:`check_source` compares later."""
+    sizes = {"image_size": source.image_size, "validation_size": source.validation_size}
+    given = {name: value for name, value in sizes.items() if value is not None}
+    return {**tables.plain(settings), "data": source.name, "limit": source.limit, **given}
 
 
 def check_source(path: Path, saved: dict[str, Any], data: Data, about: Mapping[str, Any], prefix: str = "") -> None:
