@@ -22,13 +22,13 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple, get_args
 
 from scipy.stats import t as student
-from tqdm import tqdm
 
 from scorematch.divergences import KINDS
 from training import data as data_sets
 from training.data import DataName
 from training.engine import checkpoint
 from training.engine.claims import claimed, is_claimed
+from training.engine.progress import progress_bar
 from training.reports import comparison as report
 from training.settings import command_line, config, unused
 from training.settings.config import Objective, Posterior, RunSettings
@@ -299,10 +299,7 @@ def run_all(planned: Sequence[Job], jobs: int) -> list[Job]:
     failed: list[Job] = []
     total = sum(job.settings.epochs for job in planned)
     done = sum(job.settings.epochs for job in planned if job.finished)
-    interval = 0.1 if sys.stderr.isatty() else 30.0
-    with tqdm(
-        total=total, initial=done, desc="compare", unit="epoch", smoothing=0.05, mininterval=interval
-    ) as progress:
+    with progress_bar(total=total, initial=done, desc="compare", unit="epoch", smoothing=0.05) as progress:
         try:
             while waiting or running:
                 others = [job for job in others if is_claimed(job.out)]

@@ -23,7 +23,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from scorematch import sampling
 from scorematch.networks import Denoiser
@@ -31,6 +30,7 @@ from training import data
 from training.data import DataName, DataSettings, generated
 from training.engine import checkpoint, posteriors
 from training.engine.claims import claimed
+from training.engine.progress import progress_bar
 from training.settings import command_line, config
 from training.settings.errors import InputError, Interrupted, StopError, run_program
 
@@ -265,12 +265,11 @@ def make(generator: Generator, parts: Path) -> int:
     """Make the batches that are missing; the number of images made."""
     missing = [number for number in range(generator.batches) if not part_path(parts, number).exists()]
     made = 0
-    with tqdm(
+    with progress_bar(
         total=generator.count,
         initial=generator.count - sum(len(generator.labels(number)) for number in missing),
         desc="generate",
         unit="image",
-        mininterval=0.1 if sys.stderr.isatty() else 30.0,
     ) as progress:
         for number in missing:
             labels = generator.labels(number)

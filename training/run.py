@@ -28,7 +28,6 @@ import numpy as np
 import tomli_w
 import torch
 from torch import Generator, Tensor, nn
-from tqdm import tqdm
 
 import scorematch
 from scorematch import PGD, AutoAttack
@@ -41,6 +40,7 @@ from training.engine import checkpoint, distributed, hardware, posteriors
 from training.engine.claims import OF_RUNS_FOLDER, claimed, refuse_left_over
 from training.engine.hardware import Hardware, Speed
 from training.engine.loop import Trainer, generator
+from training.engine.progress import progress_bar
 from training.reports import run as report
 from training.settings import command_line, config, unused
 from training.settings.config import RunSettings
@@ -366,15 +366,7 @@ def measure(
     results = measures.accuracy("clean", measures.correct(network, x, y))
     curve = [{"eps": 0.0, "acc": results["clean_acc"]}]
     results |= measures.calibration(network, x, y)
-    interval = 0.1 if sys.stderr.isatty() else 30.0
-    hidden = distributed.rank() > 0
-    with tqdm(
-        total=len(radii) * measures.share_of(len(x)),
-        desc="evaluate",
-        unit="sample",
-        mininterval=interval,
-        disable=hidden,
-    ) as progress:
+    with progress_bar(total=len(radii) * measures.share_of(len(x)), desc="evaluate", unit="sample") as progress:
         for eps in radii:
             attack = PGD(
                 measures.scaled(threat_model, eps),

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import tomli_w
+from tqdm import tqdm
 
 from training import compare, measures
 from training.data import generated, load
@@ -682,7 +683,7 @@ def test_only_a_terminal_gets_every_state_of_the_progress(
 ) -> None:
     """A log would have two lines a second."""
     shown = []
-    monkeypatch.setattr(compare.tqdm, "refresh", lambda self, **options: shown.append(options))
+    monkeypatch.setattr(tqdm, "refresh", lambda self, **options: shown.append(options))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     planned = compare.plan(compare.CompareSettings(objectives=("standard",), seeds=(0,)), [], tmp_path, 1)
     assert compare.run_all(planned, 1) == []

@@ -19,6 +19,7 @@ from scorematch import PGD, ThreatModel
 from scorematch.attacks import Square
 from training import measures
 from training.engine import distributed
+from training.engine.progress import progress_bar
 from training.reports import plots
 
 LINF_RADII = tuple(level / 255 for level in (2, 4, 8, 12, 16, 24, 32, 64, 128, 255))
@@ -142,10 +143,7 @@ def audit(
     grid = radii(threat_model, x[0].numel())
     options: dict[str, Any] = {"restarts": restarts, "losses": losses}
     evaluations = len(grid) + 5 + (other is not None)
-    interval = 0.1 if sys.stderr.isatty() else 30.0
-    with tqdm(
-        total=evaluations * len(x), unit="sample", mininterval=interval, disable=distributed.rank() > 0
-    ) as progress:
+    with progress_bar(total=evaluations * len(x), unit="sample") as progress:
         attacks = _Attacks(model, x, y, seed, batch, progress)
         clean = measures.shared(lambda xs, ys: measures.correct(model, xs, ys, batch), x, y)
         curve = {0.0: clean}
