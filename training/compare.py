@@ -293,8 +293,7 @@ def run_all(planned: Sequence[Job], jobs: int) -> list[Job]:
     waiting = [job for job in planned if not job.finished]
     others = [job for job in waiting if is_claimed(job.out)]
     if others:
-        print(f"still running: {', '.join(job.out.name for job in others)}")
-        sys.stdout.flush()
+        print(f"still running: {', '.join(job.out.name for job in others)}", flush=True)
     running: dict[subprocess.Popen, Job] = {}
     failed: list[Job] = []
     total = sum(job.settings.epochs for job in planned)

@@ -209,10 +209,8 @@ def train_and_evaluate(
     sizes = ", ".join(f"{count} {name}" for name, count in loaded.sizes.items())
     first = distributed.rank() == 0
     if first:
-        print(
-            f"{settings.objective} ({settings.divergence}) on {settings.data}: {sizes}; {settings.model}; folder {out}"
-        )
-        sys.stdout.flush()
+        objective = f"{settings.objective} ({settings.divergence})"
+        print(f"{objective} on {settings.data}: {sizes}; {settings.model}; folder {out}", flush=True)
     begin, earlier = time.perf_counter(), seconds_of_posterior(out)
     posterior = None
     if settings.posterior is not None:
@@ -222,8 +220,7 @@ def train_and_evaluate(
     torch.manual_seed(settings.seed + 1)  # a posterior trained before draws from the global generator, one loaded not
     trainer = Trainer(settings, loaded, model, posterior, out)
     if first:
-        print(f"{trainer.speed}; {hardware.parameters_of(model)}; {settings.threads} CPU threads")
-        sys.stdout.flush()
+        print(f"{trainer.speed}; {hardware.parameters_of(model)}; {settings.threads} CPU threads", flush=True)
     if first and (told := fewer_steps(settings, trainer.course.steps)):
         print(told)
     if first and trainer.forward.folds_nothing:

@@ -360,8 +360,7 @@ def trained(
     about = posteriors.description(resolved, settings.data_settings)
     if distributed.rank() == 0:
         sizes = ", ".join(f"{count} {name}" for name, count in loaded.sizes.items())
-        print(f"{settings.posterior.replace('_', ' ')} of {settings.data}: {sizes}; {speed}; folder {out}")
-        sys.stdout.flush()
+        print(f"{settings.posterior.replace('_', ' ')} of {settings.data}: {sizes}; {speed}; folder {out}", flush=True)
     begin = time.perf_counter()
     try:
         posterior = posteriors.build(
