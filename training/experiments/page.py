@@ -433,10 +433,10 @@ def section_law(cells: Sequence[dict[str, Any]], swept: Sequence[dict[str, Any]]
     figure = _scatter(points)
     figure.savefig(path, dpi=150)
     plt.close(figure)
-    lines = []
+    lines, laws = [], {}
     for measure in ("kl", "r_score"):
         y = np.array([point[1][measure] for point in points])
-        slope, offset = np.polyfit(np.log(x), np.log(y), 1)
+        slope, offset = laws[measure] = np.polyfit(np.log(x), np.log(y), 1)
         rank = float(spearmanr(x, y).statistic)
         factor = float(np.exp(np.quantile(np.abs(np.log(y) - offset - slope * np.log(x)), 0.95)))
         title = "KL" if measure == "kl" else "R_SCORE"
@@ -447,14 +447,13 @@ def section_law(cells: Sequence[dict[str, Any]], swept: Sequence[dict[str, Any]]
             + (f", and {min(within):.2f} to {max(within):.2f} among the posteriors of one problem." if within else ".")
         )
     needed = []
+    slope, offset = laws["r_score"]
     for title, group in groups(cells).items():
         rivals = [
             np.mean([of_surrogate(cell, name, weights)["r_score"] for cell in group])
             for name in present(group, SURROGATES)
             for weights in ("last", "best")
         ]
-        y = np.array([point[1]["r_score"] for point in points])
-        slope, offset = np.polyfit(np.log(x), np.log(y), 1)
         needed.append(
             f"- {title}: the best surrogate has R_SCORE {min(rivals):.3f}, which the line "
             f"reaches at a posterior of KL {float(np.exp((np.log(min(rivals)) - offset) / slope)):.3f}. With p_d "
