@@ -101,6 +101,6 @@ def table(results: Mapping[str, Any]) -> str:
 def plot(results: Mapping[str, Any]) -> bytes:
     """Certified accuracy against the L2 radius with the 95 % band, as PNG."""
     label = f"σ = {results['sigma']:g}"
-    line = plots.Series.of_points(label, results["objective"] or "", "kl", results["curve"], "radius")
+    line = plots.Series.of_points(label, results["objective"] or "", results["curve"], "radius")
     figure = plots.certified_accuracy([line], largest=results["largest_radius"])
     return plots.rendered(figure, "png")

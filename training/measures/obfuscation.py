@@ -288,7 +288,7 @@ def plot(results: Mapping[str, Any]) -> bytes:
 def figure(results: Mapping[str, Any]) -> Figure:
     """The same, as a figure."""
     label = f"PGD-{results['steps']}"
-    line = plots.Series.of_points(label, results["objective"] or "", "kl", results["curve"], "eps")
+    line = plots.Series.of_points(label, results["objective"] or "", results["curve"], "eps")
     threat_model = results["threat_model"]
     return plots.accuracy_against_eps(
         [line],
