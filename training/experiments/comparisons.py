@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from training.compare import Estimate, estimate
 from training.experiments.estimators import CROSS_FITTED, ESTIMATORS
 from training.experiments.mixtures import SURROGATES
 from training.experiments.tables import OPEN, label, shown, signed, verdict
+from training.measures.seeds import Estimate, estimate
 
 TITLES = {"kl": "KL", "r_score": "R_SCORE", "clean": "clean accuracy", "robust": "robust accuracy by label"}
 LOWER_IS_BETTER = ("kl", "r_score")

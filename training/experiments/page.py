@@ -15,7 +15,6 @@ import matplotlib
 import numpy as np
 from scipy.stats import spearmanr
 
-from training.compare import Estimate, estimate
 from training.engine import checkpoint
 from training.experiments import gradients, mixtures, problems, real_digits_page, sweep_page, together_page
 from training.experiments.comparisons import (
@@ -36,6 +35,7 @@ from training.experiments.comparisons import (
 from training.experiments.estimators import CROSS_FITTED, ESTIMATORS
 from training.experiments.mixtures import SURROGATES
 from training.experiments.tables import FAMILIES, label, read, seeds, shown, verdict
+from training.measures.seeds import Estimate, estimate
 from training.settings import command_line
 from training.settings.errors import InputError, run_program
 

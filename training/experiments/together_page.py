@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from training.compare import estimate
 from training.experiments import mixtures
 from training.experiments.comparisons import HEADER, chosen_by_evidence, columns, groups, of_direct, present
 from training.experiments.tables import FAMILIES, label, signed, verdict
+from training.measures.seeds import estimate
 
 HEAD = (f"| data | model | {HEADER} |", "| --- | --- | --- | --- | --- | --- | --- |")
 
