@@ -548,10 +548,7 @@ def _difference(
 
 def _check(settings: CompareSettings) -> None:
     ranges: dict[str, config.Check] = {
-        "seeds": (
-            lambda v: len(v) > 0 and len(set(v)) == len(v) and all(0 <= s < 2**32 for s in v),
-            "one or more different seeds from 0",
-        ),
+        "seeds": config.different(lambda seed: 0 <= seed < 2**32, "seeds from 0"),
         "jobs": (lambda v: v >= 0, "0 (the number of cores) or a number of runs"),
     }
     config.check_ranges(settings, ranges)

@@ -56,8 +56,8 @@ class DemoSettings:
 
 
 RANGES: dict[str, config.Check] = {
-    "steps": (lambda v: v >= 1, "at least 1"),
-    "frames": (lambda v: v >= 1, "at least 1"),
+    "steps": config.AT_LEAST_ONE,
+    "frames": config.AT_LEAST_ONE,
     "at": (lambda v: abs(v) <= REACH - toy.EPS, f"from {toy.EPS - REACH:g} to {REACH - toy.EPS:g}, which is shown"),
     "seed": (lambda v: v >= 0, "at least 0"),
 }

@@ -64,12 +64,12 @@ class GenerateSettings:
 RANGES: dict[str, config.Check] = {
     "limit": (lambda v: v is None or v >= 0, "0 (all) or a number of points"),
     "image_size": config.RANGES["image_size"],
-    "count": (lambda v: v >= 1, "at least 1"),
-    "batch_size": (lambda v: v >= 1, "at least 1"),
+    "count": config.AT_LEAST_ONE,
+    "batch_size": config.AT_LEAST_ONE,
     "levels": (lambda v: v >= 2, "at least 2"),
-    "steps_per_level": (lambda v: v >= 1, "at least 1"),
-    "sigma_max": (lambda v: v is None or 0 < v < float("inf"), "a finite number above 0"),
-    "sigma_min": (lambda v: v is None or 0 < v < float("inf"), "a finite number above 0"),
+    "steps_per_level": config.AT_LEAST_ONE,
+    "sigma_max": config.or_none(config.POSITIVE),
+    "sigma_min": config.or_none(config.POSITIVE),
     "seed": config.RANGES["seed"],
     "threads": config.RANGES["threads"],
 }

@@ -127,10 +127,10 @@ NOT_SAVED = ("out", "resume", "recipe", "download", "audit", "eps", "norm", "hum
 OF_FILE = ("data", "limit", "image_size", "validation_size", "posterior", "posterior_settings")
 RANGES: dict[str, config.Check] = {
     "samples": (lambda v: v is None or v == 0 or v >= 10, "0 (none), or at least 10"),
-    "steps_per_level": (lambda v: v >= 1, "at least 1"),
+    "steps_per_level": config.AT_LEAST_ONE,
     "levels": (lambda v: v >= 2, "at least 2"),
-    "eps": (lambda v: v is None or 0 < v < float("inf"), "a finite number above 0"),
-    "judge_epochs": (lambda v: v is None or v >= 1, "at least 1"),
+    "eps": config.or_none(config.POSITIVE),
+    "judge_epochs": config.or_none(config.AT_LEAST_ONE),
     "save_minutes": config.RANGES["save_minutes"],
     "limit": config.RANGES["limit"],
     "image_size": config.RANGES["image_size"],

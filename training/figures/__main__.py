@@ -61,7 +61,7 @@ class FigureSettings:
 
 
 RANGES: dict[str, config.Check] = {
-    "seeds": (lambda v: len(v) > 0 and len(set(v)) == len(v) and min(v) >= 0, "one or more different seeds from 0"),
+    "seeds": config.different(lambda seed: seed >= 0, "seeds from 0"),
     "jobs": config.RANGES["threads"],
     "images": (lambda v: v >= figure_4.SHOWN, f"at least {figure_4.SHOWN}, which are shown"),
     "eps": (lambda v: v is None or v > 0, "above 0"),
