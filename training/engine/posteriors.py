@@ -109,7 +109,7 @@ def build(
                     place, which = folder / f"fold-{fold}", f", fold {fold + 1} of {settings.number_of_folds}"
                 builder.trains = _Trains(place, which, speed or Speed(), save_minutes, about or {})
             members.append(getattr(builder, settings.name)())
-        posterior = members[0] if len(members) == 1 else Ensemble(members)
+        posterior = mean_of(members)
     posterior = posterior.to(device)
     if state is not None:
         own = posterior.state_dict()
@@ -354,6 +354,11 @@ def read(
         raise InputError(f"{path}: its network does not fit {data.name} ({error})") from None
     assert isinstance(posterior, ScoreNetwork)
     return settings, posterior
+
+
+def mean_of(members: Sequence[Any]) -> Posterior:
+    """The mean of several posteriors, or the only one itself."""
+    return members[0] if len(members) == 1 else Ensemble(members)
 
 
 def members_of(posterior: Posterior) -> list[Any]:
