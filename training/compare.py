@@ -564,7 +564,7 @@ def main(arguments: list[str]) -> None:
     )
     _check(settings)
     out = settings.out or Path("runs") / f"compare-{data_sets.slug(settings.data)}"
-    jobs = settings.jobs or len(os.sched_getaffinity(0))
+    jobs = config.resolve_jobs(settings.jobs)
     options = arguments[end + 1 :]
     planned = plan(settings, options, out, jobs)
     # Each run says this in its log; here counts what no run at all reads.

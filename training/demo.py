@@ -85,10 +85,7 @@ def main(arguments: list[str]) -> None:
         default=DemoSettings(),
     )
     config.check_ranges(settings, RANGES)
-    try:
-        settings.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"out: {settings.out} cannot be made ({error.strerror})") from None
+    checkpoint.make_folder(settings.out, "out")
     torch.set_num_threads(1)
     films: Films = {}
     with tqdm(total=2 * settings.steps, desc="training", unit="step") as progress:

@@ -4,7 +4,6 @@ python -m training.experiments --name mixtures --seeds 0 1 2 3 4 --dimensions 16
 python -m training.experiments --name mixtures --quick --out runs/quick
 """
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +63,7 @@ def main(arguments: list[str]) -> None:
     )
     check(settings)
     out = settings.out or Path("runs") / "experiments" / settings.name
-    jobs = settings.jobs or len(os.sched_getaffinity(0))
+    jobs = config.resolve_jobs(settings.jobs)
     try:
         with claimed(out):
             count = run(settings, out, jobs)

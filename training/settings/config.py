@@ -7,6 +7,7 @@ options. A key that no field has is an error.
 
 import dataclasses
 import math
+import os
 import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -567,6 +568,11 @@ def resolve_device(name: str) -> torch.device:
 def resolve_threads(threads: int) -> int:
     """The number of CPU threads: ``threads``, or for 0 what the process may use."""
     return threads or torch.get_num_threads()
+
+
+def resolve_jobs(jobs: int) -> int:
+    """The number of processes side by side: ``jobs``, or for 0 as many as there are cores for this one."""
+    return jobs or len(os.sched_getaffinity(0))
 
 
 def parse(arguments: Sequence[str]) -> RunSettings:
