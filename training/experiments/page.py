@@ -29,15 +29,17 @@ from training.experiments.comparisons import (
     groups,
     judged,
     of_direct,
+    of_rival,
     of_surrogate,
     present,
+    rivals_of,
 )
 from training.experiments.estimators import CROSS_FITTED, ESTIMATORS
 from training.experiments.mixtures import SURROGATES
 from training.experiments.tables import FAMILIES, label, read, seeds, shown, verdict
 from training.measures.seeds import Estimate, estimate
 from training.settings import command_line
-from training.settings.errors import InputError, run_program
+from training.settings.errors import run_program
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -80,10 +82,7 @@ def main(arguments: list[str]) -> None:
         for name in ("sweep", "digits", "features", "images", "real-digits")
     )
     known = [*of_mixtures, *of_digits, *of_features, *of_images]
-    try:
-        (settings.docs / "figures").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"docs: {settings.docs / 'figures'} cannot be made ({error.strerror})") from None
+    checkpoint.make_folder(settings.docs / "figures", "docs")
     sections = [
         INTRODUCTION,
         section_gradients(of_gradients),
@@ -450,9 +449,8 @@ def section_law(cells: Sequence[dict[str, Any]], swept: Sequence[dict[str, Any]]
     slope, offset = laws["r_score"]
     for title, group in groups(cells).items():
         rivals = [
-            np.mean([of_surrogate(cell, name, weights)["r_score"] for cell in group])
-            for name in present(group, SURROGATES)
-            for weights in ("last", "best")
+            np.mean([of_rival(rival, cell)["r_score"] for cell in group])
+            for rival in rivals_of(present(group, SURROGATES))
         ]
         needed.append(
             f"- {title}: the best surrogate has R_SCORE {min(rivals):.3f}, which the line "
