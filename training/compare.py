@@ -18,17 +18,16 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any, NamedTuple, get_args
-
-from scipy.stats import t as student
-from tqdm import tqdm
 
 from scorematch.divergences import KINDS
 from training import data as data_sets
 from training.data import DataName
 from training.engine import checkpoint
 from training.engine.claims import claimed, is_claimed
+from training.engine.progress import progress_bar
+from training.measures.seeds import SAME, Estimate, over_seeds
 from training.reports import comparison as report
 from training.settings import command_line, config, unused
 from training.settings.config import Objective, Posterior, RunSettings
@@ -56,7 +55,6 @@ FORM = "[:DIVERGENCE][:POSTERIOR][:soft][:generated]"
 ROOT = Path(__file__).resolve().parent.parent
 POLL_SECONDS = 0.5
 LOG_LINES = 5  # of a failed run, shown
-SAME = 1e-9  # relative: a smaller interval is rounding of float64
 
 
 @dataclass(frozen=True)
@@ -293,16 +291,12 @@ def run_all(planned: Sequence[Job], jobs: int) -> list[Job]:
     waiting = [job for job in planned if not job.finished]
     others = [job for job in waiting if is_claimed(job.out)]
     if others:
-        print(f"still running: {', '.join(job.out.name for job in others)}")
-        sys.stdout.flush()
+        print(f"still running: {', '.join(job.out.name for job in others)}", flush=True)
     running: dict[subprocess.Popen, Job] = {}
     failed: list[Job] = []
     total = sum(job.settings.epochs for job in planned)
     done = sum(job.settings.epochs for job in planned if job.finished)
-    interval = 0.1 if sys.stderr.isatty() else 30.0
-    with tqdm(
-        total=total, initial=done, desc="compare", unit="epoch", smoothing=0.05, mininterval=interval
-    ) as progress:
+    with progress_bar(total=total, initial=done, desc="compare", unit="epoch", smoothing=0.05) as progress:
         try:
             while waiting or running:
                 others = [job for job in others if is_claimed(job.out)]
@@ -359,44 +353,6 @@ def _failure(job: Job, status: int) -> str:
     text = _log(job).read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
     lines = [line for line in text.splitlines() if line.strip()]
     return "\n".join([f"{job.out.name} failed with status {status}; the end of {_log(job)}:", *lines[-LOG_LINES:]])
-
-
-class Estimate(NamedTuple):
-    """A mean over seeds with its interval (Student's t, 95 % unless said otherwise); one seed has no interval."""
-
-    mean: float
-    low: float | None
-    high: float | None
-    values: list[float]
-
-
-def estimate(values: Sequence[float], *, level: float = 0.95, least: float = 0.0) -> Estimate:
-    """The mean of values with its interval, which takes their standard deviation to be at least ``least``."""
-    mean = fmean(values)
-    if len(values) < 2:
-        return Estimate(mean, None, None, list(values))
-    half = float(student.ppf((1 + level) / 2, len(values) - 1)) * max(stdev(values), least) / len(values) ** 0.5
-    return Estimate(mean, mean - half, mean + half, list(values))
-
-
-def over_seeds(
-    values: Sequence[float], one_sample: float = 0.0, *, accuracies: int = 1, level: float = 0.95
-) -> Estimate:
-    """:func:`estimate` of what runs have measured, where equal values of all seeds do not make an interval of width 0.
-
-    Args:
-        values: one for each seed.
-        one_sample: what one test sample counts in an accuracy, in points. 0: the values are no accuracies, or it is not
-            known; then equal values have no interval.
-        accuracies: how many a value is made of; a difference is made of two.
-        level: of the interval.
-    """
-    # An accuracy is rounded to multiples of h, one sample. An error u anywhere in [-h/2, h/2] has the variance
-    # (1/h) ∫ u² du = h²/12, and a difference of two accuracies twice that, h²/6.
-    found = estimate(values, level=level, least=one_sample * (accuracies / 12) ** 0.5)
-    if found.low is None or found.high is None or found.high - found.low > SAME * max(map(abs, values)):
-        return found
-    return found._replace(low=None, high=None)
 
 
 def gather(settings: CompareSettings, planned: Sequence[Job]) -> dict[str, Any]:
@@ -592,10 +548,7 @@ def _difference(
 
 def _check(settings: CompareSettings) -> None:
     ranges: dict[str, config.Check] = {
-        "seeds": (
-            lambda v: len(v) > 0 and len(set(v)) == len(v) and all(0 <= s < 2**32 for s in v),
-            "one or more different seeds from 0",
-        ),
+        "seeds": config.different(lambda seed: 0 <= seed < 2**32, "seeds from 0"),
         "jobs": (lambda v: v >= 0, "0 (the number of cores) or a number of runs"),
     }
     config.check_ranges(settings, ranges)
@@ -611,7 +564,7 @@ def main(arguments: list[str]) -> None:
     )
     _check(settings)
     out = settings.out or Path("runs") / f"compare-{data_sets.slug(settings.data)}"
-    jobs = settings.jobs or len(os.sched_getaffinity(0))
+    jobs = config.resolve_jobs(settings.jobs)
     options = arguments[end + 1 :]
     planned = plan(settings, options, out, jobs)
     # Each run says this in its log; here counts what no run at all reads.

@@ -56,8 +56,8 @@ class DemoSettings:
 
 
 RANGES: dict[str, config.Check] = {
-    "steps": (lambda v: v >= 1, "at least 1"),
-    "frames": (lambda v: v >= 1, "at least 1"),
+    "steps": config.AT_LEAST_ONE,
+    "frames": config.AT_LEAST_ONE,
     "at": (lambda v: abs(v) <= REACH - toy.EPS, f"from {toy.EPS - REACH:g} to {REACH - toy.EPS:g}, which is shown"),
     "seed": (lambda v: v >= 0, "at least 0"),
 }
@@ -85,10 +85,7 @@ def main(arguments: list[str]) -> None:
         default=DemoSettings(),
     )
     config.check_ranges(settings, RANGES)
-    try:
-        settings.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"out: {settings.out} cannot be made ({error.strerror})") from None
+    checkpoint.make_folder(settings.out, "out")
     torch.set_num_threads(1)
     films: Films = {}
     with tqdm(total=2 * settings.steps, desc="training", unit="step") as progress:

@@ -25,7 +25,7 @@ import torch
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
-from scorematch import AutoAttack, ThreatModel, smoothing
+from scorematch import PGD, AutoAttack, ThreatModel, smoothing
 from scorematch.attacks import inspection
 from training import data, measures, models
 from training.data import Data, DataName, DataSettings
@@ -256,7 +256,7 @@ def clean_and_pgd(
         assert threat_model is not None
         options = _pgd_options(settings)
         seed = options.pop("seed")
-        attack = measures.pgd(threat_model, **options)
+        attack = PGD(threat_model, **options)
         wish = settings.precision or (subject.run.precision if subject.run else "auto")
         precision = hardware.precision_of(wish, hardware.hardware_of(x.device))
         hardware.prepare(x.device, precision, deterministic=False)
@@ -271,8 +271,7 @@ def clean_and_pgd(
             masks["pgd"] = measures.shared(robust, x, y)
     accuracies: dict[str, Any] = {}
     for name, mask in masks.items():
-        accuracies[f"{name}_acc"] = measures.per_cent(mask)
-        accuracies[f"{name}_interval"] = list(measures.wilson(int(mask.sum()), len(mask)))
+        accuracies |= measures.accuracy(name, mask)
     if settings.attack == "pgd" and subject.data.p_d is not None:
         assert threat_model is not None
         accuracies |= measures.self_consistency(
@@ -347,9 +346,7 @@ def official_autoattack(
     x_adv = adversary.run_standard_evaluation(x, y, bs=settings.batch_size)
     results: dict[str, Any] = {"engine": "official", "version": version}
     for name, points in (("clean", x), ("autoattack", x_adv)):
-        stands = measures.correct(model, points.to(x.device), y, settings.batch_size)
-        results[f"{name}_acc"] = measures.per_cent(stands)
-        results[f"{name}_interval"] = list(measures.wilson(int(stands.sum()), len(stands)))
+        results |= measures.accuracy(name, measures.correct(model, points.to(x.device), y, settings.batch_size))
     return results
 
 
@@ -573,18 +570,18 @@ def _check(settings: EvaluateSettings) -> None:
     ranges: dict[str, config.Check] = {
         "image_size": config.RANGES["image_size"],
         "limit": (lambda v: v >= 0, "0 (all) or a number of samples"),
-        "batch_size": (lambda v: v >= 1, "at least 1"),
-        "eps": (lambda v: v is None or 0 < v < math.inf, "a finite number above 0"),
-        "step_size": (lambda v: v is None or 0 < v < math.inf, "a finite number above 0"),
+        "batch_size": config.AT_LEAST_ONE,
+        "eps": config.or_none(config.POSITIVE),
+        "step_size": config.or_none(config.POSITIVE),
         "steps": config.RANGES["eval_steps"],
-        "restarts": (lambda v: v is None or v >= 1, "at least 1"),
+        "restarts": config.or_none(config.AT_LEAST_ONE),
         "losses": config.RANGES["eval_losses"],
-        "sigma": (lambda v: v is None or 0 < v < math.inf, "a finite number above 0"),
-        "n0": (lambda v: v >= 1, "at least 1"),
-        "n": (lambda v: v >= 1, "at least 1"),
+        "sigma": config.or_none(config.POSITIVE),
+        "n0": config.AT_LEAST_ONE,
+        "n": config.AT_LEAST_ONE,
         "alpha": (lambda v: 0 < v < 1, "between 0 and 1, exclusive"),
         "radii": (lambda v: all(0 <= r < math.inf for r in v), "finite numbers of at least 0"),
-        "verdict_passes": (lambda v: v >= 1, "at least 1"),
+        "verdict_passes": config.AT_LEAST_ONE,
         "seed": config.RANGES["seed"],
         "threads": config.RANGES["threads"],
     }

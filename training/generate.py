@@ -23,7 +23,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from scorematch import sampling
 from scorematch.networks import Denoiser
@@ -31,6 +30,7 @@ from training import data
 from training.data import DataName, DataSettings, generated
 from training.engine import checkpoint, posteriors
 from training.engine.claims import claimed
+from training.engine.progress import progress_bar
 from training.settings import command_line, config
 from training.settings.errors import InputError, Interrupted, StopError, run_program
 
@@ -64,12 +64,12 @@ class GenerateSettings:
 RANGES: dict[str, config.Check] = {
     "limit": (lambda v: v is None or v >= 0, "0 (all) or a number of points"),
     "image_size": config.RANGES["image_size"],
-    "count": (lambda v: v >= 1, "at least 1"),
-    "batch_size": (lambda v: v >= 1, "at least 1"),
+    "count": config.AT_LEAST_ONE,
+    "batch_size": config.AT_LEAST_ONE,
     "levels": (lambda v: v >= 2, "at least 2"),
-    "steps_per_level": (lambda v: v >= 1, "at least 1"),
-    "sigma_max": (lambda v: v is None or 0 < v < float("inf"), "a finite number above 0"),
-    "sigma_min": (lambda v: v is None or 0 < v < float("inf"), "a finite number above 0"),
+    "steps_per_level": config.AT_LEAST_ONE,
+    "sigma_max": config.or_none(config.POSITIVE),
+    "sigma_min": config.or_none(config.POSITIVE),
     "seed": config.RANGES["seed"],
     "threads": config.RANGES["threads"],
 }
@@ -265,12 +265,11 @@ def make(generator: Generator, parts: Path) -> int:
     """Make the batches that are missing; the number of images made."""
     missing = [number for number in range(generator.batches) if not part_path(parts, number).exists()]
     made = 0
-    with tqdm(
+    with progress_bar(
         total=generator.count,
         initial=generator.count - sum(len(generator.labels(number)) for number in missing),
         desc="generate",
         unit="image",
-        mininterval=0.1 if sys.stderr.isatty() else 30.0,
     ) as progress:
         for number in missing:
             labels = generator.labels(number)

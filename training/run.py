@@ -28,7 +28,6 @@ import numpy as np
 import tomli_w
 import torch
 from torch import Generator, Tensor, nn
-from tqdm import tqdm
 
 import scorematch
 from scorematch import PGD, AutoAttack
@@ -41,8 +40,9 @@ from training.engine import checkpoint, distributed, hardware, posteriors
 from training.engine.claims import OF_RUNS_FOLDER, claimed, refuse_left_over
 from training.engine.hardware import Hardware, Speed
 from training.engine.loop import Trainer, generator
+from training.engine.progress import progress_bar
 from training.reports import run as report
-from training.settings import command_line, config, tables, unused
+from training.settings import command_line, config, unused
 from training.settings.config import RunSettings
 from training.settings.errors import InputError, Interrupted, StopError, out_of_memory, run_program
 
@@ -209,10 +209,8 @@ def train_and_evaluate(
     sizes = ", ".join(f"{count} {name}" for name, count in loaded.sizes.items())
     first = distributed.rank() == 0
     if first:
-        print(
-            f"{settings.objective} ({settings.divergence}) on {settings.data}: {sizes}; {settings.model}; folder {out}"
-        )
-        sys.stdout.flush()
+        objective = f"{settings.objective} ({settings.divergence})"
+        print(f"{objective} on {settings.data}: {sizes}; {settings.model}; folder {out}", flush=True)
     begin, earlier = time.perf_counter(), seconds_of_posterior(out)
     posterior = None
     if settings.posterior is not None:
@@ -222,8 +220,7 @@ def train_and_evaluate(
     torch.manual_seed(settings.seed + 1)  # a posterior trained before draws from the global generator, one loaded not
     trainer = Trainer(settings, loaded, model, posterior, out)
     if first:
-        print(f"{trainer.speed}; {hardware.parameters_of(model)}; {settings.threads} CPU threads")
-        sys.stdout.flush()
+        print(f"{trainer.speed}; {hardware.parameters_of(model)}; {settings.threads} CPU threads", flush=True)
     if first and (told := fewer_steps(settings, trainer.course.steps)):
         print(told)
     if first and trainer.forward.folds_nothing:
@@ -304,10 +301,7 @@ def get_posterior(settings: RunSettings, loaded: Data, given: dict[str, Any] | N
     """The data posterior: the run's own posterior.pt, one given, or a new one, trained on the training split."""
     path = out / "posterior.pt"
     state = read_posterior(settings, path, loaded) if path.exists() else given
-    about = {**tables.plain(settings.posterior_settings), "data": settings.data, "limit": settings.limit}
-    for name in ("image_size", "validation_size"):
-        if (value := getattr(settings, name)) is not None:
-            about[name] = value
+    about = posteriors.description(settings.posterior_settings, settings.data_settings)
     device = loaded.x_train.device
     speed = speed_of_posterior(settings, hardware.hardware_of(device))
     hardware.prepare(device, speed.precision, deterministic=settings.deterministic)  # it may have to be trained
@@ -366,24 +360,12 @@ def measure(
     radii = [settings.eps * (i / half) for i in range(1, settings.curve_points + 1)] if half else [settings.eps]
     radii = [eps for eps in radii if eps <= max(settings.eps, loaded.format.largest_radius(settings.norm))]
 
-    clean = measures.correct(network, x, y)
-    curve = [{"eps": 0.0, "acc": measures.per_cent(clean)}]
-    results: dict[str, Any] = {
-        "clean_acc": curve[0]["acc"],
-        "clean_interval": measures.wilson(int(clean.sum()), len(x)),
-        **measures.calibration(network, x, y),
-    }
-    interval = 0.1 if sys.stderr.isatty() else 30.0
-    hidden = distributed.rank() > 0
-    with tqdm(
-        total=len(radii) * measures.share_of(len(x)),
-        desc="evaluate",
-        unit="sample",
-        mininterval=interval,
-        disable=hidden,
-    ) as progress:
+    results = measures.accuracy("clean", measures.correct(network, x, y))
+    curve = [{"eps": 0.0, "acc": results["clean_acc"]}]
+    results |= measures.calibration(network, x, y)
+    with progress_bar(total=len(radii) * measures.share_of(len(x)), desc="evaluate", unit="sample") as progress:
         for eps in radii:
-            attack = measures.pgd(
+            attack = PGD(
                 measures.scaled(threat_model, eps),
                 steps=settings.eval_steps,
                 restarts=settings.eval_restarts,
@@ -397,8 +379,7 @@ def measure(
             robust = measures.shared(under_attack, x, y)
             curve.append({"eps": eps, "acc": measures.per_cent(robust)})
             if eps == settings.eps:
-                results["pgd_acc"] = curve[-1]["acc"]
-                results["pgd_interval"] = measures.wilson(int(robust.sum()), len(x))
+                results |= measures.accuracy("pgd", robust)
     write_json(out / "curve.json", curve)
 
     if loaded.name == "toy":
@@ -428,7 +409,7 @@ def measure(
 
 def save_fooled(settings: RunSettings, loaded: Data, network: nn.Module, out: Path) -> None:
     """A few test images that fool the network, for the report, as a file of arrays."""
-    attack = measures.pgd(
+    attack = PGD(
         settings.threat_model(loaded.lower, loaded.upper),
         steps=settings.eval_steps,
         restarts=1,

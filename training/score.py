@@ -94,6 +94,17 @@ class ScoreSettings:
     posterior_settings: PosteriorSettings = field(default_factory=PosteriorSettings)
 
     @property
+    def data_settings(self) -> DataSettings:
+        return DataSettings(
+            self.data,
+            self.limit,
+            root=self.data_root,
+            download=self.download,
+            validation_size=self.validation_size,
+            image_size=self.image_size,
+        )
+
+    @property
     def draws(self) -> int:
         """How many samples."""
         if self.samples is None:
@@ -116,10 +127,10 @@ NOT_SAVED = ("out", "resume", "recipe", "download", "audit", "eps", "norm", "hum
 OF_FILE = ("data", "limit", "image_size", "validation_size", "posterior", "posterior_settings")
 RANGES: dict[str, config.Check] = {
     "samples": (lambda v: v is None or v == 0 or v >= 10, "0 (none), or at least 10"),
-    "steps_per_level": (lambda v: v >= 1, "at least 1"),
+    "steps_per_level": config.AT_LEAST_ONE,
     "levels": (lambda v: v >= 2, "at least 2"),
-    "eps": (lambda v: v is None or 0 < v < float("inf"), "a finite number above 0"),
-    "judge_epochs": (lambda v: v is None or v >= 1, "at least 1"),
+    "eps": config.or_none(config.POSITIVE),
+    "judge_epochs": config.or_none(config.AT_LEAST_ONE),
     "save_minutes": config.RANGES["save_minutes"],
     "limit": config.RANGES["limit"],
     "image_size": config.RANGES["image_size"],
@@ -249,15 +260,7 @@ def flat(table: dict[str, Any]) -> dict[str, Any]:
 def run(settings: ScoreSettings, device: torch.device) -> None:
     if settings.precision == "tf32" and device.type != "cuda":
         raise InputError(f"precision: 'tf32' on {device}, allowed: auto, float32 or bfloat16, or a CUDA device")
-    source = DataSettings(
-        settings.data,
-        settings.limit,
-        root=settings.data_root,
-        validation_size=settings.validation_size,
-        download=settings.download,
-        image_size=settings.image_size,
-    )
-    load = functools.partial(data.load, source)
+    load = functools.partial(data.load, settings.data_settings)
     loaded = (distributed.in_turns(load) if settings.download else load()).to(device)
     for name in ("eps", "norm", "human_labels"):
         if getattr(settings, name) is not None and not settings.audit:
@@ -354,14 +357,10 @@ def trained(
     settings: ScoreSettings, resolved: PosteriorSettings, loaded: Data, speed: Speed, out: Path
 ) -> tuple[Posterior, float]:
     """The posterior with its networks trained, saved as posterior.pt, and the seconds that this took."""
-    about = {**tables.plain(resolved), "data": settings.data, "limit": settings.limit}
-    for name in ("image_size", "validation_size"):
-        if (value := getattr(settings, name)) is not None:
-            about[name] = value
+    about = posteriors.description(resolved, settings.data_settings)
     if distributed.rank() == 0:
         sizes = ", ".join(f"{count} {name}" for name, count in loaded.sizes.items())
-        print(f"{settings.posterior.replace('_', ' ')} of {settings.data}: {sizes}; {speed}; folder {out}")
-        sys.stdout.flush()
+        print(f"{settings.posterior.replace('_', ' ')} of {settings.data}: {sizes}; {speed}; folder {out}", flush=True)
     begin = time.perf_counter()
     try:
         posterior = posteriors.build(

@@ -14,7 +14,7 @@ from ..intervals import wilson
 from ..threat_model import ThreatModel
 from .fab import FAB
 from .parts import Attack
-from .report import costs, shares, tabular
+from .report import costs, lengths, shares, tabular
 from .settings import AttackSettings
 
 
@@ -100,7 +100,7 @@ class AccuracyCurve:
             "robust_accuracy": list(self.robust_accuracy.values()),
             "intervals": [list(interval) for interval in self.intervals.values()],
             "complete": list(self.complete.values()),
-            "nearest": [length if math.isfinite(length) else None for length in self.nearest.tolist()],
+            "nearest": lengths(self.nearest),
             "reports": list(self.reports),
         }
 

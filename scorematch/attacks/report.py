@@ -55,10 +55,15 @@ def report_of(state: EvaluationState, stages: Sequence[Stage]) -> dict[str, Any]
         "samples": count,
         "robust": state.robust.tolist(),
         "fallen_by": [_fallen_by(stages, index) for index in state.fallen_by.tolist()],
-        "nearest": [length if math.isfinite(length) else None for length in state.nearest.tolist()],
+        "nearest": lengths(state.nearest),
         "nan_samples": {name: samples.tolist() for name, samples in nan_samples(state).items()},
         "seconds": sum(cost.seconds for cost in state.costs.values()),
     }
+
+
+def lengths(nearest: Tensor) -> list[float | None]:
+    """Distances [N] for JSON, which has no word for ∞: None where no point was found."""
+    return [length if math.isfinite(length) else None for length in nearest.tolist()]
 
 
 def _fallen_by(stages: Sequence[Stage], index: int) -> str | None:

@@ -12,10 +12,12 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import tomli_w
+from tqdm import tqdm
 
 from training import compare, measures
 from training.data import generated, load
 from training.engine import checkpoint
+from training.measures.seeds import estimate, over_seeds
 from training.reports import comparison as report
 from training.settings import config
 from training.settings.errors import InputError
@@ -295,10 +297,10 @@ def test_unknown_part_of_a_name() -> None:
 
 def test_students_interval() -> None:
     """Mean 2, standard deviation 1, three values: 2 ± 4.303 / √3."""
-    mean, low, high, _ = compare.estimate([1.0, 2.0, 3.0])
+    mean, low, high, _ = estimate([1.0, 2.0, 3.0])
     assert mean == 2.0
     assert (low, high) == pytest.approx((2 - 2.4841, 2 + 2.4841), abs=1e-3)
-    assert compare.estimate([5.0])[:3] == (5.0, None, None)
+    assert estimate([5.0])[:3] == (5.0, None, None)
 
 
 def test_wilsons_interval() -> None:
@@ -309,7 +311,7 @@ def test_wilsons_interval() -> None:
 
 def test_a_data_gradient_below_one_per_cent_is_called_distillation() -> None:
     def told(ratio: float) -> str:
-        entry = {"label": "direct", "data_gradient_ratio": compare.estimate([ratio])._asdict()}
+        entry = {"label": "direct", "data_gradient_ratio": estimate([ratio])._asdict()}
         return " ".join(report.gradient_section({"aggregate": {"direct": entry}, "runs": {}}))
 
     assert "Distillation: the data gradient changes almost nothing" in told(0.009)
@@ -439,10 +441,10 @@ def test_an_accuracy_is_known_to_one_sample_at_best() -> None:
     gap = found["paired"]["differences"]["score_direct"]["autoattack_acc"]
     assert gap["high"] - gap["mean"] == pytest.approx(12.7062 * 100 / SAMPLES / 6**0.5 / 2**0.5, rel=1e-4)
     assert report._headline(found).startswith("These seeds do not tell")
-    same = compare.over_seeds([98.6, 98.6, 98.6], 100 / SAMPLES)
+    same = over_seeds([98.6, 98.6, 98.6], 100 / SAMPLES)
     assert same.high is not None
     assert same.high - same.mean == pytest.approx(4.3027 * 100 / SAMPLES / 12**0.5 / 3**0.5, rel=1e-4)
-    assert compare.over_seeds([1.0, 2.0, 3.0], 0.2)[:3] == compare.estimate([1.0, 2.0, 3.0])[:3]
+    assert over_seeds([1.0, 2.0, 3.0], 0.2)[:3] == estimate([1.0, 2.0, 3.0])[:3]
 
 
 def test_a_lead_of_less_than_one_sample_is_none() -> None:
@@ -458,10 +460,10 @@ def test_a_lead_of_less_than_one_sample_is_none() -> None:
 
 def test_equal_values_of_other_measures_have_no_interval() -> None:
     for value in (0.25, 0.0):
-        assert compare.over_seeds([value] * 3) == (value, None, None, [value] * 3)
+        assert over_seeds([value] * 3) == (value, None, None, [value] * 3)
     nearly = [80.3 - 80.0, 81.4 - 81.1]
     assert nearly[0] != nearly[1]
-    assert compare.over_seeds(nearly).low is None
+    assert over_seeds(nearly).low is None
 
 
 def test_lengths_of_other_data_are_no_pixels() -> None:
@@ -682,7 +684,7 @@ def test_only_a_terminal_gets_every_state_of_the_progress(
 ) -> None:
     """A log would have two lines a second."""
     shown = []
-    monkeypatch.setattr(compare.tqdm, "refresh", lambda self, **options: shown.append(options))
+    monkeypatch.setattr(tqdm, "refresh", lambda self, **options: shown.append(options))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     planned = compare.plan(compare.CompareSettings(objectives=("standard",), seeds=(0,)), [], tmp_path, 1)
     assert compare.run_all(planned, 1) == []

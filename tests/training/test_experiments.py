@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from scorematch.posteriors import FactorAnalysers
-from training.compare import estimate
 from training.engine.claims import claimed
 from training.experiments import __main__ as experiments
 from training.experiments import (
@@ -31,6 +30,7 @@ from training.experiments import (
     tables,
     together_page,
 )
+from training.measures.seeds import estimate
 from training.settings.errors import InputError
 
 

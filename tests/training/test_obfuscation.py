@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scorematch import ThreatModel
-from training import data, measures
+from scorematch import PGD, ThreatModel
+from training import data
 from training.measures import obfuscation
 
 LINF = ThreatModel("linf", 0.1)
@@ -34,7 +34,7 @@ def trained() -> tuple[nn.Module, Tensor, Tensor]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Softplus(), nn.Linear(32, 10))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    attack = measures.pgd(LINF, steps=2, restarts=1, losses=("ce",))
+    attack = PGD(LINF, steps=2, restarts=1, losses=("ce",))
     generator = torch.Generator().manual_seed(0)
     for _ in range(15):
         for index in torch.randperm(len(loaded.x_train), generator=generator).split(128):

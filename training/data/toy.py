@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from scorematch import logit_divergence
 from scorematch.bounds import RobustErrors
+from scorematch.model_state import borrowed
 from scorematch.posteriors import GaussianMixture
 
 PRIORS = (5 / 6, 1 / 6)
@@ -102,10 +103,8 @@ def errors(model: nn.Module, divergence: str = "kl", grid: Grid | None = None) -
         ValueError: no such divergence.
     """
     grid = grid or Grid()
-    training_mode = model.training
-    model.eval()
-    log_q = log_probabilities(model, grid.x)
-    model.train(training_mode)
+    with borrowed(model):
+        log_q = log_probabilities(model, grid.x)
     log_p = log_joint(grid.x).log_softmax(dim=1)
     standard = logit_divergence(log_q, log_p, kind=divergence)
     return RobustErrors(

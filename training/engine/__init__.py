@@ -20,6 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from training.engine import checkpoint, distributed
+from training.engine.progress import progress_bar
 from training.settings.errors import InputError, Interrupted, StopError, interrupts_deferred
 
 STEPS_BETWEEN_CHECKS = 20  # a check reads loss and weights and thereby waits for the device
@@ -218,14 +219,7 @@ class Engine(ABC):
         with (
             self._curves() as curves,
             interrupts_deferred() as self._signal,
-            tqdm(
-                total=course.all_steps,
-                initial=self.steps_done,
-                desc=course.name,
-                unit="step",
-                mininterval=0.1 if sys.stderr.isatty() else 30.0,
-                disable=self.rank != 0,
-            ) as progress,
+            progress_bar(total=course.all_steps, initial=self.steps_done, desc=course.name, unit="step") as progress,
         ):
             while self.epoch < course.epochs:
                 entry = self._epoch(progress)

@@ -63,6 +63,18 @@ def write_json(path: Path, value: object) -> None:
     write_atomically(path, as_json(value, indent=2) + "\n")
 
 
+def make_folder(path: Path, option: str) -> None:
+    """Make a folder that an option asks for, if it is not there yet.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{option}: {path} cannot be made ({error.strerror})") from None
+
+
 def check_writable(path: Path) -> None:
     """Find out before the work whether a file can be written after it; makes its folder.
 

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parallel import DistributedDataParallel
 
-from scorematch import objectives
+from scorematch import PGD, objectives
 from scorematch.free import FreeAttack
 from scorematch.graphs import AttackGraphs
 from scorematch.noise import normal_like
@@ -471,9 +471,7 @@ class Trainer(Engine):
         x, y = data.x_validation, data.y_validation
         if not len(x):
             return {}
-        attack = measures.pgd(
-            self.threat_model, steps=settings.validation_steps, restarts=1, losses=settings.validation_losses
-        )
+        attack = PGD(self.threat_model, steps=settings.validation_steps, restarts=1, losses=settings.validation_losses)
         start = generator(settings.seed, "validation", x.device)
 
         def robust(x: Tensor, y: Tensor) -> Tensor:

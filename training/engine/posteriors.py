@@ -30,7 +30,7 @@ from scorematch.networks.denoiser import ScaledModule
 from scorematch.posteriors import Ensemble, KernelDensity, NoiseConditionalClassifier, Posterior, ScoreNetwork
 from scorematch.posteriors.base import PointwisePosterior
 from scorematch.threat_model import ThreatModel
-from training.data import Data, Format, check_record
+from training.data import Data, DataSettings, Format, check_record
 from training.engine import checkpoint, scores
 from training.engine.forward import Forward
 from training.engine.hardware import Speed
@@ -109,7 +109,7 @@ def build(
                     place, which = folder / f"fold-{fold}", f", fold {fold + 1} of {settings.number_of_folds}"
                 builder.trains = _Trains(place, which, speed or Speed(), save_minutes, about or {})
             members.append(getattr(builder, settings.name)())
-        posterior = members[0] if len(members) == 1 else Ensemble(members)
+        posterior = mean_of(members)
     posterior = posterior.to(device)
     if state is not None:
         own = posterior.state_dict()
@@ -301,6 +301,13 @@ def score_network_at(
     )
 
 
+def description(settings: PosteriorSettings, source: DataSettings) -> dict[str, Any]:
+    """What a posterior.pt says of itself, and of the data that :func:`check_source` compares later."""
+    sizes = {"image_size": source.image_size, "validation_size": source.validation_size}
+    given = {name: value for name, value in sizes.items() if value is not None}
+    return {**tables.plain(settings), "data": source.name, "limit": source.limit, **given}
+
+
 def check_source(path: Path, saved: dict[str, Any], data: Data, about: Mapping[str, Any], prefix: str = "") -> None:
     """Refuse a posterior.pt of other data; files from before these were recorded do not say.
 
@@ -347,6 +354,11 @@ def read(
         raise InputError(f"{path}: its network does not fit {data.name} ({error})") from None
     assert isinstance(posterior, ScoreNetwork)
     return settings, posterior
+
+
+def mean_of(members: Sequence[Any]) -> Posterior:
+    """The mean of several posteriors, or the only one itself."""
+    return members[0] if len(members) == 1 else Ensemble(members)
 
 
 def members_of(posterior: Posterior) -> list[Any]:

@@ -4,7 +4,6 @@ python -m training.experiments --name mixtures --seeds 0 1 2 3 4 --dimensions 16
 python -m training.experiments --name mixtures --quick --out runs/quick
 """
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,17 +33,13 @@ class ExperimentSettings:
 
 
 RANGES: dict[str, config.Check] = {
-    "seeds": (lambda v: len(v) > 0 and len(set(v)) == len(v) and min(v) >= 0, "one or more different seeds from 0"),
-    "dimensions": (lambda v: len(v) > 0 and len(set(v)) == len(v) and min(v) >= 1, "one or more different ones from 1"),
-    "counts": (lambda v: len(v) > 0 and len(set(v)) == len(v) and min(v) >= 40, "one or more different ones from 40"),
-    "folds": (
-        lambda v: len(v) > 0 and len(set(v)) == len(v) and 0 <= min(v) <= max(v) < problems.REAL_FOLDS,
-        f"one or more different folds from 0 to {problems.REAL_FOLDS - 1}",
+    "seeds": config.different(lambda seed: seed >= 0, "seeds from 0"),
+    "dimensions": config.different(lambda dimension: dimension >= 1, "ones from 1"),
+    "counts": config.different(lambda count: count >= 40, "ones from 40"),
+    "folds": config.different(
+        lambda fold: 0 <= fold < problems.REAL_FOLDS, f"folds from 0 to {problems.REAL_FOLDS - 1}"
     ),
-    "radii": (
-        lambda v: len(v) > 0 and len(set(v)) == len(v) and 0 < min(v) <= max(v) < 1,
-        "one or more different ones between 0 and 1",
-    ),
+    "radii": config.different(lambda eps: 0 < eps < 1, "ones between 0 and 1"),
     "jobs": config.RANGES["threads"],
 }
 USES = {
@@ -68,7 +63,7 @@ def main(arguments: list[str]) -> None:
     )
     check(settings)
     out = settings.out or Path("runs") / "experiments" / settings.name
-    jobs = settings.jobs or len(os.sched_getaffinity(0))
+    jobs = config.resolve_jobs(settings.jobs)
     try:
         with claimed(out):
             count = run(settings, out, jobs)

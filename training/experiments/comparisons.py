@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from training.compare import Estimate, estimate
 from training.experiments.estimators import CROSS_FITTED, ESTIMATORS
 from training.experiments.mixtures import SURROGATES
 from training.experiments.tables import OPEN, label, shown, signed, verdict
+from training.measures.seeds import Estimate, estimate
 
 TITLES = {"kl": "KL", "r_score": "R_SCORE", "clean": "clean accuracy", "robust": "robust accuracy by label"}
 LOWER_IS_BETTER = ("kl", "r_score")
@@ -79,8 +79,9 @@ def difference(
 
 def best_surrogate(group: Sequence[dict[str, Any]], surrogates: Sequence[str], measure: str) -> tuple[str, str]:
     """The surrogate that is best by its mean in this measure, and whether with its last weights or the picked ones."""
-    rivals = [(name, weights) for name in surrogates for weights in ("last", "best")]
-    means = {rival: float(np.mean([of_surrogate(cell, *rival)[measure] for cell in group])) for rival in rivals}
+    means = {
+        rival: float(np.mean([of_rival(rival, cell)[measure] for cell in group])) for rival in rivals_of(surrogates)
+    }
     choose = min if measure in LOWER_IS_BETTER else max
     return choose(means, key=means.__getitem__)
 
@@ -118,6 +119,11 @@ def dominated(group: Sequence[dict[str, Any]], direct: Callable[[dict[str, Any]]
     return text + (f"; ahead of it are {', '.join(others)}" if others else "")
 
 
+def rivals_of(surrogates: Sequence[str]) -> list[tuple[str, str]]:
+    """Each surrogate with its last weights, and with the best ones as the oracle picks them."""
+    return [(name, weights) for name in surrogates for weights in ("last", "best")]
+
+
 def of_rival(rival: tuple[str, str], cell: dict[str, Any]) -> dict[str, float]:
     """Measures of a surrogate, which is a name and whether its weights are the last or the best."""
     name, weights = rival
@@ -143,7 +149,7 @@ def failures(
         worst, best = (-found.high, -found.low) if measure in LOWER_IS_BETTER else (found.low, found.high)
         return worst > 0 if measure in ahead else best >= 0
 
-    rivals = [(name, weights) for name in surrogates for weights in ("last", "best")]
+    rivals = rivals_of(surrogates)
     failed = {measure: sum(not passes(measure, rival) for rival in rivals) for measure in TITLES}
     return {measure: f"{count} of {len(rivals)}" for measure, count in failed.items() if count}
 

@@ -18,7 +18,6 @@ from scorematch.augmentation import NonLeaking
 from scorematch.matching import Fit, HeldOut, JointEnergy, fit_classifier, fit_denoiser, fit_temperature
 from scorematch.networks import Denoiser
 from scorematch.posteriors import (
-    Ensemble,
     FactorAnalysers,
     KernelDensity,
     NoiseConditionalClassifier,
@@ -26,7 +25,7 @@ from scorematch.posteriors import (
     ScoreNetwork,
 )
 from scorematch.posteriors.base import PointwisePosterior
-from training.engine.posteriors import ScaledClassifier
+from training.engine.posteriors import ScaledClassifier, mean_of
 from training.experiments.problems import FOLDS, Task
 
 # Of trainings, in units of the problem's scale. Samples are drawn from the highest, which outweighs the data's spread.
@@ -208,7 +207,7 @@ def _pointwise(bench: Bench, kind: str, folds: range) -> Estimated:
         )
         temperatures.append(temperature)
     settings = {"sigma": float(name), "temperature": temperatures}
-    return Estimated(members[0] if len(members) == 1 else Ensemble(members), settings, evidence)
+    return Estimated(mean_of(members), settings, evidence)
 
 
 def _score(
@@ -229,9 +228,7 @@ def _score(
 
     name, evidence = bench.chosen({str(sigma): at(sigma) for sigma in bench.sigmas}, folds)
     members = [at(float(name))(fold) for fold in folds]
-    return Estimated(
-        members[0] if len(members) == 1 else Ensemble(members), {"sigma": float(name), "anchor": anchor}, evidence
-    )
+    return Estimated(mean_of(members), {"sigma": float(name), "anchor": anchor}, evidence)
 
 
 def _kernel_density(bench: Bench, drawn: bool) -> Estimated:

@@ -15,7 +15,6 @@ import matplotlib
 import numpy as np
 from scipy.stats import spearmanr
 
-from training.compare import Estimate, estimate
 from training.engine import checkpoint
 from training.experiments import gradients, mixtures, problems, real_digits_page, sweep_page, together_page
 from training.experiments.comparisons import (
@@ -30,14 +29,17 @@ from training.experiments.comparisons import (
     groups,
     judged,
     of_direct,
+    of_rival,
     of_surrogate,
     present,
+    rivals_of,
 )
 from training.experiments.estimators import CROSS_FITTED, ESTIMATORS
 from training.experiments.mixtures import SURROGATES
 from training.experiments.tables import FAMILIES, label, read, seeds, shown, verdict
+from training.measures.seeds import Estimate, estimate
 from training.settings import command_line
-from training.settings.errors import InputError, run_program
+from training.settings.errors import run_program
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -80,10 +82,7 @@ def main(arguments: list[str]) -> None:
         for name in ("sweep", "digits", "features", "images", "real-digits")
     )
     known = [*of_mixtures, *of_digits, *of_features, *of_images]
-    try:
-        (settings.docs / "figures").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"docs: {settings.docs / 'figures'} cannot be made ({error.strerror})") from None
+    checkpoint.make_folder(settings.docs / "figures", "docs")
     sections = [
         INTRODUCTION,
         section_gradients(of_gradients),
@@ -435,10 +434,10 @@ def section_law(cells: Sequence[dict[str, Any]], swept: Sequence[dict[str, Any]]
     figure = _scatter(points)
     figure.savefig(path, dpi=150)
     plt.close(figure)
-    lines = []
+    lines, laws = [], {}
     for measure in ("kl", "r_score"):
         y = np.array([point[1][measure] for point in points])
-        slope, offset = np.polyfit(np.log(x), np.log(y), 1)
+        slope, offset = laws[measure] = np.polyfit(np.log(x), np.log(y), 1)
         rank = float(spearmanr(x, y).statistic)
         factor = float(np.exp(np.quantile(np.abs(np.log(y) - offset - slope * np.log(x)), 0.95)))
         title = "KL" if measure == "kl" else "R_SCORE"
@@ -449,14 +448,12 @@ def section_law(cells: Sequence[dict[str, Any]], swept: Sequence[dict[str, Any]]
             + (f", and {min(within):.2f} to {max(within):.2f} among the posteriors of one problem." if within else ".")
         )
     needed = []
+    slope, offset = laws["r_score"]
     for title, group in groups(cells).items():
         rivals = [
-            np.mean([of_surrogate(cell, name, weights)["r_score"] for cell in group])
-            for name in present(group, SURROGATES)
-            for weights in ("last", "best")
+            np.mean([of_rival(rival, cell)["r_score"] for cell in group])
+            for rival in rivals_of(present(group, SURROGATES))
         ]
-        y = np.array([point[1]["r_score"] for point in points])
-        slope, offset = np.polyfit(np.log(x), np.log(y), 1)
         needed.append(
             f"- {title}: the best surrogate has R_SCORE {min(rivals):.3f}, which the line "
             f"reaches at a posterior of KL {float(np.exp((np.log(min(rivals)) - offset) / slope)):.3f}. With p_d "

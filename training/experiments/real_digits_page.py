@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student
 
-from training.compare import Estimate, estimate
 from training.experiments import real_digits
 from training.experiments.problems import REAL_FOLDS
 from training.experiments.real_digits import DIRECT, EPS, RADII, SURROGATES
 from training.experiments.tables import FAMILIES, commands, label, shown, signed, verdict
+from training.measures.seeds import Estimate, estimate
 from training.reports.plots import FAINT, plt
 
 FIGURE = "direct-real-digits.png"

@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from training.compare import Estimate, estimate
 from training.experiments.comparisons import (
     TITLES,
     best_surrogate,
@@ -20,6 +19,7 @@ from training.experiments.comparisons import (
 )
 from training.experiments.mixtures import SWEPT
 from training.experiments.tables import FAMILIES, OPEN, RUNS_NEEDED, commands, label, shown, signed, verdict
+from training.measures.seeds import Estimate, estimate
 from training.reports.plots import plt
 
 FIGURE = "direct-dimensions.png"

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from training.compare import Estimate
 from training.experiments.runner import changes, read_cell
+from training.measures.seeds import Estimate
 from training.settings.errors import InputError
 
 # Of each posterior its name in words, colour and marker.

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from training.compare import estimate
 from training.experiments import mixtures
-from training.experiments.comparisons import HEADER, chosen_by_evidence, columns, groups, of_direct, present
+from training.experiments.comparisons import HEADER, chosen_by_evidence, columns, groups, of_direct, present, rivals_of
 from training.experiments.tables import FAMILIES, label, signed, verdict
+from training.measures.seeds import estimate
 
 HEAD = (f"| data | model | {HEADER} |", "| --- | --- | --- | --- | --- | --- | --- |")
 
@@ -76,8 +76,7 @@ def beside_surrogates(cells: Sequence[dict[str, Any]]) -> list[str]:
         direct = [of_direct(cell, chosen_by_evidence(cell)) for cell in group]
         rivals = {
             (form, weights): [cell["entries"][f"together {form}"][weights] for cell in group]
-            for form in forms
-            for weights in ("last", "best")
+            for form, weights in rivals_of(every)
         }
         differences = {
             rival: estimate([a["r_score"] - b["r_score"] for a, b in zip(direct, measured, strict=True)])

@@ -10,7 +10,6 @@ Each figure is written as NAME.png and NAME.svg beside NAME.json, which has its 
 """
 
 import dataclasses
-import os
 import shlex
 import sys
 import time
@@ -61,7 +60,7 @@ class FigureSettings:
 
 
 RANGES: dict[str, config.Check] = {
-    "seeds": (lambda v: len(v) > 0 and len(set(v)) == len(v) and min(v) >= 0, "one or more different seeds from 0"),
+    "seeds": config.different(lambda seed: seed >= 0, "seeds from 0"),
     "jobs": config.RANGES["threads"],
     "images": (lambda v: v >= figure_4.SHOWN, f"at least {figure_4.SHOWN}, which are shown"),
     "eps": (lambda v: v is None or v > 0, "above 0"),
@@ -90,10 +89,7 @@ def main(arguments: list[str]) -> None:
     )
     names = check(settings)
     torch.set_num_threads(1)
-    try:
-        settings.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"out: {settings.out} cannot be made ({error.strerror})") from None
+    checkpoint.make_folder(settings.out, "out")
     for name in names:
         if settings.quick and name in USES["quick"]:
             print(TRIAL)
@@ -181,7 +177,7 @@ def toy_figure(name: str, make: Callable[[tuple[int, ...], int, int], Result]) -
 
     def made(settings: FigureSettings) -> Result:
         steps = QUICK_STEPS if settings.quick else toy_fits.STEPS
-        jobs = 1 if settings.quick else settings.jobs or len(os.sched_getaffinity(0))
+        jobs = 1 if settings.quick else config.resolve_jobs(settings.jobs)
         return make(seeds_of(settings, name), steps, jobs)
 
     return made
@@ -200,7 +196,7 @@ def semantic_gradients(settings: FigureSettings) -> Result:
 
 def certified_accuracy(settings: FigureSettings) -> Result:
     """Randomized smoothing, Eqs. (35) to (38)."""
-    jobs = 1 if settings.quick else settings.jobs or len(os.sched_getaffinity(0))
+    jobs = 1 if settings.quick else config.resolve_jobs(settings.jobs)
     return certified.make(seeds_of(settings, "certified"), jobs=jobs, quick=settings.quick)
 
 

@@ -26,10 +26,10 @@ from typing import Any, NamedTuple
 from matplotlib import pyplot as plt
 
 from training import run as training_run
-from training.compare import estimate
 from training.figures.claims import Claim, Result, interval, mapped
 from training.figures.figure_4 import QUICK, Source
 from training.measures.certification import certify
+from training.measures.seeds import estimate
 from training.reports import plots
 from training.settings.errors import StopError
 

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, TypeVar
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from training.compare import Estimate
 from training.engine import checkpoint
 from training.engine.side_by_side import processes
+from training.measures.seeds import Estimate
 from training.reports import plots
 
 Item = TypeVar("Item")

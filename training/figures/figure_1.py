@@ -19,10 +19,10 @@ from typing import Any
 
 from matplotlib import pyplot as plt
 
-from training.compare import estimate
 from training.data import toy
 from training.figures.claims import Claim, Result, mapped, spread
 from training.figures.toy_fits import DIVERGENCES, OBJECTIVES, SEARCHES, SYMBOLS, Fit, train
+from training.measures.seeds import estimate
 from training.reports.plots import COLOURS, FAINT, INK
 
 LARGEST_KL = 0.005  # nats

@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 from matplotlib import pyplot as plt
 
-from training.compare import estimate
 from training.data import toy
 from training.figures.claims import Claim, Result, interval, mapped
 from training.figures.figure_1 import LINES
 from training.figures.toy_fits import FEW_COUNTS, SEARCHES, SYMBOLS, TITLES, Fit, Objective, draw, train
+from training.measures.seeds import estimate
 from training.reports.plots import COLOURS, FAINT, INK
 
 DRAWS = 4  # for each seed; draw number DRAWS * seed is the first of a seed

@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from scorematch.posteriors import KernelDensity, ScoreNetwork
 from training import evaluate
 from training import run as training_run
-from training.compare import estimate
 from training.data import Data, DataName, DataSettings, load
 from training.engine import posteriors
 from training.figures.claims import Claim, Result, interval
+from training.measures.seeds import estimate
 from training.reports.plots import picture, shortened
 from training.settings.errors import InputError
 from training.settings.posterior import PosteriorSettings

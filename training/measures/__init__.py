@@ -15,16 +15,13 @@ from tqdm import tqdm
 from scorematch import PGD, AutoAttack, ThreatModel, audit, consistency, intervals
 from scorematch.attacks import AccuracyCurve, AutoAttackWarning
 from scorematch.attacks.precision import full_precision
+from scorematch.model_state import borrowed
 from scorematch.posteriors import Posterior
 from training.engine import distributed
 from training.engine.hardware import sizes_vary
 from training.settings.errors import InputError
 
 BATCH = 512  # samples at a time; decides memory, not the numbers of AutoAttack
-
-
-def pgd(threat_model: ThreatModel, *, steps: int, restarts: int, losses: Sequence[str]) -> PGD:
-    return PGD(threat_model, steps=steps, restarts=restarts, losses=tuple(losses))
 
 
 def correct(model: nn.Module, x: Tensor, y: Tensor, batch: int = BATCH) -> Tensor:
@@ -35,11 +32,8 @@ def correct(model: nn.Module, x: Tensor, y: Tensor, batch: int = BATCH) -> Tenso
 
 @torch.no_grad()
 def _classified(model: nn.Module, x: Tensor, y: Tensor, batch: int) -> Tensor:
-    training_mode = model.training
-    model.eval()
-    parts = [model(xs).argmax(dim=1) == ys for xs, ys in zip(x.split(batch), y.split(batch), strict=True)]
-    model.train(training_mode)
-    return torch.cat(parts)
+    with borrowed(model):
+        return torch.cat([model(xs).argmax(dim=1) == ys for xs, ys in zip(x.split(batch), y.split(batch), strict=True)])
 
 
 @torch.no_grad()
@@ -50,11 +44,8 @@ def calibration(model: nn.Module, x: Tensor, y: Tensor, batch: int = BATCH) -> d
     percentage points, and ``calibration_error_by_chance`` what it would be on average if the probabilities were right,
     see :func:`scorematch.audit.reliability`. All are None where a logit is not finite.
     """
-    training_mode = model.training
-    model.eval()
-    with full_precision(x.device):
+    with borrowed(model), full_precision(x.device):
         logits = torch.cat([model(xs).double() for xs in x.split(batch)])
-    model.train(training_mode)
     if not logits.isfinite().all():
         return {"nll": None, "calibration_error": None, "calibration_error_by_chance": None}
     log_p = logits.log_softmax(1)
@@ -173,6 +164,16 @@ def wilson(hits: int, count: int) -> tuple[float, float]:
     return 100.0 * low, 100.0 * high
 
 
+def interval(hits: Tensor) -> list[float]:
+    """The same of hits [N] bool, as a list for JSON."""
+    return list(wilson(int(hits.sum()), len(hits)))
+
+
+def accuracy(name: str, hits: Tensor) -> dict[str, Any]:
+    """The share of hits [N] bool in per cent and its 95 % interval, as ``{name}_acc`` and ``{name}_interval``."""
+    return {f"{name}_acc": per_cent(hits), f"{name}_interval": interval(hits)}
+
+
 def self_consistency(
     model: nn.Module,
     posterior: Posterior,
@@ -194,28 +195,25 @@ def self_consistency(
     ``r_score`` and ``disagrees`` are lower bounds, of a search with so many ``steps`` and random ``restarts``; the
     intervals do not count what it misses.
     """
-    training_mode = model.training
-    model.eval()
     generator = Generator(x.device).manual_seed(seed)
     with full_precision(x.device):
         parts = [
             consistency(model, posterior, xs, ys, threat_model, steps=steps, restarts=restarts, generator=generator)
             for xs, ys in zip(x.split(batch), y.split(batch), strict=True)
         ]
-    model.train(training_mode)
     results: dict[str, Any] = {}
     for name, values in (("kl", [p.divergence for p in parts]), ("r_score", [p.r_score for p in parts])):
         value = torch.cat(values).double()
-        mean, interval = value.mean().item(), None
+        mean, ends = value.mean().item(), None
         if len(value) > 1:
             half = 1.96 * value.std().item() / len(value) ** 0.5
-            interval = [mean - half, mean + half]
-        results |= {name: mean, f"{name}_interval": interval}
+            ends = [mean - half, mean + half]
+        results |= {name: mean, f"{name}_interval": ends}
     disagrees = torch.cat([p.disagrees for p in parts])
     return {
         **results,
         "disagrees": per_cent(disagrees),
-        "disagrees_interval": list(wilson(int(disagrees.sum()), len(disagrees))),
+        "disagrees_interval": interval(disagrees),
     }
 
 
@@ -226,12 +224,10 @@ def fooled(model: nn.Module, x: Tensor, y: Tensor, attack: PGD, generator: Gener
     Returns ``index`` [n] int64, ``clean`` and ``attacked`` [n, ...], ``label`` [n] int64, and ``before`` and ``after``
     [n, L], the model's probabilities at both.
     """
-    training_mode = model.training
-    model.eval()
     parts: list[dict[str, Tensor]] = []
     for index in correct(model, x, y).nonzero().flatten().split(8 * count):
         moved = attack(model, x[index], y[index], generator=generator)
-        with torch.no_grad():
+        with borrowed(model), torch.no_grad():
             before, after = model(x[index]).softmax(dim=1), model(moved).softmax(dim=1)
         part = {
             "index": index,
@@ -245,7 +241,6 @@ def fooled(model: nn.Module, x: Tensor, y: Tensor, attack: PGD, generator: Gener
         parts.append({name: value[fell] for name, value in part.items()})
         if sum(len(part["index"]) for part in parts) >= count:
             break
-    model.train(training_mode)
     return {name: torch.cat([part[name] for part in parts])[:count] for name in parts[0]}
 
 
@@ -264,20 +259,18 @@ def posteriors_along_attack(
     Returns ``posterior`` and ``model``, both [T, N, L] as lists, the ``clean`` and ``final`` inputs, their ``label``,
     and the ``box`` of inputs.
     """
-    training_mode = model.training
-    model.eval()
     trace = posterior.trace(x, y)
     rows: dict[str, list] = {"posterior": [], "model": []}
     moved = x
     for step in range(steps + 1):
         point = moved.detach().requires_grad_()
-        logits = model(point)
-        gradient = torch.autograd.grad(nn.functional.cross_entropy(logits, y, reduction="sum"), point)[0]
+        with borrowed(model):
+            logits = model(point)
+            gradient = torch.autograd.grad(nn.functional.cross_entropy(logits, y, reduction="sum"), point)[0]
         rows["posterior"].append(trace.log_p.exp().tolist())
         rows["model"].append(logits.detach().softmax(dim=1).tolist())
         if step < steps:
             moved = threat_model.step(point.detach(), gradient, x)
             trace.move(moved)
-    model.train(training_mode)
     inputs = {"clean": x.tolist(), "final": moved.tolist(), "label": y.tolist()}
     return {**rows, **inputs, "box": [threat_model.lower, threat_model.upper]}

@@ -61,12 +61,11 @@ def certify(
         "n": n,
         "alpha": alpha,
         "largest_radius": largest,
-        "clean_acc": measures.per_cent(clean),
-        "clean_interval": list(measures.wilson(int(clean.sum()), len(x))),
+        **measures.accuracy("clean", clean),
         "certified": _points(found, y, radii),
         "curve": _points(found, y, [largest * k / (PLOTTED - 1) for k in range(PLOTTED)]),
         "abstained": measures.per_cent(abstained),
-        "abstained_interval": list(measures.wilson(int(abstained.sum()), len(x))),
+        "abstained_interval": measures.interval(abstained),
         "classes": found.classes.tolist(),
         "radii": found.radius.tolist(),
     }
@@ -103,6 +102,6 @@ def table(results: Mapping[str, Any]) -> str:
 def plot(results: Mapping[str, Any]) -> bytes:
     """Certified accuracy against the L2 radius with the 95 % band, as PNG."""
     label = f"σ = {results['sigma']:g}"
-    line = plots.Series.of_points(label, results["objective"] or "", "kl", results["curve"], "radius")
+    line = plots.Series.of_points(label, results["objective"] or "", results["curve"], "radius")
     figure = plots.certified_accuracy([line], largest=results["largest_radius"])
     return plots.rendered(figure, "png")

@@ -6,18 +6,17 @@ images compares the two distributions (Heusel et al., NeurIPS 2017, who take the
 """
 
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from training import measures, models
 from training.data import Data
 from training.data.augmentation import augmented
+from training.engine.progress import progress_bar
 from training.settings.errors import InputError
 
 Features = Callable[[Tensor], Tensor]  # images [N, C, H, W] in the box of the data to [N, F]
@@ -44,7 +43,7 @@ def train(loaded: Data, epochs: int | None, seed: int) -> nn.Module:
     schedule = None if small else torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
     generator = torch.Generator().manual_seed(seed)
     moves = torch.Generator(x.device).manual_seed(seed)
-    with tqdm(total=steps, desc="judge", unit="step", mininterval=0.1 if sys.stderr.isatty() else 30.0) as progress:
+    with progress_bar(total=steps, desc="judge", unit="step") as progress:
         for _ in range(epochs):
             for index in torch.randperm(len(x), generator=generator).split(size):
                 index = index.to(x.device)

@@ -19,6 +19,7 @@ from scorematch import PGD, ThreatModel
 from scorematch.attacks import Square
 from training import measures
 from training.engine import distributed
+from training.engine.progress import progress_bar
 from training.reports import plots
 
 LINF_RADII = tuple(level / 255 for level in (2, 4, 8, 12, 16, 24, 32, 64, 128, 255))
@@ -142,20 +143,17 @@ def audit(
     grid = radii(threat_model, x[0].numel())
     options: dict[str, Any] = {"restarts": restarts, "losses": losses}
     evaluations = len(grid) + 5 + (other is not None)
-    interval = 0.1 if sys.stderr.isatty() else 30.0
-    with tqdm(
-        total=evaluations * len(x), unit="sample", mininterval=interval, disable=distributed.rank() > 0
-    ) as progress:
+    with progress_bar(total=evaluations * len(x), unit="sample") as progress:
         attacks = _Attacks(model, x, y, seed, batch, progress)
         clean = measures.shared(lambda xs, ys: measures.correct(model, xs, ys, batch), x, y)
         curve = {0.0: clean}
         for eps in grid:
-            attack = measures.pgd(measures.scaled(threat_model, eps), steps=steps, **options)
+            attack = PGD(measures.scaled(threat_model, eps), steps=steps, **options)
             curve[eps] = attacks.pgd(clean, f"pgd, eps {eps:.4g}", attack)
         base = curve[threat_model.eps]
 
-        longer = measures.pgd(threat_model, steps=MORE_STEPS * steps, **options)
-        more = measures.pgd(threat_model, steps=steps, restarts=MORE_RESTARTS * restarts, losses=losses)
+        longer = PGD(threat_model, steps=MORE_STEPS * steps, **options)
+        more = PGD(threat_model, steps=steps, restarts=MORE_RESTARTS * restarts, losses=losses)
         single = PGD(threat_model.replace(step_size=threat_model.eps), steps=1, losses=("ce",), random_start=False)
         found = {
             "steps": attacks.pgd(base, f"pgd, {MORE_STEPS * steps} steps", longer),
@@ -165,7 +163,7 @@ def audit(
             "single": attacks.pgd(clean, "one step", single),
         }
         if other is not None:
-            attack = measures.pgd(threat_model, steps=steps, **options)
+            attack = PGD(threat_model, steps=steps, **options)
             found["transfer"] = attacks.pgd(clean, "transfer", attack, source=other)
 
     accuracies = {eps: measures.per_cent(mask) for eps, mask in curve.items()}
@@ -176,8 +174,7 @@ def audit(
         "clean_acc": accuracies[0.0],
         "pgd_acc": accuracies[threat_model.eps],
         "curve": [
-            {"eps": eps, "acc": accuracies[eps], "interval": list(measures.wilson(int(mask.sum()), len(mask)))}
-            for eps, mask in curve.items()
+            {"eps": eps, "acc": accuracies[eps], "interval": measures.interval(mask)} for eps, mask in curve.items()
         ],
         "checks": checks(accuracies, base, found, steps=steps, restarts=restarts),
     }
@@ -291,7 +288,7 @@ def plot(results: Mapping[str, Any]) -> bytes:
 def figure(results: Mapping[str, Any]) -> Figure:
     """The same, as a figure."""
     label = f"PGD-{results['steps']}"
-    line = plots.Series.of_points(label, results["objective"] or "", "kl", results["curve"], "eps")
+    line = plots.Series.of_points(label, results["objective"] or "", results["curve"], "eps")
     threat_model = results["threat_model"]
     return plots.accuracy_against_eps(
         [line],

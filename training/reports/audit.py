@@ -25,7 +25,7 @@ from torch import Generator, Tensor
 from tqdm import tqdm
 
 from scorematch import ThreatModel, audit
-from scorematch.posteriors import Ensemble, KernelDensity, NoiseConditionalClassifier, Posterior, ScoreNetwork
+from scorematch.posteriors import KernelDensity, NoiseConditionalClassifier, Posterior, ScoreNetwork
 from scorematch.posteriors.base import PointwisePosterior
 from training.data import Data, npy
 from training.engine import checkpoint, posteriors, scores
@@ -199,7 +199,7 @@ def _builder(
                 else KernelDensity(*points, num_classes=data.num_classes, sigma=sigma)
             )
             read.append(posteriors.score_network_at(member.denoiser, sigma, anchor, settings))
-        return (read[0] if len(read) == 1 else Ensemble(read)).to(device)
+        return posteriors.mean_of(read).to(device)
 
     return build
 

@@ -341,11 +341,7 @@ def path_sections(comparison: Comparison) -> list[str]:
             sections += [f"<h3>{html.escape(shown)}</h3>", plots.as_image(figure, f"target posteriors, {shown}")]
     if not sections:
         return []
-    note = (
-        "<p>The first test samples, attacked by the cross-entropy of the trained model. The target of direct SCORE is "
-        "the posterior at the attacked point; the target of a surrogate would be 1 at every step.</p>"
-    )
-    return ["<h2>Target posteriors along an attack</h2>", note, *sections]
+    return [*pages.ALONG_ATTACK, *sections]
 
 
 def gradient_section(comparison: Comparison) -> list[str]:

@@ -22,6 +22,12 @@ def folded(title: str, text: str) -> str:
     return f"<details><summary>{html.escape(title)}</summary><pre>{html.escape(text)}</pre></details>"
 
 
+# What stands above pictures of posteriors.
+ALONG_ATTACK = (
+    "<h2>Target posteriors along an attack</h2>",
+    "<p>The first test samples, attacked by the cross-entropy of the trained model. The target of direct SCORE is the "
+    "posterior at the attacked point; the target of a surrogate would be 1 at every step.</p>",
+)
 PAGE = """<!doctype html>
 <html lang="en">
 <head>

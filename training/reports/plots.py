@@ -108,12 +108,10 @@ class Series(NamedTuple):
     generated: bool = False
 
     @classmethod
-    def of_points(
-        cls, label: str, family: str, divergence: str, points: Sequence[Mapping[str, Any]], key: str
-    ) -> "Series":
-        """The accuracies of points with their intervals, ``acc`` and ``interval``, against what ``key`` holds."""
+    def of_points(cls, label: str, family: str, points: Sequence[Mapping[str, Any]], key: str) -> "Series":
+        """A solid line of accuracies with intervals, ``acc`` and ``interval``, against what ``key`` holds."""
         low, high = zip(*(point["interval"] for point in points), strict=True)
-        return cls(label, family, divergence, [p[key] for p in points], [p["acc"] for p in points], low, high)
+        return cls(label, family, "kl", [p[key] for p in points], [p["acc"] for p in points], low, high)
 
     def draw(self, axes: Axes, *, marker: bool = True) -> None:
         colour = COLOURS.get(self.family, INK)
@@ -330,17 +328,17 @@ def toy_posteriors(curves: Mapping[str, Mapping[str, Sequence[float]]], families
     return figure
 
 
-def rendered(figure: Figure, form: str, dpi: int = 160) -> bytes:
+def rendered(figure: Figure, form: str) -> bytes:
     """The figure as a file of this form; it is closed."""
-    return rendered_as(figure, (form,), dpi)[0]
+    return rendered_as(figure, (form,))[0]
 
 
-def rendered_as(figure: Figure, forms: Sequence[str], dpi: int = 160) -> list[bytes]:
+def rendered_as(figure: Figure, forms: Sequence[str]) -> list[bytes]:
     """The figure as a file of each form, such as svg or png; it is closed."""
     files = []
     for form in forms:
         buffer = io.BytesIO()
-        figure.savefig(buffer, format=form, dpi=dpi, metadata={"Date": None} if form == "svg" else None)
+        figure.savefig(buffer, format=form, dpi=160, metadata={"Date": None} if form == "svg" else None)
         files.append(buffer.getvalue())
     plt.close(figure)
     return files

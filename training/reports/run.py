@@ -213,9 +213,7 @@ def posterior_section(out: Path, summary: Mapping[str, Any]) -> list[str]:
         checkpoint.read_json(out / "paths.json"), name=name, family=summary["posterior"]
     )
     return [
-        "<h2>Target posteriors along an attack</h2>",
-        "<p>The first test samples, attacked by the cross-entropy of the trained model. The target of direct SCORE is "
-        "the posterior at the attacked point; the target of a surrogate would be 1 at every step.</p>",
+        *pages.ALONG_ATTACK,
         plots.as_image(figure, f"target posteriors, {name}"),
     ]
 

@@ -7,6 +7,7 @@ options. A key that no field has is an error.
 
 import dataclasses
 import math
+import os
 import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -259,9 +260,28 @@ def _positive(value: float) -> bool:
     return 0 < value < math.inf
 
 
-def _not_negative(value: float) -> bool:
-    return 0 <= value < math.inf
+def or_none(check: Check) -> Check:
+    """The same check of an option that may be left open."""
+    allowed, description = check
+    return (lambda v: v is None or allowed(v)), description
 
+
+def different(allowed: Callable[[Any], bool], description: str) -> Check:
+    """One or more values that are allowed, no two of them the same."""
+    return (
+        lambda v: len(v) > 0 and len(set(v)) == len(v) and all(map(allowed, v)),
+        f"one or more different {description}",
+    )
+
+
+AT_LEAST_ONE: Check = (lambda v: v >= 1, "at least 1")
+POSITIVE: Check = (_positive, "a finite number above 0")
+NOT_NEGATIVE: Check = (lambda v: 0 <= v < math.inf, "a finite number of at least 0")
+BELOW_ONE: Check = (lambda v: 0 <= v < 1, "0 up to but not including 1")
+LOSSES: Check = (
+    lambda v: len(v) > 0 and set(v) <= set(EVALUATION_LOSSES),
+    f"one or more of {', '.join(EVALUATION_LOSSES)}",
+)
 
 RANGES: dict[str, Check] = {
     "divergence": (lambda v: v in KINDS, ", ".join(KINDS)),
@@ -271,52 +291,46 @@ RANGES: dict[str, Check] = {
     "original_share": (lambda v: v is None or 0 < v < 1, "between 0 and 1, exclusive"),
     "image_size": (lambda v: v is None or v >= 1, "at least 1 pixel"),
     "validation_size": (lambda v: v is None or v >= 0, "0 (none) or a number of images"),
-    "steps_per_epoch": (lambda v: v is None or v >= 1, "at least 1"),
-    "eps": (_positive, "a finite number above 0"),
+    "steps_per_epoch": or_none(AT_LEAST_ONE),
+    "eps": POSITIVE,
     "step_size": (lambda v: v is None or _positive(v), "a finite number above 0, or None for eps / 4"),
     "free_replays": (lambda v: v >= 0, "0 (off) or a number of passes"),
-    "steps": (lambda v: v >= 1, "at least 1"),
-    "beta": (_not_negative, "a finite number of at least 0"),
+    "steps": AT_LEAST_ONE,
+    "beta": NOT_NEGATIVE,
     "sigma": (
         lambda v: len(v) in (1, 2) and all(map(_positive, v)) and list(v) == sorted(v),
         "a finite number above 0, or two: low and high",
     ),
     "gamma": (lambda v: math.isfinite(v) and v != 1, "any finite number but 1"),
     "alignment": (lambda v: v is None or (math.isfinite(v) and v != 0), "any finite number but 0"),
-    "final_sigma": (lambda v: v is None or _positive(v), "a finite number above 0"),
-    "clip": (lambda v: 0 <= v < 1, "0 up to but not including 1"),
-    "label_smoothing": (lambda v: 0 <= v < 1, "0 up to but not including 1"),
+    "final_sigma": or_none(POSITIVE),
+    "clip": BELOW_ONE,
+    "label_smoothing": BELOW_ONE,
     "target_mix": (lambda v: 0 <= v <= 1, "0 to 1"),
-    "transport": (lambda v: v is None or _not_negative(v), "a finite number of at least 0"),
+    "transport": or_none(NOT_NEGATIVE),
     "awp": (lambda v: 0 <= v < 1, "0 (off) up to but not including 1"),
     "awp_warmup": (lambda v: v >= 0, "0 or a number of epochs"),
-    "epochs": (lambda v: v >= 1, "at least 1"),
-    "batch_size": (lambda v: v >= 1, "at least 1"),
-    "lr": (_positive, "a finite number above 0"),
-    "momentum": (lambda v: 0 <= v < 1, "0 up to but not including 1"),
-    "weight_decay": (_not_negative, "a finite number of at least 0"),
+    "epochs": AT_LEAST_ONE,
+    "batch_size": AT_LEAST_ONE,
+    "lr": POSITIVE,
+    "momentum": BELOW_ONE,
+    "weight_decay": NOT_NEGATIVE,
     "warmup": (lambda v: 0 < v < 1, "between 0 and 1, exclusive"),
     "milestones": (lambda v: all(m >= 1 for m in v) and list(v) == sorted(set(v)), "increasing epochs from 1"),
     "lr_decay": (lambda v: 0 < v <= 1, "above 0, at most 1"),
-    "averaging": (lambda v: 0 <= v < 1, "0 up to but not including 1"),
-    "averaging_warmup": (lambda v: 0 <= v < 1, "0 up to but not including 1"),
+    "averaging": BELOW_ONE,
+    "averaging_warmup": BELOW_ONE,
     "batchnorm_momentum": (lambda v: v is None or 0 < v <= 1, "above 0, at most 1, or None for the model's own"),
-    "accumulate": (lambda v: v >= 1, "at least 1"),
-    "save_every": (lambda v: v >= 1, "at least 1"),
-    "save_minutes": (_positive, "a finite number above 0"),
+    "accumulate": AT_LEAST_ONE,
+    "save_every": AT_LEAST_ONE,
+    "save_minutes": POSITIVE,
     "keep_last": (lambda v: v >= 0, "0 or a number of checkpoints"),
-    "validate_every": (lambda v: v >= 1, "at least 1"),
-    "validation_steps": (lambda v: v >= 1, "at least 1"),
-    "eval_steps": (lambda v: v >= 1, "at least 1"),
-    "eval_restarts": (lambda v: v >= 1, "at least 1"),
-    "validation_losses": (
-        lambda v: len(v) > 0 and set(v) <= set(EVALUATION_LOSSES),
-        f"one or more of {', '.join(EVALUATION_LOSSES)}",
-    ),
-    "eval_losses": (
-        lambda v: len(v) > 0 and set(v) <= set(EVALUATION_LOSSES),
-        f"one or more of {', '.join(EVALUATION_LOSSES)}",
-    ),
+    "validate_every": AT_LEAST_ONE,
+    "validation_steps": AT_LEAST_ONE,
+    "eval_steps": AT_LEAST_ONE,
+    "eval_restarts": AT_LEAST_ONE,
+    "validation_losses": LOSSES,
+    "eval_losses": LOSSES,
     "curve_points": (lambda v: v >= 0 and v % 2 == 0, "0 or an even number, so that eps is one of the points"),
     "autoattack_samples": (lambda v: v >= 0, "0 (all) or a number of test samples"),
     "seed": (lambda v: 0 <= v < 2**32, "0 to 4294967295"),
@@ -554,6 +568,11 @@ def resolve_device(name: str) -> torch.device:
 def resolve_threads(threads: int) -> int:
     """The number of CPU threads: ``threads``, or for 0 what the process may use."""
     return threads or torch.get_num_threads()
+
+
+def resolve_jobs(jobs: int) -> int:
+    """The number of processes side by side: ``jobs``, or for 0 as many as there are cores for this one."""
+    return jobs or len(os.sched_getaffinity(0))
 
 
 def parse(arguments: Sequence[str]) -> RunSettings:
