@@ -689,3 +689,10 @@ def test_only_a_terminal_gets_every_state_of_the_progress(
     planned = compare.plan(compare.CompareSettings(objectives=("standard",), seeds=(0,)), [], tmp_path, 1)
     assert compare.run_all(planned, 1) == []
     assert shown.count({}) == (3 if terminal else 0), "what update and the beginning show has options"
+
+
+def test_the_published_table_is_that_of_the_stored_comparison() -> None:
+    docs = Path(__file__).parent.parent.parent / "docs"
+    table = report.markdown_table(json.loads((docs / "evidence" / "digits-comparison.json").read_text()))
+    assert (docs / "figures" / "digits-table.md").read_text() == table + "\n"
+    assert table in (docs / "results.md").read_text()
