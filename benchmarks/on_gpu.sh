@@ -4,7 +4,7 @@
 #     bash benchmarks/on_gpu.sh PART [OPTIONS]
 #
 #   build       the kernels, for the GPU at hand
-#   checks      every test that is parametrised over the device, and graphs; then those that train, waits among them
+#   checks      graphs, devices and waits, with short trainings; then every operator, in four processes
 #   kernels     each operator beside eager PyTorch and torch.compile; OPTIONS of benchmarks.kernels, such as
 #               --only NAME --out FILE for a part of them
 #   training    seconds a step of ResNet-18 with PGD-10, every switch by itself; three of them compile, so one of
@@ -53,11 +53,11 @@ checks)
   if [ "$device" = cuda ]; then
     "$python" -c 'from scorematch import _extension; assert _extension.has_cuda_kernels, "first: on_gpu.sh build"'
   fi
-  "$python" -m pytest -q tests/ops tests/library/test_graphs.py \
+  "$python" -m pytest -q tests/library/test_graphs.py tests/test_devices.py tests/training/test_waits.py \
+    tests/training/test_hardware.py "$@" 2>&1 | tee "$results/$device-tests.txt" || failed=1
+  "$python" -m pytest -q tests/ops --numprocesses 4 \
     --ignore tests/ops/test_emulated_device.py --ignore tests/ops/test_sanitizers.py \
     --deselect "$build::test_cuda_compiles_without_spills" --deselect "$build::test_every_instruction_set" \
-    "$@" 2>&1 | tee "$results/$device-tests.txt" || failed=1
-  "$python" -m pytest -q tests/test_devices.py tests/training/test_waits.py tests/training/test_hardware.py \
     "$@" 2>&1 | tee -a "$results/$device-tests.txt" || failed=1
   exit "$failed"
   ;;
