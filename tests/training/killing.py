@@ -95,6 +95,7 @@ def writing_into(log: Path) -> None:
 
 def program(arguments: list[str], log: Path, hit: Hit | None, name: str = "run") -> None:
     """``training.NAME`` in this process, which writes into ``log``."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     writing_into(log)
     leave_pictures_undrawn()
     compare.subprocess = FROM_FORK_SERVER

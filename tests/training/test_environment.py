@@ -187,9 +187,11 @@ def test_a_port_in_use(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 HUNG_UP = """
-import sys, time
+import signal as signals, sys, time
 from pathlib import Path
 from training.settings.errors import interrupts_deferred, run_program
+
+signals.signal(signals.SIGHUP, signals.SIG_DFL)  # the tests may run under nohup
 
 def program(arguments):
     with interrupts_deferred() as signal:

@@ -274,9 +274,9 @@ def test_plots_are_png_and_name_their_samples(
     labels = []
     render = plots.rendered
 
-    def watched(figure: Figure, form: str, dpi: int = 160) -> bytes:
+    def watched(figure: Figure, form: str) -> bytes:
         labels.append(figure.axes[0].get_ylabel())
-        return render(figure, form, dpi)
+        return render(figure, form)
 
     monkeypatch.setattr(plots, "rendered", watched)
     for split in ("test", "validation"):
