@@ -191,7 +191,9 @@ def as_found(model: Any) -> Iterator[None]:
     Raises:
         TypeError: its parameters are spread over processes, see :func:`check_whole`.
     """
-    if isinstance(model, nn.Module):
-        check_whole(model)
-    with borrowed(model, "eval") if isinstance(model, nn.Module) else nullcontext(), unchanged_buffers(model):
+    if not isinstance(model, nn.Module):
+        yield
+        return
+    check_whole(model)
+    with borrowed(model, "eval"), unchanged_buffers(model):
         yield

@@ -36,7 +36,7 @@ from .precision import full_precision
 from .randomness import KeyedNoise, ReferenceNoise
 from .report import doubts_of, nan_samples, report_of, stage_line
 from .schedule import Stage, batch_size, dealt_out, passes_left, stages_of
-from .sharing import Share, rank_and_world
+from .sharing import Share
 from .targets import check_targets_fit
 from .workers import Team, automatic, copies
 
@@ -258,7 +258,7 @@ def _begin(
         f"AutoAttack {options.version}: {', '.join(attack.name for attack in attacks)}; {options.threat_model.norm}, "
         f"eps {options.threat_model.eps:g}; {len(x)} samples; seed {state.settings['seed']}, rng {options.rng}"
     )
-    processes = rank_and_world()[1]
+    processes = Share.of_this_process().world
     if processes > share.world:
         console.say(f"this is one of {processes} processes, alone with its samples; share_samples=True shares them out")
     return state

@@ -16,19 +16,6 @@ from .evaluation_state import VECTORS, EvaluationState
 SHARED = (*VECTORS, "adversarial")
 
 
-def rank_and_world() -> tuple[int, int]:
-    """Of ``torch.distributed``; 0 and 1 where it is not initialised."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
-
-
-def path_of_this_process(path: Path) -> Path:
-    """A file of its own for each of several processes, whether they share out the samples or not."""
-    rank, world = rank_and_world()
-    return path if world == 1 else path.with_name(f"{path.name}.rank{rank}of{world}")
-
-
 @dataclass(frozen=True)
 class Share:
     """One process of several, or the only one."""
@@ -38,7 +25,9 @@ class Share:
 
     @classmethod
     def of_this_process(cls) -> Share:
-        return cls(*rank_and_world())
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return cls(torch.distributed.get_rank(), torch.distributed.get_world_size())
+        return cls()
 
     def __str__(self) -> str:
         return f"{self.rank} of {self.world}"
@@ -106,3 +95,9 @@ class Share:
             for name, cost in costs.items():
                 state.costs.setdefault(name, Cost()).add(cost)
             warnings += [note for note in notes if note not in warnings]
+
+
+def path_of_this_process(path: Path) -> Path:
+    """A file of its own for each of several processes, whether they share out the samples or not."""
+    process = Share.of_this_process()
+    return path if process.world == 1 else path.with_name(f"{path.name}.rank{process.rank}of{process.world}")
